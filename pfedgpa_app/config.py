@@ -1,0 +1,347 @@
+"""The settings of a run: one tree of pydantic models, built once from Flower's flat run config.
+
+The keys, their defaults and what they mean stand in ``[tool.flwr.app.config]`` of pyproject.toml.
+"""
+
+import difflib
+import os
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Scalar = bool | int | float | str
+Fraction = Annotated[float, Field(gt=0, le=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+OptionalCount = Annotated[int, Field(ge=0)]
+OwnFunction = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class DatasetInfo(NamedTuple):
+    """What a model must know of a data set: ``(channels, height, width)`` and its classes."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "digits": DatasetInfo((1, 8, 8), 10),
+    "fashion-mnist": DatasetInfo((1, 28, 28), 10),
+    "emnist-balanced": DatasetInfo((1, 28, 28), 47),
+    "emnist-byclass": DatasetInfo((1, 28, 28), 62),
+    "cifar10": DatasetInfo((3, 32, 32), 10),
+}
+
+# The image sizes (height, width) that a model is made for; None takes any.
+MODEL_IMAGE_SIZES: dict[str, tuple[int, int] | None] = {
+    "cnn-8x8": (8, 8),
+    "cnn-28x28": (28, 28),
+    "cnn-cifar": (32, 32),
+    "resnet18": None,
+}
+
+
+class ConfigError(ValueError):
+    """Settings that a run cannot start with; the message lists every problem, one a line."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"The configuration has {len(problems)} problem(s):\n{lines}")
+
+
+class Section(BaseModel):
+    """Immutable settings with kebab-case keys; nothing unknown, nothing converted."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        populate_by_name=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+    )
+
+
+class DataConfig(Section):
+    """Which data, and how the clients share it."""
+
+    dataset: Literal["digits", "fashion-mnist", "emnist-balanced", "emnist-byclass", "cifar10"] | (
+        OwnFunction
+    ) = "digits"
+    root: str = ""
+    image_shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*x[1-9]\d*x[1-9]\d*$")] = ""
+    num_classes: OptionalCount = 0
+    partition: Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"] = (
+        "dominant-classes"
+    )
+    train_samples: OptionalCount = 0
+    test_samples: OptionalCount = 0
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    num_groups: Count = 5
+    dominant_classes: Count = 3
+    uniform_fraction: UnitInterval = 0.2
+    dirichlet_alpha: Positive = 0.5
+    classes_per_client: Count = 2
+
+    @property
+    def info(self) -> DatasetInfo:
+        """Image shape and number of classes, of the named data set or as given for an own one."""
+        if self.dataset in DATASETS:
+            return DATASETS[self.dataset]
+        channels, height, width = (int(part) for part in self.image_shape.split("x"))
+        return DatasetInfo((channels, height, width), self.num_classes)
+
+    @property
+    def root_path(self) -> Path:
+        """The folder of the data sets, absolute."""
+        return user_path(self.root, "XDG_CACHE_HOME", ".cache")
+
+
+class ModelConfig(Section):
+    """The model that every client trains."""
+
+    name: Literal["cnn-8x8", "cnn-28x28", "cnn-cifar", "resnet18"] | OwnFunction = "cnn-8x8"
+
+
+class ClientConfig(Section):
+    """Local training: SGD on the client's own data."""
+
+    local_epochs: Count = 5
+    batch_size: Count = 50
+    learning_rate: Positive = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    weight_decay: NonNegative = 5e-4
+    device: Device = "auto"
+
+
+class ServerConfig(Section):
+    """Who takes part in a round, and how long the server waits."""
+
+    fraction_train: Fraction = 1.0
+    fraction_evaluate: UnitInterval = 1.0
+    min_available_nodes: Count = 2
+    round_timeout: Positive = 3600.0
+
+
+class DiffusionConfig(Section):
+    """The diffusion model on the clients' parameters."""
+
+    generated_layers: Annotated[str, Field(min_length=1)] = "*"
+    rank: Count | Literal["auto"] = "auto"
+    num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 2e-2
+    start: Count = 200
+    num_steps: Count = 20
+    fidelity: UnitInterval = 0.3
+    num_draws: Count = 4
+    hidden_size: Annotated[int, Field(ge=2)] = 128
+    num_blocks: OptionalCount = 3
+    train_steps: Count = 400
+    batch_size: Count = 256
+    learning_rate: Positive = 1e-3
+    device: Device = "auto"
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of ``generated-layers``, one by one."""
+        return tuple(part.strip() for part in self.generated_layers.split(",") if part.strip())
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    strategy: Literal["pfedgpa", "local", "fedavg", "fedavg-ft"] = "pfedgpa"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    num_server_rounds: Count = 10
+    output_dir: str = ""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    client: ClientConfig = ClientConfig()
+    server: ServerConfig = ServerConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> "Config":
+        """Build the settings from a flat run config such as ``{"diffusion.start": 200}``.
+
+        Raises
+        ------
+        ConfigError
+            With every problem: unknown keys, wrong types, values out of range, contradictions.
+        """
+        given = _nest(flat)
+        problems: dict[str, str] = {}
+        try:
+            config = cls.model_validate(given)
+        except ValidationError as error:
+            problems = _describe(error, flat)
+            # The rest is judged as if the wrong keys had not been given.
+            sound = {key: value for key, value in flat.items() if not _concerns(problems, key)}
+            config = cls.model_validate(_nest(sound))
+        contradictions = [
+            message for keys, message in _contradictions(config) if not keys & problems.keys()
+        ]
+        if problems or contradictions:
+            raise ConfigError([*problems.values(), *contradictions])
+        return config
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """Return the settings as a flat run config, the inverse of `from_flat`."""
+        return dict(_flatten(self.model_dump(by_alias=True)))
+
+    @property
+    def output_path(self) -> Path:
+        """The folder of the runs, absolute."""
+        if self.output_dir:
+            return user_path(self.output_dir, "", "")
+        return user_path("", "XDG_DATA_HOME", ".local/share") / "runs"
+
+
+def user_path(given: str, variable: str, fallback: str) -> Path:
+    """Return ``given`` as an absolute path, relative ones seen from the user's home.
+
+    The working directory of a Flower app is that of whoever started the SuperLink, so nothing may
+    depend on it. Where nothing is given, it is the folder ``pfedgpa`` below the XDG base directory
+    in the environment variable, or below ``fallback`` in the home folder.
+    """
+    if given:
+        return Path.home() / Path(given).expanduser()
+    return Path(os.environ.get(variable) or Path.home() / fallback) / "pfedgpa"
+
+
+def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
+    """Yield settings that are each right and cannot go together, with the keys they concern."""
+    data, diffusion = config.data, config.diffusion
+    own_data = data.dataset not in DATASETS
+    if own_data and not data.image_shape:
+        yield (
+            {"data.dataset", "data.image-shape"},
+            f'data.image-shape = "": data.dataset = "{data.dataset}" is an own data set, say how '
+            'large its images are, for example "1x28x28" (channels x height x width)',
+        )
+    if own_data and data.num_classes < 2:
+        yield (
+            {"data.dataset", "data.num-classes"},
+            f'data.num-classes = {data.num_classes}: data.dataset = "{data.dataset}" is an own '
+            "data set, say how many classes it has (2 or more)",
+        )
+    if own_data and (not data.image_shape or data.num_classes < 2):
+        return
+    num_classes = data.info.num_classes
+    if data.partition == "dominant-classes" and data.dominant_classes > num_classes:
+        yield (
+            {"data.partition", "data.dominant-classes", "data.dataset", "data.num-classes"},
+            f"data.dominant-classes = {data.dominant_classes}: {data.dataset} has only "
+            f"{num_classes} classes, so at most {num_classes}",
+        )
+    if data.partition == "pathological" and data.classes_per_client > num_classes:
+        yield (
+            {"data.partition", "data.classes-per-client", "data.dataset", "data.num-classes"},
+            f"data.classes-per-client = {data.classes_per_client}: {data.dataset} has only "
+            f"{num_classes} classes, so at most {num_classes}",
+        )
+    size = MODEL_IMAGE_SIZES.get(config.model.name)
+    if size is not None and size != data.info.image_shape[1:]:
+        height, width = data.info.image_shape[1:]
+        fitting = [
+            name for name, fits in MODEL_IMAGE_SIZES.items() if fits in (None, (height, width))
+        ]
+        yield (
+            {"model.name", "data.dataset", "data.image-shape"},
+            f'model.name = "{config.model.name}": takes images of {size[0]}x{size[1]} and '
+            f"{data.dataset} has {height}x{width}; right would be {' or '.join(fitting)}",
+        )
+    if diffusion.start >= diffusion.num_timesteps:
+        yield (
+            {"diffusion.start", "diffusion.num-timesteps"},
+            f"diffusion.start = {diffusion.start}: the forward process has the timesteps 0 to "
+            f"{diffusion.num_timesteps - 1} (diffusion.num-timesteps = {diffusion.num_timesteps})",
+        )
+    elif diffusion.num_steps > diffusion.start:
+        yield (
+            {"diffusion.start", "diffusion.num-steps"},
+            f"diffusion.num-steps = {diffusion.num_steps}: there are only {diffusion.start} "
+            f"timesteps from diffusion.start = {diffusion.start} down to the clean parameters",
+        )
+    if diffusion.beta_start > diffusion.beta_end:
+        yield (
+            {"diffusion.beta-start", "diffusion.beta-end"},
+            f"diffusion.beta-start = {diffusion.beta_start}: more than diffusion.beta-end = "
+            f"{diffusion.beta_end}, but the noise schedule rises",
+        )
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``{"a.b": 1}`` into ``{"a": {"b": 1}}``; a key of a section given as a value stays."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.partition(".")
+        if name and isinstance(nested.get(section, {}), dict):
+            nested.setdefault(section, {})[name] = value
+        else:
+            nested[key] = value
+    return nested
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _concerns(locations: Container[str], key: str) -> bool:
+    return key in locations or key.partition(".")[0] in locations
+
+
+def _describe(error: ValidationError, flat: Mapping[str, Any]) -> dict[str, str]:
+    """Turn pydantic's errors into one sentence a key; a union reports one error an alternative."""
+    known = Config().to_flat()
+    wanted: dict[str, list[str]] = {}
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        key = next(
+            (".".join(location[:n]) for n in (2, 1) if ".".join(location[:n]) in known),
+            None,
+        )
+        if key is not None:
+            wanted.setdefault(key, []).append(_wanted(item))
+            continue
+        for key in (
+            given for given in flat if _concerns({".".join(location[:2]), location[0]}, given)
+        ):
+            close = difflib.get_close_matches(key, known, n=1)
+            wanted[key] = [f"no such setting{f', did you mean {close[0]}?' if close else ''}"]
+    return {
+        key: f"{key} = {_show(flat.get(key))}: {' or '.join(dict.fromkeys(texts))}"
+        for key, texts in wanted.items()
+    }
+
+
+def _wanted(item: Any) -> str:
+    """Say what would have been right instead of one of pydantic's errors."""
+    match item["type"]:
+        case "literal_error":
+            return f"should be {item['ctx']['expected']}"
+        case "string_pattern_mismatch" if "x[1-9]" in item["ctx"]["pattern"]:
+            return 'should read like "1x28x28" (channels x height x width)'
+        case "string_pattern_mismatch":
+            return 'should read like "package.module:function"'
+        case _:
+            message: str = item["msg"]
+            return (
+                message.removeprefix("Input ")
+                .replace("a valid integer", "a whole number")
+                .replace("valid ", "")
+            )
+
+
+def _show(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
