@@ -5,7 +5,7 @@ The keys, their defaults and what they mean stand in ``[tool.flwr.app.config]`` 
 
 import difflib
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -175,15 +175,19 @@ class Config(Section):
         ConfigError
             With every problem: unknown keys, wrong types, values out of range, contradictions.
         """
-        given = _nest(flat)
-        problems: dict[str, str] = {}
+        known = cls().to_flat().keys()
+        problems = {
+            key: _unknown(key, value, known) for key, value in flat.items() if key not in known
+        }
+        sound = {key: value for key, value in flat.items() if key in known}
         try:
-            config = cls.model_validate(given)
-        except ValidationError as error:
-            problems = _describe(error, flat)
-            # The rest is judged as if the wrong keys had not been given.
-            sound = {key: value for key, value in flat.items() if not _concerns(problems, key)}
             config = cls.model_validate(_nest(sound))
+        except ValidationError as error:
+            problems |= _describe(error, sound)
+            # The rest is judged as if the wrong values had not been given.
+            config = cls.model_validate(
+                _nest({k: v for k, v in sound.items() if k not in problems})
+            )
         contradictions = [
             message for keys, message in _contradictions(config) if not keys & problems.keys()
         ]
@@ -278,14 +282,11 @@ def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn ``{"a.b": 1}`` into ``{"a": {"b": 1}}``; a key of a section given as a value stays."""
+    """Turn ``{"seed": 0, "a.b": 1}`` into ``{"seed": 0, "a": {"b": 1}}``."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
-        section, _, name = key.partition(".")
-        if name and isinstance(nested.get(section, {}), dict):
-            nested.setdefault(section, {})[name] = value
-        else:
-            nested[key] = value
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
     return nested
 
 
@@ -297,30 +298,21 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, value
 
 
-def _concerns(locations: Container[str], key: str) -> bool:
-    return key in locations or key.partition(".")[0] in locations
+def _unknown(key: str, value: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f", did you mean {close[0]}?" if close else ""
+    return f"{key} = {_show(value)}: no such setting{hint}"
 
 
 def _describe(error: ValidationError, flat: Mapping[str, Any]) -> dict[str, str]:
     """Turn pydantic's errors into one sentence a key; a union reports one error an alternative."""
-    known = Config().to_flat()
     wanted: dict[str, list[str]] = {}
     for item in error.errors():
         location = [str(part) for part in item["loc"]]
-        key = next(
-            (".".join(location[:n]) for n in (2, 1) if ".".join(location[:n]) in known),
-            None,
-        )
-        if key is not None:
-            wanted.setdefault(key, []).append(_wanted(item))
-            continue
-        for key in (
-            given for given in flat if _concerns({".".join(location[:2]), location[0]}, given)
-        ):
-            close = difflib.get_close_matches(key, known, n=1)
-            wanted[key] = [f"no such setting{f', did you mean {close[0]}?' if close else ''}"]
+        key = next(key for n in (1, 2) if (key := ".".join(location[:n])) in flat)
+        wanted.setdefault(key, []).append(_wanted(item))
     return {
-        key: f"{key} = {_show(flat.get(key))}: {' or '.join(dict.fromkeys(texts))}"
+        key: f"{key} = {_show(flat[key])}: {' or '.join(dict.fromkeys(texts))}"
         for key, texts in wanted.items()
     }
 
