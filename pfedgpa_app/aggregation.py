@@ -1,0 +1,113 @@
+"""Generative aggregation: the server's side of pFedGPA (Algorithm 1 of arXiv 2409.05701)."""
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.config import DiffusionConfig
+from pfedgpa_app.diffusion import (
+    NoiseSchedule,
+    ResidualDenoiser,
+    Subspace,
+    generate,
+    invert,
+    sampling_timesteps,
+    signal_rank,
+    train_denoiser,
+)
+from pfedgpa_app.randomness import make_generator, resolve_device
+
+
+class GenerativeAggregator:
+    """Learn the distribution of the clients' parameters and generate each client's own.
+
+    `observe` every upload of a round, `fit` once, then `personalize` any client that was ever
+    observed. A client is a number, and the order of the uploads does not matter.
+
+    Parameters
+    ----------
+    config
+        The settings of the diffusion model.
+    seed
+        Fixes, with the round, all that is drawn at random.
+    """
+
+    def __init__(self, config: DiffusionConfig, seed: int = 0) -> None:
+        self.config = config
+        self.seed = seed
+        self.device = resolve_device(config.device)
+        self.bank: dict[int, Tensor] = {}
+        self.subspace: Subspace | None = None
+        self.denoiser: ResidualDenoiser | None = None
+        self.coordinates: dict[int, Tensor] = {}
+
+    def observe(self, client: int, vector: Tensor) -> None:
+        """Put a client's parameters ``(d,)`` into the bank, in place of its last ones."""
+        self.bank[client] = vector.detach().cpu()
+
+    def fit(self, server_round: int) -> None:
+        """Train the diffusion model on the bank and denoise the code of every client in it.
+
+        With one client, or clients that are all the same, there is nothing to learn: everyone
+        keeps its upload.
+        """
+        clients = sorted(self.bank)
+        vectors = torch.stack([self.bank[client] for client in clients])
+        self.coordinates = {}
+        try:
+            self.subspace = self._fit_subspace(vectors)
+        except ValueError:
+            self.subspace = self.denoiser = None
+            return
+        projected = self.subspace.project(vectors).to(self.device)
+        self.denoiser = self._train(projected, server_round)
+        generated = self._generate(projected, server_round)
+        self.coordinates = dict(zip(clients, generated.cpu(), strict=True))
+
+    def personalize(self, client: int) -> Tensor:
+        """Return the parameters ``(d,)`` generated for a client by the last `fit`.
+
+        Raises
+        ------
+        KeyError
+            If the client was never observed.
+        """
+        if self.subspace is None or client not in self.coordinates:
+            return self.bank[client]
+        return self.subspace.reconstruct(self.coordinates[client])
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The forward process."""
+        config = self.config
+        return NoiseSchedule.linear(config.num_timesteps, config.beta_start, config.beta_end)
+
+    def _fit_subspace(self, vectors: Tensor) -> Subspace:
+        if self.config.rank != "auto":
+            return Subspace.fit(vectors, self.config.rank)
+        return Subspace.fit(vectors, signal_rank)
+
+    def _train(self, projected: Tensor, server_round: int) -> ResidualDenoiser:
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(make_generator(self.seed, "denoiser", server_round).initial_seed())
+            denoiser = ResidualDenoiser(projected.shape[1], config.hidden_size, config.num_blocks)
+        train_denoiser(
+            denoiser.to(self.device),
+            self.schedule,
+            projected,
+            train_steps=config.train_steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            generator=make_generator(self.seed, "training", server_round, device=self.device),
+        )
+        return denoiser
+
+    def _generate(self, projected: Tensor, server_round: int) -> Tensor:
+        """Invert and denoise coordinates ``(num_clients, dim)``, averaged over the draws."""
+        assert self.denoiser is not None
+        generator = make_generator(self.seed, "inversion", server_round, device=self.device)
+        timesteps = sampling_timesteps(self.config.start, self.config.num_steps)
+        draws = projected.repeat(self.config.num_draws, 1)
+        code = invert(self.denoiser, self.schedule, draws, timesteps, generator)
+        denoised = generate(self.denoiser, self.schedule, code, self.config.fidelity)
+        return denoised.view(self.config.num_draws, *projected.shape).mean(dim=0)

@@ -1,0 +1,73 @@
+"""The denoiser: a small residual network on vectors, conditioned on the timestep."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pfedgpa_app.diffusion.schedule import NoiseSchedule
+
+
+class ResidualDenoiser(nn.Module):
+    """Predict the noise in ``(batch, dim)`` vectors with residual blocks of ``hidden_size`` units.
+
+    The time embedding (sinusoidal, arXiv 1706.03762) is added before every block.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, hidden_size: int = 128, num_blocks: int = 3) -> None:
+        super().__init__()
+        self.embed_time = nn.Sequential(
+            nn.Linear(2 * (hidden_size // 2), hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.enter = nn.Linear(dim, hidden_size)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(hidden_size),
+                nn.Linear(hidden_size, hidden_size),
+                nn.SiLU(),
+                nn.Linear(hidden_size, hidden_size),
+            )
+            for _ in range(num_blocks)
+        )
+        self.leave = nn.Linear(hidden_size, dim)
+        half = hidden_size // 2
+        self.register_buffer(
+            "frequencies",
+            torch.exp(-math.log(10_000) * torch.arange(half) / half),
+            persistent=False,
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the predicted noise ``(batch, dim)`` at the timesteps t ``(batch,)``."""
+        phase = t[:, None] * self.frequencies
+        time = self.embed_time(torch.cat([phase.sin(), phase.cos()], dim=1).to(x.dtype))
+        hidden = self.enter(x)
+        for block in self.blocks:
+            hidden = hidden + block(hidden + time)
+        predicted: Tensor = self.leave(hidden)
+        return predicted
+
+
+class ExactDenoiser:
+    """The optimal denoiser of a finite bank ``(num_points, dim)``, in closed form.
+
+    ``E[x_0 | x_t]`` is the mean of the points weighted by
+    ``softmax(-|x_t - sqrt(abar_t) point|^2 / (2 (1 - abar_t)))``. No denoiser has a lower DDPM loss
+    on the bank.
+    """
+
+    def __init__(self, points: Tensor, schedule: NoiseSchedule) -> None:
+        self.points = points
+        self.schedule = schedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the expected noise ``(batch, dim)`` at the timesteps t ``(batch,)``."""
+        alpha_bar = self.schedule.alpha_bar(t, x)
+        # |x_t - sqrt(abar) p|^2 without |x_t|^2, which the softmax does not see.
+        energy = alpha_bar * self.points.square().sum(1) - 2 * alpha_bar.sqrt() * x @ self.points.T
+        x0 = torch.softmax(-energy / (2 * (1 - alpha_bar)), dim=1) @ self.points
+        return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()

@@ -1,0 +1,138 @@
+"""The models that clients train. Every one maps ``(batch, channels, height, width)`` to logits."""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+import torchvision
+from torch import nn
+
+from pfedgpa_app.config import DatasetInfo
+
+
+class ModelError(ValueError):
+    """A model that cannot be built, or that does not fit the data."""
+
+
+def small_cnn(info: DatasetInfo) -> nn.Module:
+    """Two 3x3 convolutions and two linear layers for 8x8 images; 13,706 parameters on digits."""
+    return nn.Sequential(
+        *_convolution(info.image_shape[0], 16, kernel=3, padding=1),
+        *_convolution(16, 32, kernel=3, padding=1),
+        nn.Flatten(),
+        nn.Linear(32 * 2 * 2, 64),
+        nn.LeakyReLU(),
+        nn.Linear(64, info.num_classes),
+    )
+
+
+def cnn(info: DatasetInfo) -> nn.Module:
+    """Return the CNN of the FedPAC line of work for 28x28 images; 117,066 parameters on MNIST."""
+    return nn.Sequential(
+        *_convolution(info.image_shape[0], 16, kernel=5, padding=0),
+        *_convolution(16, 32, kernel=5, padding=1),
+        nn.Flatten(),
+        nn.Linear(32 * 5 * 5, 128),
+        nn.LeakyReLU(),
+        nn.Linear(128, info.num_classes),
+    )
+
+
+def cifar_cnn(info: DatasetInfo) -> nn.Module:
+    """Three 3x3 convolutions and two linear layers for 32x32 images; 156,074 parameters."""
+    return nn.Sequential(
+        *_convolution(info.image_shape[0], 16, kernel=3, padding=1),
+        *_convolution(16, 32, kernel=3, padding=1),
+        *_convolution(32, 64, kernel=3, padding=1),
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, 128),
+        nn.LeakyReLU(),
+        nn.Linear(128, info.num_classes),
+    )
+
+
+def resnet18(info: DatasetInfo) -> nn.Module:
+    """torchvision's ResNet-18 for images of any size; small ones skip the first down-sampling."""
+    channels, height, width = info.image_shape
+    model: nn.Module = torchvision.models.resnet18(num_classes=info.num_classes)
+    if min(height, width) < 64:
+        model.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    elif channels != 3:
+        model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    return model
+
+
+MODELS: dict[str, Callable[[DatasetInfo], nn.Module]] = {
+    "cnn-8x8": small_cnn,
+    "cnn-28x28": cnn,
+    "cnn-cifar": cifar_cnn,
+    "resnet18": resnet18,
+}
+
+
+def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
+    """Build a model by its name, or by ``package.module:function``, called with ``info``.
+
+    The initial parameters depend on ``seed`` alone; the global random state is left as it was.
+
+    Raises
+    ------
+    ModelError
+        If the function cannot be found or fails, returns no module, or the module does not turn
+        images of ``info.image_shape`` into ``info.num_classes`` logits.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = (MODELS.get(name) or _own_function(name))(info)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f'model.name = "{name}": building it failed with {error!r}') from error
+        _check_fit(name, model, info)
+    return model
+
+
+def _convolution(channels: int, filters: int, kernel: int, padding: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels, filters, kernel, padding=padding),
+        nn.LeakyReLU(),
+        nn.MaxPool2d(2),
+    ]
+
+
+def _own_function(name: str) -> Callable[[DatasetInfo], nn.Module]:
+    module_name, _, function_name = name.partition(":")
+    try:
+        function: Callable[[DatasetInfo], nn.Module] = getattr(
+            importlib.import_module(module_name), function_name
+        )
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f'model.name = "{name}": {error}; right would be package.module:function with a module '
+            "that the app can import"
+        ) from error
+    return function
+
+
+def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
+    """Send two blank images through the model, which must come out as two rows of logits."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f'model.name = "{name}": gave {type(model).__name__}, not a torch.nn.Module'
+        )
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            shape = tuple(model.eval()(torch.zeros(2, *info.image_shape)).shape)
+    except Exception as error:
+        raise ModelError(
+            f'model.name = "{name}": failed on images of shape {info.image_shape}: {error}'
+        ) from error
+    model.train(was_training)
+    if shape != (2, info.num_classes):
+        raise ModelError(
+            f'model.name = "{name}": two images of shape {info.image_shape} gave an output of '
+            f"shape {shape}; right would be {(2, info.num_classes)}, a logit a class"
+        )
