@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pfedgpa_app.config import ClientConfig
+from pfedgpa_app.data import ImageStats, normalize
 
 
 class Evaluation(NamedTuple):
@@ -20,6 +21,7 @@ def train(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
+    stats: ImageStats,
     config: ClientConfig,
     generator: torch.Generator,
 ) -> None:
@@ -30,14 +32,19 @@ def train(
     model
         On the device of the images.
     images
-        Normalized, ``(num_examples, channels, height, width)``.
+        As the data set has them, ``(num_examples, channels, height, width)``; every batch is
+        normalized with ``stats``.
     labels
         ``(num_examples,)``.
+    stats
+        Mean and deviation of each channel.
     config
         Epochs, batch size and the optimizer's settings.
     generator
         On the CPU; draws the order of the examples.
     """
+    # A third faster for small convolutions on a CPU.
+    model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=config.learning_rate,
@@ -47,16 +54,20 @@ def train(
     model.train()
     for _ in range(config.local_epochs):
         order = torch.randperm(len(images), generator=generator).to(images.device)
-        for rows in order.split(config.batch_size):
+        for rows in torch.split(order, config.batch_size):
             optimizer.zero_grad()
-            functional.cross_entropy(model(images[rows]), labels[rows]).backward()
+            logits = model(normalize(images[rows], stats))
+            functional.cross_entropy(logits, labels[rows]).backward()
             optimizer.step()
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 512) -> Evaluation:
-    """Return a model's accuracy and loss on normalized images."""
+def evaluate(
+    model: nn.Module, images: Tensor, labels: Tensor, stats: ImageStats, batch_size: int = 512
+) -> Evaluation:
+    """Return a model's accuracy and loss on a test set; the arguments are those of `train`."""
     model.eval()
-    logits = torch.cat([model(batch) for batch in images.split(batch_size)])
+    batches = torch.split(images, batch_size)
+    logits = torch.cat([model(normalize(batch, stats)) for batch in batches])
     correct = int((logits.argmax(dim=1) == labels).sum())
     return Evaluation(correct / len(labels), float(functional.cross_entropy(logits, labels)))

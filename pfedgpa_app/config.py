@@ -117,6 +117,7 @@ class ClientConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     weight_decay: NonNegative = 5e-4
     device: Device = "auto"
+    torch_threads: OptionalCount = 1
 
 
 class ServerConfig(Section):

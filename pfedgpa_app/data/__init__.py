@@ -1,0 +1,29 @@
+"""Data sets, and how clients share them.
+
+`client_data` is what a client calls: its own training and test samples of the data set, which
+`load_dataset` reads and `partition` shares out.
+"""
+
+from pfedgpa_app.data.clients import ClientData, client_data
+from pfedgpa_app.data.partitions import ClientIndices, partition
+from pfedgpa_app.data.sources import (
+    DataError,
+    Dataset,
+    ImageStats,
+    image_stats,
+    load_dataset,
+    normalize,
+)
+
+__all__ = [
+    "ClientData",
+    "ClientIndices",
+    "DataError",
+    "Dataset",
+    "ImageStats",
+    "client_data",
+    "image_stats",
+    "load_dataset",
+    "normalize",
+    "partition",
+]

@@ -1,0 +1,71 @@
+"""What one client works with: its training and its test samples."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.config import DataConfig, DatasetInfo
+from pfedgpa_app.data.partitions import ClientIndices, partition
+from pfedgpa_app.data.sources import DataError, Dataset, ImageStats, image_stats, load_dataset
+
+
+class ClientData(NamedTuple):
+    """The data of one client; `normalize` turns its images into what a model takes."""
+
+    train_images: Tensor
+    """``(n, channels, height, width)``, uint8 or float32 as in `Dataset`."""
+    train_labels: Tensor
+    """``(n,)``, int64."""
+    test_images: Tensor
+    test_labels: Tensor
+    stats: ImageStats
+    info: DatasetInfo
+
+    def to(self, device: torch.device) -> "ClientData":
+        """Return the data on a device."""
+        return self._replace(
+            train_images=self.train_images.to(device),
+            train_labels=self.train_labels.to(device),
+            test_images=self.test_images.to(device),
+            test_labels=self.test_labels.to(device),
+        )
+
+
+def client_data(
+    config: DataConfig, seed: int, partition_id: int, num_partitions: int
+) -> ClientData:
+    """Return the data of client ``partition_id`` of ``num_partitions``.
+
+    A process loads and shares out a data set once, whichever of its clients it serves.
+
+    Raises
+    ------
+    DataError
+        If there is no such client, the data set cannot be had, or it cannot be shared out so.
+    """
+    if not 0 <= partition_id < num_partitions:
+        raise DataError(
+            f"partition-id = {partition_id} with num-partitions = {num_partitions}: "
+            f"the clients are numbered from 0 to num-partitions - 1"
+        )
+    dataset, stats, indices = _shared_out(config, seed, num_partitions)
+    train, test = indices[partition_id]
+    return ClientData(
+        dataset.images[train].contiguous(),
+        dataset.labels[train],
+        dataset.images[test].contiguous(),
+        dataset.labels[test],
+        stats,
+        config.info,
+    )
+
+
+@lru_cache(maxsize=1)  # more than one data set may not fit into memory
+def _shared_out(
+    config: DataConfig, seed: int, num_partitions: int
+) -> tuple[Dataset, ImageStats, list[ClientIndices]]:
+    dataset = load_dataset(config, seed)
+    indices = partition(dataset.labels, dataset.is_test, config, num_partitions, seed)
+    return dataset, image_stats(dataset), indices

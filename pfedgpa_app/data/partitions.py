@@ -1,0 +1,338 @@
+"""Which samples belong to which client.
+
+The training pool is shared out by a partitioner of flwr-datasets, on a table of labels and
+indices: Flower's own for ``dirichlet``, ``pathological`` and ``iid``, and one of this module for
+``dominant-classes`` and ``disjoint``. Each test set follows from its client's training set.
+"""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets.arrow_dataset import Dataset
+from flwr_datasets.partitioner import (
+    DirichletPartitioner,
+    IidPartitioner,
+    Partitioner,
+    PathologicalPartitioner,
+)
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pfedgpa_app.config import DataConfig
+from pfedgpa_app.data.sources import DataError
+
+Indices = NDArray[np.int64]
+
+# Fewer would leave the training set of a client without meaning; a draw of the Dirichlet
+# distribution that gives a client less is repeated.
+MIN_DIRICHLET_SAMPLES = 10
+
+REMEDIES = {
+    "dominant-classes": "fewer clients (data.partition = dominant-classes)",
+    "dirichlet": "a larger data.dirichlet-alpha or fewer clients",
+    "pathological": "fewer clients or a smaller data.classes-per-client",
+    "disjoint": "fewer clients (data.partition = disjoint)",
+    "iid": "fewer clients (data.partition = iid)",
+}
+
+
+class ClientIndices(NamedTuple):
+    """The samples of one client, as ascending int64 indices into the data set."""
+
+    train: Tensor
+    test: Tensor
+
+
+def partition(
+    labels: Tensor, is_test: Tensor, config: DataConfig, num_clients: int, seed: int
+) -> list[ClientIndices]:
+    """Share out a data set; the same arguments give the same split in every process.
+
+    Training sets come from the pool ``~is_test`` and have at most ``train_samples`` each (0: no
+    limit). A test set has the class distribution of its client's training set and comes from the
+    pool ``is_test``, so no test sample is ever trained on, by whatever client. With
+    ``test_samples`` = 0 it is as large as the pool allows while clients share no test sample but
+    for rounding; with ``test_samples`` > 0 it has exactly that size, and clients may share.
+
+    Parameters
+    ----------
+    labels : Tensor
+        Classes of the samples, ``(n,)``, int64.
+    is_test : Tensor
+        The samples for testing, ``(n,)``, bool.
+
+    Raises
+    ------
+    DataError
+        If a client would have no training or no test samples, or needs more samples of a class
+        than there are.
+    """
+    remedy = REMEDIES[config.partition]
+    classes, in_test_pool = labels.numpy(), is_test.numpy()
+    train_pool = _shuffled(np.flatnonzero(~in_test_pool), seed, stream=1)
+    test_pool = _shuffled(np.flatnonzero(in_test_pool), seed, stream=2)
+    if not 1 <= num_clients <= len(train_pool):
+        raise DataError(
+            f"{num_clients} clients cannot share {len(train_pool)} training samples, "
+            f"right would be 1 to {len(train_pool)} clients"
+        )
+    partitioner = _partitioner(config, num_clients, seed)
+    partitioner.dataset = _Table.of(train_pool, classes[train_pool])
+    try:
+        with warnings.catch_warnings():  # they name arguments that users of this app cannot set
+            warnings.simplefilter("ignore")
+            shares = [
+                np.asarray(partitioner.load_partition(client)["index"][:], dtype=np.int64)
+                for client in range(num_clients)
+            ]
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(
+            f"data.partition = {config.partition} fails for {num_clients} clients: {error} "
+            f"What would help: {remedy}"
+        ) from error
+    # Every share is in a seeded order, so that its beginning is a random subset of it.
+    train = [np.sort(share[: config.train_samples or None]) for share in shares]
+    for client, share in enumerate(train):
+        if len(share) == 0:
+            raise DataError(
+                f"client {client} of {num_clients} has no training samples; "
+                f"what would help: {remedy}"
+            )
+    num_classes = config.info.num_classes
+    held = np.stack([np.bincount(classes[share], minlength=num_classes) for share in train])
+    pools = _by_class(test_pool, classes, num_classes)
+    available = np.array([len(pool) for pool in pools])
+    test = _deal(pools, _test_counts(held, available, config.test_samples))
+    return [
+        ClientIndices(torch.from_numpy(mine), torch.from_numpy(np.sort(theirs)))
+        for mine, theirs in zip(train, test, strict=True)
+    ]
+
+
+class _PlannedPartitioner(Partitioner):
+    """A partitioner that assigns all rows of its table at once."""
+
+    def __init__(self, num_partitions: int) -> None:
+        super().__init__()
+        self._num_partitions = num_partitions
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of clients."""
+        return self._num_partitions
+
+    def load_partition(self, partition_id: int) -> Dataset:
+        """Return the rows of one client."""
+        rows: Dataset = self.dataset.select(self._plan[partition_id])
+        return rows
+
+    @cached_property
+    def _plan(self) -> list[Indices]:
+        return self._assign(np.asarray(self.dataset["label"][:], dtype=np.int64))
+
+    @abstractmethod
+    def _assign(self, labels: Indices) -> list[Indices]:
+        """Return the rows of each client, given the label of each row."""
+
+
+class DominantClassesPartitioner(_PlannedPartitioner):
+    """Groups of clients with dominant classes, the protocol of FedPAC (arXiv 2306.11867).
+
+    Every client has the same number of samples. The part ``uniform_fraction`` of them is spread
+    evenly over all classes, the rest evenly over the dominant classes of the client's group.
+    Client i is in group ``i % num_groups``; the dominant classes of group g are
+    ``dominant_classes`` consecutive ones from ``g * num_classes // num_groups`` on, going round.
+
+    The clients take the samples of a class one after the other in the order of the table; where
+    a class is used up they start over, so clients may share samples. One client never has a
+    sample twice.
+
+    Parameters
+    ----------
+    num_samples : int
+        Samples of each client; 0 = the size of the table divided by the number of clients, or
+        less where no class has enough samples for that.
+    """
+
+    def __init__(
+        self,
+        num_partitions: int,
+        num_classes: int,
+        num_samples: int,
+        num_groups: int,
+        dominant_classes: int,
+        uniform_fraction: float,
+    ) -> None:
+        super().__init__(num_partitions)
+        groups = np.arange(num_partitions) % num_groups
+        first = groups * num_classes // num_groups
+        dominant = (first[:, None] + np.arange(dominant_classes)) % num_classes
+        self._num_samples = num_samples
+        # Row i: how client i's samples divide over the classes, (num_partitions, num_classes).
+        self._shares = np.full((num_partitions, num_classes), uniform_fraction / num_classes)
+        np.put_along_axis(
+            self._shares,
+            dominant,
+            uniform_fraction / num_classes + (1 - uniform_fraction) / dominant_classes,
+            axis=1,
+        )
+
+    def _assign(self, labels: Indices) -> list[Indices]:
+        num_partitions, num_classes = self._shares.shape
+        pools = _by_class(np.arange(len(labels)), labels, num_classes)
+        sizes = np.array([len(pool) for pool in pools])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            limit_of_class = np.where(self._shares > 0, sizes / self._shares, np.inf).min(axis=0)
+        scarce, limit = int(limit_of_class.argmin()), int(limit_of_class.min())
+        num_samples = self._num_samples or min(len(labels) // num_partitions, limit)
+        if not 0 < num_samples <= limit:
+            raise DataError(
+                f"class {scarce} has only {sizes[scarce]} training samples, and a client that "
+                f"has no sample twice can then have {limit}; right would be "
+                + (f"data.train-samples <= {limit}" if limit else "samples of every class")
+            )
+        counts = [_apportion(num_samples, shares) for shares in self._shares]
+        return _deal(pools, np.stack(counts))
+
+
+class DisjointPartitioner(_PlannedPartitioner):
+    """Label sets that have nothing in common.
+
+    The classes, in an order drawn by the seed, are dealt to the clients. Where there are more
+    clients than classes, each has one class, and those with the same class share its samples out
+    without overlap. So the label sets of two clients are either equal or disjoint.
+    """
+
+    def __init__(self, num_partitions: int, seed: int) -> None:
+        super().__init__(num_partitions)
+        self._seed = seed
+
+    def _assign(self, labels: Indices) -> list[Indices]:
+        order = _shuffled(np.unique(labels), self._seed, stream=3)
+        num_sets = min(self._num_partitions, len(order))
+        plan = []
+        for client in range(self._num_partitions):
+            label_set, rank = client % num_sets, client // num_sets
+            rows = np.flatnonzero(np.isin(labels, order[label_set::num_sets]))
+            num_holders = len(range(label_set, self._num_partitions, num_sets))
+            plan.append(rows[rank::num_holders])
+        return plan
+
+
+class _Table(Dataset):
+    """A table whose columns and selections are arrays.
+
+    Flower's partitioners read a column sample by sample and select rows by lists of NumPy
+    integers, which takes a minute for EMNIST; this way it takes seconds.
+    """
+
+    @classmethod
+    def of(cls, index: Indices, label: Indices) -> "_Table":
+        """Return the table with the two columns ``index`` and ``label``."""
+        return cls(Dataset.from_dict({"index": index, "label": label}).data)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self.data.column(key).to_numpy()
+        return super().__getitem__(key)
+
+    def select(self, indices: Iterable[int], *args: Any, **kwargs: Any) -> Dataset:
+        if not isinstance(indices, range):
+            indices = np.asarray(indices, dtype=np.int64)
+        selected: Dataset = super().select(indices, *args, **kwargs)
+        return selected
+
+
+def _partitioner(config: DataConfig, num_clients: int, seed: int) -> Partitioner:
+    match config.partition:
+        case "dominant-classes":
+            return DominantClassesPartitioner(
+                num_clients,
+                config.info.num_classes,
+                config.train_samples,
+                config.num_groups,
+                config.dominant_classes,
+                config.uniform_fraction,
+            )
+        case "disjoint":
+            return DisjointPartitioner(num_clients, seed)
+        case "dirichlet":
+            return DirichletPartitioner(
+                num_clients,
+                partition_by="label",
+                alpha=config.dirichlet_alpha,
+                min_partition_size=MIN_DIRICHLET_SAMPLES,
+                seed=seed,
+            )
+        case "pathological":
+            return PathologicalPartitioner(
+                num_clients,
+                partition_by="label",
+                num_classes_per_partition=config.classes_per_client,
+                class_assignment_mode="first-deterministic",  # random may leave classes unused
+                seed=seed,
+            )
+        case "iid":  # contiguous pieces of the table, which is shuffled
+            return IidPartitioner(num_clients)
+
+
+def _test_counts(held: Indices, available: Indices, size: int) -> Indices:
+    """Return how many test samples of each class each client gets, ``(clients, classes)``.
+
+    Each row is proportional to that of ``held``, the training samples of the clients. ``size`` 0
+    gives each client as many as it can have if every class of the test pool (``available``) is
+    divided among the clients as the training samples of that class are.
+    """
+    handed_out = held.sum(axis=0)
+    counts = np.zeros_like(held)
+    for client, row in enumerate(held):
+        mine = row > 0
+        # The scarcest class decides, or else the test distribution would not be the training one.
+        natural = int((available[mine] * row.sum() // handed_out[mine]).min())
+        counts[client] = _apportion(size or max(1, natural), row)
+        for label in np.flatnonzero(counts[client] > available):
+            raise DataError(
+                f"client {client} needs {counts[client, label]} test samples of class {label}, "
+                f"there are {available[label]}; right would be a smaller data.test-samples or, "
+                f"for a data set without a test set of its own, a larger data.test-fraction"
+            )
+    return counts
+
+
+def _apportion(total: int, weights: NDArray[Any]) -> Indices:
+    """Divide ``total`` in proportion to ``weights`` by largest remainder, into whole numbers."""
+    quotas = total * weights / weights.sum()
+    counts: Indices = np.floor(quotas).astype(np.int64)
+    most_wanting = np.argsort(counts - quotas, kind="stable")
+    counts[most_wanting[: total - counts.sum()]] += 1
+    return counts
+
+
+def _deal(pools: Sequence[Indices], counts: Indices) -> list[Indices]:
+    """Give client i the next ``counts[i, c]`` of ``pools[c]``, starting over at its end."""
+    starts = counts.cumsum(axis=0) - counts
+    return [
+        np.concatenate(
+            [
+                pool[(start + np.arange(count)) % len(pool)] if count else pool[:0]
+                for pool, start, count in zip(pools, starts[client], counts[client], strict=True)
+            ]
+        )
+        for client in range(len(counts))
+    ]
+
+
+def _by_class(indices: Indices, labels: Indices, num_classes: int) -> list[Indices]:
+    return [indices[labels[indices] == label] for label in range(num_classes)]
+
+
+def _shuffled(values: Indices, seed: int, stream: int) -> Indices:
+    # Streams of one seed are independent; Flower's partitioners draw from the bare seed.
+    return np.random.default_rng([stream, seed]).permutation(values)

@@ -1,0 +1,235 @@
+"""The data sets: all images and labels of one, and which of them are only for testing."""
+
+import importlib
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from pfedgpa_app.config import DATASETS, DataConfig, DatasetInfo
+
+# Where Debian's package dataset-fashion-mnist puts the original files.
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+Part = tuple[Tensor, Tensor]
+
+
+class DataError(ValueError):
+    """Data that clients cannot work with; the message says what would be right."""
+
+
+class Dataset(NamedTuple):
+    """A data set in memory, the pools for training and for testing in one."""
+
+    images: Tensor
+    """``(n, channels, height, width)``, uint8; float32 where an own data set is float32."""
+    labels: Tensor
+    """``(n,)``, int64."""
+    is_test: Tensor
+    """``(n,)``, bool: the samples that test sets are drawn from, and training sets never."""
+
+
+class ImageStats(NamedTuple):
+    """Mean and standard deviation of each channel, ``(channels,)``, in units of the images."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def load_dataset(config: DataConfig, seed: int) -> Dataset:
+    """Load the data set of the settings; `client_data` does it once a process.
+
+    The test pool is the official test set. The digits and own data sets have none: there it is
+    ``test_fraction`` of each class, drawn by the seed.
+
+    Raises
+    ------
+    DataError
+        If the data set cannot be had, or is not what its settings say.
+    """
+    name, info = config.dataset, config.info
+    if name == "digits":
+        parts = [_digits()]
+    elif name in DATASETS:
+        parts = _torchvision(name, config.root_path)
+    else:
+        parts = [_own(name, config.root_path)]
+    for images, labels in parts:
+        _check(images, labels, info, name)
+    images = torch.cat([images for images, _ in parts])
+    labels = torch.cat([labels for _, labels in parts]).long()
+    if len(parts) == 2:
+        return Dataset(images, labels, torch.arange(len(labels)) >= len(parts[0][1]))
+    return Dataset(images, labels, _stratified(labels, config.test_fraction, seed, name))
+
+
+def image_stats(dataset: Dataset) -> ImageStats:
+    """Compute what `normalize` needs, from the training pool.
+
+    Float images count as normalized already: mean 0, standard deviation 1.
+    """
+    channels = dataset.images.shape[1]
+    if dataset.images.is_floating_point():
+        return ImageStats(torch.zeros(channels), torch.ones(channels))
+    # Counting the 256 values is exact and needs no float copy of the images.
+    counts = torch.zeros(channels, 256, dtype=torch.float64)
+    for chunk in (~dataset.is_test).nonzero().squeeze(1).split(10_000):
+        for channel in range(channels):
+            pixels = dataset.images[chunk, channel].flatten()
+            counts[channel] += torch.bincount(pixels, minlength=256)
+    shares = counts / counts.sum(1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64)
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    # A channel without any contrast stays as it is, instead of becoming 0 / 0.
+    return ImageStats(mean.float(), torch.where(std > 0, std, 1.0).float())
+
+
+def normalize(images: Tensor, stats: ImageStats) -> Tensor:
+    """Return ``(n, channels, height, width)`` images as float32 of zero mean and unit variance."""
+    mean, std = (values.to(images.device)[:, None, None] for values in stats)
+    return (images.float() - mean) / std
+
+
+def _digits() -> Part:
+    from sklearn.datasets import load_digits  # only where it is needed: it takes a second
+
+    digits = load_digits()
+    images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
+    return images[:, None], torch.from_numpy(digits.target)
+
+
+def _torchvision(name: str, root: Path) -> list[Part]:
+    """Return the training and the test part of a data set of torchvision's."""
+    from torchvision import datasets  # only where it is needed: it takes seconds
+
+    readers: dict[str, Callable[..., Any]] = {
+        "fashion-mnist": datasets.FashionMNIST,
+        "emnist-balanced": partial(datasets.EMNIST, split="balanced"),
+        "emnist-byclass": partial(datasets.EMNIST, split="byclass"),
+        "cifar10": datasets.CIFAR10,
+    }
+    try:
+        if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir() and not _has_fashion(root):
+            sets = _debian_fashion_mnist()
+        else:
+            sets = _read_or_download(readers[name], root)
+    except Exception as error:  # torchvision, urllib and the archives each raise their own
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{name}: neither readable in {root} nor downloaded ({cause}). Start once with a "
+            f"network connection, or set data.root to a folder where torchvision finds it"
+        ) from error
+    return [(_upright(torch.as_tensor(s.data), name), torch.as_tensor(s.targets)) for s in sets]
+
+
+def _read_or_download(reader: Callable[..., Any], root: Path) -> list[Any]:
+    root.mkdir(parents=True, exist_ok=True)
+    # Several processes start at once, and none may read what another is still unpacking. Where
+    # nothing can be written, nothing is being unpacked.
+    lock = FileLock(root / ".lock") if os.access(root, os.W_OK) else nullcontext()
+    with lock:
+        return [reader(root, train=train, download=True) for train in (True, False)]
+
+
+def _has_fashion(root: Path) -> bool:
+    from torchvision.datasets import FashionMNIST
+
+    raw = root / "FashionMNIST" / "raw"
+    return all((raw / Path(name).stem).is_file() for name, _ in FashionMNIST.resources)
+
+
+def _debian_fashion_mnist() -> list[Any]:
+    """Read Debian's files, which are packed, with torchvision's reader, which wants them bare."""
+    from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.utils import extract_archive
+
+    with TemporaryDirectory() as root:
+        raw = Path(root) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name, _ in FashionMNIST.resources:
+            extract_archive(DEBIAN_FASHION_MNIST / name, raw)
+        return [FashionMNIST(root, train=train) for train in (True, False)]
+
+
+def _upright(images: Tensor, name: str) -> Tensor:
+    """Bring torchvision's raw images into the order channels, height, width."""
+    if name == "cifar10":
+        return images.permute(0, 3, 1, 2)
+    if name.startswith("emnist"):  # its files hold every image column by column
+        images = images.transpose(1, 2)
+    return images[:, None]
+
+
+def _own(name: str, root: Path) -> Part:
+    """Call ``package.module:function`` with the folder of the data sets."""
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"{name}: cannot be imported ({error}). data.dataset names a function as "
+            f'"package.module:function", of a package that is installed where the clients run'
+        ) from error
+    pair = function(root)
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise DataError(f"{name}: returns {type(pair).__name__}, right would be (images, labels)")
+    tensors = []
+    for what, values in zip(("images", "labels"), pair, strict=True):
+        if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+            values = torch.from_numpy(np.ascontiguousarray(values))
+        if not isinstance(values, Tensor):
+            kind = f"{type(values).__name__} of {getattr(values, 'dtype', 'objects')}"
+            raise DataError(f"{name}: {what} are a {kind}, right would be a tensor or NumPy array")
+        tensors.append(values)
+    return tensors[0], tensors[1]
+
+
+def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None:
+    """Raise a `DataError` unless these are images of that shape and labels of those classes."""
+    shape = "x".join(str(size) for size in images.shape)
+    wanted = "x".join(str(size) for size in info.image_shape)
+    if tuple(images.shape[1:]) != info.image_shape:
+        raise DataError(f"{name}: images are {shape}, right would be nx{wanted}")
+    if labels.ndim != 1 or len(labels) != len(images):
+        raise DataError(
+            f"{name}: {len(images)} images and labels of shape {tuple(labels.shape)}, "
+            f"right would be ({len(images)},)"
+        )
+    if len(images) == 0:
+        raise DataError(f"{name}: there is no sample in it")
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise DataError(f"{name}: images are {images.dtype}, right would be uint8 or float32")
+    if images.is_floating_point() and not bool(torch.isfinite(images).all()):
+        raise DataError(f"{name}: images hold NaN or infinity, right would be finite numbers")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"{name}: labels are {labels.dtype}, right would be whole numbers (int64)")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= info.num_classes:
+        raise DataError(
+            f"{name}: labels go from {low} to {high}, right would be 0 to {info.num_classes - 1}"
+        )
+
+
+def _stratified(labels: Tensor, fraction: float, seed: int, name: str) -> Tensor:
+    """Mark ``fraction`` of each class, but never all of it nor none of it."""
+    rng = np.random.default_rng(seed)
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        if len(members) < 2:
+            raise DataError(
+                f"{name}: class {int(label)} has one sample, right would be two or more, "
+                f"so that there is one to train and one to test with"
+            )
+        size = min(max(1, round(fraction * len(members))), len(members) - 1)
+        is_test[members[torch.from_numpy(rng.permutation(len(members))[:size])]] = True
+    return is_test

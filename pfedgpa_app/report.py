@@ -1,0 +1,253 @@
+"""The folder of a run: settings, metrics, figure and the personalized models."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.parameters import StateDict
+
+Row = dict[str, Any]
+
+
+@dataclass
+class RoundRecord:
+    """What happened in one round, as a strategy sees it.
+
+    Attributes
+    ----------
+    server_round
+        The round, from 1.
+    clients
+        A row a client.
+    seconds_clients
+        Wall-clock seconds from sending the training messages to the last reply.
+    seconds_diffusion
+        Seconds the server spent on learning from the uploads.
+    bytes_down, bytes_up
+        Parameters sent to and received from clients.
+    """
+
+    server_round: int
+    clients: dict[int, Row] = field(default_factory=dict)
+    seconds_clients: float = 0.0
+    seconds_diffusion: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def expect(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
+        """Note who was asked to train."""
+        for client, node_id in zip(clients, node_ids, strict=True):
+            self._row(client).update({"node-id": str(node_id), "status": "no reply"})
+
+    def trained(self, client: int, metrics: Mapping[str, float], num_bytes: int) -> None:
+        """Note the metrics of an upload."""
+        self._row(client).update({"status": "ok", **metrics})
+        self.bytes_up += num_bytes
+
+    def failed(self, client: int, reason: str) -> None:
+        """Note why a client is out of the round."""
+        self._row(client)["status"] = reason
+
+    def evaluated(self, client: int, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of a client's personalized model."""
+        self._row(client).update(
+            {
+                f"personalized-{name}": metrics[name]
+                for name in ("accuracy", "loss")
+                if name in metrics
+            }
+        )
+
+    @property
+    def num_trained(self) -> int:
+        """Number of uploads that were used."""
+        return sum(row.get("status") == "ok" for row in self.clients.values())
+
+    @property
+    def num_failures(self) -> int:
+        """Number of clients that were asked to train and gave nothing that could be used."""
+        return sum(row.get("status", "ok") != "ok" for row in self.clients.values())
+
+    def column(self, name: str) -> list[float]:
+        """Return what the clients have under a name, by client."""
+        return [row[name] for _, row in sorted(self.clients.items()) if name in row]
+
+    def _row(self, client: int) -> Row:
+        return self.clients.setdefault(client, {"round": self.server_round, "client": client})
+
+
+def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
+    """Return the line of a round in metrics.jsonl; a mean of no client is None."""
+    accuracies = record.column("personalized-accuracy")
+    return {
+        "round": record.server_round,
+        "strategy": strategy,
+        "personalized-accuracy": _mean(accuracies),
+        "personalized-loss": _mean(record.column("personalized-loss")),
+        "personalized-accuracy-worst": min(accuracies, default=None),
+        "personalized-accuracy-std": statistics.pstdev(accuracies) if accuracies else None,
+        "finetuned-accuracy": _mean(record.column("accuracy-after")),
+        "finetuned-loss": _mean(record.column("loss-after")),
+        "num-clients": record.num_trained,
+        "num-failures": record.num_failures,
+        "seconds-clients": round(record.seconds_clients, 3),
+        "seconds-diffusion": round(record.seconds_diffusion, 3),
+        "seconds-round": round(seconds_round, 3),
+        "bytes-down": record.bytes_down,
+        "bytes-up": record.bytes_up,
+    }
+
+
+class RunFolder:
+    """Writes ``<output-dir>/<run id>/`` while a run goes on.
+
+    Raises
+    ------
+    FileExistsError
+        If the run has a folder already.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        path.mkdir(parents=True, exist_ok=False)
+        self.path = path
+        (path / "config.json").write_text(json.dumps(config.to_flat(), indent=2) + "\n")
+
+    def add_round(self, row: Row, clients: Iterable[Row]) -> None:
+        """Append a round to metrics.jsonl and its clients to clients.jsonl."""
+        _append(self.path / "clients.jsonl", clients)
+        _append(self.path / "metrics.jsonl", [row])
+
+    def save_model(self, client: int, state: StateDict) -> None:
+        """Write a client's personalized model, ``models/client-<number>.safetensors``."""
+        folder = self.path / "models"
+        folder.mkdir(exist_ok=True)
+        tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+        save_file(tensors, folder / f"client-{client}.safetensors")
+
+    def draw(self) -> None:
+        """Draw accuracy.png from the metrics so far."""
+        run = Run.read(self.path)
+        draw_accuracy({f"{run.config['strategy']}": [run]}, self.path / "accuracy.png")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it."""
+
+    path: Path
+    config: Row
+    metrics: list[Row]
+
+    @classmethod
+    def read(cls, path: Path) -> "Run":
+        """Read a run's settings and metrics.
+
+        Raises
+        ------
+        ValueError
+            If the folder is not one of a run.
+        """
+        try:
+            config = json.loads((path / "config.json").read_text())
+            metrics_file = path / "metrics.jsonl"
+            lines = metrics_file.read_text().splitlines() if metrics_file.exists() else []
+            return cls(path, config, [json.loads(line) for line in lines])
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not the folder of a run: {error}") from error
+
+    @property
+    def setting(self) -> str:
+        """The settings without the seed and the place of output: what runs are averaged over."""
+        ignored = ("seed", "output-dir")
+        return json.dumps(
+            {k: v for k, v in self.config.items() if k not in ignored}, sort_keys=True
+        )
+
+    def last(self, name: str) -> float | None:
+        """Return a metric of the last round, None if there is none."""
+        value: float | None = self.metrics[-1].get(name) if self.metrics else None
+        return value
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Return the runs below an output folder, oldest first; other folders are passed over."""
+    configs = sorted(folder.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
+    return [Run.read(file.parent) for file in configs]
+
+
+def group_by_setting(runs: Iterable[Run]) -> list[list[Run]]:
+    """Group runs that differ in their seed alone; of several with one seed the last counts."""
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        if run.metrics:
+            groups.setdefault(run.setting, {})[run.config["seed"]] = run
+    return [list(seeds.values()) for seeds in groups.values()]
+
+
+def mean_and_spread(runs: Iterable[Run], name: str) -> tuple[float, float] | None:
+    """Return mean and standard deviation over runs of a metric of their last rounds."""
+    values = [value for run in runs if (value := run.last(name)) is not None]
+    if not values:
+        return None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def draw_accuracy(groups: Mapping[str, list[Run]], file: Path) -> None:
+    """Draw accuracy over rounds, a colour a group, the mean over its runs and their range.
+
+    The personalized accuracy is a line, the accuracy after local training a dashed one.
+    """
+    # matplotlib takes a second to import, which only figures need.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (label, runs) in enumerate(groups.items()):
+        for name, style in (("personalized-accuracy", "-"), ("finetuned-accuracy", "--")):
+            rounds, rows = _curves(runs, name)
+            if not rounds:
+                continue
+            what = "personalized" if style == "-" else "after local training"
+            means = [statistics.fmean(row) for row in rows]
+            axes.plot(rounds, means, style, color=f"C{number}", label=f"{label}, {what}")
+            axes.fill_between(
+                rounds,
+                [min(row) for row in rows],
+                [max(row) for row in rows],
+                color=f"C{number}",
+                alpha=0.15,
+                linewidth=0,
+            )
+    axes.set_xlabel("round")
+    axes.set_ylabel("accuracy on the clients' own test sets")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=150)
+
+
+def _curves(runs: Iterable[Run], name: str) -> tuple[list[int], list[list[float]]]:
+    """Return the rounds in which a metric is there, and its values over the runs."""
+    values: dict[int, list[float]] = {}
+    for run in runs:
+        for row in run.metrics:
+            if row.get(name) is not None:
+                values.setdefault(row["round"], []).append(row[name])
+    rounds = sorted(values)
+    return rounds, [values[server_round] for server_round in rounds]
+
+
+def _append(file: Path, rows: Iterable[Row]) -> None:
+    with file.open("a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None

@@ -1,0 +1,1 @@
+"""The Flower ServerApp: strategies, checks of what clients send, and the run's folder."""

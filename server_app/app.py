@@ -1,0 +1,104 @@
+"""The ServerApp: one run, from its settings to its folder."""
+
+import time
+from logging import ERROR, INFO
+from typing import Any
+
+from flwr.app import ArrayRecord, Context
+from flwr.common import log
+from flwr.serverapp import Grid, ServerApp
+
+from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.models import ModelError, build_model
+from pfedgpa_app.report import RunFolder, summarize
+from server_app.roster import PartitionRoster
+from server_app.strategies import ClientwiseFedAvg, FedAvgFT, Local, PFedGPA
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the configured strategy and leave a folder with all that came of it."""
+    try:
+        config = Config.from_flat(context.run_config)
+        model = build_model(config.model.name, config.data.info, config.seed)
+    except (ConfigError, ModelError) as error:
+        log(ERROR, "%s", error)
+        raise
+    folder = RunFolder(config.output_path / str(context.run_id), config)
+    strategy = make_strategy(config)
+    try:
+        strategy.start(
+            grid,
+            initial_arrays=ArrayRecord(model.state_dict()),
+            num_rounds=config.num_server_rounds,
+            timeout=config.server.round_timeout,
+            evaluate_fn=RoundEnd(strategy, folder, config),
+        )
+        for client in sorted(strategy.roster.clients.values()):
+            folder.save_model(client, strategy.evaluation_state(client))
+    finally:
+        folder.draw()
+        log(INFO, "Run %s: %s", context.run_id, folder.path)
+
+
+def make_strategy(config: Config) -> ClientwiseFedAvg:
+    """Return the strategy that a run's settings ask for."""
+    common: dict[str, Any] = {
+        "seed": config.seed,
+        "roster": PartitionRoster(config.server.round_timeout),
+        "fraction_train": config.server.fraction_train,
+        "fraction_evaluate": config.server.fraction_evaluate,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": config.server.min_available_nodes,
+    }
+    match config.strategy:
+        case "pfedgpa":
+            return PFedGPA(diffusion=config.diffusion, **common)
+        case "local":
+            return Local(**common)
+        case "fedavg":
+            return ClientwiseFedAvg(**common)
+        case "fedavg-ft":
+            return FedAvgFT(**common)
+
+
+class RoundEnd:
+    """Called by Flower when a round is over: writes and logs what came of it."""
+
+    def __init__(self, strategy: ClientwiseFedAvg, folder: RunFolder, config: Config) -> None:
+        self.strategy = strategy
+        self.folder = folder
+        self.config = config
+        self.clock = time.monotonic()
+
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
+        """Write the round's rows; round 0 is Flower's word for before the first."""
+        now = time.monotonic()
+        seconds, self.clock = now - self.clock, now
+        if server_round == 0:
+            return
+        record = self.strategy.record
+        row = summarize(record, self.config.strategy, seconds)
+        self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
+        log(
+            INFO,
+            "Round %d/%d: personalized accuracy %s (worst client %s), after local training %s; "
+            "%d clients, %.1f s (clients %.1f, diffusion %.1f)",
+            server_round,
+            self.config.num_server_rounds,
+            *(
+                "-" if row[name] is None else f"{row[name]:.4f}"
+                for name in (
+                    "personalized-accuracy",
+                    "personalized-accuracy-worst",
+                    "finetuned-accuracy",
+                )
+            ),
+            row["num-clients"],
+            row["seconds-round"],
+            row["seconds-clients"],
+            row["seconds-diffusion"],
+        )

@@ -1,0 +1,239 @@
+"""FedAvg that sends every client its own message and survives what a client may send."""
+
+import time
+from collections.abc import Iterable, Sequence
+from logging import INFO, WARNING
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy.strategy_utils import sample_nodes
+
+from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
+from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.report import RoundRecord
+from server_app.replies import ReplyError, Upload, read_metrics, read_upload
+from server_app.roster import Roster
+
+
+class ClientwiseFedAvg(FedAvg):
+    """Federated Averaging in which a client may be sent parameters of its own.
+
+    Implementation based on https://arxiv.org/abs/1602.05629. As it stands it gives everyone the
+    average. Subclasses say what else a client is trained from (`training_state`) and judged by
+    (`evaluation_state`), and what the server learns from a round (`learn`).
+
+    A reply that is an error, does not fit the model, is not finite or never comes costs its sender
+    the round and nobody else. Who takes part is drawn from ``seed`` and the round.
+
+    Parameters
+    ----------
+    generated_layers : Sequence[str] (default: ("*",))
+        Patterns of the names of the parameters that `learn` gets as a vector.
+    seed : int (default: 0)
+        Fixes all that the strategy draws at random.
+    roster : Roster, optional
+        Numbers the clients. By default in the order of their node ids.
+    **kwargs : Any
+        The arguments of Flower's `FedAvg`.
+
+    Attributes
+    ----------
+    record : RoundRecord
+        What happened in the current round, client by client.
+    """
+
+    def __init__(
+        self,
+        *,
+        generated_layers: Sequence[str] = ("*",),
+        seed: int = 0,
+        roster: Roster | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.generated_layers = tuple(generated_layers)
+        self.seed = seed
+        self.roster = roster or Roster()
+        self.layout: ParameterLayout | None = None
+        self.average: StateDict = {}
+        self.record = RoundRecord(0)
+        self._sent_at = 0.0
+
+    def training_state(self, client: int) -> StateDict:
+        """Return the state_dict that a client starts its local training from."""
+        return self.average
+
+    def evaluation_state(self, client: int) -> StateDict:
+        """Return the state_dict of a client's personalized model."""
+        return self.average
+
+    def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Take in the uploads of a round by client; the average is up to date already."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients and send each what it starts from."""
+        self.record = RoundRecord(server_round)
+        self._set_average(arrays)
+        if self.fraction_train == 0.0:
+            return []
+        clients = self._sample(
+            grid, "train", server_round, self.fraction_train, self.min_train_nodes
+        )
+        messages = [
+            self._message(
+                client, self.training_state(client), config, server_round, MessageType.TRAIN
+            )
+            for client in clients
+        ]
+        self.record.expect(clients, map(self.roster.node_id, clients))
+        self._sent_at = time.monotonic()
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check the uploads, average them by their numbers of examples and learn from them."""
+        self.record.seconds_clients = time.monotonic() - self._sent_at
+        uploads: dict[int, Upload] = {}
+        for client, reply in self._by_client(replies):
+            try:
+                uploads[client] = self._read_upload(client, reply)
+            except ReplyError as error:
+                self._refuse(client, str(error))
+        log(
+            INFO,
+            "aggregate_train: Received %s results and %s failures",
+            len(uploads),
+            self.record.num_failures,
+        )
+        if not uploads:
+            log(WARNING, "aggregate_train: No client replied; all parameters stay as they are")
+            return None, None
+        weights = [upload.num_examples for upload in uploads.values()]
+        self.average = weighted_average([upload.state for upload in uploads.values()], weights)
+        begin = time.monotonic()
+        self.learn(server_round, uploads)
+        self.record.seconds_diffusion = time.monotonic() - begin
+        return ArrayRecord(self.average), _mean_metrics(
+            [upload.metrics for upload in uploads.values()], weights, self.weighted_by_key
+        )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients and send each its personalized model."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        clients = self._sample(
+            grid, "evaluate", server_round, self.fraction_evaluate, self.min_evaluate_nodes
+        )
+        return [
+            self._message(
+                client, self.evaluation_state(client), config, server_round, MessageType.EVALUATE
+            )
+            for client in clients
+        ]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the metrics of the replies that can be used, by their numbers of examples."""
+        metrics: dict[int, dict[str, float]] = {}
+        for client, reply in self._by_client(replies):
+            try:
+                metrics[client] = read_metrics(reply, self.weighted_by_key)
+            except ReplyError as error:
+                log(WARNING, "Client %d is not evaluated: %s", client, error)
+                continue
+            self.record.evaluated(client, metrics[client])
+        if not metrics:
+            return None
+        weights = [values[self.weighted_by_key] for values in metrics.values()]
+        return _mean_metrics(list(metrics.values()), weights, self.weighted_by_key)
+
+    def summary(self) -> None:
+        """Log the settings."""
+        super().summary()
+        log(
+            INFO,
+            "\t└──> Generated layers: %s, seed: %d",
+            ", ".join(self.generated_layers),
+            self.seed,
+        )
+
+    def _set_average(self, arrays: ArrayRecord) -> None:
+        """Take over the global model: the initial one, or the last average."""
+        self.average = arrays.to_torch_state_dict()
+        if self.layout is None:
+            self.layout = ParameterLayout.of(self.average, self.generated_layers)
+
+    def _sample(
+        self, grid: Grid, purpose: str, server_round: int, fraction: float, minimum: int
+    ) -> list[int]:
+        """Draw clients, the same for a seed and a round whatever their node ids, and sort them."""
+        _, node_ids = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
+        self.roster.admit(grid, node_ids)
+        clients = sorted(self.roster.client(node_id) for node_id in node_ids)
+        size = min(len(clients), max(minimum, round(fraction * len(clients))))
+        generator = make_generator(self.seed, "sample", purpose, server_round)
+        chosen = torch.randperm(len(clients), generator=generator)[:size].tolist()
+        log(INFO, "configure_%s: Sampled %s nodes (out of %s)", purpose, size, len(clients))
+        return sorted(clients[position] for position in chosen)
+
+    def _message(
+        self, client: int, state: StateDict, config: ConfigRecord, server_round: int, kind: str
+    ) -> Message:
+        arrays = ArrayRecord(state)
+        config["server-round"] = server_round
+        self.record.bytes_down += arrays.count_bytes()
+        return Message(
+            content=RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
+            message_type=kind,
+            dst_node_id=self.roster.node_id(client),
+        )
+
+    def _by_client(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
+        """Sort replies by client, so that nothing depends on the order of their arrival."""
+        known = [
+            (self.roster.client(reply.metadata.src_node_id), reply)
+            for reply in replies
+            if reply.metadata.src_node_id in self.roster.clients
+        ]
+        return sorted(known, key=lambda pair: pair[0])
+
+    def _read_upload(self, client: int, reply: Message) -> Upload:
+        assert self.layout is not None, "configure_train comes before aggregate_train"
+        upload = read_upload(reply, self.layout, self.arrayrecord_key, self.weighted_by_key)
+        num_bytes = sum(record.count_bytes() for record in reply.content.array_records.values())
+        self.record.trained(client, upload.metrics, num_bytes)
+        return upload
+
+    def _refuse(self, client: int, reason: str) -> None:
+        log(
+            WARNING,
+            "Client %d (node %d) is out of the round: %s",
+            client,
+            self.roster.node_id(client),
+            reason,
+        )
+        self.record.failed(client, reason)
+
+
+def _mean_metrics(
+    metrics: Sequence[dict[str, float]], weights: Sequence[float], weighted_by_key: str
+) -> MetricRecord:
+    """Average the metrics that everyone reports."""
+    shared = set.intersection(*(set(values) for values in metrics)) - {weighted_by_key}
+    total = sum(weights)
+    return MetricRecord(
+        {
+            name: sum(w * values[name] for w, values in zip(weights, metrics, strict=True)) / total
+            for name in sorted(shared)
+        }
+    )

@@ -1,0 +1,32 @@
+"""Local training only: the lower bound of every collaboration."""
+
+from typing import Any
+
+from pfedgpa_app.parameters import StateDict
+from server_app.replies import Upload
+from server_app.strategies.clientwise import ClientwiseFedAvg
+
+
+class Local(ClientwiseFedAvg):
+    """Every client goes on from its own last upload and learns nothing of the others."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.initial: StateDict = {}
+        self.uploads: dict[int, StateDict] = {}
+
+    def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Keep the uploads."""
+        self.uploads |= {client: upload.state for client, upload in uploads.items()}
+
+    def training_state(self, client: int) -> StateDict:
+        """Return the client's last upload, or the initial model."""
+        return self.uploads.get(client, self.initial)
+
+    def evaluation_state(self, client: int) -> StateDict:
+        """Return the client's last upload, or the initial model."""
+        return self.training_state(client)
+
+    def _set_average(self, arrays: Any) -> None:
+        super()._set_average(arrays)
+        self.initial = self.initial or self.average

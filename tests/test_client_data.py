@@ -1,0 +1,68 @@
+"""What a client gets is its own part of the data set, loaded once a process."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pfedgpa_app.config import DataConfig
+from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, partition
+from pfedgpa_app.data.clients import _shared_out
+
+
+@pytest.fixture(autouse=True)
+def empty_cache():
+    _shared_out.cache_clear()
+    yield
+    _shared_out.cache_clear()
+
+
+def test_a_client_gets_the_images_and_labels_of_its_part():
+    config = DataConfig(dataset="digits")
+    dataset = load_dataset(config, seed=3)
+    train, test = partition(dataset.labels, dataset.is_test, config, 10, seed=3)[4]
+    client = client_data(config, 3, 4, 10)
+    assert torch.equal(client.train_images, dataset.images[train])
+    assert torch.equal(client.train_labels, dataset.labels[train])
+    assert torch.equal(client.test_images, dataset.images[test])
+    assert torch.equal(client.test_labels, dataset.labels[test])
+    assert client.train_images.dtype == torch.uint8
+    assert client.info == config.info
+    assert all(map(torch.equal, client.stats, image_stats(dataset)))
+
+
+def test_a_process_loads_once_for_all_its_clients(monkeypatch):
+    calls = []
+    module = type(sys)("own_data")
+    labels = np.arange(60) % 3
+
+    def load(root):
+        calls.append(root)
+        return np.zeros((60, 1, 2, 2), np.uint8), labels
+
+    module.load = load
+    monkeypatch.setitem(sys.modules, "own_data", module)
+    for partition_id in range(4):
+        # Each message brings its settings anew.
+        config = DataConfig(
+            dataset="own_data:load", image_shape="1x2x2", num_classes=3, partition="iid"
+        )
+        client_data(config, 0, partition_id, 4)
+    assert len(calls) == 1
+    client_data(config, 1, 0, 4)
+    assert len(calls) == 2
+
+
+def test_what_a_client_does_to_its_data_stays_with_it():
+    config = DataConfig(dataset="digits")
+    client = client_data(config, 0, 0, 10)
+    before = client.train_images.clone()
+    client.train_images.zero_()
+    assert torch.equal(client_data(config, 0, 0, 10).train_images, before)
+
+
+@pytest.mark.parametrize(("partition_id", "num_partitions"), [(-1, 10), (10, 10), (0, 0)])
+def test_a_client_that_does_not_exist_is_an_error(partition_id, num_partitions):
+    with pytest.raises(DataError, match=rf"partition-id = {partition_id} .* numbered from 0"):
+        client_data(DataConfig(dataset="digits"), 0, partition_id, num_partitions)
