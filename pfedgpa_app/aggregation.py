@@ -14,7 +14,7 @@ from pfedgpa_app.diffusion import (
     signal_rank,
     train_denoiser,
 )
-from pfedgpa_app.randomness import make_generator, resolve_device
+from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
 
 
 class GenerativeAggregator:
@@ -59,8 +59,9 @@ class GenerativeAggregator:
             self.subspace = self.denoiser = None
             return
         projected = self.subspace.project(vectors).to(self.device)
-        self.denoiser = self._train(projected, server_round)
-        generated = self._generate(projected, server_round)
+        with single_thread():
+            self.denoiser = self._train(projected, server_round)
+            generated = self._generate(projected, server_round)
         self.coordinates = dict(zip(clients, generated.cpu(), strict=True))
 
     def personalize(self, client: int) -> Tensor:

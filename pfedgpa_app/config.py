@@ -141,11 +141,11 @@ class DiffusionConfig(Section):
     num_steps: Count = 20
     fidelity: UnitInterval = 0.3
     num_draws: Count = 4
-    hidden_size: Annotated[int, Field(ge=2)] = 128
-    num_blocks: OptionalCount = 3
-    train_steps: Count = 400
+    hidden_size: Annotated[int, Field(ge=2)] = 64
+    num_blocks: OptionalCount = 2
+    train_steps: Count = 200
     batch_size: Count = 256
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 1e-2
     device: Device = "auto"
 
     @property

@@ -1,5 +1,8 @@
 """Random generators that depend on what they are for, never on who ran before."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -17,6 +20,21 @@ def make_generator(
         entropy += [0, part] if isinstance(part, int) else [1, *part.encode()]
     state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     return torch.Generator(device=device).manual_seed(state)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Let torch use one CPU thread in the block.
+
+    On small tensors more threads are slower, by far where other processes want the cores, and one
+    thread gives the same digits on a machine of any number of cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def resolve_device(name: str) -> torch.device:

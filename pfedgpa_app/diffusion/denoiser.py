@@ -16,7 +16,7 @@ class ResidualDenoiser(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, dim: int, hidden_size: int = 128, num_blocks: int = 3) -> None:
+    def __init__(self, dim: int, hidden_size: int = 64, num_blocks: int = 2) -> None:
         super().__init__()
         self.embed_time = nn.Sequential(
             nn.Linear(2 * (hidden_size // 2), hidden_size),

@@ -44,7 +44,7 @@ def train_denoiser(
     float
         The mean loss over the last tenth of the steps.
     """
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=learning_rate, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, train_steps)
     denoiser.train()
     losses = []
