@@ -198,7 +198,7 @@ class Config(Section):
 
     def to_flat(self) -> dict[str, Scalar]:
         """Return the settings as a flat run config, the inverse of `from_flat`."""
-        return dict(_flatten(self.model_dump(by_alias=True)))
+        return dict(flatten(self.model_dump(by_alias=True)))
 
     @property
     def output_path(self) -> Path:
@@ -291,10 +291,11 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the flat keys and the values of nested settings, the way Flower flattens them."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

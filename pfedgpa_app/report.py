@@ -29,6 +29,8 @@ class RoundRecord:
         Wall-clock seconds from sending the training messages to the last reply.
     seconds_diffusion
         Seconds the server spent on learning from the uploads.
+    num_nodes
+        Clients that were connected when the round began.
     bytes_down, bytes_up
         Parameters sent to and received from clients.
     """
@@ -37,6 +39,7 @@ class RoundRecord:
     clients: dict[int, Row] = field(default_factory=dict)
     seconds_clients: float = 0.0
     seconds_diffusion: float = 0.0
+    num_nodes: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
 
@@ -94,6 +97,7 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "personalized-accuracy-std": statistics.pstdev(accuracies) if accuracies else None,
         "finetuned-accuracy": _mean(record.column("accuracy-after")),
         "finetuned-loss": _mean(record.column("loss-after")),
+        "num-nodes": record.num_nodes,
         "num-clients": record.num_trained,
         "num-failures": record.num_failures,
         "seconds-clients": round(record.seconds_clients, 3),
@@ -163,11 +167,24 @@ class Run:
 
     @property
     def setting(self) -> str:
-        """The settings without the seed and the place of output: what runs are averaged over."""
+        """What runs are averaged over: the settings without seed and output folder."""
         ignored = ("seed", "output-dir")
-        return json.dumps(
-            {k: v for k, v in self.config.items() if k not in ignored}, sort_keys=True
-        )
+        kept = {key: value for key, value in self.config.items() if key not in ignored}
+        return json.dumps([self.num_nodes, kept], sort_keys=True)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of clients that were connected in the last round."""
+        return int(self.last("num-nodes") or 0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all rounds are there."""
+        return len(self.metrics) == self.config["num-server-rounds"]
+
+    def is_of(self, config: Config) -> bool:
+        """Whether the run had these settings, wherever it was written to."""
+        return bool(self.config | {"output-dir": ""} == config.to_flat() | {"output-dir": ""})
 
     def last(self, name: str) -> float | None:
         """Return a metric of the last round, None if there is none."""

@@ -85,6 +85,7 @@ class ClientwiseFedAvg(FedAvg):
         clients = self._sample(
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
+        self.record.num_nodes = len(self.roster.clients)
         messages = [
             self._message(
                 client, self.training_state(client), config, server_round, MessageType.TRAIN
