@@ -1,6 +1,10 @@
 """Generative aggregation: the server's side of pFedGPA (Algorithm 1 of arXiv 2409.05701)."""
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pfedgpa_app.config import DiffusionConfig
@@ -15,6 +19,9 @@ from pfedgpa_app.diffusion import (
     train_denoiser,
 )
 from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
+
+STATE_FORMAT = "pfedgpa-aggregator-1"
+_SUBSPACE = ("mean", "basis", "eigenvalues")
 
 
 class GenerativeAggregator:
@@ -76,6 +83,46 @@ class GenerativeAggregator:
             return self.bank[client]
         return self.subspace.reconstruct(self.coordinates[client])
 
+    def save(self, file: Path) -> None:
+        """Write all that the next round needs as safetensors, in place of an older file at once."""
+        tensors = {f"bank.{client}": vector for client, vector in self.bank.items()}
+        tensors |= {f"coordinates.{client}": row for client, row in self.coordinates.items()}
+        metadata = {"format": STATE_FORMAT}
+        if self.subspace is not None and self.denoiser is not None:
+            tensors |= {f"subspace.{name}": getattr(self.subspace, name) for name in _SUBSPACE}
+            tensors |= {f"denoiser.{name}": t for name, t in self.denoiser.state_dict().items()}
+            metadata["scale"] = self.subspace.scale.hex()
+        unfinished = file.with_name(file.name + ".unfinished")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata
+        )
+        unfinished.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Take over what `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged or is none of `save`; the state is then as it was.
+        """
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+        if metadata.get("format") != STATE_FORMAT:
+            raise ValueError(f"{file} holds no state of an aggregator ({STATE_FORMAT})")
+        self.bank = {int(name): t for name, t in _below(tensors, "bank.").items()}
+        self.coordinates = {int(name): t for name, t in _below(tensors, "coordinates.").items()}
+        self.subspace = self.denoiser = None
+        if "scale" in metadata:
+            parts = _below(tensors, "subspace.")
+            self.subspace = Subspace(scale=float.fromhex(metadata["scale"]), **parts)
+            self.denoiser = self._new_denoiser(self.subspace.dim).to(self.device)
+            self.denoiser.load_state_dict(_below(tensors, "denoiser."))
+
     @property
     def schedule(self) -> NoiseSchedule:
         """The forward process."""
@@ -91,7 +138,7 @@ class GenerativeAggregator:
         config = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(make_generator(self.seed, "denoiser", server_round).initial_seed())
-            denoiser = ResidualDenoiser(projected.shape[1], config.hidden_size, config.num_blocks)
+            denoiser = self._new_denoiser(projected.shape[1])
         train_denoiser(
             denoiser.to(self.device),
             self.schedule,
@@ -103,6 +150,9 @@ class GenerativeAggregator:
         )
         return denoiser
 
+    def _new_denoiser(self, dim: int) -> ResidualDenoiser:
+        return ResidualDenoiser(dim, self.config.hidden_size, self.config.num_blocks)
+
     def _generate(self, projected: Tensor, server_round: int) -> Tensor:
         """Invert and denoise coordinates ``(num_clients, dim)``, averaged over the draws."""
         assert self.denoiser is not None
@@ -112,3 +162,7 @@ class GenerativeAggregator:
         code = invert(self.denoiser, self.schedule, draws, timesteps, generator)
         denoised = generate(self.denoiser, self.schedule, code, self.config.fidelity)
         return denoised.view(self.config.num_draws, *projected.shape).mean(dim=0)
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,76 @@
+"""A grid without network: nodes are functions that answer messages."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+Answer = Callable[[Message], RecordDict | Error | None]
+
+
+def weights(value: float) -> dict[str, torch.Tensor]:
+    """Return the state_dict of a model with 6 generated parameters and a counter."""
+    return {
+        "layer.weight": torch.full((2, 2), value),
+        "layer.bias": torch.full((2,), -value),
+        "norm.running_mean": torch.full((2,), 10 * value),
+        "norm.num_batches_tracked": torch.tensor(int(value)),
+    }
+
+
+def upload(state: dict[str, Any], num_examples: float = 10, **metrics: float) -> RecordDict:
+    """Return the content of a training reply."""
+    arrays = {
+        name: value if isinstance(value, Array) else Array(np.asarray(value))
+        for name, value in state.items()
+    }
+    return RecordDict(
+        {
+            "arrays": ArrayRecord(arrays),
+            "metrics": MetricRecord({"num-examples": num_examples, **metrics}),
+        }
+    )
+
+
+class SimulatedGrid:
+    """Deliver messages to nodes at once; a node that answers None is down.
+
+    Parameters
+    ----------
+    nodes
+        What each node answers to training and evaluation.
+    partitions
+        What a node answers to the question for its partition; others answer with an error.
+    """
+
+    def __init__(self, nodes: dict[int, Answer], partitions: dict[int, int] | None = None) -> None:
+        self.nodes = nodes
+        self.partitions = partitions or {}
+        self.sent: list[Message] = []
+        # What Flower's process of a ServerApp sets before the app starts.
+        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        replies = []
+        for message in messages:
+            self.sent.append(message)
+            answer = self._answer(message)
+            if answer is not None:
+                replies.append(Message(answer, reply_to=message))
+        return replies[::-1]  # replies come in any order
+
+    def _answer(self, message: Message) -> RecordDict | Error | None:
+        node = message.metadata.dst_node_id
+        if message.metadata.message_type != MessageType.QUERY:
+            return self.nodes[node](message)
+        if node not in self.partitions:
+            return Error(code=0, reason="no query function")
+        return RecordDict({"m": MetricRecord({"partition-id": self.partitions[node]})})

@@ -1,0 +1,119 @@
+"""Which way imports run, and what no source may use."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+PACKAGES = ("pfedgpa_app", "client_app", "server_app")
+SOURCES = sorted(file for package in PACKAGES for file in (PROJECT / package).rglob("*.py"))
+
+# What may not be imported where. In pfedgpa_app/data, flwr_datasets' partitioners are welcome.
+FORBIDDEN = {
+    "pfedgpa_app": {"flwr", "flwr_datasets", "client_app", "server_app"},
+    "client_app": {"server_app"},
+    "server_app": {"client_app"},
+}
+EXPLICIT_NUMPY_RANDOM = {"default_rng", "Generator", "SeedSequence"}
+DRAWS = {"rand", "randn", "randint", "randperm", "normal", "multinomial", "bernoulli"}
+
+every_source = pytest.mark.parametrize(
+    "file", SOURCES, ids=lambda file: str(file.relative_to(PROJECT))
+)
+
+
+def imported(source: str) -> Iterator[str]:
+    """Yield the full names of the imported modules, and of what is imported from them."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def used(source: str) -> Iterator[tuple[str, list[str], int]]:
+    """Yield the dotted name, keywords and number of arguments of every call."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            keywords = [str(keyword.arg) for keyword in node.keywords]
+            yield ast.unparse(node.func), keywords, len(node.args)
+
+
+def global_randomness(source: str) -> list[str]:
+    """Return what draws from a global generator, or seeds it other than in a fork of it."""
+    found = [name for name in imported(source) if name.partition(".")[0] == "random"]
+    for name, keywords, num_arguments in used(source):
+        module, _, function = name.rpartition(".")
+        if (
+            (module == "torch" and function in DRAWS and "generator" not in keywords)
+            or (module.endswith("np.random") and function not in EXPLICIT_NUMPY_RANDOM)
+            or (function == "default_rng" and num_arguments == 0)
+            or (function == "manual_seed" and module == "torch" and "fork_rng" not in source)
+        ):
+            found.append(name)
+    return found
+
+
+def unsafe_files(source: str) -> list[str]:
+    """Return what reads or writes pickles."""
+    modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+    found = [name for name in imported(source) if name.partition(".")[0] in modules]
+    return found + [
+        name
+        for name, keywords, _ in used(source)
+        if name in ("torch.load", "torch.save") or "allow_pickle" in keywords
+    ]
+
+
+@every_source
+def test_imports_run_one_way(file: Path):
+    package, *inner = file.relative_to(PROJECT).parts
+    forbidden = FORBIDDEN[package]
+    if inner[0] == "data":
+        forbidden = forbidden - {"flwr_datasets"}
+    assert not [name for name in imported(file.read_text()) if name.partition(".")[0] in forbidden]
+
+
+@every_source
+def test_nothing_is_pickled(file: Path):
+    assert unsafe_files(file.read_text()) == []
+
+
+@every_source
+def test_nothing_draws_from_a_global_generator(file: Path):
+    assert global_randomness(file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import random",
+        "from random import shuffle",
+        "torch.randn(3)",
+        "np.random.rand(3)",
+        "np.random.seed(0)",
+        "np.random.default_rng()",
+        "torch.manual_seed(0)",
+    ],
+)
+def test_the_search_for_global_generators_finds_them(source: str):
+    assert global_randomness(source)
+
+
+@pytest.mark.parametrize(
+    "source", ["import pickle", "torch.load(file)", "np.load(file, allow_pickle=True)"]
+)
+def test_the_search_for_pickles_finds_them(source: str):
+    assert unsafe_files(source)
+
+
+def test_the_search_for_imports_finds_them():
+    source = "import flwr.app\ndef f():\n    from client_app import training, app as other"
+    assert list(imported(source)) == ["flwr.app", "client_app.training", "client_app.app"]
+
+
+def test_every_package_has_sources():
+    assert {file.relative_to(PROJECT).parts[0] for file in SOURCES} == set(PACKAGES)

@@ -1,0 +1,218 @@
+"""The numerical core against closed forms and independent computations in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pfedgpa_app.diffusion import (
+    CLEAN,
+    ExactDenoiser,
+    NoiseSchedule,
+    ResidualDenoiser,
+    ddpm_loss,
+    generate,
+    invert,
+    posterior_mean,
+    sampling_timesteps,
+    train_denoiser,
+)
+from pfedgpa_app.randomness import make_generator
+
+SCHEDULE = NoiseSchedule.linear()
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)
+
+
+def test_linear_schedule_is_the_cumulative_product_of_one_minus_beta():
+    betas = np.linspace(1e-4, 2e-2, 1000)
+    np.testing.assert_allclose(SCHEDULE.alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=1e-12)
+
+
+@pytest.mark.parametrize("t", [0, 10, 200, 999])
+def test_forward_process_has_the_moments_of_its_definition(t: int):
+    x0 = torch.tensor([[3.0, -2.0]], dtype=torch.float64)
+    noise = normal(200_000, 2)
+    x = SCHEDULE.add_noise(x0.expand(200_000, 2), torch.full((200_000,), t), noise)
+    alpha_bar = float(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[t])
+    np.testing.assert_allclose(x.mean(0), np.sqrt(alpha_bar) * x0[0], atol=0.01)
+    np.testing.assert_allclose(x.var(0), [1 - alpha_bar] * 2, rtol=0.02)
+
+
+def test_clean_timestep_has_no_noise():
+    x0, noise = normal(4, 3), normal(4, 3, seed=1)
+    t = torch.full((4,), CLEAN)
+    assert torch.equal(SCHEDULE.add_noise(x0, t, noise), x0)
+
+
+@given(start=st.integers(1, 999), data=st.data())
+def test_sampling_timesteps_descend_from_start_and_never_repeat(start: int, data: st.DataObject):
+    num_steps = data.draw(st.integers(1, start))
+    timesteps = sampling_timesteps(start, num_steps)
+    assert timesteps.dtype == torch.long
+    assert len(timesteps) == num_steps
+    assert timesteps[0] == start
+    assert timesteps[-1] >= 1
+    assert (timesteps.diff() < 0).all()
+    # Evenly spread: gaps differ by one at most.
+    gaps = (-timesteps.diff()).tolist()
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(("start", "num_steps"), [(10, 11), (10, 0), (0, 1)])
+def test_impossible_sampling_timesteps_are_refused(start: int, num_steps: int):
+    with pytest.raises(ValueError, match="num_steps"):
+        sampling_timesteps(start, num_steps)
+
+
+def test_posterior_mean_is_that_of_the_forward_process_given_x0():
+    """With the true noise as prediction, it is E[x_s | x_t, x_0], here by Gaussian conditioning."""
+    t, s = 200, 150
+    x0, noise = normal(5, 3), normal(5, 3, seed=1)
+    x_t = SCHEDULE.add_noise(x0, torch.full((5,), t), noise)
+    abar_t, abar_s = SCHEDULE.alphas_cumprod[t], SCHEDULE.alphas_cumprod[s]
+    # x_t = sqrt(a) x_s + sqrt(1 - a) e, a = abar_t / abar_s: the covariance of x_s and x_t given
+    # x_0 is sqrt(a) (1 - abar_s), the variance of x_t is 1 - abar_t.
+    gain = (abar_t / abar_s).sqrt() * (1 - abar_s) / (1 - abar_t)
+    expected = abar_s.sqrt() * x0 + gain * (x_t - abar_t.sqrt() * x0)
+    actual = posterior_mean(lambda x, t: noise, SCHEDULE, x_t, t, s)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_last_step_gives_the_predicted_parameters():
+    x0, noise = normal(5, 3), normal(5, 3, seed=1)
+    x_t = SCHEDULE.add_noise(x0, torch.full((5,), 10), noise)
+    actual = posterior_mean(lambda x, t: noise, SCHEDULE, x_t, 10, CLEAN)
+    torch.testing.assert_close(actual, x0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    dim=st.integers(1, 6),
+    start=st.integers(20, 999),
+    seed=st.integers(0, 2**20),
+)
+def test_fidelity_one_returns_the_upload_whatever_the_denoiser(
+    batch: int, dim: int, start: int, seed: int
+):
+    x0 = normal(batch, dim, seed=seed)
+    matrix = normal(dim, dim, seed=seed + 1)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return torch.sin(x @ matrix) + t[:, None] / 1000
+
+    code = invert(denoiser, SCHEDULE, x0, sampling_timesteps(start, 20), make_generator(seed))
+    torch.testing.assert_close(generate(denoiser, SCHEDULE, code, 1.0), x0, rtol=1e-8, atol=1e-8)
+
+
+def test_fidelity_one_returns_the_upload_of_a_trained_network_in_float32():
+    torch.manual_seed(0)
+    denoiser = ResidualDenoiser(7)
+    x0 = normal(3, 7).float()
+    code = invert(denoiser, SCHEDULE, x0, sampling_timesteps(200, 20), make_generator(0))
+    torch.testing.assert_close(generate(denoiser, SCHEDULE, code, 1.0), x0, rtol=1e-4, atol=1e-4)
+
+
+def test_fidelity_zero_forgets_the_residuals():
+    exact = ExactDenoiser(normal(6, 3), SCHEDULE)
+    code = invert(
+        exact, SCHEDULE, normal(4, 3, seed=1), sampling_timesteps(200, 20), make_generator(0)
+    )
+    without = code._replace(residuals=torch.zeros_like(code.residuals))
+    assert torch.equal(
+        generate(exact, SCHEDULE, code, 0.0), generate(exact, SCHEDULE, without, 1.0)
+    )
+
+
+def test_latent_code_has_a_residual_a_step_and_starts_from_the_diffused_parameters():
+    timesteps = sampling_timesteps(300, 10)
+    x0 = torch.full((50_000, 1), 2.0, dtype=torch.float64)
+    code = invert(lambda x, t: torch.zeros_like(x), SCHEDULE, x0, timesteps, make_generator(0))
+    assert code.residuals.shape == (10, 50_000, 1)
+    alpha_bar = SCHEDULE.alphas_cumprod[300]
+    assert code.x_start.mean() == pytest.approx(float(2 * alpha_bar.sqrt()), abs=0.02)
+    assert code.x_start.var() == pytest.approx(float(1 - alpha_bar), rel=0.03)
+
+
+def bayes_noise(points: np.ndarray, x: np.ndarray, abar: np.ndarray) -> np.ndarray:
+    """E[noise | x_t] of a finite bank, by Bayes' rule with explicit Gaussian densities."""
+    rows = []
+    for row, a in zip(x, abar, strict=True):
+        densities = np.array(
+            [np.prod(np.exp(-((row - np.sqrt(a) * p) ** 2) / (2 * (1 - a)))) for p in points]
+        )
+        x0 = (densities[:, None] * points).sum(0) / densities.sum()
+        rows.append((row - np.sqrt(a) * x0) / np.sqrt(1 - a))
+    return np.array(rows)
+
+
+def test_exact_denoiser_is_the_posterior_mean_of_the_bank_at_mixed_timesteps():
+    points, x = normal(5, 3), normal(8, 3, seed=1)
+    t = torch.tensor([50, 100, 200, 300, 500, 700, 900, 999])
+    expected = bayes_noise(points.numpy(), x.numpy(), SCHEDULE.alphas_cumprod[t].numpy())
+    np.testing.assert_allclose(
+        ExactDenoiser(points, SCHEDULE)(x, t), expected, rtol=1e-8, atol=1e-9
+    )
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[ResidualDenoiser, Tensor]:
+    bank = normal(12, 3).float()
+    bank = bank / bank.square().mean().sqrt()
+    torch.manual_seed(0)
+    denoiser = ResidualDenoiser(3)
+    train_denoiser(
+        denoiser,
+        SCHEDULE,
+        bank,
+        train_steps=1500,
+        batch_size=256,
+        learning_rate=5e-3,
+        generator=make_generator(0),
+    )
+    return denoiser, bank
+
+
+@torch.no_grad()
+def test_trained_denoiser_is_never_better_than_the_exact_one_and_comes_near_it(
+    trained: tuple[ResidualDenoiser, Tensor],
+):
+    denoiser, bank = trained
+    many = bank.repeat(4000, 1)
+    exact = float(ddpm_loss(ExactDenoiser(bank, SCHEDULE), SCHEDULE, many, make_generator(1)))
+    loss = float(ddpm_loss(denoiser, SCHEDULE, many, make_generator(1)))
+    assert exact <= loss < 1.25 * exact + 0.02
+
+
+def test_training_is_fixed_by_its_generator():
+    def train() -> Tensor:
+        torch.manual_seed(0)
+        denoiser = ResidualDenoiser(2, hidden_size=16, num_blocks=1)
+        train_denoiser(
+            denoiser,
+            SCHEDULE,
+            normal(5, 2).float(),
+            train_steps=5,
+            batch_size=8,
+            learning_rate=1e-2,
+            generator=make_generator(3),
+        )
+        return denoiser.leave.weight.detach()
+
+    assert torch.equal(train(), train())
+
+
+def test_ddpm_loss_of_a_perfect_prediction_is_zero_and_of_none_is_one():
+    x0 = torch.zeros(50_000, 2, dtype=torch.float64)
+
+    def perfect(x: Tensor, t: Tensor) -> Tensor:
+        return x / (1 - SCHEDULE.alpha_bar(t, x)).sqrt()
+
+    assert float(ddpm_loss(perfect, SCHEDULE, x0, make_generator(0))) < 1e-20
+    nothing = ddpm_loss(lambda x, t: torch.zeros_like(x), SCHEDULE, x0, make_generator(0))
+    assert float(nothing) == pytest.approx(1.0, abs=0.02)

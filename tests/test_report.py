@@ -1,0 +1,272 @@
+"""The folder of a run: its lines, models and figure, and what is read back from it."""
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.report import (
+    RoundRecord,
+    Run,
+    RunFolder,
+    draw_accuracy,
+    group_by_setting,
+    mean_and_spread,
+    read_runs,
+    summarize,
+)
+
+
+def make_run(
+    path: Path, accuracies: list[float | None], num_nodes: int = 4, **settings: Any
+) -> Run:
+    folder = RunFolder(path, Config(**settings))
+    for server_round, accuracy in enumerate(accuracies, start=1):
+        row = {
+            "round": server_round,
+            "num-nodes": num_nodes,
+            "personalized-accuracy": accuracy,
+            "finetuned-accuracy": 0.25,
+        }
+        folder.add_round(row, [])
+    return Run.read(path)
+
+
+def hand_made_record() -> RoundRecord:
+    """Clients 0 and 2 train and are evaluated, 1 sends NaN, 3 never replies, 4 only evaluates."""
+    record = RoundRecord(
+        2, seconds_clients=1.23456, seconds_diffusion=0.5, num_nodes=6, bytes_down=400
+    )
+    record.expect([3, 2, 1, 0], [33, 32, 31, 30])
+    record.trained(2, {"accuracy-after": 0.75, "loss-after": 1.0, "num-examples": 9}, 100)
+    record.trained(0, {"accuracy-after": 0.25, "loss-after": 2.0, "num-examples": 8}, 110)
+    record.failed(1, "0.weight has values that are not finite")
+    record.evaluated(0, {"accuracy": 0.5, "loss": 0.7, "num-examples": 4})
+    record.evaluated(2, {"accuracy": 1.0, "loss": 0.1, "num-examples": 4})
+    record.evaluated(4, {"accuracy": 0.6, "loss": 0.4})
+    return record
+
+
+def test_a_round_is_summarized_over_its_clients():
+    summary = summarize(hand_made_record(), "pfedgpa", seconds_round=3.14159)
+    assert summary == {
+        "round": 2,
+        "strategy": "pfedgpa",
+        "personalized-accuracy": pytest.approx((0.5 + 1.0 + 0.6) / 3),
+        "personalized-loss": pytest.approx((0.7 + 0.1 + 0.4) / 3),
+        "personalized-accuracy-worst": 0.5,
+        # mean 0.7, deviations -0.2, 0.3 and -0.1
+        "personalized-accuracy-std": pytest.approx(math.sqrt((0.04 + 0.09 + 0.01) / 3)),
+        "finetuned-accuracy": 0.5,
+        "finetuned-loss": 1.5,
+        "num-nodes": 6,
+        "num-clients": 2,
+        "num-failures": 2,
+        "seconds-clients": 1.235,
+        "seconds-diffusion": 0.5,
+        "seconds-round": 3.142,
+        "bytes-down": 400,
+        "bytes-up": 210,
+    }
+
+
+def test_a_round_without_clients_has_no_means():
+    summary = summarize(RoundRecord(1), "local", 0.0)
+    assert {name for name, value in summary.items() if value is None} == {
+        "personalized-accuracy",
+        "personalized-loss",
+        "personalized-accuracy-worst",
+        "personalized-accuracy-std",
+        "finetuned-accuracy",
+        "finetuned-loss",
+    }
+    assert summary["num-clients"] == summary["num-failures"] == summary["bytes-up"] == 0
+
+
+def test_a_client_has_a_row_with_all_that_is_known_of_it():
+    rows = hand_made_record().clients
+    assert rows[2] == {
+        "round": 2,
+        "client": 2,
+        "node-id": "32",
+        "status": "ok",
+        "accuracy-after": 0.75,
+        "loss-after": 1.0,
+        "num-examples": 9,
+        "personalized-accuracy": 1.0,
+        "personalized-loss": 0.1,
+    }
+    assert rows[1]["status"] == "0.weight has values that are not finite"
+    assert rows[3]["status"] == "no reply"
+    assert "status" not in rows[4]
+
+
+def test_a_column_is_ordered_by_client():
+    assert hand_made_record().column("personalized-accuracy") == [0.5, 1.0, 0.6]
+
+
+def test_a_run_folder_holds_the_settings_and_a_json_line_a_round(tmp_path: Path):
+    config = Config(seed=3, strategy="local")
+    folder = RunFolder(tmp_path / "some" / "run", config)
+    record = hand_made_record()
+    summary = summarize(record, "local", 1.0)
+    folder.add_round(summarize(RoundRecord(1), "local", 1.0), [])
+    folder.add_round(summary, record.clients.values())
+    path = tmp_path / "some" / "run"
+    assert Config.from_flat(json.loads((path / "config.json").read_text())) == config
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    assert lines[0]["personalized-accuracy"] is None
+    assert lines[1] == summary
+    clients = [json.loads(line) for line in (path / "clients.jsonl").read_text().splitlines()]
+    assert clients == list(record.clients.values())
+
+
+def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path):
+    RunFolder(tmp_path / "run", Config(seed=1))
+    with pytest.raises(FileExistsError):
+        RunFolder(tmp_path / "run", Config(seed=2))
+    assert Run.read(tmp_path / "run").config["seed"] == 1
+
+
+def test_a_saved_model_is_loaded_with_equal_tensors(tmp_path: Path):
+    weight = torch.arange(6.0).reshape(2, 3)
+    state = {
+        "weight": weight,
+        "transposed": weight.T,
+        "shared": weight[1:],
+        "half": torch.tensor([0.1]).bfloat16(),
+        "num_batches_tracked": torch.tensor(5),
+    }
+    folder = RunFolder(tmp_path / "run", Config())
+    folder.save_model(0, {"weight": torch.zeros(1)})
+    folder.save_model(12, state)
+    loaded = load_file(tmp_path / "run" / "models" / "client-12.safetensors")
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_a_run_that_has_just_begun_has_no_metrics(tmp_path: Path):
+    RunFolder(tmp_path / "run", Config())
+    run = Run.read(tmp_path / "run")
+    assert run.metrics == []
+    assert run.last("personalized-accuracy") is None
+    assert run.num_nodes == 0
+    assert not run.is_complete
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"model_type": "bert"}'])
+def test_a_foreign_folder_is_refused_with_its_name(tmp_path: Path, content: str | None):
+    """A config.json alone makes no run: other programs write files of that name."""
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path} is not the folder of a run"):
+        Run.read(tmp_path)
+
+
+def test_runs_are_read_oldest_first_and_other_folders_passed_over(tmp_path: Path):
+    for number, name in enumerate(["c", "a", "b"]):
+        make_run(tmp_path / name, [0.5])
+        os.utime(tmp_path / name / "config.json", (number, number))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert [run.path.name for run in read_runs(tmp_path)] == ["c", "a", "b"]
+    assert read_runs(tmp_path / "no such folder") == []
+
+
+def test_folders_of_other_programs_are_passed_over(tmp_path: Path):
+    make_run(tmp_path / "run", [0.5])
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert [run.path.name for run in read_runs(tmp_path)] == ["run"]
+
+
+def test_a_run_is_complete_with_its_last_round(tmp_path: Path):
+    assert not make_run(tmp_path / "a", [0.5], num_server_rounds=2).is_complete
+    assert make_run(tmp_path / "b", [0.5, 0.6], num_server_rounds=2).is_complete
+
+
+def test_a_run_is_of_its_settings_wherever_it_was_written_to(tmp_path: Path):
+    run = make_run(tmp_path / "a", [0.5], seed=1, output_dir="/somewhere")
+    assert run.is_of(Config(seed=1))
+    assert run.is_of(Config(seed=1, output_dir=str(tmp_path)))
+    assert not run.is_of(Config(seed=2, output_dir="/somewhere"))
+
+
+def test_runs_that_differ_in_seed_and_folder_alone_are_grouped(tmp_path: Path):
+    first = make_run(tmp_path / "0", [0.5], seed=0)
+    other = make_run(tmp_path / "1", [0.5], seed=0, strategy="local")
+    second = make_run(tmp_path / "2", [0.5], seed=1, output_dir="/elsewhere")
+    larger = make_run(tmp_path / "3", [0.5], seed=2, num_nodes=8)
+    unstarted = make_run(tmp_path / "4", [], seed=3)
+    groups = group_by_setting([first, other, second, larger, unstarted])
+    assert groups == [[first, second], [other], [larger]]
+
+
+def test_the_last_run_of_a_seed_counts(tmp_path: Path):
+    runs = [make_run(tmp_path / str(n), [n / 10], seed=seed) for n, seed in enumerate([0, 1, 0])]
+    assert group_by_setting(runs) == [[runs[2], runs[1]]]
+
+
+def test_mean_and_spread_are_over_the_last_rounds(tmp_path: Path):
+    runs = [
+        make_run(tmp_path / "0", [0.9, 0.2]),
+        make_run(tmp_path / "1", [0.9, 0.4]),
+        make_run(tmp_path / "2", [0.9, 0.9]),
+        make_run(tmp_path / "3", [0.9, None]),
+        make_run(tmp_path / "4", []),
+    ]
+    # Deviations from 0.5 of -0.3, -0.1 and 0.4, over n - 1 = 2.
+    assert mean_and_spread(runs, "personalized-accuracy") == pytest.approx(
+        (0.5, math.sqrt((0.09 + 0.01 + 0.16) / 2))
+    )
+    assert mean_and_spread(runs[:1], "personalized-accuracy") == (0.2, 0.0)
+    assert mean_and_spread(runs[3:], "personalized-accuracy") is None
+
+
+def colours_of(file: Path) -> set[tuple[int, ...]]:
+    """Return the saturated colours of a PNG, which are those of the curves."""
+    content = file.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert min(struct.unpack(">II", content[16:24])) > 500
+    pixels = (matplotlib.image.imread(file)[..., :3] * 255).round().astype(int)
+    found = pixels.reshape(-1, 3)
+    return {tuple(map(int, colour)) for colour in found[found.max(1) - found.min(1) > 150]}
+
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+
+
+def test_a_figure_has_a_colour_a_group(tmp_path: Path):
+    runs = [make_run(tmp_path / str(seed), [0.2, 0.5, 0.6 + seed], seed=seed) for seed in (0, 1)]
+    draw_accuracy({"one": runs[:1]}, tmp_path / "one.png")
+    draw_accuracy({"one": runs[:1], "two": runs[1:]}, tmp_path / "two.png")
+    assert BLUE in colours_of(tmp_path / "one.png")
+    assert ORANGE not in colours_of(tmp_path / "one.png")
+    assert {BLUE, ORANGE} <= colours_of(tmp_path / "two.png")
+
+
+def test_runs_of_different_lengths_are_drawn_together(tmp_path: Path):
+    runs = [make_run(tmp_path / "0", [0.2, None, 0.6]), make_run(tmp_path / "1", [0.3], seed=1)]
+    draw_accuracy({"group": runs}, tmp_path / "figure.png")
+    assert BLUE in colours_of(tmp_path / "figure.png")
+
+
+def test_a_run_folder_draws_its_own_figure(tmp_path: Path):
+    make_run(tmp_path / "run", [0.2, 0.5])
+    folder = RunFolder.__new__(RunFolder)
+    folder.path = tmp_path / "run"
+    folder.draw()
+    assert BLUE in colours_of(tmp_path / "run" / "accuracy.png")

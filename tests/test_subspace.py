@@ -1,0 +1,122 @@
+"""The subspace loses nothing: against NumPy's SVD, and against diffusion in the full space."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pfedgpa_app.diffusion import (
+    ExactDenoiser,
+    NoiseSchedule,
+    Subspace,
+    generate,
+    invert,
+    sampling_timesteps,
+    signal_rank,
+)
+from pfedgpa_app.randomness import make_generator
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(num=st.integers(2, 12), dim=st.integers(2, 40), seed=st.integers(0, 2**20))
+def test_every_component_reconstructs_the_bank(num: int, dim: int, seed: int):
+    vectors = normal(num, dim, seed=seed) + 5
+    subspace = Subspace.fit(vectors)
+    assert subspace.dim <= min(num - 1, dim)
+    torch.testing.assert_close(subspace.reconstruct(subspace.project(vectors)), vectors)
+
+
+def test_axes_and_eigenvalues_are_those_of_the_singular_value_decomposition():
+    vectors = normal(9, 300)
+    subspace = Subspace.fit(vectors)
+    centered = vectors.numpy() - vectors.numpy().mean(0)
+    _, singular, axes = np.linalg.svd(centered, full_matrices=False)
+    np.testing.assert_allclose(subspace.eigenvalues, singular[:8] ** 2 / 9, rtol=1e-9)
+    cosines = np.abs((subspace.basis.numpy() * axes[:8]).sum(1))
+    np.testing.assert_allclose(cosines, 1.0, atol=1e-9)
+    np.testing.assert_allclose(subspace.basis @ subspace.basis.T, np.eye(8), atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_coordinates_have_unit_root_mean_square(rank: int | None):
+    vectors = normal(10, 200) * 7
+    coordinates = Subspace.fit(vectors, rank).project(vectors)
+    assert float(coordinates.square().mean()) == pytest.approx(1.0)
+
+
+def test_rank_keeps_the_first_components():
+    vectors = normal(10, 50)
+    whole, part = Subspace.fit(vectors), Subspace.fit(vectors, rank=3)
+    assert part.dim == 3
+    torch.testing.assert_close(part.basis.abs(), whole.basis[:3].abs())
+    torch.testing.assert_close(part.eigenvalues, whole.eigenvalues)
+
+
+def test_what_sticks_out_of_the_subspace_is_dropped():
+    subspace = Subspace.fit(normal(4, 30))
+    outside = normal(30, seed=1)
+    outside -= subspace.basis.T @ (subspace.basis @ outside)
+    point = subspace.mean + subspace.basis[0]
+    torch.testing.assert_close(
+        subspace.project((point + outside)[None]), subspace.project(point[None])
+    )
+
+
+def test_vectors_longer_than_a_chunk_are_reconstructed():
+    vectors = torch.randn(3, 600_000, generator=make_generator(0))
+    subspace = Subspace.fit(vectors)
+    torch.testing.assert_close(
+        subspace.reconstruct(subspace.project(vectors)), vectors, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("vectors", [torch.ones(5, 8), torch.ones(1, 8)])
+def test_a_bank_without_differences_is_refused(vectors: Tensor):
+    with pytest.raises(ValueError, match="without any difference"):
+        Subspace.fit(vectors)
+
+
+def test_diffusion_in_the_subspace_is_diffusion_in_the_full_space():
+    """The exact denoisers of both spaces generate the same, given the same noise in the subspace.
+
+    Isotropic noise of R^d projects to isotropic noise of the subspace; here the full space's noise
+    is the subspace's, carried over by the basis.
+    """
+    schedule = NoiseSchedule.linear()
+    vectors = normal(6, 40)
+    subspace = Subspace.fit(vectors)
+    coordinates = subspace.project(vectors)
+    full = (vectors - subspace.mean) / subspace.scale
+    timesteps = sampling_timesteps(300, 10)
+    small, large = ExactDenoiser(coordinates, schedule), ExactDenoiser(full, schedule)
+
+    code = invert(small, schedule, coordinates, timesteps, make_generator(0))
+    lifted = code._replace(
+        x_start=code.x_start @ subspace.basis, residuals=code.residuals @ subspace.basis
+    )
+    in_subspace = subspace.reconstruct(generate(small, schedule, code, 0.3))
+    in_full = subspace.mean + subspace.scale * generate(large, schedule, lifted, 0.3)
+    torch.testing.assert_close(in_subspace, in_full, rtol=1e-6, atol=1e-6)
+    # And the residuals are those that the full space's denoiser would have left.
+    x = code.x_start @ subspace.basis
+    t = torch.full((6,), 300)
+    torch.testing.assert_close(large(x, t), small(code.x_start, t) @ subspace.basis)
+
+
+@pytest.mark.parametrize("num_groups", [2, 5])
+@pytest.mark.parametrize("num_clients", [20, 100])
+def test_signal_rank_finds_the_dimensions_that_groups_span(num_groups: int, num_clients: int):
+    centres = normal(num_groups, 5000) * 0.5
+    groups = torch.arange(num_clients) % num_groups
+    vectors = centres[groups] + normal(num_clients, 5000, seed=1) * 0.5
+    assert signal_rank(Subspace.fit(vectors).eigenvalues) == num_groups - 1
+
+
+def test_signal_rank_of_pure_noise_is_small():
+    assert signal_rank(Subspace.fit(normal(20, 5000)).eigenvalues) == 1
