@@ -180,11 +180,12 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether all rounds are there."""
-        return len(self.metrics) == self.config["num-server-rounds"]
+        return bool(len(self.metrics) == self.config["num-server-rounds"])
 
     def is_of(self, config: Config) -> bool:
         """Whether the run had these settings, wherever it was written to."""
-        return bool(self.config | {"output-dir": ""} == config.to_flat() | {"output-dir": ""})
+        anywhere = {"output-dir": ""}
+        return self.config | anywhere == config.to_flat() | anywhere
 
     def last(self, name: str) -> float | None:
         """Return a metric of the last round, None if there is none."""

@@ -1,5 +1,6 @@
 """The command pfedgpa; a small script plays flwr where one is needed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +14,26 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.report import Run, RunFolder
 
 # What flwr run does, as far as the comparison can see: it reads the settings and leaves a folder.
-FAKE_FLWR = """#!{python}
-import sys, tomllib
+FAKE_FLWR = f"""#!{sys.executable}
+import json, sys, tomllib
 from pathlib import Path
-from pfedgpa_app.config import Config
-from pfedgpa_app.report import RunFolder
+from pfedgpa_app.config import Config, flatten
 
 arguments = sys.argv[1:]
 assert arguments[:3] == ["run", ".", "--stream"], arguments
 options = dict(zip(arguments[3::2], arguments[4::2], strict=True))
-config = Config.from_flat(tomllib.loads(Path(options["--run-config"]).read_text()))
-folder = RunFolder(config.output_path / f"{{config.strategy}}-{{config.seed}}", config)
+settings = tomllib.loads(Path(options["--run-config"]).read_text())
+config = Config.from_flat(dict(flatten(settings)))
 nodes = int(options["--federation-config"].split()[0].removeprefix("num-supernodes="))
+folder = config.output_path / "new"
+folder.mkdir()
+(folder / "config.json").write_text(json.dumps(config.to_flat()))
 print("INFO : Starting Flower Simulation")
-for number in range(1, config.num_server_rounds + 1):
-    row = {{"round": number, "num-nodes": nodes, "personalized-accuracy": 0.75}}
-    folder.add_round(row, [])
-    print(f"INFO : Round {{number}}/{{config.num_server_rounds}}: personalized 0.7500")
+with (folder / "metrics.jsonl").open("w") as metrics:
+    for number in range(1, config.num_server_rounds + 1):
+        row = {{"round": number, "personalized-accuracy": 0.75, "num-nodes": nodes}}
+        print(json.dumps(row), file=metrics)
+        print("INFO : Round", number, "personalized 0.7500")
 """
 
 
@@ -178,8 +182,6 @@ def test_finished_runs_are_compared_without_running_them_again(runner: CliRunner
 
 @pytest.mark.usefixtures("no_flwr")
 def test_the_newest_of_equal_runs_is_taken(runner: CliRunner, tmp_path: Path):
-    import os
-
     for name, time, accuracy in [("b", 1, 0.5), ("a", 2, 0.75)]:
         finish_run(tmp_path / name, Config(strategy="local"), accuracy)
         os.utime(tmp_path / name / "config.json", (time, time))
@@ -197,24 +199,24 @@ def test_what_is_missing_is_run_and_found_the_next_time(
     finish_run(folder / "eight-clients", Config(strategy="local", seed=1), 0.1, num_nodes=8)
     finish_run(folder / "other-seed", Config(strategy="local", seed=2), 0.1)
     RunFolder(folder / "interrupted", Config(strategy="local", seed=1))
-    play_flwr(monkeypatch, tmp_path, FAKE_FLWR.format(python=sys.executable))
+    play_flwr(monkeypatch, tmp_path, FAKE_FLWR)
     command = ["compare", "--strategies", "local", "--seeds", "1"]
     command += ["-c", f'output-dir="{folder}"']
     result = runner.invoke(cli.app, command)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "[1/1] local, seed 1: running"
-    assert lines[1] == "  Round 1/10: personalized 0.7500"
+    assert lines[1] == "  Round 1 personalized 0.7500"
     assert "Starting Flower" not in result.stdout
     assert lines[-1] == "| local | 1 | 10 | 0.7500 ± 0.0000 | - |"
-    written = Run.read(folder / "local-1")
+    written = Run.read(folder / "new")
     assert written.is_of(Config(strategy="local", seed=1))
     assert written.num_nodes == 10
 
     play_flwr(monkeypatch, tmp_path, "#!/bin/sh\nexit 1\n")
     again = runner.invoke(cli.app, command)
     assert again.exit_code == 0
-    assert again.stdout.splitlines()[0].endswith(f"found {folder / 'local-1'}")
+    assert again.stdout.splitlines()[0].endswith(f"found {folder / 'new'}")
 
 
 def test_a_failed_run_ends_the_comparison_with_the_end_of_its_log(

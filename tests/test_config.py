@@ -284,21 +284,13 @@ def test_settings_are_frozen_and_hashable():
     assert {config: "found"}[Config(seed=1)] == "found"
 
 
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    return tmp_path
-
-
-def test_folders_are_below_the_home_folder_where_nothing_is_said(home: Path):
+def test_folders_are_below_the_home_folder_where_nothing_is_said(own_home: Path):
     config = Config()
-    assert config.output_path == home / ".local/share/pfedgpa/runs"
-    assert config.data.root_path == home / ".cache/pfedgpa"
+    assert config.output_path == own_home / ".local/share/pfedgpa/runs"
+    assert config.data.root_path == own_home / ".cache/pfedgpa"
 
 
-def test_folders_follow_the_xdg_variables(home: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folders_follow_the_xdg_variables(own_home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_DATA_HOME", "/var/data")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
     config = Config()
@@ -306,10 +298,10 @@ def test_folders_follow_the_xdg_variables(home: Path, monkeypatch: pytest.Monkey
     assert config.data.root_path == Path("/var/cache/pfedgpa")
 
 
-def test_a_relative_xdg_variable_is_ignored(home: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_relative_xdg_variable_is_ignored(own_home: Path, monkeypatch: pytest.MonkeyPatch):
     """As the XDG base directory specification demands; the working directory must not matter."""
     monkeypatch.setenv("XDG_DATA_HOME", "data")
-    assert Config().output_path == home / ".local/share/pfedgpa/runs"
+    assert Config().output_path == own_home / ".local/share/pfedgpa/runs"
 
 
 @pytest.mark.parametrize(
@@ -317,10 +309,10 @@ def test_a_relative_xdg_variable_is_ignored(home: Path, monkeypatch: pytest.Monk
     [("/srv/runs", "/srv/runs"), ("runs", "{home}/runs"), ("~/runs", "{home}/runs")],
 )
 def test_given_folders_are_absolute_or_below_the_home_folder(
-    home: Path, monkeypatch: pytest.MonkeyPatch, given_path: str, expected: str
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, given_path: str, expected: str
 ):
     monkeypatch.setenv("XDG_DATA_HOME", "/var/data")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
     config = Config.from_flat({"output-dir": given_path, "data.root": given_path})
-    assert str(config.output_path) == expected.format(home=home)
-    assert str(config.data.root_path) == expected.format(home=home)
+    assert str(config.output_path) == expected.format(home=own_home)
+    assert str(config.data.root_path) == expected.format(home=own_home)

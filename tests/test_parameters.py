@@ -141,9 +141,9 @@ def test_patterns_choose_what_is_generated(patterns: list[str], names: list[str]
     assert same(layout.merge(vector, rest), state)
 
 
-def test_patterns_do_not_ignore_the_case():
-    with pytest.raises(ParameterError, match=r'no tensor .* fits the pattern "FC\.\*"'):
-        ParameterLayout.of({"fc.weight": torch.zeros(1)}, ["FC.*"])
+def test_patterns_heed_the_case():
+    layout = ParameterLayout.of({"fc.bias": torch.zeros(1), "FC.bias": torch.zeros(1)}, ["FC.*"])
+    assert [entry.name for entry in layout.generated] == ["FC.bias"]
 
 
 def test_a_pattern_that_takes_no_tensor_is_named_with_the_tensors_there_are():

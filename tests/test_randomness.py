@@ -1,5 +1,6 @@
 """Streams of random numbers that depend on their purpose alone, devices and threads."""
 
+import os
 import subprocess
 import sys
 
@@ -83,7 +84,7 @@ def test_a_stream_is_the_same_in_a_fresh_process():
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONHASHSEED": "12345"},
+        env=os.environ | {"PYTHONHASHSEED": "12345"},
     ).stdout
     here = [make_generator(7, "local", 3, 1), make_generator(0, "a")]
     assert output.split() == [str(generator.initial_seed()) for generator in here]

@@ -61,6 +61,7 @@ class ClientwiseFedAvg(FedAvg):
         self.layout: ParameterLayout | None = None
         self.average: StateDict = {}
         self.record = RoundRecord(0)
+        self._awaited: set[int] = set()
         self._sent_at = 0.0
 
     def training_state(self, client: int) -> StateDict:
@@ -82,6 +83,7 @@ class ClientwiseFedAvg(FedAvg):
         self._set_average(arrays)
         if self.fraction_train == 0.0:
             return []
+        self._awaited = set()
         clients = self._sample(
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
@@ -131,6 +133,7 @@ class ClientwiseFedAvg(FedAvg):
         """Sample clients and send each its personalized model."""
         if self.fraction_evaluate == 0.0:
             return []
+        self._awaited = set()
         clients = self._sample(
             grid, "evaluate", server_round, self.fraction_evaluate, self.min_evaluate_nodes
         )
@@ -191,7 +194,8 @@ class ClientwiseFedAvg(FedAvg):
         self, client: int, state: StateDict, config: ConfigRecord, server_round: int, kind: str
     ) -> Message:
         arrays = ArrayRecord(state)
-        config["server-round"] = server_round
+        config = ConfigRecord({**config, "server-round": server_round})
+        self._awaited.add(client)
         self.record.bytes_down += arrays.count_bytes()
         return Message(
             content=RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
@@ -200,13 +204,23 @@ class ClientwiseFedAvg(FedAvg):
         )
 
     def _by_client(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
-        """Sort replies by client, so that nothing depends on the order of their arrival."""
-        known = [
-            (self.roster.client(reply.metadata.src_node_id), reply)
-            for reply in replies
-            if reply.metadata.src_node_id in self.roster.clients
-        ]
-        return sorted(known, key=lambda pair: pair[0])
+        """Sort replies by client, so that nothing depends on the order of their arrival.
+
+        Replies that nobody asked for, and second ones, are passed over.
+        """
+        awaited: dict[int, Message] = {}
+        for reply in replies:
+            client = self.roster.clients.get(reply.metadata.src_node_id)
+            if client in self._awaited:
+                self._awaited.remove(client)
+                awaited[client] = reply
+            else:
+                log(
+                    WARNING,
+                    "Node %d sent a reply that nobody asked for",
+                    reply.metadata.src_node_id,
+                )
+        return sorted(awaited.items())
 
     def _read_upload(self, client: int, reply: Message) -> Upload:
         assert self.layout is not None, "configure_train comes before aggregate_train"

@@ -1,0 +1,130 @@
+"""The ClientApp's handlers, called as Flower calls them."""
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client_app.app import evaluate_message, query, train_message
+from client_app.training import evaluate, train
+from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError
+from pfedgpa_app.data import client_data, image_stats, load_dataset
+from pfedgpa_app.models import build_model
+from pfedgpa_app.randomness import make_generator
+
+SETTINGS = {"client.local-epochs": 3, "client.device": "cpu"}
+MODEL = build_model("cnn-8x8", DATASETS["digits"], seed=0)
+
+
+def context(partition_id: int = 0, **settings) -> Context:
+    node = {"partition-id": partition_id, "num-partitions": 4}
+    return Context(1, partition_id, node, RecordDict(), {**SETTINGS, **settings})
+
+
+def message(kind: str, server_round: int = 1) -> Message:
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(MODEL.state_dict()),
+            "config": ConfigRecord({"server-round": server_round}),
+        }
+    )
+    return Message(content=content, message_type=kind, dst_node_id=3)
+
+
+def trained(partition_id: int = 0, server_round: int = 1, **settings):
+    torch.manual_seed(torch.seed())  # nothing may depend on the global generator
+    reply = train_message(
+        message(MessageType.TRAIN, server_round), context(partition_id, **settings)
+    )
+    return reply.content["arrays"].to_torch_state_dict(), reply.content["metrics"]
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_training_depends_on_seed_client_and_round_alone():
+    first, _ = trained()
+    again, _ = trained()
+    assert same(first, again)
+    assert not same(first, trained(server_round=2)[0])
+    assert not same(first, trained(partition_id=1)[0])
+    assert not same(first, trained(seed=1)[0])
+
+
+def test_training_reports_accuracy_and_loss_before_and_after():
+    state, metrics = trained()
+    data = client_data(Config().data, 0, 0, 4)
+    test = (data.test_images, data.test_labels, data.stats)
+    before = evaluate(MODEL, *test)
+    model = build_model("cnn-8x8", DATASETS["digits"], seed=5)
+    model.load_state_dict(state)
+    after = evaluate(model, *test)
+    assert metrics["num-examples"] == len(data.train_labels)
+    assert metrics["accuracy-before"] == before.accuracy
+    assert metrics["accuracy-after"] == after.accuracy
+    assert metrics["loss-after"] == pytest.approx(after.loss)
+    assert after.loss < before.loss
+    assert metrics["seconds"] > 0
+
+
+def test_evaluation_is_that_of_the_received_model_and_returns_no_arrays():
+    reply = evaluate_message(message(MessageType.EVALUATE), context())
+    data = client_data(Config().data, 0, 0, 4)
+    expected = evaluate(MODEL, data.test_images, data.test_labels, data.stats)
+    assert reply.content["metrics"]["accuracy"] == expected.accuracy
+    assert reply.content["metrics"]["num-examples"] == len(data.test_labels)
+    assert not reply.content.array_records
+
+
+def test_a_node_tells_its_partition():
+    reply = query(message(MessageType.QUERY), context(2))
+    assert reply.content["metrics"]["partition-id"] == 2
+
+
+def test_wrong_settings_stop_the_client_before_training():
+    with pytest.raises(ConfigError, match=r"client\.momentum"):
+        trained(**{"client.momentum": 2.0})
+
+
+def test_evaluation_agrees_with_a_hand_count():
+    """Accuracy and cross-entropy of fixed logits, computed by hand."""
+
+    class Fixed(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])[: len(images)]
+
+    dataset = load_dataset(Config().data, 0)
+    stats = image_stats(dataset)
+    result = evaluate(Fixed(), dataset.images[:3], torch.tensor([0, 1, 1]), stats)
+    losses = torch.tensor([2.0, 1.0, 3.0]).neg().exp().log1p() + torch.tensor([0.0, 0.0, 3.0])
+    assert result.accuracy == 2 / 3
+    assert result.loss == pytest.approx(float(losses.mean()))
+
+
+def test_one_epoch_is_plain_sgd_on_the_shuffled_batches():
+    """Against SGD with momentum and weight decay, written out."""
+    config = ClientConfig(local_epochs=1, batch_size=40, learning_rate=0.1)
+    data = client_data(Config().data, 0, 0, 4)
+    images, labels = data.train_images[:100], data.train_labels[:100]
+
+    def linear() -> torch.nn.Module:
+        return build_model("tests_models:linear", DATASETS["digits"], seed=0)
+
+    actual = linear()
+    train(actual, images, labels, data.stats, config, make_generator(4))
+
+    expected = linear()
+    mean, std = (value[:, None, None] for value in data.stats)
+    velocity = [torch.zeros_like(p) for p in expected.parameters()]
+    for rows in torch.randperm(100, generator=make_generator(4)).split(40):
+        logits = expected((images[rows].float() - mean) / std)
+        loss = torch.nn.functional.cross_entropy(logits, labels[rows])
+        gradients = torch.autograd.grad(loss, list(expected.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
+                v.mul_(0.5).add_(g + 5e-4 * p)
+                p -= 0.1 * v
+    for left, right in zip(actual.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(left, right)

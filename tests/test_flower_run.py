@@ -1,0 +1,155 @@
+"""The app as users run it: `flwr run` on a SuperLink with Flower's simulation engine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+pytestmark = pytest.mark.processes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class SuperLink:
+    """A SuperLink in simulation mode on ports and in folders of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output = folder / "runs"
+        port, control_port = free_port(), free_port()
+        self.env = {
+            **os.environ,
+            "HOME": str(folder),
+            "FLWR_HOME": str(folder / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        }
+        (folder / "flwr").mkdir()
+        (folder / "flwr" / "config.toml").write_text(
+            f'[superlink.test]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        command = [BIN / "flower-superlink", "--insecure", "--simulation"]
+        command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--control-api-address", f"127.0.0.1:{control_port}"]
+        command += ["--database", folder / "state.db"]
+        self.log = (folder / "superlink.log").open("w")
+        self.process = subprocess.Popen(
+            command, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, cwd=folder
+        )
+        self._wait_for(port)
+
+    def run(self, clients: int, workers: int, **settings: object) -> tuple[str, list[dict]]:
+        """Run the app to its end; return its log and metrics."""
+        pairs = {"output-dir": str(self.output), "client.device": "cpu", **settings}
+        config = " ".join(f"{key}={json.dumps(value)}" for key, value in pairs.items())
+        federation = f"num-supernodes={clients} client-resources-num-cpus=1"
+        federation += f" init-args-num-cpus={workers}"
+        before = set(self.output.glob("*"))
+        command = [BIN / "flwr", "run", PROJECT, "test", "--stream", "--run-config", config]
+        done = subprocess.run(
+            [*command, "--federation-config", federation],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        log = done.stdout + done.stderr
+        folders = set(self.output.glob("*")) - before
+        assert len(folders) <= 1
+        lines = [
+            line
+            for folder in folders
+            if (folder / "metrics.jsonl").exists()
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        self.folder = next(iter(folders), None)
+        return log, [json.loads(line) for line in lines]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+    def _wait_for(self, port: int) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            assert self.process.poll() is None, "the SuperLink ended"
+            time.sleep(0.2)
+        raise TimeoutError(f"no SuperLink on port {port}")
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
+    started = SuperLink(tmp_path_factory.mktemp("superlink"))
+    yield started
+    started.stop()
+
+
+QUICK = {"num-server-rounds": 3, "client.local-epochs": 2, "diffusion.train-steps": 50}
+
+
+def without_seconds(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def test_one_worker_or_two_give_the_same_digits_and_leave_all_files(superlink: SuperLink):
+    log, one = superlink.run(4, workers=1, **QUICK)
+    assert len(one) == 3, log
+    assert superlink.folder is not None
+    names = {str(path.relative_to(superlink.folder)) for path in superlink.folder.rglob("*.*")}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "clients.jsonl",
+        "accuracy.png",
+        *(f"models/client-{client}.safetensors" for client in range(4)),
+    }
+    assert str(superlink.folder) in log
+    clients = [
+        json.loads(line) for line in (superlink.folder / "clients.jsonl").read_text().splitlines()
+    ]
+    assert [(row["round"], row["client"]) for row in clients] == [
+        (server_round, client) for server_round in (1, 2, 3) for client in range(4)
+    ]
+    assert all(row["status"] == "ok" for row in clients)
+    log, two = superlink.run(4, workers=2, **QUICK)
+    assert without_seconds(one) == without_seconds(two), log
+
+
+@pytest.mark.parametrize("strategy", ["local", "fedavg", "fedavg-ft"])
+def test_a_baseline_runs_on_the_same_settings(superlink: SuperLink, strategy: str):
+    log, rows = superlink.run(3, workers=2, **{**QUICK, "num-server-rounds": 1}, strategy=strategy)
+    assert [row["strategy"] for row in rows] == [strategy], log
+    if strategy != "fedavg":  # judged by what came out of local training
+        assert rows[0]["personalized-accuracy"] == pytest.approx(rows[0]["finetuned-accuracy"])
+
+
+def test_wrong_settings_stop_the_run_before_training_and_all_are_named(superlink: SuperLink):
+    wrong = {"diffusion.start": 5000, "server.fraction-train": 0.0, "data.dominant-classes": 11}
+    log, rows = superlink.run(2, workers=2, **wrong)
+    assert rows == []
+    assert superlink.folder is None
+    for key, value in wrong.items():
+        assert f"{key} = {value}" in log

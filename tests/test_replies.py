@@ -1,0 +1,154 @@
+"""What a client may send, and what of it is refused."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.supercore.task_identity import TaskIdentity
+from simulated_grid import upload, weights
+
+from pfedgpa_app.parameters import ParameterLayout
+from server_app.replies import ReplyError, Upload, read_metrics, read_upload
+
+LAYOUT = ParameterLayout.of(weights(0.0))
+
+
+def reply(answer: RecordDict | Error) -> Message:
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    asked = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=5)
+    return Message(answer, reply_to=asked)
+
+
+def read(answer: RecordDict | Error) -> Upload:
+    return read_upload(reply(answer), LAYOUT, "arrays", "num-examples")
+
+
+def changed(name: str, value: object) -> dict[str, object]:
+    return {**weights(1.0), name: value}
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+def raw(data: bytes, dtype: str = "float32", shape: tuple[int, ...] = (2,)) -> Array:
+    return Array(dtype=dtype, shape=shape, stype="numpy.ndarray", data=data)
+
+
+def npy_header(shape: tuple[int, ...], padding: int) -> bytes:
+    """Return a file that promises far more than it holds."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "<f4", "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue() + b"\0" * padding
+
+
+def test_a_good_upload_is_read_to_the_last_bit():
+    result = read(upload(weights(0.1), num_examples=7, **{"accuracy-after": 0.5}))
+    assert result.num_examples == 7
+    assert result.metrics["accuracy-after"] == 0.5
+    for name, tensor in weights(0.1).items():
+        assert torch.equal(result.state[name], tensor)
+        assert result.state[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"layer.weight": torch.ones(2, 2)}, "no tensor layer.bias"),
+        (changed("extra", torch.ones(2)), "no tensor extra"),
+        (changed("layer.bias", torch.ones(3)), "layer.bias"),
+        (changed("layer.bias", torch.ones(1, 2)), "layer.bias"),
+        (changed("layer.bias", torch.ones(2, dtype=torch.float64)), "layer.bias"),
+        (changed("layer.bias", torch.ones(2, dtype=torch.int32)), "layer.bias"),
+        (changed("layer.bias", torch.tensor([1.0, float("nan")])), "not finite"),
+        (changed("layer.weight", torch.full((2, 2), float("inf"))), "not finite"),
+        (changed("layer.bias", torch.ones(200_000)), "800128 bytes"),
+        (changed("layer.bias", raw(b"")), "0 bytes"),
+        (changed("layer.bias", raw(b"\x80\x04" * 40)), "cannot be read"),
+        (changed("layer.bias", raw(npy(np.ones(2, np.float32))[:-1] + b"")), "cannot be read"),
+        (changed("layer.bias", raw(npy(np.array([{}, {}], dtype=object)))), "object"),
+        (changed("layer.bias", raw(npy_header((2**60,), 8))), "instead of"),
+        (changed("layer.bias", raw(npy_header((2,), 8), shape=(9, 9))), None),
+    ],
+)
+def test_an_array_that_does_not_fit_is_refused_by_name(state: dict, reason: str | None):
+    if reason is None:  # what the record claims is never believed: the data is right
+        assert torch.equal(read(upload(state)).state["layer.bias"], torch.zeros(2))
+        return
+    with pytest.raises(ReplyError, match=reason):
+        read(upload(state))
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "metrics", "reason"),
+    [
+        (0, {}, "num-examples"),
+        (-5, {}, "num-examples"),
+        (float("inf"), {}, "num-examples"),
+        (float("nan"), {}, "num-examples"),
+        (2.0**60, {}, "num-examples"),
+        (10, {"loss-after": float("nan")}, "loss-after"),
+        (10, {"accuracy-after": 1.5}, "accuracy-after"),
+        (10, {"accuracy-after": -0.1}, "accuracy-after"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(num_examples: float, metrics: dict, reason: str):
+    with pytest.raises(ReplyError, match=reason):
+        read(upload(weights(1.0), num_examples, **metrics))
+
+
+def test_a_missing_number_of_examples_is_refused():
+    record = upload(weights(1.0))
+    record["metrics"] = MetricRecord({"loss": 1.0})
+    with pytest.raises(ReplyError, match="num-examples"):
+        read(record)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"more": MetricRecord({"x": 1})},
+        {"more": ArrayRecord(weights(1.0))},
+        {"more": ConfigRecord({"path": "/etc/passwd"})},
+    ],
+)
+def test_a_record_that_was_not_asked_for_is_refused(extra: dict):
+    record = upload(weights(1.0))
+    record.update(extra)
+    with pytest.raises(ReplyError, match="records"):
+        read(record)
+
+
+def test_a_renamed_record_is_refused():
+    record = upload(weights(1.0))
+    record["weights"] = record.pop("arrays")
+    with pytest.raises(ReplyError, match='no ArrayRecord "arrays"'):
+        read(record)
+
+
+def test_an_error_is_refused_with_its_reason():
+    with pytest.raises(ReplyError, match="out of memory"):
+        read(Error(code=0, reason="out of memory"))
+
+
+def test_an_evaluation_reply_has_no_arrays():
+    metrics = MetricRecord({"num-examples": 3, "accuracy": 0.5})
+    good = read_metrics(reply(RecordDict({"metrics": metrics})), "num-examples")
+    assert good == {"num-examples": 3, "accuracy": 0.5}
+    with pytest.raises(ReplyError, match="records"):
+        read_metrics(reply(upload(weights(1.0))), "num-examples")

@@ -1,0 +1,243 @@
+"""The strategies on a grid without network."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from simulated_grid import SimulatedGrid, upload, weights
+
+from pfedgpa_app.config import DiffusionConfig
+from server_app.roster import PartitionRoster, Roster
+from server_app.strategies import ClientwiseFedAvg, FedAvgFT, Local, PFedGPA
+
+Node = Callable[[Message], RecordDict | Error | None]
+
+
+def site(value: float, num_examples: int = 10) -> Node:
+    """Return a node that uploads the same weights in every round."""
+
+    def answer(message: Message) -> RecordDict:
+        if message.metadata.message_type == MessageType.EVALUATE:
+            return RecordDict(
+                {"m": MetricRecord({"num-examples": 4, "accuracy": 0.5, "loss": 1.0})}
+            )
+        return upload(weights(value), num_examples, **{"accuracy-after": 0.25})
+
+    return answer
+
+
+def received(grid: SimulatedGrid, kind: str) -> list[dict[int, float]]:
+    """Return what each node was sent, round by round, as the value of its weights."""
+    rounds: dict[int, dict[int, float]] = {}
+    for message in grid.sent:
+        if message.metadata.message_type == kind:
+            state = message.content["arrays"].to_torch_state_dict()
+            values = rounds.setdefault(message.content["config"]["server-round"], {})
+            values[message.metadata.dst_node_id] = float(state["layer.weight"][0, 0])
+    return list(rounds.values())
+
+
+def start(strategy: ClientwiseFedAvg, grid: SimulatedGrid, num_rounds: int = 2):
+    return strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=num_rounds)
+
+
+def test_fedavg_sends_everyone_the_average_weighted_by_examples():
+    grid = SimulatedGrid({1: site(1.0, 30), 2: site(5.0, 10)})
+    result = start(ClientwiseFedAvg(), grid)
+    assert received(grid, "train") == [{1: 0.0, 2: 0.0}, {1: 2.0, 2: 2.0}]
+    assert received(grid, "evaluate") == [{1: 2.0, 2: 2.0}] * 2
+    state = result.arrays.to_torch_state_dict()
+    assert torch.equal(state["norm.running_mean"], torch.full((2,), 20.0))
+    assert state["norm.num_batches_tracked"] == 2
+
+
+def test_local_sends_everyone_its_own_upload():
+    grid = SimulatedGrid({1: site(1.0), 2: site(5.0)})
+    start(Local(), grid)
+    assert received(grid, "train") == [{1: 0.0, 2: 0.0}, {1: 1.0, 2: 5.0}]
+    assert received(grid, "evaluate") == [{1: 1.0, 2: 5.0}] * 2
+
+
+def test_local_starts_a_client_that_missed_rounds_from_the_initial_model():
+    late = Sometimes(site(5.0), {2})
+    grid = SimulatedGrid({1: site(1.0), 2: late})
+    start(Local(), grid, num_rounds=3)
+    assert received(grid, "train") == [{1: 0.0, 2: 0.0}, {1: 1.0, 2: 0.0}, {1: 1.0, 2: 5.0}]
+
+
+def test_fedavg_ft_trains_from_the_average_and_judges_the_fine_tuned():
+    grid = SimulatedGrid({1: site(1.0), 2: site(5.0)})
+    start(FedAvgFT(), grid)
+    assert received(grid, "train") == [{1: 0.0, 2: 0.0}, {1: 3.0, 2: 3.0}]
+    assert received(grid, "evaluate") == [{1: 1.0, 2: 5.0}] * 2
+
+
+class Sometimes:
+    """A node that trains in some rounds only, and otherwise gives no reply."""
+
+    def __init__(self, node: Node, rounds: set[int]) -> None:
+        self.node = node
+        self.rounds = rounds
+
+    def __call__(self, message: Message) -> RecordDict | Error | None:
+        is_train = message.metadata.message_type == MessageType.TRAIN
+        if is_train and message.content["config"]["server-round"] not in self.rounds:
+            return None
+        return self.node(message)
+
+
+# Less noise than by default: two groups differ in one dimension only, where much noise mixes them.
+NEAR = DiffusionConfig(start=50)
+
+
+def groups() -> dict[int, Node]:
+    """Return 8 nodes, of which the even ones have weights about 1 and the odd ones about -1."""
+    return {node: site((-1.0) ** node * (1 + node / 100)) for node in range(8)}
+
+
+def test_pfedgpa_sends_each_node_parameters_of_its_own_group():
+    grid = SimulatedGrid(groups())
+    start(PFedGPA(diffusion=NEAR), grid)
+    generated = received(grid, "train")[1]
+    for node, value in generated.items():
+        assert value == pytest.approx((-1.0) ** node, abs=0.2)
+    assert len(set(generated.values())) == 8
+    assert received(grid, "evaluate")[0] == generated
+
+
+def test_pfedgpa_averages_what_is_not_generated():
+    grid = SimulatedGrid(groups())
+    strategy = PFedGPA(diffusion=DiffusionConfig(generated_layers="layer.bias", start=50))
+    start(strategy, grid, num_rounds=1)
+    for client in range(8):
+        state = strategy.evaluation_state(client)
+        torch.testing.assert_close(state["layer.weight"], strategy.average["layer.weight"])
+        torch.testing.assert_close(
+            state["norm.running_mean"], strategy.average["norm.running_mean"]
+        )
+        assert float(state["layer.bias"][0]) == pytest.approx(-((-1.0) ** client), abs=0.2)
+
+
+def test_pfedgpa_gives_the_same_whatever_the_node_ids():
+    """With partitions asked for, nothing depends on ids and the order of replies."""
+
+    def run(ids: list[int]) -> list[float]:
+        nodes = dict(zip(ids, groups().values(), strict=True))
+        grid = SimulatedGrid(nodes, {node: partition for partition, node in enumerate(ids)})
+        strategy = PFedGPA(roster=PartitionRoster(), fraction_train=0.5, seed=3)
+        start(strategy, grid, num_rounds=3)
+        return [
+            float(strategy.evaluation_state(client)["layer.weight"][0, 0]) for client in range(8)
+        ]
+
+    assert run(list(range(100, 108))) == run([55, 3, 2**62, 17, 9, 1000, 4, 12])
+
+
+def test_a_node_unknown_to_pfedgpa_gets_the_average():
+    grid = SimulatedGrid({**groups(), 8: Sometimes(site(1.0), set())})
+    strategy = PFedGPA()
+    start(strategy, grid)
+    average = float(strategy.average["layer.weight"][0, 0])
+    assert received(grid, "train")[1][8] == pytest.approx(average)
+
+
+BAD = {
+    "error": Error(code=0, reason="boom"),
+    "no reply": None,
+    "NaN": upload({**weights(1.0), "layer.bias": torch.tensor([float("nan"), 0.0])}),
+    "wrong shape": upload({**weights(1.0), "layer.bias": torch.ones(9)}),
+    "renamed": upload({"x": torch.ones(2)}),
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("strategy", [ClientwiseFedAvg, Local, FedAvgFT, PFedGPA])
+def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(strategy, bad):
+    grid = SimulatedGrid({**groups(), 8: lambda message: bad})
+    faulty = strategy()
+    start(faulty, grid)
+    record = faulty.record
+    assert record.num_failures == 1
+    assert record.clients[8]["status"] != "ok"
+    without = strategy()
+    start(without, SimulatedGrid(groups()))
+    for client in range(8):
+        for name, tensor in without.evaluation_state(client).items():
+            assert torch.equal(faulty.evaluation_state(client)[name], tensor)
+
+
+def test_a_round_without_any_reply_changes_nothing():
+    nodes = {node: Sometimes(answer, {1}) for node, answer in groups().items()}
+    grid = SimulatedGrid(nodes)
+    strategy = PFedGPA()
+    start(strategy, grid, num_rounds=3)
+    assert strategy.record.num_failures == 8
+    first, second, third = received(grid, "evaluate")
+    assert first == second == third
+
+
+def test_a_reply_of_a_node_that_nobody_asked_is_passed_over():
+    grid = SimulatedGrid(groups())
+    strategy = ClientwiseFedAvg(fraction_train=0.5)
+    asked = list(strategy.configure_train(1, ArrayRecord(weights(0.0)), ConfigRecord(), grid))
+    outsider = next(
+        node for node in range(8) if node not in {m.metadata.dst_node_id for m in asked}
+    )
+    stranger = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=outsider)
+    replies = [
+        Message(groups()[message.metadata.dst_node_id](message), reply_to=message)
+        for message in asked
+    ]
+    unasked = Message(upload(weights(1000.0)), reply_to=stranger)
+    twice = Message(upload(weights(1000.0)), reply_to=asked[0])
+    strategy.aggregate_train(1, [*replies, unasked, twice])
+    assert strategy.record.num_trained == 4
+    assert float(strategy.average["layer.weight"].abs().max()) < 2
+
+
+def test_a_fraction_of_the_clients_is_drawn_from_the_seed():
+    def asked(seed: int) -> list[set[int]]:
+        grid = SimulatedGrid(groups())
+        start(ClientwiseFedAvg(fraction_train=0.5, seed=seed), grid, num_rounds=3)
+        return [set(values) for values in received(grid, "train")]
+
+    assert asked(0) == asked(0)
+    assert asked(0) != asked(1)
+    assert all(len(nodes) == 4 for nodes in asked(0))
+    assert len({frozenset(nodes) for nodes in asked(0)}) > 1
+
+
+def test_bytes_are_those_of_the_arrays():
+    grid = SimulatedGrid({1: site(1.0), 2: site(5.0)})
+    strategy = ClientwiseFedAvg()
+    start(strategy, grid, num_rounds=1)
+    size = ArrayRecord(weights(1.0)).count_bytes()
+    assert strategy.record.bytes_up == 2 * size
+    assert strategy.record.bytes_down == 4 * size  # to train and to be evaluated
+
+
+def test_a_roster_numbers_nodes_by_partition_and_gives_nobody_a_number_twice():
+    roster = PartitionRoster()
+    grid = SimulatedGrid({n: site(0.0) for n in (10, 20, 30, 40)}, {10: 2, 20: 0, 30: 0})
+    roster.admit(grid, [10, 20])
+    roster.admit(grid, [10, 20, 30, 40])
+    assert roster.clients[10] == 2
+    assert roster.clients[20] == 0
+    assert sorted(roster.clients.values()) == [0, 1, 2, 3]
+    assert roster.node_id(2) == 10
+
+
+def test_a_roster_without_questions_numbers_nodes_by_their_ids():
+    roster = Roster()
+    roster.admit(SimulatedGrid({}), [30, 10])
+    roster.admit(SimulatedGrid({}), [5, 10, 30])
+    assert roster.clients == {10: 0, 30: 1, 5: 2}

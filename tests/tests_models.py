@@ -1,0 +1,11 @@
+"""Models of a user's own, as ``package.module:function`` names them."""
+
+from torch import nn
+
+from pfedgpa_app.config import DatasetInfo
+
+
+def linear(info: DatasetInfo) -> nn.Module:
+    """Return a linear classifier."""
+    channels, height, width = info.image_shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, info.num_classes))
