@@ -18,7 +18,12 @@ from pfedgpa_app.diffusion import (
     signal_rank,
     train_denoiser,
 )
-from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
+from pfedgpa_app.randomness import (
+    initialized_by,
+    make_generator,
+    resolve_device,
+    single_thread,
+)
 
 STATE_FORMAT = "pfedgpa-aggregator-1"
 _SUBSPACE = ("mean", "basis", "eigenvalues")
@@ -136,8 +141,7 @@ class GenerativeAggregator:
 
     def _train(self, projected: Tensor, server_round: int) -> ResidualDenoiser:
         config = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(make_generator(self.seed, "denoiser", server_round).initial_seed())
+        with initialized_by(make_generator(self.seed, "denoiser", server_round)):
             denoiser = self._new_denoiser(projected.shape[1])
         train_denoiser(
             denoiser.to(self.device),

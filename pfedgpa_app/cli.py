@@ -1,5 +1,6 @@
 """The command ``pfedgpa``: check settings, compare strategies, look at runs."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,8 @@ OutputDir = Annotated[
 def check(file: FileArgument = None, config: Overrides = None) -> None:
     """Say what is wrong with settings, all of it, without starting a run."""
     settings = _load(file, config or [])
-    changed = {k: v for k, v in settings.to_flat().items() if Config().to_flat()[k] != v}
+    defaults = Config().to_flat()
+    changed = {key: value for key, value in settings.to_flat().items() if defaults[key] != value}
     print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
     for key, value in changed.items():
         print(f"  {key} = {value!r}")
@@ -77,7 +79,7 @@ def compare(
     groups = group_by_setting(runs)
     _print_table(groups)
     if figure is not None:
-        draw_accuracy({group[0].config["strategy"]: group for group in groups}, figure)
+        draw_accuracy({group[0].config.strategy: group for group in groups}, figure)
         print(f"Figure: {figure.resolve()}")
 
 
@@ -93,10 +95,10 @@ def runs(output_dir: OutputDir = "") -> None:
     for run in found:
         table.add_row(
             run.path.name,
-            run.config["strategy"],
-            run.config["data.dataset"],
-            str(run.config["seed"]),
-            f"{len(run.metrics)}/{run.config['num-server-rounds']}",
+            run.config.strategy,
+            run.config.data.dataset,
+            str(run.config.seed),
+            f"{len(run.metrics)}/{run.config.num_server_rounds}",
             _percent(run.last("personalized-accuracy")),
             _percent(run.last("finetuned-accuracy")),
         )
@@ -112,7 +114,7 @@ def _load(file: Path | None, overrides: list[str]) -> Config:
         for override in overrides:
             flat |= flatten(tomllib.loads(override))
         return Config.from_flat(flat)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         _fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')
     except (OSError, ConfigError) as error:
         _fail(str(error))
@@ -179,7 +181,7 @@ def _print_table(groups: list[list[Run]]) -> None:
             cells.append("-" if values is None else f"{values[0]:.4f} ± {values[1]:.4f}")
         config = group[0].config
         print(
-            f"| {config['strategy']} | {len(group)} | {config['num-server-rounds']} "
+            f"| {config.strategy} | {len(group)} | {config.num_server_rounds} "
             f"| {' | '.join(cells)} |"
         )
 
@@ -187,7 +189,8 @@ def _print_table(groups: list[list[Run]]) -> None:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"'{value}'" if isinstance(value, str) else repr(value)
+    # A JSON string is a TOML string too.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _percent(value: float | None) -> str:

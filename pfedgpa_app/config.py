@@ -97,9 +97,14 @@ class DataConfig(Section):
         return DatasetInfo((channels, height, width), self.num_classes)
 
     @property
+    def is_known(self) -> bool:
+        """Whether `info` can tell."""
+        return self.dataset in DATASETS or (self.image_shape != "" and self.num_classes >= 2)
+
+    @property
     def root_path(self) -> Path:
         """The folder of the data sets, absolute."""
-        return user_path(self.root, "XDG_CACHE_HOME", ".cache")
+        return below_home(self.root) if self.root else xdg_folder("XDG_CACHE_HOME", ".cache")
 
 
 class ModelConfig(Section):
@@ -132,7 +137,7 @@ class ServerConfig(Section):
 class DiffusionConfig(Section):
     """The diffusion model on the clients' parameters."""
 
-    generated_layers: Annotated[str, Field(min_length=1)] = "*"
+    generated_layers: Annotated[str, Field(pattern=r"[^\s,]")] = "*"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
@@ -204,25 +209,37 @@ class Config(Section):
     def output_path(self) -> Path:
         """The folder of the runs, absolute."""
         if self.output_dir:
-            return user_path(self.output_dir, "", "")
-        return user_path("", "XDG_DATA_HOME", ".local/share") / "runs"
+            return below_home(self.output_dir)
+        return xdg_folder("XDG_DATA_HOME", ".local/share") / "runs"
 
 
-def user_path(given: str, variable: str, fallback: str) -> Path:
-    """Return ``given`` as an absolute path, relative ones seen from the user's home.
+def below_home(path: str) -> Path:
+    """Return a path in full, relative ones seen from the user's home.
 
     The working directory of a Flower app is that of whoever started the SuperLink, so nothing may
-    depend on it. Where nothing is given, it is the folder ``pfedgpa`` below the XDG base directory
-    in the environment variable, or below ``fallback`` in the home folder.
+    depend on it.
     """
-    if given:
-        return Path.home() / Path(given).expanduser()
-    return Path(os.environ.get(variable) or Path.home() / fallback) / "pfedgpa"
+    return Path.home() / Path(path).expanduser()
+
+
+def xdg_folder(variable: str, fallback: str) -> Path:
+    """Return ``pfedgpa`` below an XDG base directory, ``fallback`` where the variable has none.
+
+    The XDG specification has relative values ignored.
+    """
+    base = Path(os.environ.get(variable, ""))
+    return (base if base.is_absolute() else Path.home() / fallback) / "pfedgpa"
 
 
 def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
     """Yield settings that are each right and cannot go together, with the keys they concern."""
-    data, diffusion = config.data, config.diffusion
+    yield from _data_contradictions(config.data)
+    if config.data.is_known:
+        yield from _size_contradictions(config)
+    yield from _diffusion_contradictions(config.diffusion)
+
+
+def _data_contradictions(data: DataConfig) -> Iterator[tuple[set[str], str]]:
     own_data = data.dataset not in DATASETS
     if own_data and not data.image_shape:
         yield (
@@ -236,8 +253,10 @@ def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
             f'data.num-classes = {data.num_classes}: data.dataset = "{data.dataset}" is an own '
             "data set, say how many classes it has (2 or more)",
         )
-    if own_data and (not data.image_shape or data.num_classes < 2):
-        return
+
+
+def _size_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
+    data = config.data
     num_classes = data.info.num_classes
     if data.partition == "dominant-classes" and data.dominant_classes > num_classes:
         yield (
@@ -262,6 +281,9 @@ def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
             f'model.name = "{config.model.name}": takes images of {size[0]}x{size[1]} and '
             f"{data.dataset} has {height}x{width}; right would be {' or '.join(fitting)}",
         )
+
+
+def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[str], str]]:
     if diffusion.start >= diffusion.num_timesteps:
         yield (
             {"diffusion.start", "diffusion.num-timesteps"},
@@ -326,6 +348,8 @@ def _wanted(item: Any) -> str:
             return f"should be {item['ctx']['expected']}"
         case "string_pattern_mismatch" if "x[1-9]" in item["ctx"]["pattern"]:
             return 'should read like "1x28x28" (channels x height x width)'
+        case "string_pattern_mismatch" if ":" not in item["ctx"]["pattern"]:
+            return 'should be patterns of parameter names, such as "*" or "fc.*,head.*"'
         case "string_pattern_mismatch":
             return 'should read like "package.module:function"'
         case _:

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 
 from pfedgpa_app.config import DatasetInfo
+from pfedgpa_app.randomness import initialized_by, make_generator
 
 
 class ModelError(ValueError):
@@ -82,8 +83,7 @@ def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
         If the function cannot be found or fails, returns no module, or the module does not turn
         images of ``info.image_shape`` into ``info.num_classes`` logits.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with initialized_by(make_generator(seed, "model")):
         try:
             model = (MODELS.get(name) or _own_function(name))(info)
         except ModelError:

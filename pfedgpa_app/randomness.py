@@ -1,9 +1,9 @@
 """Random generators that depend on what they are for, never on who ran before."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 
@@ -12,14 +12,25 @@ def make_generator(
 ) -> torch.Generator:
     """Return the generator of one purpose, for example ``make_generator(seed, "local", 3, round)``.
 
-    Different streams of one seed are independent (numpy's ``SeedSequence``), so clients and rounds
+    Different streams of one seed are independent (a hash tells them apart), so clients and rounds
     draw the same numbers in whatever order, and in whatever process, they are computed.
     """
-    entropy = [seed]
-    for part in stream:
-        entropy += [0, part] if isinstance(part, int) else [1, *part.encode()]
-    state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-    return torch.Generator(device=device).manual_seed(state)
+    digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8]))
+
+
+@contextmanager
+def initialized_by(generator: torch.Generator) -> Iterator[None]:
+    """Let the modules that are built in the block draw their parameters from ``generator``.
+
+    torch initializes modules from its global CPU generator, which is put back afterwards.
+    """
+    before = torch.default_generator.get_state()
+    torch.default_generator.set_state(generator.get_state())
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The folder of a run: settings, metrics, figure and the personalized models."""
 
+import contextlib
 import json
 import statistics
 from collections.abc import Iterable, Mapping
@@ -137,7 +138,7 @@ class RunFolder:
     def draw(self) -> None:
         """Draw accuracy.png from the metrics so far."""
         run = Run.read(self.path)
-        draw_accuracy({f"{run.config['strategy']}": [run]}, self.path / "accuracy.png")
+        draw_accuracy({run.config.strategy: [run]}, self.path / "accuracy.png")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Run:
     """A run as its folder tells it."""
 
     path: Path
-    config: Row
+    config: Config
     metrics: list[Row]
 
     @classmethod
@@ -158,19 +159,19 @@ class Run:
             If the folder is not one of a run.
         """
         try:
-            config = json.loads((path / "config.json").read_text())
-            metrics_file = path / "metrics.jsonl"
-            lines = metrics_file.read_text().splitlines() if metrics_file.exists() else []
-            return cls(path, config, [json.loads(line) for line in lines])
-        except (OSError, json.JSONDecodeError) as error:
+            flat = json.loads((path / "config.json").read_text())
+            if "strategy" not in flat:
+                raise ValueError("config.json names no strategy")
+            config = Config.from_flat(flat)
+            return cls(path, config, _read_rows(path / "metrics.jsonl"))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the folder of a run: {error}") from error
 
     @property
     def setting(self) -> str:
         """What runs are averaged over: the settings without seed and output folder."""
-        ignored = ("seed", "output-dir")
-        kept = {key: value for key, value in self.config.items() if key not in ignored}
-        return json.dumps([self.num_nodes, kept], sort_keys=True)
+        anywhere = self.config.model_copy(update={"seed": 0, "output_dir": ""})
+        return json.dumps([self.num_nodes, anywhere.to_flat()])
 
     @property
     def num_nodes(self) -> int:
@@ -180,12 +181,12 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether all rounds are there."""
-        return bool(len(self.metrics) == self.config["num-server-rounds"])
+        return len(self.metrics) == self.config.num_server_rounds
 
     def is_of(self, config: Config) -> bool:
         """Whether the run had these settings, wherever it was written to."""
-        anywhere = {"output-dir": ""}
-        return self.config | anywhere == config.to_flat() | anywhere
+        anywhere = {"output_dir": ""}
+        return self.config.model_copy(update=anywhere) == config.model_copy(update=anywhere)
 
     def last(self, name: str) -> float | None:
         """Return a metric of the last round, None if there is none."""
@@ -195,8 +196,11 @@ class Run:
 
 def read_runs(folder: Path) -> list[Run]:
     """Return the runs below an output folder, oldest first; other folders are passed over."""
-    configs = sorted(folder.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
-    return [Run.read(file.parent) for file in configs]
+    runs = []
+    for file in sorted(folder.glob("*/config.json"), key=lambda file: file.stat().st_mtime):
+        with contextlib.suppress(ValueError):
+            runs.append(Run.read(file.parent))
+    return runs
 
 
 def group_by_setting(runs: Iterable[Run]) -> list[list[Run]]:
@@ -204,7 +208,7 @@ def group_by_setting(runs: Iterable[Run]) -> list[list[Run]]:
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
         if run.metrics:
-            groups.setdefault(run.setting, {})[run.config["seed"]] = run
+            groups.setdefault(run.setting, {})[run.config.seed] = run
     return [list(seeds.values()) for seeds in groups.values()]
 
 
@@ -260,6 +264,12 @@ def _curves(runs: Iterable[Run], name: str) -> tuple[list[int], list[list[float]
                 values.setdefault(row["round"], []).append(row[name])
     rounds = sorted(values)
     return rounds, [values[server_round] for server_round in rounds]
+
+
+def _read_rows(file: Path) -> list[Row]:
+    """Read JSON lines; the last one of a run that was killed may be cut off."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _append(file: Path, rows: Iterable[Row]) -> None:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def _content(message: Message, num_array_records: int):  # type: ignore[no-untyp
 
 def _read_array(array: Array, entry: Entry) -> Tensor:
     """Deserialize an array whose header promises what ``entry`` says, and nothing larger."""
-    expected = torch.empty(0, dtype=entry.dtype).numpy().dtype
+    expected = _numpy_dtype(entry.dtype)
     num_bytes = entry.numel * expected.itemsize
     if not num_bytes <= len(array.data) <= num_bytes + _MAX_HEADER_BYTES:
         raise ParameterError(
@@ -116,7 +116,14 @@ def _read_array(array: Array, entry: Entry) -> Tensor:
         raise ParameterError(f"{entry.name} cannot be read: {error}") from error
 
 
-def _read_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    try:
+        return torch.empty(0, dtype=dtype).numpy().dtype
+    except TypeError as error:  # Flower's arrays are NumPy's, which has no bfloat16
+        raise ParameterError(f"{dtype} cannot be sent; right would be float32") from error
+
+
+def _read_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return the shape and dtype of a .npy file without making its array."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)

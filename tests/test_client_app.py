@@ -110,7 +110,7 @@ def test_one_epoch_is_plain_sgd_on_the_shuffled_batches():
     images, labels = data.train_images[:100], data.train_labels[:100]
 
     def linear() -> torch.nn.Module:
-        return build_model("tests_models:linear", DATASETS["digits"], seed=0)
+        return build_model("own_models:linear", DATASETS["digits"], seed=0)
 
     actual = linear()
     train(actual, images, labels, data.stats, config, make_generator(4))

@@ -134,7 +134,7 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path):
     RunFolder(tmp_path / "run", Config(seed=1))
     with pytest.raises(FileExistsError):
         RunFolder(tmp_path / "run", Config(seed=2))
-    assert Run.read(tmp_path / "run").config["seed"] == 1
+    assert Run.read(tmp_path / "run").config.seed == 1
 
 
 def test_a_saved_model_is_loaded_with_equal_tensors(tmp_path: Path):
