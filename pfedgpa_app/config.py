@@ -79,11 +79,11 @@ class DataConfig(Section):
     partition: Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"] = (
         "dominant-classes"
     )
-    train_samples: OptionalCount = 0
+    train_samples: OptionalCount = 50
     test_samples: OptionalCount = 0
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    num_groups: Count = 5
-    dominant_classes: Count = 3
+    num_groups: Count = 2
+    dominant_classes: Count = 5
     uniform_fraction: UnitInterval = 0.2
     dirichlet_alpha: Positive = 0.5
     classes_per_client: Count = 2
@@ -117,8 +117,8 @@ class ClientConfig(Section):
     """Local training: SGD on the client's own data."""
 
     local_epochs: Count = 5
-    batch_size: Count = 50
-    learning_rate: Positive = 0.01
+    batch_size: Count = 10
+    learning_rate: Positive = 0.03
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     weight_decay: NonNegative = 5e-4
     device: Device = "auto"

@@ -1,10 +1,27 @@
 """What all tests share."""
 
+import os
+
 import pytest
 import torch
 
+from pfedgpa_app.data.sources import DEBIAN_FASHION_MNIST
+
 # Small tensors: more threads are slower, and the same on every machine is better than fast.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what this machine lacks; in CI only a GPU may be missing."""
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["cuda"] = "no CUDA device"
+    if not DEBIAN_FASHION_MNIST.is_dir() and "CI" not in os.environ:
+        missing["fashion_mnist"] = "no Fashion-MNIST: apt-get install dataset-fashion-mnist"
+    for item in items:
+        for name, reason in missing.items():
+            if name in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -105,9 +105,9 @@ def test_evaluation_agrees_with_a_hand_count():
 
 def test_one_epoch_is_plain_sgd_on_the_shuffled_batches():
     """Against SGD with momentum and weight decay, written out."""
-    config = ClientConfig(local_epochs=1, batch_size=40, learning_rate=0.1)
+    config = ClientConfig(local_epochs=1, batch_size=20, learning_rate=0.1)
     data = client_data(Config().data, 0, 0, 4)
-    images, labels = data.train_images[:100], data.train_labels[:100]
+    images, labels = data.train_images, data.train_labels
 
     def linear() -> torch.nn.Module:
         return build_model("own_models:linear", DATASETS["digits"], seed=0)
@@ -118,7 +118,7 @@ def test_one_epoch_is_plain_sgd_on_the_shuffled_batches():
     expected = linear()
     mean, std = (value[:, None, None] for value in data.stats)
     velocity = [torch.zeros_like(p) for p in expected.parameters()]
-    for rows in torch.randperm(100, generator=make_generator(4)).split(40):
+    for rows in torch.randperm(50, generator=make_generator(4)).split(20):
         logits = expected((images[rows].float() - mean) / std)
         loss = torch.nn.functional.cross_entropy(logits, labels[rows])
         gradients = torch.autograd.grad(loss, list(expected.parameters()))

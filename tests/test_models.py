@@ -90,7 +90,6 @@ def test_building_leaves_the_global_random_state_as_it_was():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_building_leaves_the_random_state_of_the_gpu_as_it_was():
     before = torch.cuda.get_rng_state()
     build_model("cnn-8x8", DATASETS["digits"], seed=3)
