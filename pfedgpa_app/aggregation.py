@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pfedgpa_app.config import DiffusionConfig
@@ -24,9 +22,9 @@ from pfedgpa_app.randomness import (
     resolve_device,
     single_thread,
 )
+from pfedgpa_app.state import below, load_state, save_state, under
 
-STATE_FORMAT = "pfedgpa-aggregator-1"
-_SUBSPACE = ("mean", "basis", "eigenvalues")
+STATE_KIND = "pfedgpa-aggregator-1"
 
 
 class GenerativeAggregator:
@@ -88,20 +86,27 @@ class GenerativeAggregator:
             return self.bank[client]
         return self.subspace.reconstruct(self.coordinates[client])
 
-    def save(self, file: Path) -> None:
-        """Write all that the next round needs as safetensors, in place of an older file at once."""
-        tensors = {f"bank.{client}": vector for client, vector in self.bank.items()}
-        tensors |= {f"coordinates.{client}": row for client, row in self.coordinates.items()}
-        metadata = {"format": STATE_FORMAT}
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next round needs, as named tensors."""
+        tensors = under("bank", self.bank) | under("coordinates", self.coordinates)
         if self.subspace is not None and self.denoiser is not None:
-            tensors |= {f"subspace.{name}": getattr(self.subspace, name) for name in _SUBSPACE}
-            tensors |= {f"denoiser.{name}": t for name, t in self.denoiser.state_dict().items()}
-            metadata["scale"] = self.subspace.scale.hex()
-        unfinished = file.with_name(file.name + ".unfinished")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata
-        )
-        unfinished.replace(file)
+            tensors |= under("subspace", self.subspace.state())
+            tensors |= under("denoiser", self.denoiser.state_dict())
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` returned."""
+        self.bank = {int(client): t for client, t in below("bank", tensors).items()}
+        self.coordinates = {int(client): t for client, t in below("coordinates", tensors).items()}
+        self.subspace = self.denoiser = None
+        if subspace := below("subspace", tensors):
+            self.subspace = Subspace.of(subspace)
+            self.denoiser = self._new_denoiser(self.subspace.dim).to(self.device)
+            self.denoiser.load_state_dict(below("denoiser", tensors))
+
+    def save(self, file: Path) -> None:
+        """Write the state to a safetensors file, in place of an older one in one step."""
+        save_state(file, STATE_KIND, self.state())
 
     def load(self, file: Path) -> None:
         """Take over what `save` wrote.
@@ -109,24 +114,9 @@ class GenerativeAggregator:
         Raises
         ------
         ValueError
-            If the file is damaged or is none of `save`; the state is then as it was.
+            If the file is missing, damaged or none of `save`; the state is then as it was.
         """
-        try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-        if metadata.get("format") != STATE_FORMAT:
-            raise ValueError(f"{file} holds no state of an aggregator ({STATE_FORMAT})")
-        self.bank = {int(name): t for name, t in _below(tensors, "bank.").items()}
-        self.coordinates = {int(name): t for name, t in _below(tensors, "coordinates.").items()}
-        self.subspace = self.denoiser = None
-        if "scale" in metadata:
-            parts = _below(tensors, "subspace.")
-            self.subspace = Subspace(scale=float.fromhex(metadata["scale"]), **parts)
-            self.denoiser = self._new_denoiser(self.subspace.dim).to(self.device)
-            self.denoiser.load_state_dict(_below(tensors, "denoiser."))
+        self.restore(load_state(file, STATE_KIND)[0])
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -166,7 +156,3 @@ class GenerativeAggregator:
         code = invert(self.denoiser, self.schedule, draws, timesteps, generator)
         denoised = generate(self.denoiser, self.schedule, code, self.config.fidelity)
         return denoised.view(self.config.num_draws, *projected.shape).mean(dim=0)
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -159,6 +159,12 @@ class DiffusionConfig(Section):
         return tuple(part.strip() for part in self.generated_layers.split(",") if part.strip())
 
 
+class CheckpointConfig(Section):
+    """What the server writes down so that a run can go on after its end."""
+
+    every: OptionalCount = 1
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -166,11 +172,13 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     num_server_rounds: Count = 10
     output_dir: str = ""
+    resume_from: str = ""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> "Config":
@@ -211,6 +219,19 @@ class Config(Section):
         if self.output_dir:
             return below_home(self.output_dir)
         return xdg_folder("XDG_DATA_HOME", ".local/share") / "runs"
+
+    def differences(self, other: "Config") -> dict[str, tuple[Scalar, Scalar]]:
+        """Return the settings that decide about results and differ, with both values.
+
+        Where the output goes, how far the run goes and what it goes on from do not count.
+        """
+        free = ("output-dir", "num-server-rounds", "resume-from", "checkpoint.every")
+        theirs = other.to_flat()
+        return {
+            key: (value, theirs[key])
+            for key, value in self.to_flat().items()
+            if key not in free and value != theirs[key]
+        }
 
 
 def below_home(path: str) -> Path:

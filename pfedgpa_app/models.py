@@ -1,6 +1,7 @@
 """The models that clients train. Every one maps ``(batch, channels, height, width)`` to logits."""
 
 import importlib
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -17,39 +18,30 @@ class ModelError(ValueError):
 
 def small_cnn(info: DatasetInfo) -> nn.Module:
     """Two 3x3 convolutions and two linear layers for 8x8 images; 13,706 parameters on digits."""
-    return nn.Sequential(
-        *_convolution(info.image_shape[0], 16, kernel=3, padding=1),
-        *_convolution(16, 32, kernel=3, padding=1),
-        nn.Flatten(),
-        nn.Linear(32 * 2 * 2, 64),
-        nn.LeakyReLU(),
-        nn.Linear(64, info.num_classes),
-    )
+    channels, _, _ = info.image_shape
+    convolutions = [
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.Conv2d(16, 32, 3, padding=1),
+    ]
+    return _cnn(convolutions, [nn.Linear(32 * 2 * 2, 64), nn.Linear(64, info.num_classes)])
 
 
 def cnn(info: DatasetInfo) -> nn.Module:
     """Return the CNN of the FedPAC line of work for 28x28 images; 117,066 parameters on MNIST."""
-    return nn.Sequential(
-        *_convolution(info.image_shape[0], 16, kernel=5, padding=0),
-        *_convolution(16, 32, kernel=5, padding=1),
-        nn.Flatten(),
-        nn.Linear(32 * 5 * 5, 128),
-        nn.LeakyReLU(),
-        nn.Linear(128, info.num_classes),
-    )
+    channels, _, _ = info.image_shape
+    convolutions = [nn.Conv2d(channels, 16, 5), nn.Conv2d(16, 32, 5, padding=1)]
+    return _cnn(convolutions, [nn.Linear(32 * 5 * 5, 128), nn.Linear(128, info.num_classes)])
 
 
 def cifar_cnn(info: DatasetInfo) -> nn.Module:
     """Three 3x3 convolutions and two linear layers for 32x32 images; 156,074 parameters."""
-    return nn.Sequential(
-        *_convolution(info.image_shape[0], 16, kernel=3, padding=1),
-        *_convolution(16, 32, kernel=3, padding=1),
-        *_convolution(32, 64, kernel=3, padding=1),
-        nn.Flatten(),
-        nn.Linear(64 * 4 * 4, 128),
-        nn.LeakyReLU(),
-        nn.Linear(128, info.num_classes),
-    )
+    channels, _, _ = info.image_shape
+    convolutions = [
+        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.Conv2d(32, 64, 3, padding=1),
+    ]
+    return _cnn(convolutions, [nn.Linear(64 * 4 * 4, 128), nn.Linear(128, info.num_classes)])
 
 
 def resnet18(info: DatasetInfo) -> nn.Module:
@@ -94,12 +86,19 @@ def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
     return model
 
 
-def _convolution(channels: int, filters: int, kernel: int, padding: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(channels, filters, kernel, padding=padding),
-        nn.LeakyReLU(),
-        nn.MaxPool2d(2),
-    ]
+def _cnn(convolutions: list[nn.Conv2d], linears: list[nn.Linear]) -> nn.Module:
+    """Chain the layers with leaky ReLU and pooling; their names are conv1, ..., fc1, ..."""
+    layers: dict[str, nn.Module] = {}
+    for number, convolution in enumerate(convolutions, start=1):
+        layers[f"conv{number}"] = convolution
+        layers[f"activation{number}"] = nn.LeakyReLU()
+        layers[f"pool{number}"] = nn.MaxPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    for number, linear in enumerate(linears, start=1):
+        if number > 1:
+            layers[f"fc_activation{number - 1}"] = nn.LeakyReLU()
+        layers[f"fc{number}"] = linear
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _own_function(name: str) -> Callable[[DatasetInfo], nn.Module]:

@@ -15,6 +15,15 @@ from pfedgpa_app.parameters import StateDict
 
 Row = dict[str, Any]
 
+TRAINING_METRICS = (
+    "num-examples",
+    "accuracy-before",
+    "loss-before",
+    "accuracy-after",
+    "loss-after",
+    "seconds",
+)
+
 
 @dataclass
 class RoundRecord:
@@ -50,8 +59,9 @@ class RoundRecord:
             self._row(client).update({"node-id": str(node_id), "status": "no reply"})
 
     def trained(self, client: int, metrics: Mapping[str, float], num_bytes: int) -> None:
-        """Note the metrics of an upload."""
-        self._row(client).update({"status": "ok", **metrics})
+        """Note the metrics of an upload; of what a client sends, only those we know."""
+        known = {name: metrics[name] for name in TRAINING_METRICS if name in metrics}
+        self._row(client).update({"status": "ok", **known})
         self.bytes_up += num_bytes
 
     def failed(self, client: int, reason: str) -> None:
@@ -127,6 +137,12 @@ class RunFolder:
         """Append a round to metrics.jsonl and its clients to clients.jsonl."""
         _append(self.path / "clients.jsonl", clients)
         _append(self.path / "metrics.jsonl", [row])
+
+    def go_on_from(self, run: "Run", completed_rounds: int) -> None:
+        """Begin with the rows of an earlier run, as far as its checkpoint knows of them."""
+        for name in ("clients.jsonl", "metrics.jsonl"):
+            rows = _read_rows(run.path / name)
+            _append(self.path / name, (row for row in rows if row["round"] <= completed_rounds))
 
     def save_model(self, client: int, state: StateDict) -> None:
         """Write a client's personalized model, ``models/client-<number>.safetensors``."""

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.models import ModelError, build_model
 from pfedgpa_app.report import RunFolder, summarize
+from server_app.checkpoint import ResumeError, resume, write_checkpoint
 from server_app.roster import PartitionRoster
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, Local, PFedGPA
 
@@ -23,16 +24,21 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = Config.from_flat(context.run_config)
         model = build_model(config.model.name, config.data.info, config.seed)
-    except (ConfigError, ModelError) as error:
+        strategy = make_strategy(config)
+        initial, earlier = ArrayRecord(model.state_dict()), None
+        if config.resume_from:
+            earlier, initial = resume(config, strategy, model.state_dict())
+    except (ConfigError, ModelError, ResumeError) as error:
         log(ERROR, "%s", error)
         raise
     folder = RunFolder(config.output_path / str(context.run_id), config)
-    strategy = make_strategy(config)
+    if earlier is not None:
+        folder.go_on_from(earlier, strategy.completed_rounds)
     try:
         strategy.start(
             grid,
-            initial_arrays=ArrayRecord(model.state_dict()),
-            num_rounds=config.num_server_rounds,
+            initial_arrays=initial,
+            num_rounds=config.num_server_rounds - strategy.completed_rounds,
             timeout=config.server.round_timeout,
             evaluate_fn=RoundEnd(strategy, folder, config),
         )
@@ -81,13 +87,16 @@ class RoundEnd:
         if server_round == 0:
             return
         record = self.strategy.record
+        every = self.config.checkpoint.every
         row = summarize(record, self.config.strategy, seconds)
         self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
+        if every and record.server_round % every == 0:
+            write_checkpoint(self.folder.path, self.strategy)
         log(
             INFO,
             "Round %d/%d: personalized accuracy %s (worst client %s), after local training %s; "
             "%d clients, %.1f s (clients %.1f, diffusion %.1f)",
-            server_round,
+            record.server_round,
             self.config.num_server_rounds,
             *(
                 "-" if row[name] is None else f"{row[name]:.4f}"

@@ -19,10 +19,24 @@ class Roster:
 
     def __init__(self) -> None:
         self.clients: dict[int, int] = {}
+        self._resumed = False
+
+    def resume(self, clients: dict[int, int]) -> None:
+        """Take over the numbers of an earlier run.
+
+        A node that is known by its id keeps its number. If none of the nodes that connect first is
+        known, the ids are all new, as in every simulation, and nodes are numbered as at a start.
+        """
+        self.clients = dict(clients)
+        self._resumed = True
 
     def admit(self, grid: Grid, node_ids: Iterable[int]) -> None:
         """Give every node that is not yet known a number of its own."""
-        new = sorted(set(node_ids) - self.clients.keys())
+        node_ids = set(node_ids)
+        if self._resumed and node_ids and not node_ids & self.clients.keys():
+            self.clients = {}
+        self._resumed = False
+        new = sorted(node_ids - self.clients.keys())
         wishes = self._wishes(grid, new) if new else {}
         for node_id in sorted(new, key=lambda node_id: (wishes.get(node_id, 2**63), node_id)):
             taken = set(self.clients.values())

@@ -65,6 +65,16 @@ class Subspace:
         scale = float((eigenvalues[:dim].sum() / (len(vectors) * dim)).sqrt())
         return cls(mean, basis, scale, eigenvalues / len(vectors))
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the subspace as named tensors."""
+        tensors = {"mean": self.mean, "basis": self.basis, "eigenvalues": self.eigenvalues}
+        return tensors | {"scale": torch.tensor(self.scale, dtype=torch.float64)}
+
+    @classmethod
+    def of(cls, state: dict[str, Tensor]) -> "Subspace":
+        """Return the subspace of what `state` returned."""
+        return cls(state["mean"], state["basis"], float(state["scale"]), state["eigenvalues"])
+
     @property
     def dim(self) -> int:
         """Number of coordinates."""

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy.strategy_utils import sample_nodes
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.report import RoundRecord
+from pfedgpa_app.state import below, under
 from server_app.replies import ReplyError, Upload, read_metrics, read_upload
 from server_app.roster import Roster
 
@@ -44,6 +45,8 @@ class ClientwiseFedAvg(FedAvg):
     ----------
     record : RoundRecord
         What happened in the current round, client by client.
+    completed_rounds : int
+        Rounds of an earlier run that this one goes on from; Flower counts its rounds from 1 again.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class ClientwiseFedAvg(FedAvg):
         self.seed = seed
         self.roster = roster or Roster()
         self.layout: ParameterLayout | None = None
+        self.completed_rounds = 0
         self.average: StateDict = {}
         self.record = RoundRecord(0)
         self._awaited: set[int] = set()
@@ -75,10 +79,19 @@ class ClientwiseFedAvg(FedAvg):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in the uploads of a round by client; the average is up to date already."""
 
+    def state(self) -> StateDict:
+        """Return all that the next round needs, as named tensors."""
+        return under("average", self.average)
+
+    def restore(self, tensors: StateDict) -> None:
+        """Take over what `state` returned."""
+        self.average = below("average", tensors)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample clients and send each what it starts from."""
+        server_round += self.completed_rounds
         self.record = RoundRecord(server_round)
         self._set_average(arrays)
         if self.fraction_train == 0.0:
@@ -87,11 +100,8 @@ class ClientwiseFedAvg(FedAvg):
         clients = self._sample(
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
-        self.record.num_nodes = len(self.roster.clients)
         messages = [
-            self._message(
-                client, self.training_state(client), config, server_round, MessageType.TRAIN
-            )
+            self._message(client, self.training_state(client), config, MessageType.TRAIN)
             for client in clients
         ]
         self.record.expect(clients, map(self.roster.node_id, clients))
@@ -121,7 +131,7 @@ class ClientwiseFedAvg(FedAvg):
         weights = [upload.num_examples for upload in uploads.values()]
         self.average = weighted_average([upload.state for upload in uploads.values()], weights)
         begin = time.monotonic()
-        self.learn(server_round, uploads)
+        self.learn(self.record.server_round, uploads)
         self.record.seconds_diffusion = time.monotonic() - begin
         return ArrayRecord(self.average), _mean_metrics(
             [upload.metrics for upload in uploads.values()], weights, self.weighted_by_key
@@ -135,12 +145,14 @@ class ClientwiseFedAvg(FedAvg):
             return []
         self._awaited = set()
         clients = self._sample(
-            grid, "evaluate", server_round, self.fraction_evaluate, self.min_evaluate_nodes
+            grid,
+            "evaluate",
+            self.record.server_round,
+            self.fraction_evaluate,
+            self.min_evaluate_nodes,
         )
         return [
-            self._message(
-                client, self.evaluation_state(client), config, server_round, MessageType.EVALUATE
-            )
+            self._message(client, self.evaluation_state(client), config, MessageType.EVALUATE)
             for client in clients
         ]
 
@@ -164,6 +176,8 @@ class ClientwiseFedAvg(FedAvg):
     def summary(self) -> None:
         """Log the settings."""
         super().summary()
+        if self.completed_rounds:
+            log(INFO, "\t└──> Going on after round %d", self.completed_rounds)
         log(
             INFO,
             "\t└──> Generated layers: %s, seed: %d",
@@ -183,6 +197,7 @@ class ClientwiseFedAvg(FedAvg):
         """Draw clients, the same for a seed and a round whatever their node ids, and sort them."""
         _, node_ids = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
         self.roster.admit(grid, node_ids)
+        self.record.num_nodes = len(node_ids)
         clients = sorted(self.roster.client(node_id) for node_id in node_ids)
         size = min(len(clients), max(minimum, round(fraction * len(clients))))
         generator = make_generator(self.seed, "sample", purpose, server_round)
@@ -190,11 +205,9 @@ class ClientwiseFedAvg(FedAvg):
         log(INFO, "configure_%s: Sampled %s nodes (out of %s)", purpose, size, len(clients))
         return sorted(clients[position] for position in chosen)
 
-    def _message(
-        self, client: int, state: StateDict, config: ConfigRecord, server_round: int, kind: str
-    ) -> Message:
+    def _message(self, client: int, state: StateDict, config: ConfigRecord, kind: str) -> Message:
         arrays = ArrayRecord(state)
-        config = ConfigRecord({**config, "server-round": server_round})
+        config = ConfigRecord({**config, "server-round": self.record.server_round})
         self._awaited.add(client)
         self.record.bytes_down += arrays.count_bytes()
         return Message(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.replies import Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
 
@@ -18,6 +19,18 @@ class Local(ClientwiseFedAvg):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""
         self.uploads |= {client: upload.state for client, upload in uploads.items()}
+
+    def state(self) -> StateDict:
+        """Return all that the next round needs, as named tensors."""
+        return (
+            super().state() | under("initial", self.initial) | states_under("upload", self.uploads)
+        )
+
+    def restore(self, tensors: StateDict) -> None:
+        """Take over what `state` returned."""
+        super().restore(tensors)
+        self.initial = below("initial", tensors)
+        self.uploads = states_below("upload", tensors)
 
     def training_state(self, client: int) -> StateDict:
         """Return the client's last upload, or the initial model."""

@@ -8,6 +8,7 @@ from flwr.common import log
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
 from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.state import below, under
 from server_app.replies import Upload
 from server_app.roster import Roster
 from server_app.strategies.clientwise import ClientwiseFedAvg
@@ -62,6 +63,15 @@ class PFedGPA(ClientwiseFedAvg):
             len(self.aggregator.bank),
             self.aggregator.subspace.dim if self.aggregator.subspace else 0,
         )
+
+    def state(self) -> StateDict:
+        """Return all that the next round needs, as named tensors."""
+        return super().state() | under("aggregator", self.aggregator.state())
+
+    def restore(self, tensors: StateDict) -> None:
+        """Take over what `state` returned."""
+        super().restore(tensors)
+        self.aggregator.restore(below("aggregator", tensors))
 
     def training_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the average if nothing is known of it."""

@@ -1,0 +1,70 @@
+"""Named tensors in one safetensors file that is whole or not there."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
+    """Write tensors, and facts as JSON, in place of an older file in one step.
+
+    Whoever is killed while writing leaves the older file as it was.
+    """
+    unfinished = file.with_name(file.name + ".unfinished")
+    metadata = {"kind": kind, "facts": json.dumps(facts)}
+    # Clones, because safetensors refuses tensors that share memory.
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, unfinished, metadata)
+    unfinished.replace(file)
+
+
+def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the facts that `save_state` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing, damaged or of another kind.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("kind") != kind:
+                raise ValueError(f"{file} is no {kind}")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is missing or damaged: {error}") from error
+    return tensors, json.loads(metadata["facts"])
+
+
+def under(prefix: str, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with names that begin with ``prefix.``."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors below ``prefix.`` by the rest of their names, the inverse of `under`."""
+    start = prefix + "."
+    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+
+
+def states_under(prefix: str, states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of many clients' states below ``prefix.<client>.``."""
+    return {
+        name: tensor
+        for client, state in states.items()
+        for name, tensor in under(f"{prefix}.{client}", state).items()
+    }
+
+
+def states_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Return the states by client, the inverse of `states_under`."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in below(prefix, tensors).items():
+        client, _, name = key.partition(".")
+        states.setdefault(int(client), {})[name] = tensor
+    return states

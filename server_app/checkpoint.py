@@ -1,0 +1,81 @@
+"""Checkpoints: everything that the next round needs, in one file of the run's folder.
+
+Whatever is drawn at random is fixed by seed, purpose and round, so no generator has a state to
+keep.
+"""
+
+from pathlib import Path
+
+from flwr.app import ArrayRecord
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.parameters import ParameterError, ParameterLayout, StateDict
+from pfedgpa_app.report import Run
+from pfedgpa_app.state import load_state, save_state
+from server_app.strategies import ClientwiseFedAvg
+
+CHECKPOINT = "checkpoint.safetensors"
+_KIND = "pfedgpa-checkpoint-1"
+
+
+class ResumeError(ValueError):
+    """A run that cannot be gone on from."""
+
+
+def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
+    """Write a strategy's state after a round; a crash leaves the last checkpoint as it was."""
+    save_state(
+        folder / CHECKPOINT,
+        _KIND,
+        strategy.state(),
+        round=strategy.record.server_round,
+        # JSON has no integer keys.
+        clients=[[node_id, number] for node_id, number in strategy.roster.clients.items()],
+    )
+
+
+def resume(
+    config: Config, strategy: ClientwiseFedAvg, initial: StateDict
+) -> tuple[Run, ArrayRecord]:
+    """Bring a strategy into the state of the run ``config.resume_from``.
+
+    ``initial`` is the state_dict of the configured model.
+
+    Returns
+    -------
+    tuple[Run, ArrayRecord]
+        The earlier run, and the global model to go on from.
+
+    Raises
+    ------
+    ResumeError
+        If there is no such run, its checkpoint is missing, damaged or foreign, its settings differ
+        in what decides about results, or no round is left.
+    """
+    path = config.output_path / Path(config.resume_from).expanduser()
+    try:
+        run = Run.read(path)
+        tensors, facts = load_state(path / CHECKPOINT, _KIND)
+    except ValueError as error:
+        raise ResumeError(f'resume-from = "{config.resume_from}": {error}') from error
+    if differences := config.differences(run.config):
+        raise ResumeError(
+            "The settings differ from those of the run to go on from:\n"
+            + "\n".join(
+                f"  - {key} = {new!r}, there {old!r}" for key, (new, old) in differences.items()
+            )
+        )
+    if facts["round"] >= config.num_server_rounds:
+        raise ResumeError(
+            f"num-server-rounds = {config.num_server_rounds}: the run has completed "
+            f"{facts['round']} rounds; right would be more than that"
+        )
+    strategy.restore(tensors)
+    try:
+        ParameterLayout.of(initial).check(strategy.average)
+    except ParameterError as error:
+        raise ResumeError(f"The model is not that of the run to go on from: {error}") from error
+    strategy.completed_rounds = facts["round"]
+    strategy.roster.resume(dict(facts["clients"]))
+    # In the order of the model's tensors, which the vectors of the bank follow.
+    return run, ArrayRecord({name: strategy.average[name] for name in initial})

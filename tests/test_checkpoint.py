@@ -1,0 +1,155 @@
+"""A run that is killed and resumed goes on as if nothing had happened."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from simulated_grid import SimulatedGrid, upload, weights
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.report import RunFolder, summarize
+from pfedgpa_app.state import load_state, save_state
+from server_app.app import make_strategy
+from server_app.checkpoint import CHECKPOINT, ResumeError, resume, write_checkpoint
+from server_app.roster import Roster
+from server_app.strategies import ClientwiseFedAvg
+
+STRATEGIES = ["pfedgpa", "local", "fedavg", "fedavg-ft"]
+
+
+def learning_site(pull: float):
+    """Return a node that moves what it is sent towards ``pull``: its uploads tell its past."""
+
+    def answer(message: Message) -> RecordDict:
+        state = message.content["arrays"].to_torch_state_dict()
+        if message.metadata.message_type == MessageType.EVALUATE:
+            accuracy = float(torch.sigmoid(state["layer.weight"].mean()))
+            return RecordDict({"m": MetricRecord({"num-examples": 4, "accuracy": accuracy})})
+        target = weights(pull)
+        moved = {
+            name: tensor + 0.3 * (target[name] - tensor)
+            if tensor.is_floating_point()
+            else tensor + 1
+            for name, tensor in state.items()
+        }
+        return upload(moved, **{"accuracy-after": 0.5})
+
+    return answer
+
+
+def grid(first_id: int) -> SimulatedGrid:
+    """Return six sites whose node ids begin anywhere, as in a simulation."""
+    ids = range(first_id, first_id + 6)
+    sites = {node: learning_site(float(number - 3)) for number, node in enumerate(ids)}
+    return SimulatedGrid(sites, {node: number for number, node in enumerate(ids)})
+
+
+def config(tmp_path: Path, strategy: str, **settings) -> Config:
+    base = {"strategy": strategy, "output-dir": str(tmp_path), "server.fraction-train": 0.5}
+    return Config.from_flat(
+        {**base, "diffusion.train-steps": 5, "num-server-rounds": 4, **settings}
+    )
+
+
+def go(
+    config: Config, name: str, num_rounds: int, first_id: int = 100
+) -> tuple[ClientwiseFedAvg, list[dict]]:
+    """Run rounds and leave a folder with a checkpoint; return strategy and metrics."""
+    strategy = make_strategy(config)
+    initial = ArrayRecord(weights(0.0))
+    if config.resume_from:
+        _, initial = resume(config, strategy, weights(0.0))
+    folder = RunFolder(config.output_path / name, config)
+    rows = []
+
+    def end_of_round(server_round: int, arrays: ArrayRecord) -> None:
+        if server_round:
+            row = summarize(strategy.record, config.strategy, 0.0)
+            rows.append({k: v for k, v in row.items() if not k.startswith("seconds")})
+            folder.add_round(row, strategy.record.clients.values())
+            write_checkpoint(folder.path, strategy)
+
+    strategy.start(grid(first_id), initial, num_rounds=num_rounds, evaluate_fn=end_of_round)
+    return strategy, rows
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_has_the_metrics_of_one_that_was_never_stopped(tmp_path: Path, strategy: str):
+    whole, expected = go(config(tmp_path, strategy), "whole", 4)
+    _, begun = go(config(tmp_path, strategy), "killed", 2)
+    # New node ids, as whenever a simulation starts again.
+    later = config(tmp_path, strategy, **{"resume-from": "killed"})
+    resumed, rest = go(later, "resumed", 2, first_id=5000)
+    assert begun + rest == expected
+    for client in range(6):
+        for name, tensor in whole.evaluation_state(client).items():
+            assert torch.equal(resumed.evaluation_state(client)[name], tensor)
+
+
+def test_settings_that_decide_about_results_must_be_the_same(tmp_path: Path):
+    go(config(tmp_path, "local"), "first", 1)
+    other = config(tmp_path, "local", **{"resume-from": "first", "client.momentum": 0.9})
+    with pytest.raises(ResumeError, match=r"client\.momentum = 0\.9, there 0\.5"):
+        resume(other, make_strategy(other), weights(0.0))
+
+
+def test_another_model_is_refused(tmp_path: Path):
+    go(config(tmp_path, "local"), "first", 1)
+    again = config(tmp_path, "local", **{"resume-from": "first"})
+    with pytest.raises(ResumeError, match=r"not that of the run.*layer\.bias"):
+        resume(again, make_strategy(again), {**weights(0.0), "layer.bias": torch.zeros(7)})
+
+
+def test_a_run_without_rounds_left_is_refused(tmp_path: Path):
+    go(config(tmp_path, "local"), "first", 2)
+    done = config(tmp_path, "local", **{"resume-from": "first", "num-server-rounds": 2})
+    with pytest.raises(ResumeError, match="completed 2 rounds"):
+        resume(done, make_strategy(done), weights(0.0))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing", "no run"])
+def test_what_is_no_checkpoint_is_refused_with_its_path(tmp_path: Path, damage: str):
+    go(config(tmp_path, "local"), "first", 1)
+    file = tmp_path / "first" / CHECKPOINT
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[: -file.stat().st_size // 2])
+    elif damage == "foreign":
+        save_state(file, "something-else", {"x": torch.ones(1)})
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (tmp_path / "first" / "config.json").unlink()
+    again = config(tmp_path, "local", **{"resume-from": "first"})
+    with pytest.raises(ResumeError, match=r'resume-from = "first".*first'):
+        resume(again, make_strategy(again), weights(0.0))
+
+
+def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch):
+    strategy, _ = go(config(tmp_path, "local"), "first", 1)
+    file = tmp_path / "first" / CHECKPOINT
+    before = file.read_bytes()
+
+    def crash(tensors, path, metadata):
+        Path(path).write_bytes(b"half of a")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pfedgpa_app.state.save_file", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(file.parent, strategy)
+    assert file.read_bytes() == before
+    load_state(file, "pfedgpa-checkpoint-1")
+
+
+def test_a_node_that_is_known_by_its_id_keeps_its_number_whoever_else_connects():
+    roster = Roster()
+    roster.resume({70: 0, 80: 1})
+    roster.admit(SimulatedGrid({}), [80, 5])
+    assert roster.clients == {70: 0, 80: 1, 5: 2}
+
+
+def test_new_ids_of_all_nodes_are_numbered_as_at_a_start():
+    roster = Roster()
+    roster.resume({70: 0, 80: 1})
+    roster.admit(SimulatedGrid({}), [5, 6])
+    assert roster.clients == {5: 0, 6: 1}
