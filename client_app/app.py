@@ -10,7 +10,7 @@ from torch import nn
 
 from client_app.training import evaluate, train
 from pfedgpa_app.config import ClientConfig, Config
-from pfedgpa_app.data import ClientData, client_data
+from pfedgpa_app.data import ClientData, DataError, client_data
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator, resolve_device
 
@@ -29,7 +29,7 @@ class Task(NamedTuple):
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Tell which partition this node has, which the server sorts the clients by."""
-    partition = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
+    partition = MetricRecord({"partition-id": node_partition(context)[0]})
     return Message(RecordDict({"metrics": partition}), reply_to=message)
 
 
@@ -70,14 +70,31 @@ def evaluate_message(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
+def node_partition(context: Context) -> tuple[int, int]:
+    """Return partition-id and num-partitions of this node's configuration.
+
+    Raises
+    ------
+    DataError
+        If one of them is missing or no whole number.
+    """
+    values = [context.node_config.get(key) for key in ("partition-id", "num-partitions")]
+    match values:
+        case [int(partition_id), int(num_partitions)]:
+            return partition_id, num_partitions
+    raise DataError(
+        f"node config {context.node_config}: right would be a SuperNode started with, for example, "
+        '--node-config "partition-id=0 num-partitions=2"'
+    )
+
+
 def prepare(message: Message, context: Context) -> Task:
     """Load data and model of a message, with a generator fixed by seed, client and round."""
     config = Config.from_flat(context.run_config)
     if config.client.torch_threads:
         torch.set_num_threads(config.client.torch_threads)
     device = resolve_device(config.client.device)
-    partition_id = int(context.node_config["partition-id"])
-    num_partitions = int(context.node_config["num-partitions"])
+    partition_id, num_partitions = node_partition(context)
     data = client_data(config.data, config.seed, partition_id, num_partitions)
     model = build_model(config.model.name, config.data.info, config.seed)
     arrays = message.content.array_records["arrays"]

@@ -1,5 +1,7 @@
 """Local training: SGD on the client's own images, and evaluation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -52,13 +54,31 @@ def train(
         weight_decay=config.weight_decay,
     )
     model.train()
-    for _ in range(config.local_epochs):
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        for rows in torch.split(order, config.batch_size):
-            optimizer.zero_grad()
-            logits = model(normalize(images[rows], stats))
-            functional.cross_entropy(logits, labels[rows]).backward()
-            optimizer.step()
+    with dropout_from(generator, images.device):
+        for _ in range(config.local_epochs):
+            order = torch.randperm(len(images), generator=generator).to(images.device)
+            for rows in _batches(order, config.batch_size):
+                optimizer.zero_grad()
+                logits = model(normalize(images[rows], stats))
+                functional.cross_entropy(logits, labels[rows]).backward()
+                optimizer.step()
+
+
+@contextmanager
+def dropout_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Let layers such as dropout, which draw from torch's global generators, follow a seed."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(generator.initial_seed())
+        yield
+
+
+def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    """Split an order; batch normalization fails on one example, so the last batch takes it in."""
+    batches = list(torch.split(order, batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 @torch.no_grad()

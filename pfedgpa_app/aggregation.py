@@ -59,20 +59,30 @@ class GenerativeAggregator:
 
         With one client, or clients that are all the same, there is nothing to learn: everyone
         keeps its upload.
+
+        Raises
+        ------
+        FloatingPointError
+            If the training diverged; everyone then keeps its upload.
         """
         clients = sorted(self.bank)
         vectors = torch.stack([self.bank[client] for client in clients])
         self.coordinates = {}
-        try:
-            self.subspace = self._fit_subspace(vectors)
-        except ValueError:
-            self.subspace = self.denoiser = None
-            return
-        projected = self.subspace.project(vectors).to(self.device)
         with single_thread():
+            try:
+                self.subspace = self._fit_subspace(vectors)
+            except ValueError:
+                self.subspace = self.denoiser = None
+                return
+            projected = self.subspace.project(vectors).to(self.device)
             self.denoiser = self._train(projected, server_round)
-            generated = self._generate(projected, server_round)
-        self.coordinates = dict(zip(clients, generated.cpu(), strict=True))
+            generated = self._generate(projected, server_round).cpu()
+        if not bool(torch.isfinite(generated).all()):
+            raise FloatingPointError(
+                "the diffusion model generates values that are not finite; right would be a "
+                "smaller diffusion.learning-rate"
+            )
+        self.coordinates = dict(zip(clients, generated, strict=True))
 
     def personalize(self, client: int) -> Tensor:
         """Return the parameters ``(d,)`` generated for a client by the last `fit`.
@@ -84,7 +94,8 @@ class GenerativeAggregator:
         """
         if self.subspace is None or client not in self.coordinates:
             return self.bank[client]
-        return self.subspace.reconstruct(self.coordinates[client])
+        with single_thread():
+            return self.subspace.reconstruct(self.coordinates[client])
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next round needs, as named tensors."""
@@ -95,14 +106,25 @@ class GenerativeAggregator:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned."""
-        self.bank = {int(client): t for client, t in below("bank", tensors).items()}
-        self.coordinates = {int(client): t for client, t in below("coordinates", tensors).items()}
-        self.subspace = self.denoiser = None
-        if subspace := below("subspace", tensors):
-            self.subspace = Subspace.of(subspace)
-            self.denoiser = self._new_denoiser(self.subspace.dim).to(self.device)
-            self.denoiser.load_state_dict(below("denoiser", tensors))
+        """Take over what `state` returned.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit the settings; the state is then as it was.
+        """
+        subspace, denoiser = None, None
+        try:
+            bank = {int(client): t for client, t in below("bank", tensors).items()}
+            coordinates = {int(client): t for client, t in below("coordinates", tensors).items()}
+            if parts := below("subspace", tensors):
+                subspace = Subspace.of(parts)
+                denoiser = self._new_denoiser(subspace.dim).to(self.device)
+                denoiser.load_state_dict(below("denoiser", tensors))
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"not the state of these settings: {error}") from error
+        self.bank, self.coordinates = bank, coordinates
+        self.subspace, self.denoiser = subspace, denoiser
 
     def save(self, file: Path) -> None:
         """Write the state to a safetensors file, in place of an older one in one step."""

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pfedgpa_app.config import Config, ConfigError, flatten
+from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import (
     Run,
     draw_accuracy,
@@ -42,6 +43,10 @@ OutputDir = Annotated[
 def check(file: FileArgument = None, config: Overrides = None) -> None:
     """Say what is wrong with settings, all of it, without starting a run."""
     settings = _load(file, config or [])
+    try:
+        preflight(settings)
+    except ConfigError as error:
+        _fail(str(error))
     defaults = Config().to_flat()
     changed = {key: value for key, value in settings.to_flat().items() if defaults[key] != value}
     print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
@@ -58,6 +63,7 @@ def compare(
     ),
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     clients: Annotated[int, typer.Option(min=2, help="Simulated clients.")] = 10,
+    fresh: Annotated[bool, typer.Option(help="Run again what an earlier call finished.")] = False,
     figure: Annotated[Path | None, typer.Option(help="Draw accuracy over rounds there.")] = None,
 ) -> None:
     """Run every strategy with every seed on the same partitions, and print the table.
@@ -65,6 +71,8 @@ def compare(
     A run that an earlier call finished is taken as it is, so an interrupted comparison goes on
     where it was. Run it in the project's folder.
     """
+    if figure is not None:
+        figure.parent.mkdir(parents=True, exist_ok=True)
     settings = [
         _absolute(_load(file, [*(config or []), f'strategy="{strategy}"', f"seed={seed}"]))
         for strategy in strategies.split(",")
@@ -73,7 +81,7 @@ def compare(
     runs = []
     for number, setting in enumerate(settings, start=1):
         title = f"[{number}/{len(settings)}] {setting.strategy}, seed {setting.seed}"
-        run = _find_finished(setting, clients)
+        run = None if fresh else _find_finished(setting, clients)
         print(f"{title}: {'found ' + str(run.path) if run else 'running'}", flush=True)
         runs.append(run or _simulate(setting, clients))
     groups = group_by_setting(runs)

@@ -1,6 +1,6 @@
 """A model's state_dict as one vector of generated parameters and an averaged rest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -10,7 +10,9 @@ from torch import Tensor
 StateDict = dict[str, Tensor]
 
 # What fits into a float32 vector without rounding.
-_GENERATED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_GENERATED_DTYPES = (torch.float32, torch.float16)
+# Squares and sums of anything larger leave float32; no model has such parameters.
+MAX_ABSOLUTE = 1e12
 # Buffers of torch's normalization layers: statistics of the data, not parameters.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -69,7 +71,7 @@ class ParameterLayout:
         )
         if not generated:
             raise ParameterError(
-                f"nothing to generate: {', '.join(patterns)} takes no float32, float16 or bfloat16 "
+                f"nothing to generate: {', '.join(patterns)} takes no float32 or float16 "
                 "parameter of the model"
             )
         return cls(entries, generated)
@@ -82,9 +84,7 @@ class ParameterLayout:
     def split(self, state: Mapping[str, Tensor]) -> tuple[Tensor, StateDict]:
         """Return the generated parameters as a float32 vector ``(dim,)``, and the rest."""
         vector = torch.cat([state[entry.name].reshape(-1).float() for entry in self.generated])
-        names = {entry.name for entry in self.generated}
-        rest = {entry.name: state[entry.name] for entry in self.entries if entry.name not in names}
-        return vector, rest
+        return vector, self.rest(state)
 
     def merge(self, vector: Tensor, rest: Mapping[str, Tensor]) -> StateDict:
         """Return the state_dict of a vector ``(dim,)`` and a rest, the inverse of `split`."""
@@ -96,19 +96,35 @@ class ParameterLayout:
         merged = {**rest, **generated}
         return {entry.name: merged[entry.name] for entry in self.entries}
 
+    def rest(self, state: Mapping[str, Tensor]) -> StateDict:
+        """Return what of a state_dict is averaged."""
+        names = {entry.name for entry in self.generated}
+        return {entry.name: state[entry.name] for entry in self.entries if entry.name not in names}
+
+    def check_names(self, state: Iterable[str]) -> None:
+        """Refuse names that are not those of this model.
+
+        Raises
+        ------
+        ParameterError
+            Naming what is missing, or what is too much.
+        """
+        given = set(state)
+        names = {entry.name for entry in self.entries}
+        if missing := names - given:
+            raise ParameterError(f"no tensor {', '.join(sorted(missing))}")
+        if unknown := given - names:
+            raise ParameterError(f"the model has no tensor {', '.join(sorted(unknown)[:5])[:300]}")
+
     def check(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse a state_dict that is not one of this model, or is not finite.
+        """Refuse a state_dict that is not one of this model, or that no one can compute with.
 
         Raises
         ------
         ParameterError
             Naming the first tensor that is wrong, and what would be right.
         """
-        names = {entry.name for entry in self.entries}
-        if missing := names - state.keys():
-            raise ParameterError(f"no tensor {', '.join(sorted(missing))}")
-        if unknown := state.keys() - names:
-            raise ParameterError(f"the model has no tensor {', '.join(sorted(unknown)[:5])}")
+        self.check_names(state)
         for entry in self.entries:
             tensor = state[entry.name]
             if tuple(tensor.shape) != entry.shape:
@@ -117,8 +133,10 @@ class ParameterLayout:
                 )
             if tensor.dtype != entry.dtype:
                 raise ParameterError(f"{entry.name} is {tensor.dtype} instead of {entry.dtype}")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ParameterError(f"{entry.name} has values that are not finite")
+            if tensor.is_floating_point() and not bool((tensor.abs() < MAX_ABSOLUTE).all()):
+                raise ParameterError(
+                    f"{entry.name} has values that are not finite, or beyond {MAX_ABSOLUTE:.0e}"
+                )
 
 
 def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> StateDict:

@@ -15,6 +15,7 @@ from pfedgpa_app.parameters import StateDict
 
 Row = dict[str, Any]
 
+NO_REPLY = "no reply"
 TRAINING_METRICS = (
     "num-examples",
     "accuracy-before",
@@ -56,7 +57,7 @@ class RoundRecord:
     def expect(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
         """Note who was asked to train."""
         for client, node_id in zip(clients, node_ids, strict=True):
-            self._row(client).update({"node-id": str(node_id), "status": "no reply"})
+            self._row(client).update({"node-id": str(node_id), "status": NO_REPLY})
 
     def trained(self, client: int, metrics: Mapping[str, float], num_bytes: int) -> None:
         """Note the metrics of an upload; of what a client sends, only those we know."""

@@ -9,8 +9,8 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from pfedgpa_app.config import Config, ConfigError
-from pfedgpa_app.models import ModelError, build_model
-from pfedgpa_app.report import RunFolder, summarize
+from pfedgpa_app.preflight import preflight
+from pfedgpa_app.report import NO_REPLY, RunFolder, summarize
 from server_app.checkpoint import ResumeError, resume, write_checkpoint
 from server_app.roster import PartitionRoster
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, Local, PFedGPA
@@ -23,12 +23,11 @@ def main(grid: Grid, context: Context) -> None:
     """Run the configured strategy and leave a folder with all that came of it."""
     try:
         config = Config.from_flat(context.run_config)
-        model = build_model(config.model.name, config.data.info, config.seed)
+        initial, earlier = preflight(config).state_dict(), None
         strategy = make_strategy(config)
-        initial, earlier = ArrayRecord(model.state_dict()), None
         if config.resume_from:
-            earlier, initial = resume(config, strategy, model.state_dict())
-    except (ConfigError, ModelError, ResumeError) as error:
+            earlier, initial = resume(config, strategy, initial)
+    except (ConfigError, ResumeError) as error:
         log(ERROR, "%s", error)
         raise
     folder = RunFolder(config.output_path / str(context.run_id), config)
@@ -37,15 +36,15 @@ def main(grid: Grid, context: Context) -> None:
     try:
         strategy.start(
             grid,
-            initial_arrays=initial,
+            initial_arrays=ArrayRecord(initial),
             num_rounds=config.num_server_rounds - strategy.completed_rounds,
             timeout=config.server.round_timeout,
             evaluate_fn=RoundEnd(strategy, folder, config),
         )
         for client in sorted(strategy.roster.clients.values()):
             folder.save_model(client, strategy.evaluation_state(client))
-    finally:
         folder.draw()
+    finally:
         log(INFO, "Run %s: %s", context.run_id, folder.path)
 
 
@@ -53,7 +52,7 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
     """Return the strategy that a run's settings ask for."""
     common: dict[str, Any] = {
         "seed": config.seed,
-        "roster": PartitionRoster(config.server.round_timeout),
+        "roster": PartitionRoster(),
         "fraction_train": config.server.fraction_train,
         "fraction_evaluate": config.server.fraction_evaluate,
         "min_train_nodes": 1,
@@ -69,6 +68,10 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
             return ClientwiseFedAvg(**common)
         case "fedavg-ft":
             return FedAvgFT(**common)
+
+
+class RunError(RuntimeError):
+    """A run that has no prospect."""
 
 
 class RoundEnd:
@@ -87,6 +90,7 @@ class RoundEnd:
         if server_round == 0:
             return
         record = self.strategy.record
+        self._stop_if_hopeless()
         every = self.config.checkpoint.every
         row = summarize(record, self.config.strategy, seconds)
         self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
@@ -111,3 +115,17 @@ class RoundEnd:
             row["seconds-clients"],
             row["seconds-diffusion"],
         )
+
+    def _stop_if_hopeless(self) -> None:
+        """End a run in whose first round every client failed: it is the settings, not the clients.
+
+        Raises
+        ------
+        RunError
+            With what the clients said.
+        """
+        record = self.strategy.record
+        statuses = {str(row.get("status", "ok")) for row in record.clients.values()}
+        is_first = record.server_round == self.strategy.completed_rounds + 1
+        if is_first and record.clients and not statuses & {"ok", NO_REPLY}:
+            raise RunError("Every client failed in the first round:\n  " + "\n  ".join(statuses))

@@ -6,10 +6,8 @@ keep.
 
 from pathlib import Path
 
-from flwr.app import ArrayRecord
-
 from pfedgpa_app.config import Config
-from pfedgpa_app.parameters import ParameterError, ParameterLayout, StateDict
+from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.report import Run
 from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg
@@ -34,16 +32,14 @@ def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
     )
 
 
-def resume(
-    config: Config, strategy: ClientwiseFedAvg, initial: StateDict
-) -> tuple[Run, ArrayRecord]:
+def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tuple[Run, StateDict]:
     """Bring a strategy into the state of the run ``config.resume_from``.
 
     ``initial`` is the state_dict of the configured model.
 
     Returns
     -------
-    tuple[Run, ArrayRecord]
+    tuple[Run, StateDict]
         The earlier run, and the global model to go on from.
 
     Raises
@@ -70,12 +66,12 @@ def resume(
             f"num-server-rounds = {config.num_server_rounds}: the run has completed "
             f"{facts['round']} rounds; right would be more than that"
         )
-    strategy.restore(tensors)
     try:
+        strategy.restore(tensors)
         ParameterLayout.of(initial).check(strategy.average)
-    except ParameterError as error:
+    except ValueError as error:  # of the layout's or of the aggregator's
         raise ResumeError(f"The model is not that of the run to go on from: {error}") from error
     strategy.completed_rounds = facts["round"]
     strategy.roster.resume(dict(facts["clients"]))
     # In the order of the model's tensors, which the vectors of the bank follow.
-    return run, ArrayRecord({name: strategy.average[name] for name in initial})
+    return run, {name: strategy.average[name] for name in initial}

@@ -1,9 +1,9 @@
 """Which node is which client: nodes have random ids, clients have numbers that stay."""
 
 from collections.abc import Iterable
-from logging import INFO
+from logging import INFO, WARNING
 
-from flwr.app import Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Message, MessageType, Metadata, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
@@ -19,25 +19,28 @@ class Roster:
 
     def __init__(self) -> None:
         self.clients: dict[int, int] = {}
+        self.connected: set[int] = set()
         self._resumed = False
 
     def resume(self, clients: dict[int, int]) -> None:
         """Take over the numbers of an earlier run.
 
-        A node that is known by its id keeps its number. If none of the nodes that connect first is
-        known, the ids are all new, as in every simulation, and nodes are numbered as at a start.
+        A node that is known by its id keeps its number. In a simulation all ids are new: if none of
+        the nodes that connect first is known, and they claim all the old numbers between them, the
+        numbers are theirs. A stranger alone is never given somebody's number.
         """
         self.clients = dict(clients)
         self._resumed = True
 
     def admit(self, grid: Grid, node_ids: Iterable[int]) -> None:
         """Give every node that is not yet known a number of its own."""
-        node_ids = set(node_ids)
-        if self._resumed and node_ids and not node_ids & self.clients.keys():
-            self.clients = {}
-        self._resumed = False
+        node_ids = self.connected = set(node_ids)
         new = sorted(node_ids - self.clients.keys())
         wishes = self._wishes(grid, new) if new else {}
+        all_new = len(new) == len(node_ids) and set(wishes.values()) >= set(self.clients.values())
+        if self._resumed and all_new:
+            self.clients = {}
+        self._resumed = False
         for node_id in sorted(new, key=lambda node_id: (wishes.get(node_id, 2**63), node_id)):
             taken = set(self.clients.values())
             wish = wishes.get(node_id)
@@ -65,7 +68,7 @@ class PartitionRoster(Roster):
     number, and nobody is given the parameters of somebody else.
     """
 
-    def __init__(self, timeout: float = 600.0) -> None:
+    def __init__(self, timeout: float = 60.0) -> None:
         super().__init__()
         self.timeout = timeout
 
@@ -74,21 +77,37 @@ class PartitionRoster(Roster):
             Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id)
             for node_id in node_ids
         ]
+        replies = list(grid.send_and_receive(messages, timeout=self.timeout))
         wishes = {}
-        for reply in grid.send_and_receive(messages, timeout=self.timeout):
-            node_id = reply.metadata.src_node_id
+        for node_id, reply in by_addressee([m.metadata for m in messages], replies).items():
             partition = None if reply.has_error() else _partition(reply.content)
-            if partition is None:
-                log(INFO, "Node %d does not tell its partition; it gets a free number", node_id)
-            elif node_id in node_ids:
+            if partition is not None:
                 wishes[node_id] = partition
+        for node_id in set(node_ids) - wishes.keys():
+            log(INFO, "Node %d does not tell its partition; it gets a free number", node_id)
         return wishes
+
+
+def by_addressee(sent: Iterable[Metadata], replies: Iterable[Message]) -> dict[int, Message]:
+    """Return the first reply to each message by the node that the message was sent to.
+
+    The SuperLink replies in its own name for a node that left, so the sender does not tell.
+    """
+    addressees = {metadata.message_id: metadata.dst_node_id for metadata in sent}
+    found: dict[int, Message] = {}
+    for reply in replies:
+        node_id = addressees.get(reply.metadata.reply_to_message_id)
+        own = reply.metadata.src_node_id == node_id or reply.has_error()
+        if node_id is not None and own:
+            found.setdefault(node_id, reply)
+        else:
+            log(WARNING, "Node %d sent a reply that nobody asked for", reply.metadata.src_node_id)
+    return found
 
 
 def _partition(content: RecordDict) -> int | None:
     for record in content.metric_records.values():
-        if isinstance(record, MetricRecord):
-            partition = record.get(PARTITION_KEY)
-            if isinstance(partition, int) and 0 <= partition < 2**31:
-                return partition
+        partition = record.get(PARTITION_KEY)
+        if isinstance(partition, int) and 0 <= partition < 2**31:
+            return partition
     return None

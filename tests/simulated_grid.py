@@ -62,6 +62,8 @@ class SimulatedGrid:
         replies = []
         for message in messages:
             self.sent.append(message)
+            # Flower's grids write the id into a message when they send it.
+            message.metadata.__dict__["_message_id"] = str(len(self.sent))
             answer = self._answer(message)
             if answer is not None:
                 replies.append(Message(answer, reply_to=message))

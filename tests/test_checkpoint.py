@@ -12,7 +12,7 @@ from pfedgpa_app.report import RunFolder, summarize
 from pfedgpa_app.state import load_state, save_state
 from server_app.app import make_strategy
 from server_app.checkpoint import CHECKPOINT, ResumeError, resume, write_checkpoint
-from server_app.roster import Roster
+from server_app.roster import PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg
 
 STRATEGIES = ["pfedgpa", "local", "fedavg", "fedavg-ft"]
@@ -59,7 +59,7 @@ def go(
     strategy = make_strategy(config)
     initial = ArrayRecord(weights(0.0))
     if config.resume_from:
-        _, initial = resume(config, strategy, weights(0.0))
+        initial = ArrayRecord(resume(config, strategy, weights(0.0))[1])
     folder = RunFolder(config.output_path / name, config)
     rows = []
 
@@ -148,8 +148,15 @@ def test_a_node_that_is_known_by_its_id_keeps_its_number_whoever_else_connects()
     assert roster.clients == {70: 0, 80: 1, 5: 2}
 
 
-def test_new_ids_of_all_nodes_are_numbered_as_at_a_start():
-    roster = Roster()
+def test_new_ids_are_numbered_by_partition_if_they_claim_all_old_numbers():
+    roster = PartitionRoster()
     roster.resume({70: 0, 80: 1})
-    roster.admit(SimulatedGrid({}), [5, 6])
-    assert roster.clients == {5: 0, 6: 1}
+    roster.admit(SimulatedGrid({}, {5: 1, 6: 0, 7: 2}), [5, 6, 7])
+    assert roster.clients == {5: 1, 6: 0, 7: 2}
+
+
+def test_a_stranger_is_never_given_the_number_of_a_client_that_is_away():
+    roster = PartitionRoster()
+    roster.resume({70: 0, 80: 1})
+    roster.admit(SimulatedGrid({}, {5: 0}), [5])
+    assert roster.clients == {70: 0, 80: 1, 5: 2}

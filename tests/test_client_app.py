@@ -8,7 +8,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client_app.app import evaluate_message, query, train_message
 from client_app.training import evaluate, train
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError
-from pfedgpa_app.data import client_data, image_stats, load_dataset
+from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator
 
@@ -128,3 +128,37 @@ def test_one_epoch_is_plain_sgd_on_the_shuffled_batches():
                 p -= 0.1 * v
     for left, right in zip(actual.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_dropout_follows_the_seed_and_leaves_the_global_generator_alone():
+    data = client_data(Config().data, 0, 0, 4)
+
+    def once(global_seed: int) -> torch.Tensor:
+        model = build_model("own_models:with_dropout", DATASETS["digits"], seed=0)
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        images, labels = data.train_images, data.train_labels
+        train(model, images, labels, data.stats, ClientConfig(), make_generator(1))
+        assert torch.equal(torch.get_rng_state(), before)
+        return next(model.parameters()).detach()
+
+    assert torch.equal(once(1), once(2))
+
+
+def test_a_last_batch_of_one_goes_with_the_one_before():
+    """Batch normalization cannot be trained on one example of 1x1."""
+    data = client_data(Config().data, 0, 0, 4)
+    model = build_model("resnet18", DATASETS["digits"], seed=0)
+    config = ClientConfig(local_epochs=1, batch_size=4)
+    train(
+        model, data.train_images[:9], data.train_labels[:9], data.stats, config, make_generator(1)
+    )
+    assert int(model.state_dict()["bn1.num_batches_tracked"]) == 2
+
+
+@pytest.mark.parametrize(
+    "node", [{}, {"partition-id": 0}, {"partition-id": "a", "num-partitions": 2}]
+)
+def test_a_node_without_partition_is_told_how_to_start(node: dict):
+    with pytest.raises(DataError, match="--node-config"):
+        query(message(MessageType.QUERY), Context(1, 2, node, RecordDict(), SETTINGS))

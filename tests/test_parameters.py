@@ -14,8 +14,8 @@ from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import ParameterError, ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.randomness import make_generator
 
-GENERATED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OTHER_DTYPES = (torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+GENERATED_DTYPES = (torch.float32, torch.float16)
+OTHER_DTYPES = (torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 
 
 def with_batch_norm() -> StateDict:
@@ -85,9 +85,8 @@ def test_split_is_the_inverse_of_merge_on_float32(state: StateDict, seed: int):
         small_cnn,
         with_batch_norm,
         lambda: half_precision(torch.float16),
-        lambda: half_precision(torch.bfloat16),
     ],
-    ids=["cnn", "batch-norm", "float16", "bfloat16"],
+    ids=["cnn", "batch-norm", "float16"],
 )
 def test_a_model_survives_split_and_merge(make: Callable[[], StateDict]):
     state = make()

@@ -155,6 +155,7 @@ BAD = {
     "no reply": None,
     "NaN": upload({**weights(1.0), "layer.bias": torch.tensor([float("nan"), 0.0])}),
     "wrong shape": upload({**weights(1.0), "layer.bias": torch.ones(9)}),
+    "far off": upload(weights(1e9)),
     "renamed": upload({"x": torch.ones(2)}),
 }
 
@@ -185,23 +186,85 @@ def test_a_round_without_any_reply_changes_nothing():
     assert first == second == third
 
 
-def test_a_reply_of_a_node_that_nobody_asked_is_passed_over():
+def configured(
+    strategy: ClientwiseFedAvg, grid: SimulatedGrid
+) -> tuple[list[Message], list[Message]]:
+    """Return the training messages of a first round, and honest replies to them."""
+    asked = list(strategy.configure_train(1, ArrayRecord(weights(0.0)), ConfigRecord(), grid))
+    return asked, list(grid.send_and_receive(asked))
+
+
+def test_replies_that_nobody_asked_for_and_second_ones_are_passed_over():
     grid = SimulatedGrid(groups())
     strategy = ClientwiseFedAvg(fraction_train=0.5)
-    asked = list(strategy.configure_train(1, ArrayRecord(weights(0.0)), ConfigRecord(), grid))
-    outsider = next(
-        node for node in range(8) if node not in {m.metadata.dst_node_id for m in asked}
-    )
+    asked, replies = configured(strategy, grid)
+    outsider = ({*range(8)} - {message.metadata.dst_node_id for message in asked}).pop()
     stranger = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=outsider)
-    replies = [
-        Message(groups()[message.metadata.dst_node_id](message), reply_to=message)
-        for message in asked
-    ]
-    unasked = Message(upload(weights(1000.0)), reply_to=stranger)
-    twice = Message(upload(weights(1000.0)), reply_to=asked[0])
+    unasked = Message(upload(weights(2.0)), reply_to=stranger)
+    twice = Message(upload(weights(2.0)), reply_to=asked[0])
     strategy.aggregate_train(1, [*replies, unasked, twice])
     assert strategy.record.num_trained == 4
-    assert float(strategy.average["layer.weight"].abs().max()) < 2
+    assert float(strategy.average["layer.weight"].abs().max()) < 1.5
+
+
+def test_the_superlinks_word_about_a_node_that_left_is_put_down_to_that_node():
+    grid = SimulatedGrid(groups())
+    strategy = ClientwiseFedAvg()
+    asked, replies = configured(strategy, grid)
+    gone = Message(Error(code=3, reason="node unavailable"), reply_to=asked[2])
+    gone.metadata.__dict__["_src_node_id"] = 1
+    others = [reply for reply in replies if reply.metadata.src_node_id != 2]
+    strategy.aggregate_train(1, [gone, *others])
+    assert "node unavailable" in strategy.record.clients[2]["status"]
+    assert strategy.record.num_trained == 7
+
+
+def test_a_client_cannot_write_into_other_columns_of_the_report():
+    forged = {"personalized-accuracy": 1.0, "round": 99.0, "client": 0.0, "accuracy-after": 0.5}
+    nodes = {**groups(), 3: lambda message: upload(weights(1.0), **forged)}
+    strategy = ClientwiseFedAvg(fraction_evaluate=0.0)
+    start(strategy, SimulatedGrid(nodes), num_rounds=1)
+    row = strategy.record.clients[3]
+    assert (row["round"], row["client"], row["accuracy-after"]) == (1, 3, 0.5)
+    assert "personalized-accuracy" not in row
+
+
+def test_metrics_are_aggregated_by_the_functions_of_fedavg():
+    seen = []
+
+    def aggregate(records: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+        seen.append([dict(record["metrics"]) for record in records])
+        return MetricRecord({"mine": 1.0})
+
+    strategy = ClientwiseFedAvg(train_metrics_aggr_fn=aggregate)
+    result = start(strategy, SimulatedGrid({1: site(1.0), 2: site(2.0)}), num_rounds=1)
+    assert seen == [[{"num-examples": 10, "accuracy-after": 0.25}] * 2]
+    assert result.train_metrics_clientapp[1]["mine"] == 1.0
+
+
+def test_nodes_that_come_and_go_keep_their_numbers():
+    nodes = groups()
+    grid = SimulatedGrid(nodes)
+    strategy = PFedGPA(diffusion=NEAR)
+    start(strategy, grid, num_rounds=1)
+    kept = float(strategy.evaluation_state(7)["layer.weight"][0, 0])
+    del nodes[0]
+    nodes[50] = site(1.0)
+    asked = strategy.configure_train(2, ArrayRecord(strategy.average), ConfigRecord(), grid)
+    sent = {message.metadata.dst_node_id: message for message in asked}
+    assert sent.keys() == {*range(1, 8), 50}
+    assert strategy.roster.client(50) == 8
+    state = sent[7].content["arrays"].to_torch_state_dict()
+    assert float(state["layer.weight"][0, 0]) == kept
+
+
+def test_diverged_training_leaves_everyone_its_upload():
+    wild = DiffusionConfig(learning_rate=1e30)
+    strategy = PFedGPA(diffusion=wild)
+    start(strategy, SimulatedGrid(groups()), num_rounds=1)
+    for node in range(8):
+        value = float(strategy.evaluation_state(node)["layer.weight"][0, 0])
+        assert value == pytest.approx((-1.0) ** node * (1 + node / 100))
 
 
 def test_a_fraction_of_the_clients_is_drawn_from_the_seed():

@@ -1,12 +1,21 @@
 """FedAvg that sends every client its own message and survives what a client may send."""
 
+import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -17,7 +26,10 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.report import RoundRecord
 from pfedgpa_app.state import below, under
 from server_app.replies import ReplyError, Upload, read_metrics, read_upload
-from server_app.roster import Roster
+from server_app.roster import Roster, by_addressee
+
+# Clients differ in how far they move, by their data and epochs, but not by orders of magnitude.
+MAX_RELATIVE_MOVE = 1000
 
 
 class ClientwiseFedAvg(FedAvg):
@@ -65,7 +77,7 @@ class ClientwiseFedAvg(FedAvg):
         self.completed_rounds = 0
         self.average: StateDict = {}
         self.record = RoundRecord(0)
-        self._awaited: set[int] = set()
+        self._sent: list[Metadata] = []
         self._sent_at = 0.0
 
     def training_state(self, client: int) -> StateDict:
@@ -96,14 +108,11 @@ class ClientwiseFedAvg(FedAvg):
         self._set_average(arrays)
         if self.fraction_train == 0.0:
             return []
-        self._awaited = set()
         clients = self._sample(
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
-        messages = [
-            self._message(client, self.training_state(client), config, MessageType.TRAIN)
-            for client in clients
-        ]
+        messages = self._messages(clients, self.training_state, config, MessageType.TRAIN)
+        self.record.num_nodes = len(self.roster.connected)
         self.record.expect(clients, map(self.roster.node_id, clients))
         self._sent_at = time.monotonic()
         return messages
@@ -113,12 +122,7 @@ class ClientwiseFedAvg(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the uploads, average them by their numbers of examples and learn from them."""
         self.record.seconds_clients = time.monotonic() - self._sent_at
-        uploads: dict[int, Upload] = {}
-        for client, reply in self._by_client(replies):
-            try:
-                uploads[client] = self._read_upload(client, reply)
-            except ReplyError as error:
-                self._refuse(client, str(error))
+        uploads = self._read_uploads(replies)
         log(
             INFO,
             "aggregate_train: Received %s results and %s failures",
@@ -133,9 +137,8 @@ class ClientwiseFedAvg(FedAvg):
         begin = time.monotonic()
         self.learn(self.record.server_round, uploads)
         self.record.seconds_diffusion = time.monotonic() - begin
-        return ArrayRecord(self.average), _mean_metrics(
-            [upload.metrics for upload in uploads.values()], weights, self.weighted_by_key
-        )
+        records = _shared_metrics([upload.metrics for upload in uploads.values()])
+        return ArrayRecord(self.average), self.train_metrics_aggr_fn(records, self.weighted_by_key)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -143,7 +146,6 @@ class ClientwiseFedAvg(FedAvg):
         """Sample clients and send each its personalized model."""
         if self.fraction_evaluate == 0.0:
             return []
-        self._awaited = set()
         clients = self._sample(
             grid,
             "evaluate",
@@ -151,10 +153,7 @@ class ClientwiseFedAvg(FedAvg):
             self.fraction_evaluate,
             self.min_evaluate_nodes,
         )
-        return [
-            self._message(client, self.evaluation_state(client), config, MessageType.EVALUATE)
-            for client in clients
-        ]
+        return self._messages(clients, self.evaluation_state, config, MessageType.EVALUATE)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -170,8 +169,8 @@ class ClientwiseFedAvg(FedAvg):
             self.record.evaluated(client, metrics[client])
         if not metrics:
             return None
-        weights = [values[self.weighted_by_key] for values in metrics.values()]
-        return _mean_metrics(list(metrics.values()), weights, self.weighted_by_key)
+        records = _shared_metrics(list(metrics.values()))
+        return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
 
     def summary(self) -> None:
         """Log the settings."""
@@ -197,7 +196,6 @@ class ClientwiseFedAvg(FedAvg):
         """Draw clients, the same for a seed and a round whatever their node ids, and sort them."""
         _, node_ids = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
         self.roster.admit(grid, node_ids)
-        self.record.num_nodes = len(node_ids)
         clients = sorted(self.roster.client(node_id) for node_id in node_ids)
         size = min(len(clients), max(minimum, round(fraction * len(clients))))
         generator = make_generator(self.seed, "sample", purpose, server_round)
@@ -205,42 +203,77 @@ class ClientwiseFedAvg(FedAvg):
         log(INFO, "configure_%s: Sampled %s nodes (out of %s)", purpose, size, len(clients))
         return sorted(clients[position] for position in chosen)
 
-    def _message(self, client: int, state: StateDict, config: ConfigRecord, kind: str) -> Message:
-        arrays = ArrayRecord(state)
+    def _messages(
+        self,
+        clients: Iterable[int],
+        state_of: Callable[[int], StateDict],
+        config: ConfigRecord,
+        kind: str,
+    ) -> list[Message]:
+        """Make a message a client; clients that are sent the same state share one record."""
         config = ConfigRecord({**config, "server-round": self.record.server_round})
-        self._awaited.add(client)
-        self.record.bytes_down += arrays.count_bytes()
-        return Message(
-            content=RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config}),
-            message_type=kind,
-            dst_node_id=self.roster.node_id(client),
-        )
+        records: dict[int, tuple[StateDict, ArrayRecord]] = {}
+        messages = []
+        for client in clients:
+            state = state_of(client)
+            if id(state) not in records:
+                # The state is kept with its record: ids are unique among living objects only.
+                records[id(state)] = (state, ArrayRecord(state))
+            _, arrays = records[id(state)]
+            self.record.bytes_down += arrays.count_bytes()
+            content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+            node_id = self.roster.node_id(client)
+            messages.append(Message(content=content, message_type=kind, dst_node_id=node_id))
+        # Flower writes the ids of the messages into their metadata when it sends them.
+        self._sent = [message.metadata for message in messages]
+        return messages
 
     def _by_client(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
-        """Sort replies by client, so that nothing depends on the order of their arrival.
+        """Sort replies by client, so that nothing depends on the order of their arrival."""
+        found = by_addressee(self._sent, replies)
+        return sorted((self.roster.client(node_id), reply) for node_id, reply in found.items())
 
-        Replies that nobody asked for, and second ones, are passed over.
-        """
-        awaited: dict[int, Message] = {}
-        for reply in replies:
-            client = self.roster.clients.get(reply.metadata.src_node_id)
-            if client in self._awaited:
-                self._awaited.remove(client)
-                awaited[client] = reply
-            else:
-                log(
-                    WARNING,
-                    "Node %d sent a reply that nobody asked for",
-                    reply.metadata.src_node_id,
-                )
-        return sorted(awaited.items())
-
-    def _read_upload(self, client: int, reply: Message) -> Upload:
+    def _read_uploads(self, replies: Iterable[Message]) -> dict[int, Upload]:
+        """Return the uploads that can be used, and note why others can't."""
         assert self.layout is not None, "configure_train comes before aggregate_train"
-        upload = read_upload(reply, self.layout, self.arrayrecord_key, self.weighted_by_key)
-        num_bytes = sum(record.count_bytes() for record in reply.content.array_records.values())
-        self.record.trained(client, upload.metrics, num_bytes)
-        return upload
+        uploads: dict[int, Upload] = {}
+        for client, reply in self._by_client(replies):
+            try:
+                uploads[client] = read_upload(reply, self.layout, self.weighted_by_key)
+            except ReplyError as error:
+                self._refuse(client, str(error))
+                continue
+            arrays = reply.content.array_records.values()
+            self.record.trained(
+                client, uploads[client].metrics, sum(record.count_bytes() for record in arrays)
+            )
+        return self._without_outliers(uploads)
+
+    def _without_outliers(self, uploads: dict[int, Upload]) -> dict[int, Upload]:
+        """Leave out uploads that moved absurdly farther than the others' median.
+
+        A single one would outweigh all others in any average and in any principal component.
+        """
+        if len(uploads) < 3:
+            return uploads
+        moves = {
+            client: _distance(upload.state, self.training_state(client))
+            for client, upload in uploads.items()
+        }
+        # Where most do not move at all, parameters as long as the average are the measure.
+        median = statistics.median(moves.values()) or _distance(self.average)
+        for client, move in moves.items():
+            if move > MAX_RELATIVE_MOVE * median:
+                self._refuse(
+                    client,
+                    f"its parameters moved by {move:.3g}, more than {MAX_RELATIVE_MOVE} times as "
+                    "far as the median client's",
+                )
+        return {
+            client: upload
+            for client, upload in uploads.items()
+            if self.record.clients[client]["status"] == "ok"
+        }
 
     def _refuse(self, client: int, reason: str) -> None:
         log(
@@ -253,15 +286,19 @@ class ClientwiseFedAvg(FedAvg):
         self.record.failed(client, reason)
 
 
-def _mean_metrics(
-    metrics: Sequence[dict[str, float]], weights: Sequence[float], weighted_by_key: str
-) -> MetricRecord:
-    """Average the metrics that everyone reports."""
-    shared = set.intersection(*(set(values) for values in metrics)) - {weighted_by_key}
-    total = sum(weights)
-    return MetricRecord(
-        {
-            name: sum(w * values[name] for w, values in zip(weights, metrics, strict=True)) / total
-            for name in sorted(shared)
-        }
-    )
+def _shared_metrics(metrics: Sequence[dict[str, float]]) -> list[RecordDict]:
+    """Return the metrics that everyone reports, as Flower's functions take them."""
+    shared = sorted(set.intersection(*(set(values) for values in metrics)))
+    return [
+        RecordDict({"metrics": MetricRecord({name: values[name] for name in shared})})
+        for values in metrics
+    ]
+
+
+def _distance(left: StateDict, right: StateDict | None = None) -> float:
+    """Return the Euclidean distance of two states, or of one from zero."""
+    squares = [
+        (tensor.double() - (right[name].double() if right else 0)).square().sum()
+        for name, tensor in left.items()
+    ]
+    return float(torch.stack(squares).sum().sqrt())

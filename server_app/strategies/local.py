@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flwr.app import ArrayRecord
+
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.replies import Upload
@@ -40,6 +42,6 @@ class Local(ClientwiseFedAvg):
         """Return the client's last upload, or the initial model."""
         return self.training_state(client)
 
-    def _set_average(self, arrays: Any) -> None:
+    def _set_average(self, arrays: ArrayRecord) -> None:
         super()._set_average(arrays)
         self.initial = self.initial or self.average

@@ -1,6 +1,6 @@
 """pFedGPA: the server trains a diffusion model on the clients' parameters."""
 
-from logging import INFO
+from logging import INFO, WARNING
 from typing import Any
 
 from flwr.common import log
@@ -56,7 +56,11 @@ class PFedGPA(ClientwiseFedAvg):
         assert self.layout is not None
         for client, upload in uploads.items():
             self.aggregator.observe(client, self.layout.split(upload.state)[0])
-        self.aggregator.fit(server_round)
+        try:
+            self.aggregator.fit(server_round)
+        except FloatingPointError as error:
+            log(WARNING, "pFedGPA: everyone keeps its upload in this round: %s", error)
+            return
         log(
             INFO,
             "pFedGPA: %d clients in %d dimensions",
@@ -78,8 +82,8 @@ class PFedGPA(ClientwiseFedAvg):
         if client not in self.aggregator.bank:
             return self.average
         assert self.layout is not None
-        _, rest = self.layout.split(self.average)
-        return self.layout.merge(self.aggregator.personalize(client), rest)
+        vector = self.aggregator.personalize(client)
+        return self.layout.merge(vector, self.layout.rest(self.average))
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the average if nothing is known of it."""

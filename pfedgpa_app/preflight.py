@@ -1,0 +1,34 @@
+"""What can be wrong with right settings: models, layers and devices that are not there."""
+
+from torch import nn
+
+from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.models import ModelError, build_model
+from pfedgpa_app.parameters import ParameterError, ParameterLayout
+from pfedgpa_app.randomness import resolve_device
+
+
+def preflight(config: Config) -> nn.Module:
+    """Build the model of a run, and try whatever else would only fail in its middle.
+
+    Raises
+    ------
+    ConfigError
+        With every problem.
+    """
+    problems = []
+    try:
+        model = build_model(config.model.name, config.data.info, config.seed)
+        ParameterLayout.of(model.state_dict(), config.diffusion.patterns)
+    except ModelError as error:
+        problems.append(str(error))
+    except ParameterError as error:
+        patterns = config.diffusion.generated_layers
+        problems.append(f'diffusion.generated-layers = "{patterns}": {error}')
+    try:
+        resolve_device(config.diffusion.device)
+    except RuntimeError as error:
+        problems.append(f"diffusion.{error}")
+    if problems:
+        raise ConfigError(problems)
+    return model
