@@ -114,28 +114,42 @@ def without_seconds(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-def test_one_worker_or_two_give_the_same_digits_and_leave_all_files(superlink: SuperLink):
-    log, one = superlink.run(4, workers=1, **QUICK)
-    assert len(one) == 3, log
-    assert superlink.folder is not None
-    names = {str(path.relative_to(superlink.folder)) for path in superlink.folder.rglob("*.*")}
+@pytest.fixture(scope="module")
+def one_worker(superlink: SuperLink) -> tuple[str, list[dict], Path]:
+    """Return log, metrics and folder of a run with one worker."""
+    log, rows = superlink.run(4, workers=1, **QUICK)
+    assert len(rows) == 3, log
+    return log, rows, superlink.folder
+
+
+def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[dict], Path]):
+    log, _, folder = one_worker
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
     assert names == {
         "config.json",
         "metrics.jsonl",
         "clients.jsonl",
         "accuracy.png",
+        "checkpoint.safetensors",
         *(f"models/client-{client}.safetensors" for client in range(4)),
     }
-    assert str(superlink.folder) in log
-    clients = [
-        json.loads(line) for line in (superlink.folder / "clients.jsonl").read_text().splitlines()
-    ]
+    assert str(folder) in log
+    clients = [json.loads(line) for line in (folder / "clients.jsonl").read_text().splitlines()]
     assert [(row["round"], row["client"]) for row in clients] == [
         (server_round, client) for server_round in (1, 2, 3) for client in range(4)
     ]
     assert all(row["status"] == "ok" for row in clients)
-    log, two = superlink.run(4, workers=2, **QUICK)
-    assert without_seconds(one) == without_seconds(two), log
+
+
+def test_one_worker_or_two_and_a_stop_between_give_the_same_digits(
+    superlink: SuperLink, one_worker: tuple[str, list[dict], Path]
+):
+    _, expected, _ = one_worker
+    log, begun = superlink.run(4, workers=2, **{**QUICK, "num-server-rounds": 2})
+    assert without_seconds(begun) == without_seconds(expected[:2]), log
+    assert superlink.folder is not None
+    log, resumed = superlink.run(4, workers=2, **QUICK, **{"resume-from": superlink.folder.name})
+    assert without_seconds(resumed) == without_seconds(expected), log
 
 
 def test_a_baseline_runs_on_the_same_settings(superlink: SuperLink):
