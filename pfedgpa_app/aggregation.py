@@ -46,16 +46,23 @@ class GenerativeAggregator:
         self.seed = seed
         self.device = resolve_device(config.device)
         self.bank: dict[int, Tensor] = {}
+        self.average: Tensor | None = None
         self.subspace: Subspace | None = None
         self.denoiser: ResidualDenoiser | None = None
         self.coordinates: dict[int, Tensor] = {}
+        self._fresh: set[int] = set()
 
     def observe(self, client: int, vector: Tensor) -> None:
         """Put a client's parameters ``(d,)`` into the bank, in place of its last ones."""
         self.bank[client] = vector.detach().cpu()
+        self._fresh.add(client)
 
-    def fit(self, server_round: int) -> None:
+    def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Train the diffusion model on the bank and denoise the code of every client in it.
+
+        ``average`` ``(d,)`` is that of the round's uploads. Clients that were not in the round move
+        along with it, unless ``old-uploads`` says otherwise: what counts of an old upload is its
+        deviation from its own round's average.
 
         With one client, or clients that are all the same, there is nothing to learn: everyone
         keeps its upload.
@@ -65,6 +72,7 @@ class GenerativeAggregator:
         FloatingPointError
             If the training diverged; everyone then keeps its upload.
         """
+        self._bring_up_to_date(average)
         clients = sorted(self.bank)
         vectors = torch.stack([self.bank[client] for client in clients])
         self.coordinates = {}
@@ -100,6 +108,8 @@ class GenerativeAggregator:
     def state(self) -> dict[str, Tensor]:
         """Return all that the next round needs, as named tensors."""
         tensors = under("bank", self.bank) | under("coordinates", self.coordinates)
+        if self.average is not None:
+            tensors["average"] = self.average
         if self.subspace is not None and self.denoiser is not None:
             tensors |= under("subspace", self.subspace.state())
             tensors |= under("denoiser", self.denoiser.state_dict())
@@ -124,6 +134,8 @@ class GenerativeAggregator:
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
         self.bank, self.coordinates = bank, coordinates
+        self.average = tensors.get("average")
+        self._fresh = set()
         self.subspace, self.denoiser = subspace, denoiser
 
     def save(self, file: Path) -> None:
@@ -145,6 +157,15 @@ class GenerativeAggregator:
         """The forward process."""
         config = self.config
         return NoiseSchedule.linear(config.num_timesteps, config.beta_start, config.beta_end)
+
+    def _bring_up_to_date(self, average: Tensor | None) -> None:
+        """Shift old uploads by how far the average moved since the last fit."""
+        if average is not None and self.average is not None:
+            old = self.bank.keys() - self._fresh if self.config.old_uploads == "deviation" else ()
+            for client in old:
+                self.bank[client] = self.bank[client] + (average - self.average)
+        self.average = average
+        self._fresh = set()
 
     def _fit_subspace(self, vectors: Tensor) -> Subspace:
         if self.config.rank != "auto":

@@ -138,6 +138,7 @@ class DiffusionConfig(Section):
     """The diffusion model on the clients' parameters."""
 
     generated_layers: Annotated[str, Field(pattern=r"[^\s,]")] = "*"
+    old_uploads: Literal["deviation", "as-uploaded"] = "deviation"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4

@@ -74,6 +74,38 @@ def test_a_client_observed_after_the_fit_gets_its_upload(bank):
     assert torch.equal(aggregator.personalize(99), uploads[19])
 
 
+@pytest.mark.parametrize("old_uploads", ["deviation", "as-uploaded"])
+def test_old_uploads_keep_their_deviation_from_their_own_rounds_average(bank, old_uploads: str):
+    uploads, _ = bank
+    settings = DiffusionConfig(train_steps=1, old_uploads=old_uploads)
+    aggregator = GenerativeAggregator(settings)
+    for client in range(4):
+        aggregator.observe(client, uploads[client])
+    averages = [uploads[:4].mean(0), uploads[:4].mean(0) + 5, uploads[:4].mean(0) - 2]
+    aggregator.fit(1, averages[0])
+    for server_round in (2, 3):  # clients 0 and 1 take part, 2 and 3 do not
+        for client in (0, 1):
+            aggregator.observe(client, uploads[client] + server_round)
+        aggregator.fit(server_round, averages[server_round - 1])
+    for client in (0, 1):
+        assert torch.equal(aggregator.bank[client], uploads[client] + 3)
+    for client in (2, 3):
+        drift = averages[2] - averages[0] if old_uploads == "deviation" else 0
+        torch.testing.assert_close(aggregator.bank[client], uploads[client] + drift)
+
+
+def test_with_everyone_in_the_round_the_average_changes_nothing(bank):
+    uploads, _ = bank
+    with_average, without = (GenerativeAggregator(DiffusionConfig(train_steps=3)) for _ in range(2))
+    for server_round in (1, 2):
+        for client in range(NUM_CLIENTS):
+            with_average.observe(client, uploads[client] * server_round)
+            without.observe(client, uploads[client] * server_round)
+        with_average.fit(server_round, uploads.mean(0) * server_round)
+        without.fit(server_round)
+    assert torch.equal(with_average.personalize(3), without.personalize(3))
+
+
 def test_an_unknown_client_is_refused(bank):
     with pytest.raises(KeyError):
         fitted(bank[0], train_steps=1).personalize(20)

@@ -97,7 +97,11 @@ class Subspace:
 
 
 def signal_rank(eigenvalues: Tensor) -> int:
-    """Return how many of a bank's descending eigenvalues stand out over the noise floor."""
+    """Return how many of a bank's descending eigenvalues stand out over the noise floor.
+
+    Twice the median is the hard threshold of Gavish and Donoho (arXiv 1305.5870) for an unknown
+    noise level, in the limit of far fewer vectors than dimensions. At least one component is kept.
+    """
     return max(1, int((eigenvalues > 2 * eigenvalues.median()).sum()))
 
 

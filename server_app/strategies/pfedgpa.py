@@ -57,7 +57,7 @@ class PFedGPA(ClientwiseFedAvg):
         for client, upload in uploads.items():
             self.aggregator.observe(client, self.layout.split(upload.state)[0])
         try:
-            self.aggregator.fit(server_round)
+            self.aggregator.fit(server_round, self.layout.split(self.average)[0])
         except FloatingPointError as error:
             log(WARNING, "pFedGPA: everyone keeps its upload in this round: %s", error)
             return
