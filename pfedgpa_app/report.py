@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.config import CheckpointConfig, Config
 from pfedgpa_app.parameters import StateDict
 
 Row = dict[str, Any]
@@ -186,8 +186,9 @@ class Run:
 
     @property
     def setting(self) -> str:
-        """What runs are averaged over: the settings without seed and output folder."""
-        anywhere = self.config.model_copy(update={"seed": 0, "output_dir": ""})
+        """What runs are averaged over: the settings without seed, folders and interruptions."""
+        free = {"seed": 0, "output_dir": "", "resume_from": "", "checkpoint": CheckpointConfig()}
+        anywhere = self.config.model_copy(update=free)
         return json.dumps([self.num_nodes, anywhere.to_flat()])
 
     @property
@@ -201,9 +202,9 @@ class Run:
         return len(self.metrics) == self.config.num_server_rounds
 
     def is_of(self, config: Config) -> bool:
-        """Whether the run had these settings, wherever it was written to."""
-        anywhere = {"output_dir": ""}
-        return self.config.model_copy(update=anywhere) == config.model_copy(update=anywhere)
+        """Whether the run had these settings, wherever it was written to, interrupted or not."""
+        same_length = self.config.num_server_rounds == config.num_server_rounds
+        return same_length and not self.config.differences(config)
 
     def last(self, name: str) -> float | None:
         """Return a metric of the last round, None if there is none."""
