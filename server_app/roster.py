@@ -68,16 +68,17 @@ class PartitionRoster(Roster):
     number, and nobody is given the parameters of somebody else.
     """
 
-    def __init__(self, timeout: float = 60.0) -> None:
-        super().__init__()
-        self.timeout = timeout
+    # The first question waits for processes that start; later, a node must not hold up a round.
+    FIRST_TIMEOUT = 600.0
+    TIMEOUT = 60.0
 
     def _wishes(self, grid: Grid, node_ids: list[int]) -> dict[int, int]:
         messages = [
             Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id)
             for node_id in node_ids
         ]
-        replies = list(grid.send_and_receive(messages, timeout=self.timeout))
+        timeout = self.TIMEOUT if self.clients else self.FIRST_TIMEOUT
+        replies = list(grid.send_and_receive(messages, timeout=timeout))
         wishes = {}
         for node_id, reply in by_addressee([m.metadata for m in messages], replies).items():
             partition = None if reply.has_error() else _partition(reply.content)
