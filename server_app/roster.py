@@ -20,7 +20,7 @@ class Roster:
     def __init__(self) -> None:
         self.clients: dict[int, int] = {}
         self.connected: set[int] = set()
-        self._resumed = False
+        self._is_first = True
 
     def resume(self, clients: dict[int, int]) -> None:
         """Take over the numbers of an earlier run.
@@ -30,7 +30,6 @@ class Roster:
         numbers are theirs. A stranger alone is never given somebody's number.
         """
         self.clients = dict(clients)
-        self._resumed = True
 
     def admit(self, grid: Grid, node_ids: Iterable[int]) -> None:
         """Give every node that is not yet known a number of its own."""
@@ -38,9 +37,9 @@ class Roster:
         new = sorted(node_ids - self.clients.keys())
         wishes = self._wishes(grid, new) if new else {}
         all_new = len(new) == len(node_ids) and set(wishes.values()) >= set(self.clients.values())
-        if self._resumed and all_new:
+        if self._is_first and all_new:
             self.clients = {}
-        self._resumed = False
+        self._is_first = False
         for node_id in sorted(new, key=lambda node_id: (wishes.get(node_id, 2**63), node_id)):
             taken = set(self.clients.values())
             wish = wishes.get(node_id)
@@ -77,7 +76,7 @@ class PartitionRoster(Roster):
             Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id)
             for node_id in node_ids
         ]
-        timeout = self.TIMEOUT if self.clients else self.FIRST_TIMEOUT
+        timeout = self.FIRST_TIMEOUT if self._is_first else self.TIMEOUT
         replies = list(grid.send_and_receive(messages, timeout=timeout))
         wishes = {}
         for node_id, reply in by_addressee([m.metadata for m in messages], replies).items():
