@@ -80,7 +80,7 @@ def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
             model = (MODELS.get(name) or _own_function(name))(info)
         except ModelError:
             raise
-        except Exception as error:
+        except Exception as error:  # a function of the user's raises whatever it likes
             raise ModelError(f'model.name = "{name}": building it failed with {error!r}') from error
         _check_fit(name, model, info)
     return model
@@ -125,7 +125,7 @@ def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
     try:
         with torch.no_grad():
             shape = tuple(model.eval()(torch.zeros(2, *info.image_shape)).shape)
-    except Exception as error:
+    except Exception as error:  # and so does a model of the user's
         raise ModelError(
             f'model.name = "{name}": failed on images of shape {info.image_shape}: {error}'
         ) from error
