@@ -1,30 +1,21 @@
 """Generative aggregation: the server's side of pFedGPA (Algorithm 1 of arXiv 2409.05701)."""
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import (
-    NoiseSchedule,
-    ResidualDenoiser,
-    Subspace,
-    generate,
-    invert,
-    sampling_timesteps,
-    signal_rank,
-    train_denoiser,
-)
-from pfedgpa_app.randomness import (
-    initialized_by,
-    make_generator,
-    resolve_device,
-    single_thread,
-)
+from pfedgpa_app.diffusion import BlockDiffusion, MakeGenerator, Spectrum, mix
+from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
 from pfedgpa_app.state import below, load_state, save_state, under
 
-STATE_KIND = "pfedgpa-aggregator-1"
+STATE_KIND = "pfedgpa-aggregator-2"
+
+WHOLE = (slice(None),)
+"""All parameters as one block."""
 
 
 class GenerativeAggregator:
@@ -39,6 +30,13 @@ class GenerativeAggregator:
         The settings of the diffusion model.
     seed
         Fixes, with the round, all that is drawn at random.
+
+    Attributes
+    ----------
+    bank
+        The last upload of each client, ``(d,)``, brought up to date.
+    models
+        The diffusion model of each block of parameters; None where everyone keeps its upload.
     """
 
     def __init__(self, config: DiffusionConfig, seed: int = 0) -> None:
@@ -47,50 +45,38 @@ class GenerativeAggregator:
         self.device = resolve_device(config.device)
         self.bank: dict[int, Tensor] = {}
         self.average: Tensor | None = None
-        self.subspace: Subspace | None = None
-        self.denoiser: ResidualDenoiser | None = None
-        self.coordinates: dict[int, Tensor] = {}
-        self._fresh: set[int] = set()
+        self._fresh: dict[int, Tensor] = {}
+        self.begin(None)
+
+    def begin(self, initial: Tensor | None, blocks: Sequence[slice] = WHOLE) -> None:
+        """Set what all clients started from, ``(d,)``, and the blocks that are learned apart."""
+        self.initial = initial
+        self.blocks = tuple(blocks)
+        self.models: list[BlockDiffusion | None] = [None] * len(self.blocks)
 
     def observe(self, client: int, vector: Tensor) -> None:
-        """Put a client's parameters ``(d,)`` into the bank, in place of its last ones."""
-        self.bank[client] = vector.detach().cpu()
-        self._fresh.add(client)
+        """Take in the parameters ``(d,)`` that a client uploaded in this round."""
+        self._fresh[client] = vector.detach().cpu()
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Train the diffusion model on the bank and denoise the code of every client in it.
 
-        ``average`` ``(d,)`` is that of the round's uploads. Clients that were not in the round move
-        along with it, unless ``old-uploads`` says otherwise: what counts of an old upload is its
-        deviation from its own round's average.
-
-        With one client, or clients that are all the same, there is nothing to learn: everyone
-        keeps its upload.
+        ``average`` ``(d,)`` is that of the round's uploads.
 
         Raises
         ------
         FloatingPointError
             If the training diverged; everyone then keeps its upload.
         """
-        self._bring_up_to_date(average)
-        clients = sorted(self.bank)
-        vectors = torch.stack([self.bank[client] for client in clients])
-        self.coordinates = {}
         with single_thread():
-            try:
-                self.subspace = self._fit_subspace(vectors)
-            except ValueError:
-                self.subspace = self.denoiser = None
-                return
-            projected = self.subspace.project(vectors).to(self.device)
-            self.denoiser = self._train(projected, server_round)
-            generated = self._generate(projected, server_round).cpu()
-        if not bool(torch.isfinite(generated).all()):
-            raise FloatingPointError(
-                "the diffusion model generates values that are not finite; right would be a "
-                "smaller diffusion.learning-rate"
-            )
-        self.coordinates = dict(zip(clients, generated, strict=True))
+            self._bring_up_to_date(average)
+            self.average = average
+            self.bank |= self._fresh
+            self._fresh = {}
+            self.models = [None] * len(self.blocks)
+            for number, block in enumerate(self.blocks):
+                streams = partial(make_generator, self.seed, server_round, number)
+                self.models[number] = self._learn(self._vectors(block), block, streams)
 
     def personalize(self, client: int) -> Tensor:
         """Return the parameters ``(d,)`` generated for a client by the last `fit`.
@@ -98,45 +84,78 @@ class GenerativeAggregator:
         Raises
         ------
         KeyError
-            If the client was never observed.
+            If the client was not in the bank then.
         """
-        if self.subspace is None or client not in self.coordinates:
-            return self.bank[client]
+        upload = self.bank[client]
+        row = sorted(self.bank).index(client)
         with single_thread():
-            return self.subspace.reconstruct(self.coordinates[client])
+            pieces = [
+                model.personalize(row, self._vectors(block)) if model else upload[block]
+                for block, model in self._learned()
+            ]
+        return torch.cat(pieces)
+
+    def expect(self, default: Tensor) -> Tensor:
+        """Return what a client may expect of which nothing is known, ``(d,)``.
+
+        That is the mean of the distribution, and ``default`` ``(d,)`` where none was learned.
+        """
+        pieces = [model.space.mean if model else default[block] for block, model in self._learned()]
+        return torch.cat(pieces)
+
+    def onboard(self, current: Tensor, previous: Tensor, guidance: float) -> Tensor:
+        """Return the parameters ``(d,)`` of a newcomer, generated by guided denoising.
+
+        Its local training took it from ``previous`` to ``current``, both ``(d,)``; they do not
+        get into the bank.
+        """
+        with single_thread():
+            pieces = [
+                model.onboard(current[block], previous[block], guidance, self._vectors(block))
+                if model
+                else current[block]
+                for block, model in self._learned()
+            ]
+        return torch.cat(pieces)
+
+    def describe(self) -> str:
+        """Say what the last `fit` found, block by block."""
+        return ", ".join(
+            f"{model.space.dim} dimensions from timestep {model.start}" if model else "as uploaded"
+            for model in self.models
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next round needs, as named tensors."""
-        tensors = under("bank", self.bank) | under("coordinates", self.coordinates)
+        tensors = under("bank", self.bank)
         if self.average is not None:
             tensors["average"] = self.average
-        if self.subspace is not None and self.denoiser is not None:
-            tensors |= under("subspace", self.subspace.state())
-            tensors |= under("denoiser", self.denoiser.state_dict())
+        if self.initial is not None:
+            tensors["initial"] = self.initial
+        for number, model in enumerate(self.models):
+            tensors |= under(f"model.{number}", model.state()) if model else {}
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned.
+        """Take over what `state` returned; the blocks are those of `begin`.
 
         Raises
         ------
         ValueError
             If it does not fit the settings; the state is then as it was.
         """
-        subspace, denoiser = None, None
+        models: list[BlockDiffusion | None] = []
         try:
-            bank = {int(client): t for client, t in below("bank", tensors).items()}
-            coordinates = {int(client): t for client, t in below("coordinates", tensors).items()}
-            if parts := below("subspace", tensors):
-                subspace = Subspace.of(parts)
-                denoiser = self._new_denoiser(subspace.dim).to(self.device)
-                denoiser.load_state_dict(below("denoiser", tensors))
+            bank = {int(client): vector for client, vector in below("bank", tensors).items()}
+            for number in range(len(self.blocks)):
+                parts = below(f"model.{number}", tensors)
+                model = BlockDiffusion.of(self.config, parts, self.device) if parts else None
+                models.append(model)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
-        self.bank, self.coordinates = bank, coordinates
-        self.average = tensors.get("average")
-        self._fresh = set()
-        self.subspace, self.denoiser = subspace, denoiser
+        self.bank, self.models = bank, models
+        self.average, self.initial = tensors.get("average"), tensors.get("initial")
+        self._fresh = {}
 
     def save(self, file: Path) -> None:
         """Write the state to a safetensors file, in place of an older one in one step."""
@@ -152,50 +171,61 @@ class GenerativeAggregator:
         """
         self.restore(load_state(file, STATE_KIND)[0])
 
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """The forward process."""
-        config = self.config
-        return NoiseSchedule.linear(config.num_timesteps, config.beta_start, config.beta_end)
+    def _learned(self) -> Iterator[tuple[slice, BlockDiffusion | None]]:
+        return zip(self.blocks, self.models, strict=True)
+
+    def _vectors(self, block: slice) -> list[Tensor]:
+        """Return a block of the bank's vectors, by client."""
+        return [self.bank[client][block] for client in sorted(self.bank)]
+
+    def _learn(
+        self, vectors: list[Tensor], block: slice, streams: MakeGenerator
+    ) -> BlockDiffusion | None:
+        """Return the diffusion model of a block's vectors ``(d,)``.
+
+        With one client there is nothing to learn. Clients without any principal axis that stands
+        out are alike, or each is different from all others; if they are alike, they went together
+        most of the way from what they started from.
+        """
+        if len(vectors) < 2:
+            return None
+        spectrum = Spectrum.of(vectors)
+        is_flat = self.config.rank == "auto" and not spectrum.signal_rank
+        if is_flat and self.initial is not None:
+            apart = float(spectrum.eigenvalues.sum())
+            together = float((spectrum.mean - self.initial[block]).double().square().sum())
+            if apart > together:
+                return None
+        return BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
 
     def _bring_up_to_date(self, average: Tensor | None) -> None:
-        """Shift old uploads by how far the average moved since the last fit."""
-        if average is not None and self.average is not None:
-            old = self.bank.keys() - self._fresh if self.config.old_uploads == "deviation" else ()
-            for client in old:
-                self.bank[client] = self.bank[client] + (average - self.average)
-        self.average = average
-        self._fresh = set()
+        """Move old uploads by how far others have come since.
 
-    def _fit_subspace(self, vectors: Tensor) -> Subspace:
-        if self.config.rank != "auto":
-            return Subspace.fit(vectors, self.config.rank)
-        return Subspace.fit(vectors, signal_rank)
+        ``deviation``: as far as the average of the uploads; what counts of an old upload is how it
+        deviated from the average of its own round. ``kin``: as far as those clients of the round
+        that the diffusion model took for its like.
+        """
+        if self.config.old_uploads == "deviation":
+            if average is not None and self.average is not None:
+                for client in self.bank.keys() - self._fresh.keys():
+                    self.bank[client] = self.bank[client] + (average - self.average)
+        elif self.config.old_uploads == "kin":
+            self._move_with_kin()
 
-    def _train(self, projected: Tensor, server_round: int) -> ResidualDenoiser:
-        config = self.config
-        with initialized_by(make_generator(self.seed, "denoiser", server_round)):
-            denoiser = self._new_denoiser(projected.shape[1])
-        train_denoiser(
-            denoiser.to(self.device),
-            self.schedule,
-            projected,
-            train_steps=config.train_steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            generator=make_generator(self.seed, "training", server_round, device=self.device),
-        )
-        return denoiser
-
-    def _new_denoiser(self, dim: int) -> ResidualDenoiser:
-        return ResidualDenoiser(dim, self.config.hidden_size, self.config.num_blocks)
-
-    def _generate(self, projected: Tensor, server_round: int) -> Tensor:
-        """Invert and denoise coordinates ``(num_clients, dim)``, averaged over the draws."""
-        assert self.denoiser is not None
-        generator = make_generator(self.seed, "inversion", server_round, device=self.device)
-        timesteps = sampling_timesteps(self.config.start, self.config.num_steps)
-        draws = projected.repeat(self.config.num_draws, 1)
-        code = invert(self.denoiser, self.schedule, draws, timesteps, generator)
-        denoised = generate(self.denoiser, self.schedule, code, self.config.fidelity)
-        return denoised.view(self.config.num_draws, *projected.shape).mean(dim=0)
+    def _move_with_kin(self) -> None:
+        clients = sorted(self.bank)
+        again = [row for row, client in enumerate(clients) if client in self._fresh]
+        old = [row for row, client in enumerate(clients) if client not in self._fresh]
+        if not again or not old:
+            return
+        moved = {clients[row]: self.bank[clients[row]].clone() for row in old}
+        for block, model in self._learned():
+            if not model:
+                continue
+            moves = [
+                self._fresh[clients[row]][block] - self.bank[clients[row]][block] for row in again
+            ]
+            weights = model.kinship(model.generated[old], model.generated[again])
+            for row, shares in zip(old, weights, strict=True):
+                moved[clients[row]][block] += mix(shares, moves)
+        self.bank |= moved

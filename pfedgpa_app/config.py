@@ -138,12 +138,14 @@ class DiffusionConfig(Section):
     """The diffusion model on the clients' parameters."""
 
     generated_layers: Annotated[str, Field(pattern=r"[^\s,]")] = "*"
-    old_uploads: Literal["deviation", "as-uploaded"] = "deviation"
+    space: Literal["subspace", "raw"] = "subspace"
+    blocks: Literal["whole", "per-layer"] = "whole"
+    old_uploads: Literal["kin", "deviation", "as-uploaded"] = "kin"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 2e-2
-    start: Count = 200
+    start: Count | Literal["auto"] = "auto"
     num_steps: Count = 20
     fidelity: UnitInterval = 0.3
     num_draws: Count = 4
@@ -158,6 +160,15 @@ class DiffusionConfig(Section):
     def patterns(self) -> tuple[str, ...]:
         """The patterns of ``generated-layers``, one by one."""
         return tuple(part.strip() for part in self.generated_layers.split(",") if part.strip())
+
+
+class OnboardingConfig(Section):
+    """What becomes of clients that appear when others have been trained already."""
+
+    rounds: OptionalCount = 1
+    guidance: NonNegative = 20.0
+    late_clients: OptionalCount = 0
+    join_round: OptionalCount = 0
 
 
 class CheckpointConfig(Section):
@@ -179,6 +190,7 @@ class Config(Section):
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    onboarding: OnboardingConfig = OnboardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @classmethod
@@ -259,6 +271,7 @@ def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
     if config.data.is_known:
         yield from _size_contradictions(config)
     yield from _diffusion_contradictions(config.diffusion)
+    yield from _onboarding_contradictions(config)
 
 
 def _data_contradictions(data: DataConfig) -> Iterator[tuple[set[str], str]]:
@@ -306,23 +319,41 @@ def _size_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
 
 
 def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[str], str]]:
-    if diffusion.start >= diffusion.num_timesteps:
+    start = diffusion.num_timesteps - 1 if diffusion.start == "auto" else diffusion.start
+    if start >= diffusion.num_timesteps:
         yield (
             {"diffusion.start", "diffusion.num-timesteps"},
-            f"diffusion.start = {diffusion.start}: the forward process has the timesteps 0 to "
+            f"diffusion.start = {start}: the forward process has the timesteps 0 to "
             f"{diffusion.num_timesteps - 1} (diffusion.num-timesteps = {diffusion.num_timesteps})",
         )
-    elif diffusion.num_steps > diffusion.start:
+    elif diffusion.num_steps > start:
         yield (
-            {"diffusion.start", "diffusion.num-steps"},
-            f"diffusion.num-steps = {diffusion.num_steps}: there are only {diffusion.start} "
-            f"timesteps from diffusion.start = {diffusion.start} down to the clean parameters",
+            {"diffusion.start", "diffusion.num-steps", "diffusion.num-timesteps"},
+            f"diffusion.num-steps = {diffusion.num_steps}: there are only {start} "
+            f"timesteps from diffusion.start = {start} down to the clean parameters",
         )
     if diffusion.beta_start > diffusion.beta_end:
         yield (
             {"diffusion.beta-start", "diffusion.beta-end"},
             f"diffusion.beta-start = {diffusion.beta_start}: more than diffusion.beta-end = "
             f"{diffusion.beta_end}, but the noise schedule rises",
+        )
+
+
+def _onboarding_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
+    late, join = config.onboarding.late_clients, config.onboarding.join_round
+    keys = {"onboarding.late-clients", "onboarding.join-round", "num-server-rounds"}
+    if late and not 2 <= join <= config.num_server_rounds:
+        yield (
+            keys,
+            f"onboarding.join-round = {join}: with onboarding.late-clients = {late}, the round in "
+            f"which they join should be 2 to num-server-rounds = {config.num_server_rounds}",
+        )
+    if join and not late:
+        yield (
+            keys,
+            f"onboarding.join-round = {join}: no client joins late; right would be "
+            "onboarding.late-clients = 1 or more",
         )
 
 

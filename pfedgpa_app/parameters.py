@@ -81,6 +81,17 @@ class ParameterLayout:
         """Length d of the vector of generated parameters."""
         return sum(entry.numel for entry in self.generated)
 
+    def blocks(self) -> list[slice]:
+        """Return the pieces of the vector that belong to one module each, such as ``conv1``."""
+        blocks: dict[str, slice] = {}
+        begin = 0
+        for entry in self.generated:
+            module = entry.name.rpartition(".")[0]
+            end = begin + entry.numel
+            blocks[module] = slice(blocks[module].start if module in blocks else begin, end)
+            begin = end
+        return list(blocks.values())
+
     def split(self, state: Mapping[str, Tensor]) -> tuple[Tensor, StateDict]:
         """Return the generated parameters as a float32 vector ``(dim,)``, and the rest."""
         vector = torch.cat([state[entry.name].reshape(-1).float() for entry in self.generated])

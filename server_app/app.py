@@ -58,10 +58,12 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
         "min_train_nodes": 1,
         "min_evaluate_nodes": 1,
         "min_available_nodes": config.server.min_available_nodes,
+        "late_clients": config.onboarding.late_clients,
+        "join_round": config.onboarding.join_round,
     }
     match config.strategy:
         case "pfedgpa":
-            return PFedGPA(diffusion=config.diffusion, **common)
+            return PFedGPA(diffusion=config.diffusion, onboarding=config.onboarding, **common)
         case "local":
             return Local(**common)
         case "fedavg":

@@ -198,7 +198,7 @@ def test_the_message_lists_the_problems_one_a_line():
             "diffusion.start = 1000: the forward process has the timesteps 0 to 999",
         ),
         (
-            {"diffusion.num-steps": 201},
+            {"diffusion.num-steps": 201, "diffusion.start": 200},
             "diffusion.num-steps = 201: there are only 200 timesteps from diffusion.start = 200",
         ),
         (

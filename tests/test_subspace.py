@@ -10,11 +10,11 @@ from torch import Tensor
 from pfedgpa_app.diffusion import (
     ExactDenoiser,
     NoiseSchedule,
+    Spectrum,
     Subspace,
     generate,
     invert,
     sampling_timesteps,
-    signal_rank,
 )
 from pfedgpa_app.randomness import make_generator
 
@@ -37,7 +37,9 @@ def test_axes_and_eigenvalues_are_those_of_the_singular_value_decomposition():
     subspace = Subspace.fit(vectors)
     centered = vectors.numpy() - vectors.numpy().mean(0)
     _, singular, axes = np.linalg.svd(centered, full_matrices=False)
-    np.testing.assert_allclose(subspace.eigenvalues, singular[:8] ** 2 / 9, rtol=1e-9)
+    np.testing.assert_allclose(
+        Spectrum.of(vectors).eigenvalues, singular[:8] ** 2 / 9, rtol=1e-9
+    )
     cosines = np.abs((subspace.basis.numpy() * axes[:8]).sum(1))
     np.testing.assert_allclose(cosines, 1.0, atol=1e-9)
     np.testing.assert_allclose(subspace.basis @ subspace.basis.T, np.eye(8), atol=1e-9)
@@ -54,8 +56,21 @@ def test_rank_keeps_the_first_components():
     vectors = normal(10, 50)
     whole, part = Subspace.fit(vectors), Subspace.fit(vectors, rank=3)
     assert part.dim == 3
-    torch.testing.assert_close(part.basis.abs(), whole.basis[:3].abs())
-    torch.testing.assert_close(part.eigenvalues, whole.eigenvalues)
+    torch.testing.assert_close(part.basis, whole.basis[:3])
+
+
+def test_the_axes_have_signs_that_rounding_does_not_turn():
+    vectors = normal(8, 50)
+    turned = vectors.flip(1)  # other sums in another order, the same spectrum
+    basis = Subspace.fit(turned).basis.flip(1)
+    torch.testing.assert_close(basis, Subspace.fit(vectors).basis, atol=1e-9, rtol=0)
+
+
+def test_a_list_of_vectors_is_a_bank_as_a_matrix_is():
+    vectors = normal(6, 40)
+    matrix, rows = Subspace.fit(vectors), Subspace.fit(list(vectors))
+    assert torch.equal(matrix.basis, rows.basis)
+    assert torch.equal(matrix.project(vectors), rows.project(list(vectors)))
 
 
 def test_what_sticks_out_of_the_subspace_is_dropped():
@@ -77,9 +92,10 @@ def test_vectors_longer_than_a_chunk_are_reconstructed():
 
 
 @pytest.mark.parametrize("vectors", [torch.ones(5, 8), torch.ones(1, 8)])
-def test_a_bank_without_differences_is_refused(vectors: Tensor):
-    with pytest.raises(ValueError, match="without any difference"):
-        Subspace.fit(vectors)
+def test_a_bank_without_differences_is_a_point(vectors: Tensor):
+    subspace = Subspace.fit(vectors)
+    assert subspace.project(vectors).shape == (len(vectors), 0)
+    assert torch.equal(subspace.reconstruct(torch.zeros(2, 0)), torch.ones(2, 8))
 
 
 def test_diffusion_in_the_subspace_is_diffusion_in_the_full_space():
@@ -115,8 +131,14 @@ def test_signal_rank_finds_the_dimensions_that_groups_span(num_groups: int, num_
     centres = normal(num_groups, 5000) * 0.5
     groups = torch.arange(num_clients) % num_groups
     vectors = centres[groups] + normal(num_clients, 5000, seed=1) * 0.5
-    assert signal_rank(Subspace.fit(vectors).eigenvalues) == num_groups - 1
+    assert Spectrum.of(vectors).signal_rank == num_groups - 1
 
 
-def test_signal_rank_of_pure_noise_is_small():
-    assert signal_rank(Subspace.fit(normal(20, 5000)).eigenvalues) == 1
+def test_signal_rank_of_pure_noise_is_nothing():
+    assert Spectrum.of(normal(20, 5000)).signal_rank == 0
+
+
+def test_signal_rank_of_pairs_of_the_same_vectors_is_that_of_the_pairs():
+    """Differences of nothing are part of the floor, even if they are rounding errors."""
+    vectors = normal(10, 500).repeat(2, 1)
+    assert Spectrum.of(vectors).signal_rank == 9

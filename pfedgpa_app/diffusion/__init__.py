@@ -2,24 +2,34 @@
 
 from pfedgpa_app.diffusion.denoiser import ExactDenoiser, ResidualDenoiser
 from pfedgpa_app.diffusion.generation import generate
+from pfedgpa_app.diffusion.guidance import guide
 from pfedgpa_app.diffusion.inversion import Denoiser, LatentCode, invert, posterior_mean
+from pfedgpa_app.diffusion.model import BlockDiffusion, MakeGenerator, mix
+from pfedgpa_app.diffusion.raw import RawSpace
 from pfedgpa_app.diffusion.schedule import CLEAN, NoiseSchedule, sampling_timesteps
-from pfedgpa_app.diffusion.subspace import Subspace, signal_rank
+from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
 from pfedgpa_app.diffusion.training import ddpm_loss, train_denoiser
+from pfedgpa_app.diffusion.unet import UNetDenoiser
 
 __all__ = [
     "CLEAN",
+    "BlockDiffusion",
     "Denoiser",
     "ExactDenoiser",
     "LatentCode",
+    "MakeGenerator",
     "NoiseSchedule",
+    "RawSpace",
     "ResidualDenoiser",
+    "Spectrum",
     "Subspace",
+    "UNetDenoiser",
     "ddpm_loss",
     "generate",
+    "guide",
     "invert",
+    "mix",
     "posterior_mean",
     "sampling_timesteps",
-    "signal_rank",
     "train_denoiser",
 ]

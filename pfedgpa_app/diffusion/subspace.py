@@ -1,20 +1,80 @@
 """The affine subspace of a bank of vectors, where diffusion costs little and loses nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Entries of a vector that are worked on at a time, so that float64 copies stay small.
-_CHUNK = 2**18
+# Entries of a chunk, over all vectors, so that its float64 copy stays small.
+_CHUNK = 2**22
 # Directions with less than this part of the largest variance are rounding errors.
 _RELATIVE_TOLERANCE = 1e-8
+
+
+class Spectrum(NamedTuple):
+    """How a bank's vectors differ from each other: their principal component analysis.
+
+    Attributes
+    ----------
+    mean
+        ``(d,)``.
+    eigenvalues
+        Variances along all principal axes, descending, float64, ``(num_vectors - 1,)``.
+    eigenvectors
+        Of the Gram matrix, as columns, float64, ``(num_vectors, num_vectors - 1)``.
+    """
+
+    mean: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    @classmethod
+    def of(cls, vectors: Sequence[Tensor]) -> "Spectrum":
+        """Analyze vectors ``(d,)`` by their Gram matrix, in float64 and one pass over them."""
+        mean = torch.empty_like(vectors[0])
+        gram = mean.new_zeros(len(vectors), len(vectors), dtype=torch.float64)
+        for chunk in _chunks(vectors):
+            rows = _rows(vectors, chunk)
+            mean[chunk] = rows.mean(dim=0).to(mean.dtype)
+            rows -= mean[chunk].double()
+            gram += rows @ rows.T
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+        # Without the direction that the mean took away, and each axis with a sign of its own: the
+        # side on which a single vector is farthest out is positive.
+        eigenvalues, eigenvectors = eigenvalues.flip(0)[:-1], eigenvectors.flip(1)[:, :-1]
+        farthest = eigenvectors.abs().argmax(dim=0, keepdim=True)
+        eigenvectors = eigenvectors * eigenvectors.gather(0, farthest).sign()
+        return cls(mean, eigenvalues.clamp(min=0) / len(vectors), eigenvectors)
+
+    @property
+    def floor(self) -> float:
+        """Variance of the noise along any axis: the median, which a few strong axes leave alone."""
+        return float(self.eigenvalues.median()) if len(self.eigenvalues) else 0.0
+
+    @property
+    def max_rank(self) -> int:
+        """Number of axes that are not rounding errors."""
+        if not len(self.eigenvalues):
+            return 0
+        return int((self.eigenvalues > _RELATIVE_TOLERANCE * self.eigenvalues[0]).sum())
+
+    @property
+    def signal_rank(self) -> int:
+        """Number of axes that stand out over the noise.
+
+        Twice the median eigenvalue is the hard threshold of Gavish and Donoho (arXiv 1305.5870)
+        for an unknown noise level, in the limit of far fewer vectors than dimensions.
+        """
+        return min(self.max_rank, int((self.eigenvalues > 2 * self.floor).sum()))
 
 
 @dataclass(frozen=True)
 class Subspace:
     """Orthonormal principal axes of a bank, with coordinates scaled to unit root mean square.
+
+    Without any axis it is the point where the mean is.
 
     Attributes
     ----------
@@ -24,94 +84,72 @@ class Subspace:
         Orthonormal rows, ``(dim, d)``.
     scale
         Length in R^d of one unit of the coordinates.
-    eigenvalues
-        Variances along all principal axes of the bank, descending, float64. The axes that were
-        left out by ``rank`` are among them.
     """
 
     mean: Tensor
     basis: Tensor
     scale: float
-    eigenvalues: Tensor
 
     @classmethod
-    def fit(cls, vectors: Tensor, rank: int | Callable[[Tensor], int] | None = None) -> "Subspace":
-        """Fit the subspace of a bank ``(num_vectors, d)``.
+    def fit(
+        cls,
+        vectors: Sequence[Tensor],
+        rank: int | None = None,
+        spectrum: Spectrum | None = None,
+    ) -> "Subspace":
+        """Fit the subspace of the first ``rank`` principal axes of vectors ``(d,)``, or of all.
 
-        ``rank`` keeps the first axes only; a function such as `signal_rank` chooses it from the
-        eigenvalues. The axes come from the Gram matrix in float64, so d enters in two passes
-        over the bank.
-
-        Raises
-        ------
-        ValueError
-            If fewer than two vectors, or vectors that are all the same, leave no direction.
+        Vectors that are all the same have no axis. ``spectrum`` saves a pass over the vectors
+        where it is known already.
         """
-        mean = vectors.mean(dim=0)
-        eigenvalues, eigenvectors = torch.linalg.eigh(_gram(vectors, mean))
-        eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
-        kept = int((eigenvalues > _RELATIVE_TOLERANCE * eigenvalues[0].clamp(min=0)).sum())
-        if kept == 0:
-            raise ValueError(f"{len(vectors)} vector(s) without any difference have no subspace")
-        eigenvalues, eigenvectors = eigenvalues[:kept], eigenvectors[:, :kept]
-        if callable(rank):
-            rank = rank(eigenvalues / len(vectors))
-        dim = kept if rank is None else min(rank, kept)
-        weights = (eigenvectors[:, :dim] / eigenvalues[:dim].sqrt()).T
-        basis = vectors.new_empty(dim, vectors.shape[1])
-        for chunk in _chunks(vectors.shape[1]):
-            centered = vectors[:, chunk].double() - mean[chunk].double()
-            basis[:, chunk] = (weights @ centered).to(vectors.dtype)
-        scale = float((eigenvalues[:dim].sum() / (len(vectors) * dim)).sqrt())
-        return cls(mean, basis, scale, eigenvalues / len(vectors))
+        spectrum = spectrum or Spectrum.of(vectors)
+        dim = spectrum.max_rank if rank is None else min(rank, spectrum.max_rank)
+        eigenvalues = spectrum.eigenvalues[:dim]
+        weights = (spectrum.eigenvectors[:, :dim] / (eigenvalues * len(vectors)).sqrt()).T
+        basis = spectrum.mean.new_empty(dim, len(spectrum.mean))
+        for chunk in _chunks(vectors):
+            rows = _rows(vectors, chunk)
+            rows -= spectrum.mean[chunk].double()
+            basis[:, chunk] = (weights @ rows).to(basis.dtype)
+        return cls(spectrum.mean, basis, float(eigenvalues.mean().sqrt()) if dim else 1.0)
 
     def state(self) -> dict[str, Tensor]:
         """Return the subspace as named tensors."""
-        tensors = {"mean": self.mean, "basis": self.basis, "eigenvalues": self.eigenvalues}
-        return tensors | {"scale": torch.tensor(self.scale, dtype=torch.float64)}
+        scale = torch.tensor(self.scale, dtype=torch.float64)
+        return {"mean": self.mean, "basis": self.basis, "scale": scale}
 
     @classmethod
     def of(cls, state: dict[str, Tensor]) -> "Subspace":
         """Return the subspace of what `state` returned."""
-        return cls(state["mean"], state["basis"], float(state["scale"]), state["eigenvalues"])
+        return cls(state["mean"], state["basis"], float(state["scale"]))
 
     @property
     def dim(self) -> int:
         """Number of coordinates."""
         return len(self.basis)
 
-    def project(self, vectors: Tensor) -> Tensor:
-        """Return the coordinates ``(num_vectors, dim)`` of vectors ``(num_vectors, d)``.
+    def project(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Return the coordinates ``(num_vectors, dim)`` of vectors ``(d,)``.
 
         What sticks out of the subspace has no probability under the model and is dropped.
         """
-        coordinates = vectors.new_zeros(len(vectors), self.dim, dtype=torch.float64)
-        for chunk in _chunks(vectors.shape[1]):
-            centered = vectors[:, chunk].double() - self.mean[chunk].double()
-            coordinates += centered @ self.basis[:, chunk].double().T
-        return (coordinates / self.scale).to(vectors.dtype)
+        coordinates = self.mean.new_zeros(len(vectors), self.dim, dtype=torch.float64)
+        for chunk in _chunks(vectors):
+            rows = _rows(vectors, chunk)
+            rows -= self.mean[chunk].double()
+            coordinates += rows @ self.basis[:, chunk].double().T
+        return (coordinates / self.scale).to(self.basis.dtype)
 
     def reconstruct(self, coordinates: Tensor) -> Tensor:
-        """Return the vectors ``(num_vectors, d)`` of coordinates ``(num_vectors, dim)``."""
+        """Return the vectors ``(..., d)`` of coordinates ``(..., dim)``."""
         return self.mean + (coordinates * self.scale).to(self.basis.dtype) @ self.basis
 
 
-def signal_rank(eigenvalues: Tensor) -> int:
-    """Return how many of a bank's descending eigenvalues stand out over the noise floor.
-
-    Twice the median is the hard threshold of Gavish and Donoho (arXiv 1305.5870) for an unknown
-    noise level, in the limit of far fewer vectors than dimensions. At least one component is kept.
-    """
-    return max(1, int((eigenvalues > 2 * eigenvalues.median()).sum()))
+def _rows(vectors: Sequence[Tensor], chunk: slice) -> Tensor:
+    """Return a piece of every vector, ``(num_vectors, len(chunk))``, as a float64 copy."""
+    return torch.stack([vector[chunk] for vector in vectors]).double()
 
 
-def _gram(vectors: Tensor, mean: Tensor) -> Tensor:
-    gram = vectors.new_zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for chunk in _chunks(vectors.shape[1]):
-        centered = vectors[:, chunk].double() - mean[chunk].double()
-        gram += centered @ centered.T
-    return gram
-
-
-def _chunks(length: int) -> Iterator[slice]:
-    return (slice(begin, begin + _CHUNK) for begin in range(0, length, _CHUNK))
+def _chunks(vectors: Sequence[Tensor]) -> Iterator[slice]:
+    size = max(1, _CHUNK // len(vectors))
+    return (slice(begin, begin + size) for begin in range(0, len(vectors[0]), size))

@@ -50,6 +50,8 @@ class ClientwiseFedAvg(FedAvg):
         Fixes all that the strategy draws at random.
     roster : Roster, optional
         Numbers the clients. By default in the order of their node ids.
+    late_clients, join_round : int (default: 0)
+        Keep the clients with the highest numbers out of the rounds before ``join_round``.
     **kwargs : Any
         The arguments of Flower's `FedAvg`.
 
@@ -67,9 +69,13 @@ class ClientwiseFedAvg(FedAvg):
         generated_layers: Sequence[str] = ("*",),
         seed: int = 0,
         roster: Roster | None = None,
+        late_clients: int = 0,
+        join_round: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.late_clients = late_clients
+        self.join_round = join_round
         self.generated_layers = tuple(generated_layers)
         self.seed = seed
         self.roster = roster or Roster()
@@ -80,6 +86,11 @@ class ClientwiseFedAvg(FedAvg):
         self._sent: list[Metadata] = []
         self._sent_at = 0.0
 
+    def begin(self, state: StateDict) -> None:
+        """Take note of the initial model, whose tensors are in the order of the vectors."""
+        self.average = state
+        self.layout = ParameterLayout.of(state, self.generated_layers)
+
     def training_state(self, client: int) -> StateDict:
         """Return the state_dict that a client starts its local training from."""
         return self.average
@@ -87,6 +98,13 @@ class ClientwiseFedAvg(FedAvg):
     def evaluation_state(self, client: int) -> StateDict:
         """Return the state_dict of a client's personalized model."""
         return self.average
+
+    def welcome(self, clients: Iterable[int]) -> None:
+        """Take note of the clients that are connected."""
+
+    def counts(self, client: int) -> bool:
+        """Tell whether a client's upload has its part in the average."""
+        return True
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in the uploads of a round by client; the average is up to date already."""
@@ -105,7 +123,9 @@ class ClientwiseFedAvg(FedAvg):
         """Sample clients and send each what it starts from."""
         server_round += self.completed_rounds
         self.record = RoundRecord(server_round)
-        self._set_average(arrays)
+        self.average = arrays.to_torch_state_dict()
+        if self.layout is None:
+            self.begin(self.average)
         if self.fraction_train == 0.0:
             return []
         clients = self._sample(
@@ -132,8 +152,9 @@ class ClientwiseFedAvg(FedAvg):
         if not uploads:
             log(WARNING, "aggregate_train: No client replied; all parameters stay as they are")
             return None, None
-        weights = [upload.num_examples for upload in uploads.values()]
-        self.average = weighted_average([upload.state for upload in uploads.values()], weights)
+        if counting := [upload for client, upload in uploads.items() if self.counts(client)]:
+            weights = [upload.num_examples for upload in counting]
+            self.average = weighted_average([upload.state for upload in counting], weights)
         begin = time.monotonic()
         self.learn(self.record.server_round, uploads)
         self.record.seconds_diffusion = time.monotonic() - begin
@@ -184,12 +205,6 @@ class ClientwiseFedAvg(FedAvg):
             self.seed,
         )
 
-    def _set_average(self, arrays: ArrayRecord) -> None:
-        """Take over the global model: the initial one, or the last average."""
-        self.average = arrays.to_torch_state_dict()
-        if self.layout is None:
-            self.layout = ParameterLayout.of(self.average, self.generated_layers)
-
     def _sample(
         self, grid: Grid, purpose: str, server_round: int, fraction: float, minimum: int
     ) -> list[int]:
@@ -197,6 +212,14 @@ class ClientwiseFedAvg(FedAvg):
         _, node_ids = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
         self.roster.admit(grid, node_ids)
         clients = sorted(self.roster.client(node_id) for node_id in node_ids)
+        if self.late_clients and server_round < self.join_round:
+            clients = clients[: -self.late_clients]
+            if not clients:
+                raise ValueError(
+                    f"onboarding.late-clients = {self.late_clients}: there are only "
+                    f"{len(node_ids)} clients; right would be less than that"
+                )
+        self.welcome(clients)
         size = min(len(clients), max(minimum, round(fraction * len(clients))))
         generator = make_generator(self.seed, "sample", purpose, server_round)
         chosen = torch.randperm(len(clients), generator=generator)[:size].tolist()

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from flwr.app import ArrayRecord
-
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.replies import Upload
@@ -17,6 +15,11 @@ class Local(ClientwiseFedAvg):
         super().__init__(**kwargs)
         self.initial: StateDict = {}
         self.uploads: dict[int, StateDict] = {}
+
+    def begin(self, state: StateDict) -> None:
+        """Keep the initial model."""
+        super().begin(state)
+        self.initial = state
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""
@@ -41,7 +44,3 @@ class Local(ClientwiseFedAvg):
     def evaluation_state(self, client: int) -> StateDict:
         """Return the client's last upload, or the initial model."""
         return self.training_state(client)
-
-    def _set_average(self, arrays: ArrayRecord) -> None:
-        super()._set_average(arrays)
-        self.initial = self.initial or self.average

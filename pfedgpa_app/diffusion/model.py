@@ -1,0 +1,220 @@
+"""The diffusion model of one block of parameters: a space, a denoiser in it, a noise level."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pfedgpa_app.config import DiffusionConfig
+from pfedgpa_app.diffusion.denoiser import ResidualDenoiser
+from pfedgpa_app.diffusion.generation import generate
+from pfedgpa_app.diffusion.guidance import guide
+from pfedgpa_app.diffusion.inversion import invert
+from pfedgpa_app.diffusion.raw import RawSpace
+from pfedgpa_app.diffusion.schedule import NoiseSchedule, sampling_timesteps
+from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
+from pfedgpa_app.diffusion.training import train_denoiser
+from pfedgpa_app.diffusion.unet import UNetDenoiser
+from pfedgpa_app.randomness import initialized_by
+from pfedgpa_app.state import below, under
+
+Space = Subspace | RawSpace
+MakeGenerator = Callable[..., torch.Generator]
+"""Called with the name of a purpose and, by keyword, with a device."""
+
+
+@dataclass(frozen=True)
+class BlockDiffusion:
+    """Generates parameters of a block for the clients of a bank, whose distribution it learned.
+
+    Attributes
+    ----------
+    space
+        Where the denoiser works. Without dimensions, everyone gets the mean.
+    denoiser
+        Predicts noise in coordinates of the space.
+    start
+        First timestep of inversion and denoising.
+    coordinates
+        Those of the bank's vectors, ``(num_clients, dim)``.
+    generated
+        What their inversion and denoising gave, ``(num_clients, dim)``.
+    """
+
+    config: DiffusionConfig
+    space: Space
+    denoiser: nn.Module
+    start: int
+    coordinates: Tensor
+    generated: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        config: DiffusionConfig,
+        vectors: Sequence[Tensor],
+        spectrum: Spectrum,
+        device: torch.device,
+        make_generator: MakeGenerator,
+    ) -> "BlockDiffusion":
+        """Learn the distribution of vectors ``(d,)`` with a known spectrum, and denoise them.
+
+        Raises
+        ------
+        FloatingPointError
+            If the training diverged.
+        """
+        rank = spectrum.signal_rank if config.rank == "auto" else config.rank
+        if config.space == "raw":
+            space: Space = RawSpace.fit(vectors, multiple=2**config.num_blocks)
+        else:
+            space = Subspace.fit(vectors, rank, spectrum)
+        start = first_timestep(config, spectrum, rank)
+        coordinates = space.project(vectors)
+        with initialized_by(make_generator("denoiser")):
+            denoiser = _new_denoiser(config, space.dim).to(device)
+        if not space.dim:
+            return cls(config, space, denoiser, start, coordinates, coordinates)
+        train_denoiser(
+            denoiser,
+            schedule_of(config),
+            coordinates.to(device),
+            train_steps=config.train_steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            generator=make_generator("training", device=device),
+        )
+        noises = make_generator("inversion", device=device)
+        generated = _invert_and_generate(config, denoiser, start, coordinates.to(device), noises)
+        if not bool(torch.isfinite(generated).all()):
+            raise FloatingPointError(
+                "the diffusion model generates values that are not finite; right would be a "
+                "smaller diffusion.learning-rate"
+            )
+        return cls(config, space, denoiser, start, coordinates, generated.cpu())
+
+    def personalize(self, row: int, vectors: Sequence[Tensor]) -> Tensor:
+        """Return the parameters ``(d,)`` generated for one of the vectors ``(d,)`` of `fit`."""
+        weights = self.kinship(self.coordinates[row : row + 1], self.coordinates)[0]
+        return self._realize(self.generated[row], weights, vectors)
+
+    def onboard(
+        self, current: Tensor, previous: Tensor, guidance: float, vectors: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the parameters ``(d,)`` of a newcomer, by guided denoising.
+
+        Its local training took it from ``previous`` to ``current``, both ``(d,)``; ``vectors`` are
+        those of `fit`.
+        """
+        generated, start = self.space.project([current, previous]).split(1)
+        if self.space.dim:
+            device = next(self.denoiser.parameters()).device
+            generated = guide(
+                self.denoiser,
+                schedule_of(self.config),
+                generated.to(device),
+                start.to(device),
+                guidance,
+                sampling_timesteps(self.start, self.config.num_steps),
+            ).cpu()
+        return self._realize(generated[0], self.kinship(generated, self.coordinates)[0], vectors)
+
+    def kinship(self, here: Tensor, there: Tensor) -> Tensor:
+        """Return how much coordinates ``(n, dim)`` are like others ``(m, dim)``.
+
+        That is the posterior of the optimal denoiser at the first timestep,
+        ``softmax(-|c_i - c_j|^2 / 2 noise-to-signal)``, as rows ``(n, m)`` that sum to 1.
+        """
+        alpha_bar = float(schedule_of(self.config).alphas_cumprod[self.start])
+        noise_to_signal = (1 - alpha_bar) / alpha_bar
+        distances = (here[:, None].double() - there[None].double()).square().sum(dim=2)
+        return torch.softmax(-distances / (2 * noise_to_signal), dim=1).to(here.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the model as named tensors."""
+        return {
+            **under("space", self.space.state()),
+            **under("denoiser", self.denoiser.state_dict()),
+            "start": torch.tensor(self.start),
+            "coordinates": self.coordinates,
+            "generated": self.generated,
+        }
+
+    @classmethod
+    def of(
+        cls, config: DiffusionConfig, state: dict[str, Tensor], device: torch.device
+    ) -> "BlockDiffusion":
+        """Return the model of what `state` returned.
+
+        Raises
+        ------
+        KeyError, RuntimeError
+            If it was made with other settings.
+        """
+        space = (RawSpace if config.space == "raw" else Subspace).of(below("space", state))
+        denoiser = _new_denoiser(config, space.dim)
+        denoiser.load_state_dict(below("denoiser", state))
+        start, coordinates = int(state["start"]), state["coordinates"]
+        return cls(config, space, denoiser.to(device), start, coordinates, state["generated"])
+
+    def _realize(self, generated: Tensor, weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        """Return the parameters ``(d,)`` of generated coordinates ``(dim,)``.
+
+        What the vectors have outside of the space is averaged over the client's kin: it is the
+        noise of each, and whoever has no kin keeps its own.
+        """
+        inside = self.space.reconstruct(weights @ self.coordinates)
+        return mix(weights, vectors) - inside + self.space.reconstruct(generated)
+
+
+def first_timestep(config: DiffusionConfig, spectrum: Spectrum, rank: int) -> int:
+    """Return the first timestep of inversion and denoising.
+
+    ``auto`` is where the noise makes clients look alike that differ by no more than the floor of
+    the spectrum: in ``rank`` dimensions, their squared distance is ``2 rank floor`` on average.
+    """
+    if config.start != "auto":
+        return config.start
+    alphas_cumprod = schedule_of(config).alphas_cumprod
+    signal = float(spectrum.eigenvalues[:rank].mean()) if rank else 1.0
+    enough = (1 - alphas_cumprod) / alphas_cumprod >= 2 * rank * spectrum.floor / signal
+    first = int(enough.nonzero()[0]) if bool(enough.any()) else config.num_timesteps - 1
+    return max(first, config.num_steps)
+
+
+def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
+    """Return the forward process that the settings describe."""
+    return NoiseSchedule.linear(config.num_timesteps, config.beta_start, config.beta_end)
+
+
+def mix(weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of vectors ``(d,)`` with weights ``(num_vectors,)``."""
+    mixture = torch.zeros_like(vectors[0])
+    for weight, vector in zip(weights.tolist(), vectors, strict=True):
+        mixture += weight * vector
+    return mixture
+
+
+def _new_denoiser(config: DiffusionConfig, dim: int) -> nn.Module:
+    if not dim:
+        return nn.Identity()
+    if config.space == "raw":
+        return UNetDenoiser(config.hidden_size, config.num_blocks)
+    return ResidualDenoiser(dim, config.hidden_size, config.num_blocks)
+
+
+def _invert_and_generate(
+    config: DiffusionConfig,
+    denoiser: nn.Module,
+    start: int,
+    coordinates: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Denoise the codes of coordinates ``(n, dim)``, averaged over the draws of the noises."""
+    schedule = schedule_of(config)
+    draws = coordinates.repeat(config.num_draws, 1)
+    timesteps = sampling_timesteps(start, config.num_steps)
+    code = invert(denoiser, schedule, draws, timesteps, generator)
+    denoised = generate(denoiser, schedule, code, config.fidelity)
+    return denoised.view(config.num_draws, *coordinates.shape).mean(dim=0)

@@ -1,0 +1,58 @@
+"""The raw space: standardized parameters as they are, for small models or a GPU."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class RawSpace:
+    """Every parameter on its own, of zero mean and unit variance over the bank.
+
+    Attributes
+    ----------
+    mean
+        ``(d,)``.
+    std
+        ``(d,)``, 1 where the bank does not vary.
+    dim
+        Number of coordinates: d, padded with zeros to what the denoiser can halve again and again.
+    """
+
+    mean: Tensor
+    std: Tensor
+    dim: int
+
+    @classmethod
+    def fit(cls, vectors: Sequence[Tensor], multiple: int) -> "RawSpace":
+        """Fit the space of vectors ``(d,)``, padded to a multiple of ``multiple``."""
+        mean = sum(vectors, start=torch.zeros_like(vectors[0])) / len(vectors)
+        squares = torch.zeros_like(mean)
+        for vector in vectors:
+            squares += (vector - mean).square()
+        std = (squares / len(vectors)).sqrt()
+        dim = -(-len(mean) // multiple) * multiple
+        return cls(mean, torch.where(std > 0, std, torch.ones_like(std)), dim)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the space as named tensors."""
+        return {"mean": self.mean, "std": self.std, "dim": torch.tensor(self.dim)}
+
+    @classmethod
+    def of(cls, state: dict[str, Tensor]) -> "RawSpace":
+        """Return the space of what `state` returned."""
+        return cls(state["mean"], state["std"], int(state["dim"]))
+
+    def project(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Return the coordinates ``(num_vectors, dim)`` of vectors ``(d,)``."""
+        padding = (0, self.dim - len(self.mean))
+        return torch.stack(
+            [functional.pad((vector - self.mean) / self.std, padding) for vector in vectors]
+        )
+
+    def reconstruct(self, coordinates: Tensor) -> Tensor:
+        """Return the vectors ``(..., d)`` of coordinates ``(..., dim)``."""
+        return self.mean + coordinates[..., : len(self.mean)] * self.std
