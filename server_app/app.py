@@ -33,6 +33,8 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(config.output_path / str(context.run_id), config)
     if earlier is not None:
         folder.go_on_from(earlier, strategy.completed_rounds)
+    # Flower does it in every round, but a run whose rounds are complete has none left.
+    strategy.set_average(initial)
     try:
         strategy.start(
             grid,
@@ -84,18 +86,24 @@ class RoundEnd:
         self.clock = time.monotonic()
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
-        """Write the round's rows; round 0 is Flower's word for before the first."""
+        """Write the round's rows and then, if one is due, a checkpoint that counts them in.
+
+        Round 0 is Flower's word for before the first: its checkpoint is there for a run that is
+        killed before the next.
+        """
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
-        if server_round == 0:
-            return
-        record = self.strategy.record
-        self._stop_if_hopeless()
+        if server_round > 0:
+            self._stop_if_hopeless()
+            self._write_rows(seconds)
         every = self.config.checkpoint.every
+        if every and (server_round == 0 or self.strategy.record.server_round % every == 0):
+            write_checkpoint(self.folder.path, self.strategy)
+
+    def _write_rows(self, seconds: float) -> None:
+        record = self.strategy.record
         row = summarize(record, self.config.strategy, seconds)
         self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
-        if every and record.server_round % every == 0:
-            write_checkpoint(self.folder.path, self.strategy)
         log(
             INFO,
             "Round %d/%d: personalized accuracy %s (worst client %s), after local training %s; "

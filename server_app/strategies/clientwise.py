@@ -91,6 +91,18 @@ class ClientwiseFedAvg(FedAvg):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in the uploads of a round by client; the average is up to date already."""
 
+    def set_average(self, average: StateDict) -> None:
+        """Take over the global model: the initial one, or the last average.
+
+        Raises
+        ------
+        ParameterError
+            If a pattern takes no tensor of it, or nothing would be generated.
+        """
+        self.average = average
+        if self.layout is None:
+            self.layout = ParameterLayout.of(average, self.generated_layers)
+
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
         return under("average", self.average)
@@ -105,7 +117,7 @@ class ClientwiseFedAvg(FedAvg):
         """Sample clients and send each what it starts from."""
         server_round += self.completed_rounds
         self.record = RoundRecord(server_round)
-        self._set_average(arrays)
+        self.set_average(arrays.to_torch_state_dict())
         if self.fraction_train == 0.0:
             return []
         clients = self._sample(
@@ -183,12 +195,6 @@ class ClientwiseFedAvg(FedAvg):
             ", ".join(self.generated_layers),
             self.seed,
         )
-
-    def _set_average(self, arrays: ArrayRecord) -> None:
-        """Take over the global model: the initial one, or the last average."""
-        self.average = arrays.to_torch_state_dict()
-        if self.layout is None:
-            self.layout = ParameterLayout.of(self.average, self.generated_layers)
 
     def _sample(
         self, grid: Grid, purpose: str, server_round: int, fraction: float, minimum: int

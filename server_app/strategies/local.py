@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from flwr.app import ArrayRecord
-
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.replies import Upload
@@ -21,6 +19,11 @@ class Local(ClientwiseFedAvg):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""
         self.uploads |= {client: upload.state for client, upload in uploads.items()}
+
+    def set_average(self, average: StateDict) -> None:
+        """Take over the global model, the first of them as the initial one."""
+        super().set_average(average)
+        self.initial = self.initial or average
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
@@ -41,7 +44,3 @@ class Local(ClientwiseFedAvg):
     def evaluation_state(self, client: int) -> StateDict:
         """Return the client's last upload, or the initial model."""
         return self.training_state(client)
-
-    def _set_average(self, arrays: ArrayRecord) -> None:
-        super()._set_average(arrays)
-        self.initial = self.initial or self.average
