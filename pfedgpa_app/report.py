@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from pfedgpa_app.config import CheckpointConfig, Config
 from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.state import save_tensors, sync_to_disk
 
 Row = dict[str, Any]
 
@@ -133,6 +132,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=False)
         self.path = path
         (path / "config.json").write_text(json.dumps(config.to_flat(), indent=2) + "\n")
+        sync_to_disk(path / "config.json")
 
     def add_round(self, row: Row, clients: Iterable[Row]) -> None:
         """Append a round to metrics.jsonl and its clients to clients.jsonl."""
@@ -149,8 +149,7 @@ class RunFolder:
         """Write a client's personalized model, ``models/client-<number>.safetensors``."""
         folder = self.path / "models"
         folder.mkdir(exist_ok=True)
-        tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-        save_file(tensors, folder / f"client-{client}.safetensors")
+        save_tensors(folder / f"client-{client}.safetensors", state)
 
     def draw(self) -> None:
         """Draw accuracy.png from the metrics so far."""
@@ -293,6 +292,8 @@ def _read_rows(file: Path) -> list[Row]:
 def _append(file: Path, rows: Iterable[Row]) -> None:
     with file.open("a") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
+    # A checkpoint must not outlast the rows of its rounds.
+    sync_to_disk(file)
 
 
 def _mean(values: list[float]) -> float | None:

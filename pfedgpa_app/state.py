@@ -1,6 +1,7 @@
 """Named tensors in one safetensors file that is whole or not there."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,45 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
-    """Write tensors, and facts as JSON, in place of an older file in one step.
+def save_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors in place of an older file in one step.
 
-    Whoever is killed while writing leaves the older file as it was.
+    Whoever is killed or loses power while writing leaves the older file as it was.
+
+    Raises
+    ------
+    SafetensorError, OSError
+        If the file cannot be written.
     """
     unfinished = file.with_name(file.name + ".unfinished")
-    metadata = {"kind": kind, "facts": json.dumps(facts)}
     # Clones, because safetensors refuses tensors that share memory.
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, unfinished, metadata)
+    # Otherwise the new name may reach the disk before the content.
+    sync_to_disk(unfinished)
     unfinished.replace(file)
+    sync_to_disk(file.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, outlast a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
+    """Write tensors, and facts as JSON, as `save_tensors` does.
+
+    Raises
+    ------
+    SafetensorError, OSError
+        If the file cannot be written.
+    """
+    save_tensors(file, tensors, {"kind": kind, "facts": json.dumps(facts)})
 
 
 def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,6 +25,7 @@ def main(grid: Grid, context: Context) -> None:
         config = Config.from_flat(context.run_config)
         initial, earlier = preflight(config).state_dict(), None
         strategy = make_strategy(config)
+        strategy.begin(initial)
         if config.resume_from:
             earlier, initial = resume(config, strategy, initial)
     except (ConfigError, ResumeError) as error:
@@ -86,18 +87,24 @@ class RoundEnd:
         self.clock = time.monotonic()
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
-        """Write the round's rows; round 0 is Flower's word for before the first."""
+        """Write the round's rows and then, if one is due, a checkpoint that counts them in.
+
+        Round 0 is Flower's word for before the first: its checkpoint is there for a run that is
+        killed before the next.
+        """
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
-        if server_round == 0:
-            return
-        record = self.strategy.record
-        self._stop_if_hopeless()
+        if server_round > 0:
+            self._stop_if_hopeless()
+            self._write_rows(seconds)
         every = self.config.checkpoint.every
+        if every and (server_round == 0 or self.strategy.record.server_round % every == 0):
+            write_checkpoint(self.folder.path, self.strategy)
+
+    def _write_rows(self, seconds: float) -> None:
+        record = self.strategy.record
         row = summarize(record, self.config.strategy, seconds)
         self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
-        if every and record.server_round % every == 0:
-            write_checkpoint(self.folder.path, self.strategy)
         log(
             INFO,
             "Round %d/%d: personalized accuracy %s (worst client %s), after local training %s; "

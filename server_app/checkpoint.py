@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import ParameterLayout, StateDict
-from pfedgpa_app.report import Run
+from pfedgpa_app.report import RoundRecord, Run
 from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg
 
@@ -46,7 +46,7 @@ def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tu
     ------
     ResumeError
         If there is no such run, its checkpoint is missing, damaged or foreign, its settings differ
-        in what decides about results, or no round is left.
+        in what decides about results, or it has more rounds than are asked for.
     """
     path = config.output_path / Path(config.resume_from).expanduser()
     try:
@@ -61,18 +61,18 @@ def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tu
                 f"  - {key} = {new!r}, there {old!r}" for key, (new, old) in differences.items()
             )
         )
-    if facts["round"] >= config.num_server_rounds:
+    if facts["round"] > config.num_server_rounds:
         raise ResumeError(
             f"num-server-rounds = {config.num_server_rounds}: the run has completed "
-            f"{facts['round']} rounds; right would be more than that"
+            f"{facts['round']} rounds; right would be that or more"
         )
-    strategy.begin(initial)
     try:
         strategy.restore(tensors)
         ParameterLayout.of(initial).check(strategy.average)
     except ValueError as error:  # of the layout's or of the aggregator's
         raise ResumeError(f"The model is not that of the run to go on from: {error}") from error
     strategy.completed_rounds = facts["round"]
+    strategy.record = RoundRecord(facts["round"])
     strategy.roster.resume(dict(facts["clients"]))
     # In the order of the model's tensors, which the vectors of the bank follow.
     return run, {name: strategy.average[name] for name in initial}

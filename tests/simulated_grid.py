@@ -76,3 +76,30 @@ class SimulatedGrid:
         if node not in self.partitions:
             return Error(code=0, reason="no query function")
         return RecordDict({"m": MetricRecord({"partition-id": self.partitions[node]})})
+
+
+def learning_site(pull: float) -> Answer:
+    """Return a node that moves what it is sent towards ``pull``: its uploads tell its past."""
+
+    def answer(message: Message) -> RecordDict:
+        state = message.content["arrays"].to_torch_state_dict()
+        if message.metadata.message_type == MessageType.EVALUATE:
+            accuracy = float(torch.sigmoid(state["layer.weight"].mean()))
+            return RecordDict({"m": MetricRecord({"num-examples": 4, "accuracy": accuracy})})
+        target = weights(pull)
+        moved = {
+            name: tensor + 0.3 * (target[name] - tensor)
+            if tensor.is_floating_point()
+            else tensor + 1
+            for name, tensor in state.items()
+        }
+        return upload(moved, **{"accuracy-after": 0.5})
+
+    return answer
+
+
+def learning_grid(first_id: int) -> SimulatedGrid:
+    """Return six sites whose node ids begin anywhere, as in a simulation."""
+    ids = range(first_id, first_id + 6)
+    sites = {node: learning_site(float(number - 3)) for number, node in enumerate(ids)}
+    return SimulatedGrid(sites, {node: number for number, node in enumerate(ids)})

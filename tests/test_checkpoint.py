@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
-from simulated_grid import SimulatedGrid, upload, weights
+from flwr.app import ArrayRecord
+from simulated_grid import SimulatedGrid, learning_grid, weights
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.report import RunFolder, summarize
@@ -16,33 +16,6 @@ from server_app.roster import PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg
 
 STRATEGIES = ["pfedgpa", "local", "fedavg", "fedavg-ft"]
-
-
-def learning_site(pull: float):
-    """Return a node that moves what it is sent towards ``pull``: its uploads tell its past."""
-
-    def answer(message: Message) -> RecordDict:
-        state = message.content["arrays"].to_torch_state_dict()
-        if message.metadata.message_type == MessageType.EVALUATE:
-            accuracy = float(torch.sigmoid(state["layer.weight"].mean()))
-            return RecordDict({"m": MetricRecord({"num-examples": 4, "accuracy": accuracy})})
-        target = weights(pull)
-        moved = {
-            name: tensor + 0.3 * (target[name] - tensor)
-            if tensor.is_floating_point()
-            else tensor + 1
-            for name, tensor in state.items()
-        }
-        return upload(moved, **{"accuracy-after": 0.5})
-
-    return answer
-
-
-def grid(first_id: int) -> SimulatedGrid:
-    """Return six sites whose node ids begin anywhere, as in a simulation."""
-    ids = range(first_id, first_id + 6)
-    sites = {node: learning_site(float(number - 3)) for number, node in enumerate(ids)}
-    return SimulatedGrid(sites, {node: number for number, node in enumerate(ids)})
 
 
 def config(tmp_path: Path, strategy: str, **settings) -> Config:
@@ -70,7 +43,9 @@ def go(
             folder.add_round(row, strategy.record.clients.values())
             write_checkpoint(folder.path, strategy)
 
-    strategy.start(grid(first_id), initial, num_rounds=num_rounds, evaluate_fn=end_of_round)
+    strategy.start(
+        learning_grid(first_id), initial, num_rounds=num_rounds, evaluate_fn=end_of_round
+    )
     return strategy, rows
 
 
@@ -101,19 +76,21 @@ def test_another_model_is_refused(tmp_path: Path):
         resume(again, make_strategy(again), {**weights(0.0), "layer.bias": torch.zeros(7)})
 
 
-def test_a_run_without_rounds_left_is_refused(tmp_path: Path):
-    go(config(tmp_path, "local"), "first", 2)
+def test_a_run_that_is_longer_than_asked_for_is_refused(tmp_path: Path):
+    go(config(tmp_path, "local"), "first", 3)
     done = config(tmp_path, "local", **{"resume-from": "first", "num-server-rounds": 2})
-    with pytest.raises(ResumeError, match="completed 2 rounds"):
+    with pytest.raises(ResumeError, match="= 2: the run has completed 3 rounds"):
         resume(done, make_strategy(done), weights(0.0))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing", "no run"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "missing", "no run"])
 def test_what_is_no_checkpoint_is_refused_with_its_path(tmp_path: Path, damage: str):
     go(config(tmp_path, "local"), "first", 1)
     file = tmp_path / "first" / CHECKPOINT
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[: -file.stat().st_size // 2])
+    elif damage == "empty":
+        file.write_bytes(b"")
     elif damage == "foreign":
         save_state(file, "something-else", {"x": torch.ones(1)})
     elif damage == "missing":

@@ -1,7 +1,9 @@
 """The app as users run it: `flwr run` on a SuperLink with Flower's simulation engine."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +27,8 @@ def free_port() -> int:
 
 class SuperLink:
     """A SuperLink in simulation mode on ports and in folders of its own."""
+
+    folder: Path | None = None  # of the last run
 
     def __init__(self, folder: Path) -> None:
         self.output = folder / "runs"
@@ -52,16 +56,20 @@ class SuperLink:
         )
         self._wait_for(port)
 
-    def run(self, clients: int, workers: int, **settings: object) -> tuple[str, list[dict]]:
-        """Run the app to its end; return its log and metrics."""
+    def command(self, clients: int, workers: int, **settings: object) -> list[str | Path]:
+        """Return the command that runs the app."""
         pairs = {"output-dir": str(self.output), "client.device": "cpu", **settings}
         config = " ".join(f"{key}={json.dumps(value)}" for key, value in pairs.items())
         federation = f"num-supernodes={clients} client-resources-num-cpus=1"
         federation += f" init-args-num-cpus={workers}"
-        before = set(self.output.glob("*"))
         command = [BIN / "flwr", "run", PROJECT, "test", "--stream", "--run-config", config]
+        return [*command, "--federation-config", federation]
+
+    def run(self, clients: int, workers: int, **settings: object) -> tuple[str, list[dict]]:
+        """Run the app to its end; return its log and metrics."""
+        before = set(self.output.glob("*"))
         done = subprocess.run(
-            [*command, "--federation-config", federation],
+            self.command(clients, workers, **settings),
             env=self.env,
             capture_output=True,
             text=True,
@@ -71,14 +79,24 @@ class SuperLink:
         log = done.stdout + done.stderr
         folders = set(self.output.glob("*")) - before
         assert len(folders) <= 1
-        lines = [
-            line
-            for folder in folders
-            if (folder / "metrics.jsonl").exists()
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
-        ]
         self.folder = next(iter(folders), None)
-        return log, [json.loads(line) for line in lines]
+        return log, read_metrics(self.folder)
+
+    def run_until_killed(self, rounds: int, clients: int, workers: int, **settings: object) -> Path:
+        """Kill all processes a moment after the app has completed rounds; return its folder."""
+        command = self.command(clients, workers, **settings)
+        deadline = time.monotonic() + 240
+        with subprocess.Popen(command, env=self.env, stdout=self.log, stderr=self.log) as started:
+            try:
+                while len(read_metrics(folder := next(self.output.glob("*"), None))) < rounds:
+                    assert time.monotonic() < deadline, "no round was completed"
+                    time.sleep(0.02)
+                time.sleep(0.2)
+            finally:
+                kill_with_descendants(started.pid, self.process.pid)
+        self.process.wait()
+        assert folder is not None
+        return folder
 
     def stop(self) -> None:
         self.process.terminate()
@@ -98,6 +116,25 @@ class SuperLink:
             assert self.process.poll() is None, "the SuperLink ended"
             time.sleep(0.2)
         raise TimeoutError(f"no SuperLink on port {port}")
+
+
+def read_metrics(folder: Path | None) -> list[dict]:
+    """Return the whole lines of metrics.jsonl."""
+    file = folder and folder / "metrics.jsonl"
+    text = file.read_text() if file and file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def kill_with_descendants(*processes: int) -> None:
+    """Send SIGKILL to processes and all that they started, Ray's daemons and workers included."""
+    listing = subprocess.check_output(["ps", "-e", "-o", "pid=,ppid="], text=True)
+    parents = dict(map(int, line.split()) for line in listing.splitlines())
+    doomed = list(processes)
+    for process in doomed:  # which grows on the way
+        doomed += [child for child, parent in parents.items() if parent == process]
+    for process in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +187,22 @@ def test_one_worker_or_two_and_a_stop_between_give_the_same_digits(
     assert superlink.folder is not None
     log, resumed = superlink.run(4, workers=2, **QUICK, **{"resume-from": superlink.folder.name})
     assert without_seconds(resumed) == without_seconds(expected), log
+
+
+def test_a_run_killed_in_a_round_loses_that_round_at_most(
+    superlink: SuperLink, one_worker: tuple[str, list[dict], Path], tmp_path: Path
+):
+    _, expected, _ = one_worker
+    killed = SuperLink(tmp_path).run_until_killed(1, clients=4, workers=2, **QUICK)
+    begun = read_metrics(killed)
+    assert without_seconds(begun) == without_seconds(expected[: len(begun)])
+    assert not (killed / "models").exists(), "the run was over before it was killed"
+    log, resumed = superlink.run(4, workers=2, **QUICK, **{"resume-from": str(killed)})
+    assert without_seconds(resumed) == without_seconds(expected), log
+    # Rows of completed rounds are taken over as they are, with the seconds they took.
+    kept = [row for row in resumed if row in begun]
+    assert len(kept) >= len(begun) - 1
+    assert f"Going on after round {len(kept)}" in log
 
 
 def test_a_baseline_runs_on_the_same_settings(superlink: SuperLink):

@@ -87,7 +87,13 @@ class ClientwiseFedAvg(FedAvg):
         self._sent_at = 0.0
 
     def begin(self, state: StateDict) -> None:
-        """Take note of the initial model, whose tensors are in the order of the vectors."""
+        """Take note of the initial model, whose tensors are in the order of the vectors.
+
+        Raises
+        ------
+        ParameterError
+            If a pattern takes no tensor of it, or nothing would be generated.
+        """
         self.average = state
         self.layout = ParameterLayout.of(state, self.generated_layers)
 

@@ -1,0 +1,181 @@
+"""A run may be killed at any moment: what is on the disk then, and what resuming makes of it."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+from safetensors.torch import load_file
+from simulated_grid import learning_grid, weights
+from torch import nn
+
+from pfedgpa_app.report import RunFolder
+from pfedgpa_app.state import load_state
+from server_app import app
+from server_app.checkpoint import CHECKPOINT, write_checkpoint
+
+ROUNDS = 5
+STRATEGIES = ["pfedgpa", "local", "fedavg", "fedavg-ft"]
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing catches it."""
+
+
+class Weights(nn.Module):
+    """The model of the learning sites."""
+
+    def state_dict(self, *args, **kwargs):
+        return weights(0.0)
+
+
+def run_app(output: Path, run_id: int, **settings: object) -> Path:
+    """Run the ServerApp among sites with node ids of their own; return the run's folder."""
+    config = {"output-dir": str(output), "num-server-rounds": ROUNDS, "diffusion.train-steps": 5}
+    config |= {"server.fraction-train": 0.5, **settings}
+    context = Context(run_id, 1, {}, RecordDict(), config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "preflight", lambda config: Weights())
+        app.main(learning_grid(first_id=1000 * run_id), context)
+    return output / str(run_id)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that was never killed."""
+    return run_app(tmp_path_factory.mktemp("undisturbed"), 1)
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
+    """Let a function be the last thing that is begun when it is called for the n-th time."""
+    original, calls = getattr(owner, name), iter(range(1, call + 1))
+
+    def mortal(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, mortal)
+
+
+def rows(folder: Path, name: str) -> list[dict]:
+    """Return what runs with the same result have in common: times and node ids differ."""
+    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [
+        {key: v for key, v in line.items() if not key.startswith("seconds") and key != "node-id"}
+        for line in lines
+    ]
+
+
+def assert_same_results(folder: Path, expected: Path) -> None:
+    for name in ("metrics.jsonl", "clients.jsonl"):
+        assert rows(folder, name) == rows(expected, name)
+    models = sorted(path.name for path in (expected / "models").iterdir())
+    assert len(models) == 6
+    assert sorted(path.name for path in (folder / "models").iterdir()) == models
+    for name in models:
+        ours, theirs = (load_file(path / "models" / name) for path in (folder, expected))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+    assert (folder / "accuracy.png").exists()
+
+
+# What is killed when it is called for the n-th time, and the round that is then complete.
+MOMENTS = {
+    "before the first round": (RunFolder, "add_round", 1, 0),
+    "before a round's rows": (RunFolder, "add_round", 3, 2),
+    "between clients.jsonl and metrics.jsonl": ("pfedgpa_app.report", "_append", 6, 2),
+    # The first checkpoint is that of round 0.
+    "between a round's rows and its checkpoint": (app, "write_checkpoint", 4, 2),
+    "between the last round and the models": (RunFolder, "save_model", 1, ROUNDS),
+    "among the models": (RunFolder, "save_model", 4, ROUNDS),
+    "before the figure": (RunFolder, "draw", 1, ROUNDS),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment_a_run_loses_the_round_in_progress_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path, moment: str
+):
+    owner, name, call, complete = MOMENTS[moment]
+    with monkeypatch.context() as patch:
+        module = sys.modules[owner] if isinstance(owner, str) else owner
+        kill_at(patch, module, name, call)
+        with pytest.raises(Killed):
+            run_app(tmp_path, 2)
+    assert load_state(tmp_path / "2" / CHECKPOINT, "pfedgpa-checkpoint-1")[1]["round"] == complete
+    assert_same_results(run_app(tmp_path, 3, **{"resume-from": "2"}), expected)
+
+
+def test_lines_that_are_cut_off_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path
+):
+    with monkeypatch.context() as patch:
+        kill_at(patch, app, "write_checkpoint", 4)
+        with pytest.raises(Killed):
+            run_app(tmp_path, 2)
+    for name in ("clients.jsonl", "metrics.jsonl"):
+        file = tmp_path / "2" / name
+        os.truncate(file, file.stat().st_size - 20)
+    assert_same_results(run_app(tmp_path, 3, **{"resume-from": "2"}), expected)
+
+
+def test_killed_between_checkpoints_a_run_goes_on_after_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path
+):
+    seldom = {"checkpoint.every": 3}
+    with monkeypatch.context() as patch:
+        kill_at(patch, RunFolder, "add_round", 5)
+        with pytest.raises(Killed):
+            run_app(tmp_path, 2, **seldom)
+    assert [row["round"] for row in rows(tmp_path / "2", "metrics.jsonl")] == [1, 2, 3, 4]
+    assert load_state(tmp_path / "2" / CHECKPOINT, "pfedgpa-checkpoint-1")[1]["round"] == 3
+    assert_same_results(run_app(tmp_path, 3, **seldom, **{"resume-from": "2"}), expected)
+
+
+def test_a_resumed_run_that_is_killed_at_once_is_resumed_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path
+):
+    for run_id, settings in ((2, {}), (3, {"resume-from": "2", "checkpoint.every": 3})):
+        with monkeypatch.context() as patch:
+            kill_at(patch, RunFolder, "add_round", 3 if run_id == 2 else 1)
+            with pytest.raises(Killed):
+                run_app(tmp_path, run_id, **settings)
+    assert_same_results(run_app(tmp_path, 4, **{"resume-from": "3"}), expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_whose_rounds_are_complete_is_finished_without_asking_a_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+):
+    complete = run_app(tmp_path, 1, strategy=strategy)
+    monkeypatch.setattr("simulated_grid.SimulatedGrid.send_and_receive", None)
+    resumed = run_app(tmp_path, 2, strategy=strategy, **{"resume-from": "1"})
+    assert_same_results(resumed, complete)
+
+
+def test_a_finished_run_is_made_longer(tmp_path: Path, expected: Path):
+    run_app(tmp_path, 2, **{"num-server-rounds": ROUNDS - 2})
+    # Nothing but the end is new, so the folder in between must hold all that is needed.
+    run_app(tmp_path, 3, **{"num-server-rounds": ROUNDS - 2, "resume-from": "2"})
+    assert_same_results(run_app(tmp_path, 4, **{"resume-from": "3"}), expected)
+
+
+def test_without_checkpoints_none_is_written(tmp_path: Path):
+    folder = run_app(tmp_path, 1, **{"checkpoint.every": 0})
+    assert not list(folder.glob(CHECKPOINT + "*"))
+
+
+def test_what_an_unfinished_checkpoint_left_does_no_harm(tmp_path: Path, expected: Path):
+    folder = run_app(tmp_path, 2, **{"num-server-rounds": 2})
+    left_over = folder / (CHECKPOINT + ".unfinished")
+    left_over.write_bytes(b"half of a")
+    assert_same_results(run_app(tmp_path, 3, **{"resume-from": "2"}), expected)
+    strategy = app.make_strategy(app.Config())
+    strategy.begin(weights(1.0))
+    write_checkpoint(folder, strategy)
+    assert not left_over.exists()
+    load_state(folder / CHECKPOINT, "pfedgpa-checkpoint-1")

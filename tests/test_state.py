@@ -1,0 +1,83 @@
+"""A state is whole or not there, whenever its writer is killed or loses power."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pfedgpa_app.state import load_state, save_state
+
+
+def test_a_state_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Otherwise a loss of power might leave the name with nothing behind it."""
+    synced = []
+
+    def sync(path: Path) -> None:
+        synced.append((path, sorted(file.name for file in tmp_path.iterdir())))
+
+    monkeypatch.setattr("pfedgpa_app.state.sync_to_disk", sync)
+    save_state(tmp_path / "state", "test", {"a": torch.zeros(1)})
+    assert synced == [
+        (tmp_path / "state.unfinished", ["state.unfinished"]),
+        (tmp_path, ["state"]),
+    ]
+
+
+# For each line it forks a process that writes one state after the other, says which process that
+# is, and when it has ended.
+WRITER = """
+import os, sys
+from pathlib import Path
+import torch
+from pfedgpa_app.state import save_state
+
+for line in sys.stdin:
+    process = os.fork()
+    if process == 0:
+        number = int(line)
+        while True:
+            number += 1
+            tensors = {name: torch.full((500_000,), float(number)) for name in "ab"}
+            save_state(Path(sys.argv[1]), "test", tensors, round=number)
+    print(process, flush=True)
+    print(os.waitpid(process, 0), flush=True)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "state")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as started:
+        yield started
+
+
+def test_a_process_killed_while_it_writes_leaves_the_state_of_a_complete_round(
+    tmp_path: Path, writer: subprocess.Popen
+):
+    file, moments = tmp_path / "state", random.Random(0)
+    save_state(file, "test", {"a": torch.zeros(1)}, round=0)
+    last, times_unfinished = 0, 0
+    for _ in range(30):
+        writer.stdin.write(f"{last}\n")
+        process = int(writer.stdout.readline())
+        time.sleep(moments.uniform(0.01, 0.1))
+        os.kill(process, signal.SIGKILL)
+        writer.stdout.readline()
+        times_unfinished += file.with_name("state.unfinished").exists()
+        tensors, facts = load_state(file, "test")
+        assert facts["round"] >= last
+        assert all((tensor == facts["round"]).all() for tensor in tensors.values())
+        last = facts["round"]
+    assert last > 0
+    assert times_unfinished > 0, "no process was killed while it wrote"
