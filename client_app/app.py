@@ -8,9 +8,10 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordVa
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from client_app.training import evaluate, train
+from client_app.training import train
 from pfedgpa_app.config import ClientConfig, Config
 from pfedgpa_app.data import ClientData, DataError, client_data
+from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator, resolve_device
 

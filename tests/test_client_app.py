@@ -6,9 +6,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import evaluate_message, query, train_message
-from client_app.training import evaluate, train
+from client_app.training import train
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError
 from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset
+from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator
 
