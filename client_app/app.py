@@ -50,6 +50,10 @@ def train_message(message: Message, context: Context) -> Message:
         "accuracy-after": after.accuracy,
         "loss-after": after.loss,
         "seconds": time.monotonic() - begin,
+        # What a model needs to be used elsewhere, and its client alone knows.
+        "image-mean": data.stats.mean.tolist(),
+        "image-std": data.stats.std.tolist(),
+        "partition": list(node_partition(context)),
     }
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     return Message(

@@ -70,6 +70,14 @@ def test_training_reports_accuracy_and_loss_before_and_after():
     assert metrics["seconds"] > 0
 
 
+def test_training_tells_how_images_are_normalized_and_which_partition_this_is():
+    _, metrics = trained(partition_id=2)
+    stats = image_stats(load_dataset(Config().data, 0))
+    assert metrics["image-mean"] == stats.mean.tolist()
+    assert metrics["image-std"] == stats.std.tolist()
+    assert metrics["partition"] == [2, 4]
+
+
 def test_evaluation_is_that_of_the_received_model_and_returns_no_arrays():
     reply = evaluate_message(message(MessageType.EVALUATE), context())
     data = client_data(Config().data, 0, 0, 4)
