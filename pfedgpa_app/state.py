@@ -38,7 +38,10 @@ def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is missing or damaged: {error}") from error
-    return tensors, json.loads(metadata["facts"])
+    try:
+        return tensors, dict(json.loads(metadata["facts"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} has damaged metadata: {error!r}") from error
 
 
 def under(prefix: str, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
