@@ -1,4 +1,4 @@
-"""Whole runs in a pool of processes: the app's own strategies and ClientApp, without Ray or network.
+"""Whole runs of the app's strategies and ClientApp in a pool of processes, without network.
 
 A run gives the digits of `flwr run` with the same settings, and starts in a second instead of
 twenty; benchmarks need many of them.

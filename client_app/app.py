@@ -8,9 +8,10 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordVa
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from client_app.training import evaluate, train
+from client_app.training import train
 from pfedgpa_app.config import ClientConfig, Config
 from pfedgpa_app.data import ClientData, DataError, client_data
+from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator, resolve_device
 
@@ -49,6 +50,10 @@ def train_message(message: Message, context: Context) -> Message:
         "accuracy-after": after.accuracy,
         "loss-after": after.loss,
         "seconds": time.monotonic() - begin,
+        # What a model needs to be used elsewhere, and its client alone knows.
+        "image-mean": data.stats.mean.tolist(),
+        "image-std": data.stats.std.tolist(),
+        "partition": list(node_partition(context)),
     }
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     return Message(

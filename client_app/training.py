@@ -1,8 +1,7 @@
-"""Local training: SGD on the client's own images, and evaluation."""
+"""Local training: SGD on the client's own images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +9,6 @@ from torch.nn import functional
 
 from pfedgpa_app.config import ClientConfig
 from pfedgpa_app.data import ImageStats, normalize
-
-
-class Evaluation(NamedTuple):
-    """Accuracy in 0 .. 1 and mean cross-entropy of a model on a test set."""
-
-    accuracy: float
-    loss: float
 
 
 def train(
@@ -79,15 +71,3 @@ def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, images: Tensor, labels: Tensor, stats: ImageStats, batch_size: int = 512
-) -> Evaluation:
-    """Return a model's accuracy and loss on a test set; the arguments are those of `train`."""
-    model.eval()
-    batches = torch.split(images, batch_size)
-    logits = torch.cat([model(normalize(batch, stats)) for batch in batches])
-    correct = int((logits.argmax(dim=1) == labels).sum())
-    return Evaluation(correct / len(labels), float(functional.cross_entropy(logits, labels)))

@@ -1,17 +1,21 @@
-"""The command ``pfedgpa``: check settings, compare strategies, look at runs."""
+"""The command ``pfedgpa``: check settings, compare strategies, look at runs, use their models."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections import deque
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.preflight import preflight
@@ -22,6 +26,9 @@ from pfedgpa_app.report import (
     mean_and_spread,
     read_runs,
 )
+
+if TYPE_CHECKING:
+    from pfedgpa_app.exported import ExportedModel
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Settings.", no_args_is_help=True)
@@ -111,6 +118,102 @@ def runs(output_dir: OutputDir = "") -> None:
             _percent(run.last("finetuned-accuracy")),
         )
     Console().print(f"Runs in {folder}", table, sep="\n", soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run's id below the output folder, or its folder.")],
+    client: Annotated[int, typer.Option(min=0, help="Number of the client.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (safetensors).")],
+    force: Annotated[bool, typer.Option(help="Write in place of a file that exists.")] = False,
+    output_dir: OutputDir = "",
+) -> None:
+    """Take a client's personalized model out of a run, in a file that needs nothing else."""
+    # Partitioners take seconds to import, which other commands are spared.
+    from pfedgpa_app.exported import ExportedModel
+
+    try:
+        model = ExportedModel.load(_find_run(run, output_dir).model_file(client))
+        if not output.parent.is_dir():
+            _fail(f"{output.parent} is no folder; right would be one that exists")
+        if output.is_dir():
+            _fail(f"{output} is a folder; right would be a file such as {output}/model.safetensors")
+        if output.exists() and not force:
+            _fail(f"{output} exists; --force writes in its place")
+        model.save(output)
+    except (OSError, ValueError, SafetensorError) as error:
+        _fail(str(error))
+    config = model.config
+    print(
+        f"{output}: client {client} after round {model.server_round} ({config.strategy}, "
+        f"{config.data.dataset}, {config.model.name})"
+    )
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A file that export wrote.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="PNG or JPEG files, folders of them, or .npz files with an array x."),
+    ] = None,
+    test_set: Annotated[
+        bool, typer.Option("--test-set", help="Judge the model on its client's own test set.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a result.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Call own functions that the file names, from here.")
+    ] = False,
+) -> None:
+    """Let a model that export wrote classify images: file, class and probability, a line each."""
+    from pfedgpa_app.exported import ExportedModel
+
+    if test_set == bool(images):
+        _fail("right would be either images or --test-set")
+    if trust:
+        sys.path.append(os.getcwd())
+    try:
+        exported = ExportedModel.load(model, trusted=trust)
+        if images:
+            _print_classes(exported, images, as_json)
+        else:
+            _print_evaluation(exported, as_json)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+
+def _find_run(run: str, output_dir: str) -> Run:
+    """Read a run below the output folder or, for a path, from here."""
+    path = Path(run).expanduser()
+    below = Config(output_dir=output_dir).output_path / path
+    if not below.is_dir() and not path.is_dir():
+        _fail(f"There is no run {below}; pfedgpa runs lists those there are")
+    return Run.read(below if below.is_dir() else path)
+
+
+def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> None:
+    from pfedgpa_app.images import find_files, read_images
+
+    shape = model.config.data.info.image_shape
+    images = read_images(find_files(paths), shape, lambda note: print(note, file=sys.stderr))
+    while batch := list(islice(images, 256)):
+        probabilities = model.predict(torch.stack([image for _, image in batch]))
+        best, classes = probabilities.max(dim=1)
+        rows = zip(batch, classes.tolist(), best.tolist(), probabilities.tolist(), strict=True)
+        for (name, _), label, probability, row in rows:
+            if as_json:
+                result = {"file": name, "class": label, "probability": probability}
+                print(json.dumps(result | {"probabilities": row}))
+            else:
+                print(f"{name}\t{label}\t{probability:.4f}")
+
+
+def _print_evaluation(model: "ExportedModel", as_json: bool) -> None:
+    (accuracy, loss), num_examples = model.evaluate()
+    if as_json:
+        print(json.dumps({"num-examples": num_examples, "accuracy": accuracy, "loss": loss}))
+    else:
+        print(f"accuracy {accuracy:.4f}, loss {loss:.4f} on {num_examples} images")
 
 
 def _load(file: Path | None, overrides: list[str]) -> Config:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pfedgpa_app.config import CheckpointConfig, Config
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.state import save_tensors, sync_to_disk
+from pfedgpa_app.state import sync_to_disk
 
 Row = dict[str, Any]
 
@@ -131,6 +133,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Config) -> None:
         path.mkdir(parents=True, exist_ok=False)
         self.path = path
+        self.config = config
         (path / "config.json").write_text(json.dumps(config.to_flat(), indent=2) + "\n")
         sync_to_disk(path / "config.json")
 
@@ -145,11 +148,29 @@ class RunFolder:
             rows = _read_rows(run.path / name)
             _append(self.path / name, (row for row in rows if row["round"] <= completed_rounds))
 
-    def save_model(self, client: int, state: StateDict) -> None:
-        """Write a client's personalized model, ``models/client-<number>.safetensors``."""
+    def save_model(
+        self, client: int, state: StateDict, server_round: int, site: Mapping[str, Tensor]
+    ) -> None:
+        """Write a client's personalized model, ``models/client-<number>.safetensors``.
+
+        ``site`` is what the client told of its data, if anything: ``image-stats``, ``(2,
+        channels)``, mean and standard deviation; ``partition``, ``(2,)``, its number and that of
+        all.
+        """
+        # Partitioners take seconds to import, and only the end of a run needs models.
+        from pfedgpa_app.data import ImageStats
+        from pfedgpa_app.exported import ExportedModel
+
+        stats = partition = None
+        if "image-stats" in site:
+            stats = ImageStats(*site["image-stats"])
+        if "partition" in site:
+            partition_id, num_partitions = site["partition"].tolist()
+            partition = (partition_id, num_partitions)
         folder = self.path / "models"
         folder.mkdir(exist_ok=True)
-        save_tensors(folder / f"client-{client}.safetensors", state)
+        model = ExportedModel(state, self.config, client, server_round, stats, partition)
+        model.save(folder / f"client-{client}.safetensors")
 
     def draw(self) -> None:
         """Draw accuracy.png from the metrics so far."""
@@ -182,6 +203,31 @@ class Run:
             return cls(path, config, _read_rows(path / "metrics.jsonl"))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the folder of a run: {error}") from error
+
+    def model_file(self, client: int) -> Path:
+        """Return the file of a client's personalized model.
+
+        Raises
+        ------
+        ValueError
+            If there is none, with the clients that have one.
+        """
+        folder = self.path / "models"
+        numbers = [
+            file.stem.removeprefix("client-") for file in folder.glob("client-*.safetensors")
+        ]
+        clients = sorted(int(number) for number in numbers if number.isdecimal())
+        if not clients:
+            raise ValueError(
+                f"{self.path} has no models: they are written after the last round, and "
+                f"{len(self.metrics)} of {self.config.num_server_rounds} are complete"
+            )
+        if client not in clients:
+            raise ValueError(
+                f"{self.path} has no model of client {client}; there are those of "
+                f"{', '.join(map(str, clients))}"
+            )
+        return folder / f"client-{client}.safetensors"
 
     @property
     def setting(self) -> str:

@@ -11,10 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def save_tensors(
-    file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write tensors in place of an older file in one step.
+def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
+    """Write tensors, and facts as JSON, in place of an older file in one step.
 
     Whoever is killed or loses power while writing leaves the older file as it was.
 
@@ -24,6 +22,7 @@ def save_tensors(
         If the file cannot be written.
     """
     unfinished = file.with_name(file.name + ".unfinished")
+    metadata = {"kind": kind, "facts": json.dumps(facts)}
     # Clones, because safetensors refuses tensors that share memory.
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, unfinished, metadata)
     # Otherwise the new name may reach the disk before the content.
@@ -39,17 +38,6 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
-    """Write tensors, and facts as JSON, as `save_tensors` does.
-
-    Raises
-    ------
-    SafetensorError, OSError
-        If the file cannot be written.
-    """
-    save_tensors(file, tensors, {"kind": kind, "facts": json.dumps(facts)})
 
 
 def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -68,7 +56,10 @@ def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is missing or damaged: {error}") from error
-    return tensors, json.loads(metadata["facts"])
+    try:
+        return tensors, dict(json.loads(metadata["facts"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} has damaged metadata: {error!r}") from error
 
 
 def under(prefix: str, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:

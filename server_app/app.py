@@ -43,7 +43,12 @@ def main(grid: Grid, context: Context) -> None:
             evaluate_fn=RoundEnd(strategy, folder, config),
         )
         for client in sorted(strategy.roster.clients.values()):
-            folder.save_model(client, strategy.evaluation_state(client))
+            folder.save_model(
+                client,
+                strategy.evaluation_state(client),
+                strategy.record.server_round,
+                strategy.sites.get(client, {}),
+            )
         folder.draw()
     finally:
         log(INFO, "Run %s: %s", context.run_id, folder.path)

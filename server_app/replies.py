@@ -6,13 +6,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import Array, Message
+from flwr.app import Array, Message, MetricRecord
 from torch import Tensor
 
-from pfedgpa_app.parameters import Entry, ParameterError, ParameterLayout, StateDict
+from pfedgpa_app.parameters import (
+    MAX_ABSOLUTE,
+    Entry,
+    ParameterError,
+    ParameterLayout,
+    StateDict,
+)
 
 # What numpy's file format puts before the data, generously.
 _MAX_HEADER_BYTES = 4096
+_MAX_CHANNELS = 1024
 
 
 class ReplyError(ValueError):
@@ -25,6 +32,9 @@ class Upload(NamedTuple):
     state: StateDict
     num_examples: int
     metrics: dict[str, float]
+    site: StateDict
+    """What a client may tell of its data: ``image-stats``, mean and standard deviation of each
+    channel, ``(2, channels)``, float32; ``partition``, its number and that of all, ``(2,)``."""
 
 
 def read_upload(message: Message, layout: ParameterLayout, weighted_by_key: str) -> Upload:
@@ -34,7 +44,8 @@ def read_upload(message: Message, layout: ParameterLayout, weighted_by_key: str)
     ------
     ReplyError
         If it is an error, has other records than one of arrays and one of metrics, arrays that do
-        not fit ``layout``, or numbers that are none.
+        not fit ``layout``, or numbers that are none. ``image-mean`` and ``image-std`` (lists of
+        floats) and ``partition`` (its number and that of all) may be missing, but not be wrong.
     """
     metrics = read_metrics(message, weighted_by_key, num_array_records=1)
     arrays = next(iter(message.content.array_records.values()))
@@ -44,7 +55,8 @@ def read_upload(message: Message, layout: ParameterLayout, weighted_by_key: str)
         layout.check(state)
     except ParameterError as error:
         raise ReplyError(str(error)) from error
-    return Upload(state, int(metrics[weighted_by_key]), metrics)
+    site = _read_site(next(iter(message.content.metric_records.values())))
+    return Upload(state, int(metrics[weighted_by_key]), metrics, site)
 
 
 def read_metrics(
@@ -81,6 +93,37 @@ def read_metrics(
 def one_line(text: str, length: int = 300) -> str:
     """Cut what a client wrote to what a log can bear."""
     return " ".join(text.split())[:length]
+
+
+def _read_site(record: MetricRecord) -> StateDict:
+    """Return what a client tells of its data, as `Upload` has it."""
+    site = {}
+    if "image-mean" in record or "image-std" in record:
+        site["image-stats"] = _read_image_stats(record.get("image-mean"), record.get("image-std"))
+    match record.get("partition"):
+        case None:
+            pass
+        case [int(number), int(total)] if 0 <= number < total < 2**31:
+            site["partition"] = torch.tensor([number, total])
+        case _:
+            raise ReplyError('the metric "partition" should be a number and that of all, as [0, 2]')
+    return site
+
+
+def _read_image_stats(mean: Any, std: Any) -> Tensor:
+    """Return mean and standard deviation of each channel, ``(2, channels)``, float32."""
+    are_lists = isinstance(mean, list) and isinstance(std, list)
+    if not are_lists or not 1 <= len(mean) == len(std) <= _MAX_CHANNELS:
+        raise ReplyError(
+            'the metrics "image-mean" and "image-std" should be lists with a number a channel, '
+            f"of 1 to {_MAX_CHANNELS} channels"
+        )
+    stats = torch.tensor([[*map(float, mean)], [*map(float, std)]])
+    if not bool((stats.abs() < MAX_ABSOLUTE).all()) or not bool((stats[1] > 0).all()):
+        raise ReplyError(
+            'the metrics "image-mean" and "image-std" should be finite numbers, the latter above 0'
+        )
+    return stats
 
 
 def _read_array(array: Array, entry: Entry) -> Tensor:

@@ -21,7 +21,7 @@ def weights(value: float) -> dict[str, torch.Tensor]:
     }
 
 
-def upload(state: dict[str, Any], num_examples: float = 10, **metrics: float) -> RecordDict:
+def upload(state: dict[str, Any], num_examples: float = 10, **metrics: Any) -> RecordDict:
     """Return the content of a training reply."""
     arrays = {
         name: value if isinstance(value, Array) else Array(np.asarray(value))

@@ -1,16 +1,26 @@
 """The command pfedgpa; a small script plays flwr where one is needed."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pfedgpa_app import cli
 from pfedgpa_app.config import Config
+from pfedgpa_app.data import client_data, image_stats, load_dataset
+from pfedgpa_app.evaluation import evaluate
+from pfedgpa_app.models import build_model
 from pfedgpa_app.report import Run, RunFolder
 
 # What flwr run does, as far as the comparison can see: it reads the settings and leaves a folder.
@@ -253,3 +263,234 @@ def test_wrong_settings_end_a_comparison_before_anything_runs(
 
 def test_a_simulation_has_two_clients_at_least(runner: CliRunner):
     assert runner.invoke(cli.app, ["compare", "--clients", "1"]).exit_code == 2
+
+
+DIGITS = load_dataset(Config().data, 0)
+
+
+def finish_models(path: Path, clients: list[int], **settings: Any) -> None:
+    """Leave a run of digits whose clients have models of their own."""
+    config = Config.from_flat({"num-server-rounds": 2, **settings})
+    finish_run(path, config, 0.5)
+    folder = RunFolder(path.with_name(path.name + "-models"), config)
+    stats = torch.stack(list(image_stats(DIGITS)))
+    for client in clients:
+        state = build_model(config.model.name, config.data.info, seed=client).state_dict()
+        site = {"image-stats": stats, "partition": torch.tensor([client, 10])}
+        folder.save_model(client, state, 2, site)
+    (folder.path / "models").rename(path / "models")
+
+
+@pytest.fixture
+def model_file(runner: CliRunner, tmp_path: Path) -> Path:
+    finish_models(tmp_path / "runs" / "111", [2, 3])
+    file = tmp_path / "model.safetensors"
+    command = ["export", "111", "--client", "3", "-o", str(file)]
+    result = runner.invoke(cli.app, [*command, "--output-dir", str(tmp_path / "runs")])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{file}: client 3 after round 2 (pfedgpa, digits, cnn-8x8)\n"
+    return file
+
+
+def test_an_exported_model_is_that_of_the_client_with_the_settings_of_the_run(model_file: Path):
+    expected = build_model("cnn-8x8", Config().data.info, seed=3).state_dict()
+    state = load_file(model_file)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    facts = json.loads(safe_open(model_file, "pt").metadata()["facts"])
+    assert Config.from_flat(facts["config"]) == Config(num_server_rounds=2)
+    assert facts["client"] == 3
+
+
+def test_a_run_is_found_by_its_folder_too(
+    runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    finish_models(tmp_path / "runs" / "111", [0])
+    monkeypatch.chdir(tmp_path)
+    for number, run in enumerate([str(tmp_path / "runs" / "111"), "runs/111"]):
+        command = ["export", run, "--client", "0", "-o", f"{number}.safetensors"]
+        assert runner.invoke(cli.app, command).exit_code == 0
+        assert (tmp_path / f"{number}.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "client", "output", "reason"),
+    [
+        ("112", "0", "new", r"There is no run .*/112; pfedgpa runs lists"),
+        ("other", "0", "new", "other is not the folder of a run"),
+        ("begun", "0", "new", "begun has no models: .* 0 of 10 are complete"),
+        ("111", "4", "new", "no model of client 4; there are those of 0, 1"),
+        ("111", "0", "old", "old exists; --force"),
+        ("111", "0", "none/new", "none is no folder"),
+        ("111", "0", "other", "other is a folder"),
+        ("111", "0", "/proc/new", "Error while serializing"),
+    ],
+)
+def test_what_cannot_be_exported_leaves_no_file(
+    runner: CliRunner, tmp_path: Path, run: str, client: str, output: str, reason: str
+):
+    finish_models(tmp_path / "111", [0, 1])
+    RunFolder(tmp_path / "begun", Config())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "old").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["export", run, "--client", client, "-o", str(tmp_path / output)]
+    result = runner.invoke(cli.app, [*command, "--output-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert re.search(reason, result.stderr), result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "old").read_text() == "precious"
+
+
+def test_force_writes_in_place_of_a_file(runner: CliRunner, model_file: Path, tmp_path: Path):
+    model_file.write_text("something else")
+    command = ["export", "111", "--client", "3", "-o", str(model_file), "--force"]
+    result = runner.invoke(cli.app, [*command, "--output-dir", str(tmp_path / "runs")])
+    assert result.exit_code == 0
+    expected = build_model("cnn-8x8", Config().data.info, seed=3).state_dict()
+    state = load_file(model_file)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_model_that_an_older_version_wrote_is_not_exported(runner: CliRunner, tmp_path: Path):
+    finish_models(tmp_path / "111", [0])
+    save_file({"x": torch.ones(1)}, tmp_path / "111" / "models" / "client-0.safetensors")
+    command = ["export", "111", "--client", "0", "-o", str(tmp_path / "new")]
+    result = runner.invoke(cli.app, [*command, "--output-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "client-0.safetensors is no pfedgpa-model" in result.stderr
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(DIGITS.images[number, 0].numpy()).save(folder / f"{number}.png")
+    return folder
+
+
+def probabilities_of_client_3() -> torch.Tensor:
+    model = build_model("cnn-8x8", Config().data.info, seed=3).eval()
+    mean, std = image_stats(DIGITS)
+    with torch.no_grad():
+        return model((DIGITS.images[:3] - mean) / std).softmax(1)
+
+
+def test_predictions_have_a_line_an_image(runner: CliRunner, model_file: Path, pictures: Path):
+    np.savez(pictures / "all.npz", x=DIGITS.images[:3].numpy())
+    result = runner.invoke(
+        cli.app, ["predict", str(model_file), str(pictures / "all.npz"), str(pictures)]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    best, classes = probabilities_of_client_3().max(1)
+    names = [f"{pictures / 'all.npz'}[{row}]" for row in range(3)]
+    names += [str(pictures / f"{number}.png") for number in range(3)]
+    assert result.stdout.splitlines() == [
+        f"{name}\t{classes[row % 3]}\t{best[row % 3]:.4f}" for row, name in enumerate(names)
+    ]
+
+
+def test_predictions_in_json_have_all_probabilities(
+    runner: CliRunner, model_file: Path, pictures: Path
+):
+    result = runner.invoke(cli.app, ["predict", str(model_file), str(pictures), "--json"])
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    expected = probabilities_of_client_3()
+    assert [row["file"] for row in rows] == [str(pictures / f"{n}.png") for n in range(3)]
+    assert [row["class"] for row in rows] == expected.argmax(1).tolist()
+    torch.testing.assert_close(torch.tensor([row["probabilities"] for row in rows]), expected)
+    assert all(row["probability"] == max(row["probabilities"]) for row in rows)
+
+
+def test_more_images_than_one_batch_are_all_predicted(
+    runner: CliRunner, model_file: Path, tmp_path: Path
+):
+    np.savez(tmp_path / "many.npz", x=DIGITS.images[:600].numpy())
+    result = runner.invoke(cli.app, ["predict", str(model_file), str(tmp_path / "many.npz")])
+    names = [line.split("\t")[0] for line in result.stdout.splitlines()]
+    assert names == [f"{tmp_path / 'many.npz'}[{row}]" for row in range(600)]
+
+
+def test_resizing_is_said_once(runner: CliRunner, model_file: Path, tmp_path: Path):
+    np.savez(tmp_path / "large.npz", x=np.zeros((300, 1, 16, 9), np.uint8))
+    result = runner.invoke(cli.app, ["predict", str(model_file), str(tmp_path / "large.npz")])
+    note = f"{tmp_path / 'large.npz'}[0] is 16x9; images are resized to 8x8\n"
+    assert result.stderr == note
+    assert len(result.stdout.splitlines()) == 300
+
+
+def test_the_clients_own_test_set_is_judged(runner: CliRunner, model_file: Path):
+    data = client_data(Config().data, 0, 3, 10)
+    model = build_model("cnn-8x8", Config().data.info, seed=3)
+    accuracy, loss = evaluate(model, data.test_images, data.test_labels, data.stats)
+    size = len(data.test_labels)
+    result = runner.invoke(cli.app, ["predict", str(model_file), "--test-set"])
+    assert result.stdout == f"accuracy {accuracy:.4f}, loss {loss:.4f} on {size} images\n"
+    result = runner.invoke(cli.app, ["predict", str(model_file), "--test-set", "--json"])
+    assert json.loads(result.stdout) == {"num-examples": size, "accuracy": accuracy, "loss": loss}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "damaged"),
+        (b"\x80\x04K\x01.", "damaged"),
+        (None, "missing"),
+        ("foreign", "is no pfedgpa-model"),
+        ("cut", "damaged"),
+    ],
+)
+def test_a_file_that_is_no_model_ends_with_its_name(
+    runner: CliRunner, model_file: Path, content: bytes | str | None, reason: str
+):
+    if content is None:
+        model_file.unlink()
+    elif content == "foreign":
+        save_file({"x": torch.ones(1)}, model_file)
+    else:
+        model_file.write_bytes(model_file.read_bytes()[:-9] if content == "cut" else content)
+    result = runner.invoke(cli.app, ["predict", str(model_file), "--test-set"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert re.search(f"model.safetensors.* {reason}", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["a.png", "--test-set"]])
+def test_a_prediction_is_of_images_or_of_the_test_set(
+    runner: CliRunner, model_file: Path, options: list[str]
+):
+    result = runner.invoke(cli.app, ["predict", str(model_file), *options])
+    assert result.exit_code == 1
+    assert "either images or --test-set" in result.stderr
+
+
+def test_a_file_that_is_no_image_ends_with_its_name(
+    runner: CliRunner, model_file: Path, pictures: Path
+):
+    (pictures / "1.png").write_text("no picture")
+    result = runner.invoke(cli.app, ["predict", str(model_file), str(pictures)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"{pictures / '1.png'}: cannot be read")
+
+
+def test_an_own_model_is_found_in_the_current_folder_if_it_is_trusted(
+    runner: CliRunner, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+):
+    finish_models(tmp_path / "111", [0], **{"model.name": "own_models:linear"})
+    code = (Path(__file__).parent / "own_models.py").read_text()
+    file = tmp_path / "111" / "models" / "client-0.safetensors"
+    content = file.read_bytes()
+    # As long as the name in the file, which says how long its header is.
+    (tmp_path / "here_model.py").write_text(code)
+    file.write_bytes(content.replace(b"own_models:linear", b"here_model:linear"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    result = runner.invoke(cli.app, ["predict", str(file), str(pictures)])
+    assert result.exit_code == 1
+    assert "--trust" in result.stderr
+    assert "here_model" not in sys.modules
+    result = runner.invoke(cli.app, ["predict", str(file), str(pictures), "--trust"])
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 3

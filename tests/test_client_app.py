@@ -6,9 +6,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import evaluate_message, query, train_message
-from client_app.training import evaluate, train
+from client_app.training import train
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError
 from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset
+from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator
 
@@ -67,6 +68,14 @@ def test_training_reports_accuracy_and_loss_before_and_after():
     assert metrics["loss-after"] == pytest.approx(after.loss)
     assert after.loss < before.loss
     assert metrics["seconds"] > 0
+
+
+def test_training_tells_how_images_are_normalized_and_which_partition_this_is():
+    _, metrics = trained(partition_id=2)
+    stats = image_stats(load_dataset(Config().data, 0))
+    assert metrics["image-mean"] == stats.mean.tolist()
+    assert metrics["image-std"] == stats.std.tolist()
+    assert metrics["partition"] == [2, 4]
 
 
 def test_evaluation_is_that_of_the_received_model_and_returns_no_arrays():

@@ -5,8 +5,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from pfedgpa_app.config import Config, flatten
+from pfedgpa_app.data import ImageStats
+from pfedgpa_app.exported import ExportedModel
+from pfedgpa_app.models import build_model
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()
@@ -31,3 +35,21 @@ def test_files_and_folders_that_the_readme_links_exist():
     assert links
     for link in links:
         assert (PROJECT / link).exists(), link
+
+
+def test_an_exported_model_is_used_as_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (snippet,) = re.findall(r"```python\n(import json\n.+?)```", README, flags=re.DOTALL)
+    config = Config.from_flat({"data.dataset": "cifar10", "model.name": "cnn-cifar"})
+    state = build_model("cnn-cifar", config.data.info, seed=1).state_dict()
+    stats = ImageStats(torch.tensor([120.0, 110.0, 90.0]), torch.tensor([60.0, 50.0, 70.0]))
+    exported = ExportedModel(state, config, 0, 10, stats)
+    exported.save(tmp_path / "model.safetensors")
+    images = torch.arange(5 * 3 * 32 * 32).reshape(5, 3, 32, 32).to(torch.uint8)
+    model = build_model("cnn-cifar", config.data.info, seed=2)
+    names = {"model": model, "images": images}
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, names)
+    logits = names["logits"]
+    torch.testing.assert_close(logits.softmax(1), exported.predict(images))

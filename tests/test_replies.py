@@ -155,6 +155,60 @@ def test_an_error_is_refused_with_its_reason():
         read(Error(code=0, reason="out of memory"))
 
 
+def test_what_a_client_tells_of_its_data_is_read():
+    told = {"image-mean": [72.5, 0.1], "image-std": [90.25, 1.0], "partition": [3, 10]}
+    result = read(upload(weights(1.0), **told))
+    assert result.site.keys() == {"image-stats", "partition"}
+    stats = result.site["image-stats"]
+    assert stats.dtype == torch.float32
+    assert torch.equal(stats, torch.tensor([[72.5, 0.1], [90.25, 1.0]]))
+    assert result.site["partition"].tolist() == [3, 10]
+    assert result.metrics == {"num-examples": 10}  # Flower's aggregation takes scalars
+
+
+def test_a_client_need_not_tell_anything_of_its_data():
+    assert read(upload(weights(1.0))).site == {}
+    assert read(upload(weights(1.0), partition=[0, 1])).site.keys() == {"partition"}
+
+
+RIGHT = {"image-mean": [1.0], "image-std": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"image-mean": [1.0]}, "lists"),
+        ({"image-std": [1.0]}, "lists"),
+        ({"image-mean": 1.0, "image-std": 1.0}, "lists"),
+        ({"image-mean": [], "image-std": []}, "lists"),
+        ({"image-mean": [1.0, 2.0], "image-std": [1.0]}, "lists"),
+        ({"image-mean": [1.0] * 1025, "image-std": [1.0] * 1025}, "1 to 1024 channels"),
+        ({**RIGHT, "image-mean": [float("nan")]}, "finite"),
+        ({**RIGHT, "image-mean": [float("-inf")]}, "finite"),
+        ({**RIGHT, "image-mean": [1e300]}, "finite"),
+        ({**RIGHT, "image-mean": [2**63 + 1]}, "finite"),
+        ({**RIGHT, "image-std": [float("nan")]}, "finite"),
+        ({**RIGHT, "image-std": [0.0]}, "above 0"),
+        ({**RIGHT, "image-std": [-1.0]}, "above 0"),
+        ({**RIGHT, "image-std": [1e-300]}, "above 0"),
+        ({"partition": 3}, "partition"),
+        ({"partition": [3]}, "partition"),
+        ({"partition": [0.0, 2.0]}, "partition"),
+        ({"partition": [2, 2]}, "partition"),
+        ({"partition": [-1, 2]}, "partition"),
+        ({"partition": [0, 2**31]}, "partition"),
+    ],
+)
+def test_what_a_client_tells_wrongly_of_its_data_is_refused(told: dict, reason: str):
+    with pytest.raises(ReplyError, match=reason):
+        read(upload(weights(1.0), **told))
+
+
+def test_as_many_channels_as_are_allowed_are_read():
+    told = {"image-mean": [1.0] * 1024, "image-std": [1.0] * 1024}
+    assert read(upload(weights(1.0), **told)).site["image-stats"].shape == (2, 1024)
+
+
 def test_an_evaluation_reply_has_no_arrays():
     metrics = MetricRecord({"num-examples": 3, "accuracy": 0.5})
     good = read_metrics(reply(RecordDict({"metrics": metrics})), "num-examples")

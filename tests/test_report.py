@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pfedgpa_app.config import Config
@@ -147,13 +148,47 @@ def test_a_saved_model_is_loaded_with_equal_tensors(tmp_path: Path):
         "num_batches_tracked": torch.tensor(5),
     }
     folder = RunFolder(tmp_path / "run", Config())
-    folder.save_model(0, {"weight": torch.zeros(1)})
-    folder.save_model(12, state)
+    folder.save_model(0, {"weight": torch.zeros(1)}, 3, {})
+    folder.save_model(12, state, 3, {})
     loaded = load_file(tmp_path / "run" / "models" / "client-12.safetensors")
     assert loaded.keys() == state.keys()
     for name, tensor in state.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
+
+
+def test_a_saved_model_says_how_to_use_it(tmp_path: Path):
+    folder = RunFolder(tmp_path / "run", Config(seed=4))
+    stats = torch.tensor([[72.1], [90.3]])
+    site = {"image-stats": stats, "partition": torch.tensor([2, 5])}
+    folder.save_model(1, {"weight": torch.zeros(1)}, 7, site)
+    file = tmp_path / "run" / "models" / "client-1.safetensors"
+    facts = json.loads(safe_open(file, "pt").metadata()["facts"])
+    assert Config.from_flat(facts.pop("config")) == Config(seed=4)
+    assert torch.equal(torch.tensor([facts.pop("image-mean"), facts.pop("image-std")]), stats)
+    assert facts == {
+        "client": 1,
+        "round": 7,
+        "partition-id": 2,
+        "num-partitions": 5,
+        "model": "cnn-8x8",
+        "image-shape": [1, 8, 8],
+        "num-classes": 10,
+    }
+
+
+def test_the_model_of_a_client_is_found_and_those_there_are_named(tmp_path: Path):
+    folder = RunFolder(tmp_path / "run", Config(num_server_rounds=3))
+    folder.add_round({"round": 1}, [])
+    with pytest.raises(ValueError, match=r"no models.*1 of 3 are complete"):
+        Run.read(tmp_path / "run").model_file(0)
+    for client in (10, 2):
+        folder.save_model(client, {"weight": torch.zeros(1)}, 3, {})
+    (tmp_path / "run" / "models" / "client-x.safetensors").touch()
+    run = Run.read(tmp_path / "run")
+    assert run.model_file(10) == tmp_path / "run" / "models" / "client-10.safetensors"
+    with pytest.raises(ValueError, match="no model of client 1; there are those of 2, 10"):
+        run.model_file(1)
 
 
 def test_a_run_that_has_just_begun_has_no_metrics(tmp_path: Path):

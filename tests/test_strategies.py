@@ -157,6 +157,7 @@ BAD = {
     "wrong shape": upload({**weights(1.0), "layer.bias": torch.ones(9)}),
     "far off": upload(weights(1e9)),
     "renamed": upload({"x": torch.ones(2)}),
+    "no contrast": upload(weights(1.0), **{"image-mean": [1.0], "image-std": [0.0]}),
 }
 
 
@@ -174,6 +175,48 @@ def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(strategy, bad):
     for client in range(8):
         for name, tensor in without.evaluation_state(client).items():
             assert torch.equal(faulty.evaluation_state(client)[name], tensor)
+
+
+def telling(value: float, mean: float, **others: list[int]) -> Node:
+    """Return a node that tells how its images are normalized."""
+    told = {"image-mean": [mean], "image-std": [2.0], **others}
+    return lambda message: upload(weights(value), **told)
+
+
+def test_the_server_keeps_what_clients_last_told_of_their_data():
+    first = {1: telling(1.0, 5.0, partition=[0, 3]), 2: site(1.0), 3: telling(1.0, 7.0)}
+    grid = SimulatedGrid(first)
+    strategy = ClientwiseFedAvg(fraction_evaluate=0.0)
+    start(strategy, grid, num_rounds=1)
+    # The first client tells something new, the third nothing any more.
+    grid.nodes = {1: telling(1.0, 6.0, partition=[0, 3]), 2: site(1.0), 3: site(1.0)}
+    start(strategy, grid, num_rounds=1)
+    assert strategy.sites.keys() == {0, 2}
+    assert strategy.sites[0]["image-stats"].tolist() == [[6.0], [2.0]]
+    assert strategy.sites[0]["partition"].tolist() == [0, 3]
+    assert strategy.sites[2]["image-stats"].tolist() == [[7.0], [2.0]]
+
+
+def test_of_an_upload_that_is_not_used_nothing_is_kept():
+    grid = SimulatedGrid({**groups(), 8: telling(1e9, 5.0)})
+    strategy = ClientwiseFedAvg(fraction_evaluate=0.0)
+    start(strategy, grid, num_rounds=1)
+    assert strategy.record.clients[8]["status"] != "ok"
+    assert strategy.sites == {}
+
+
+@pytest.mark.parametrize("strategy", [ClientwiseFedAvg, Local, FedAvgFT, PFedGPA])
+def test_what_clients_told_of_their_data_survives_a_checkpoint(strategy):
+    before = strategy(fraction_evaluate=0.0)
+    grid = SimulatedGrid({1: telling(1.0, 5.0), 2: telling(2.0, 6.0, partition=[1, 2])})
+    start(before, grid, num_rounds=1)
+    after = strategy()
+    after.restore(before.state())
+    assert after.sites.keys() == {0, 1}
+    for client, told in before.sites.items():
+        assert after.sites[client].keys() == told.keys()
+        assert all(torch.equal(after.sites[client][name], tensor) for name, tensor in told.items())
+    assert after.average.keys() == weights(0.0).keys()
 
 
 def test_a_round_without_any_reply_changes_nothing():

@@ -37,9 +37,7 @@ def test_axes_and_eigenvalues_are_those_of_the_singular_value_decomposition():
     subspace = Subspace.fit(vectors)
     centered = vectors.numpy() - vectors.numpy().mean(0)
     _, singular, axes = np.linalg.svd(centered, full_matrices=False)
-    np.testing.assert_allclose(
-        Spectrum.of(vectors).eigenvalues, singular[:8] ** 2 / 9, rtol=1e-9
-    )
+    np.testing.assert_allclose(Spectrum.of(vectors).eigenvalues, singular[:8] ** 2 / 9, rtol=1e-9)
     cosines = np.abs((subspace.basis.numpy() * axes[:8]).sum(1))
     np.testing.assert_allclose(cosines, 1.0, atol=1e-9)
     np.testing.assert_allclose(subspace.basis @ subspace.basis.T, np.eye(8), atol=1e-9)

@@ -1,6 +1,5 @@
 """The denoiser of the raw space: a 1-D convolutional U-Net on a vector of parameters."""
 
-import torch
 from torch import Tensor, nn
 
 from pfedgpa_app.diffusion.denoiser import TimeEmbedding
@@ -25,11 +24,11 @@ class UNetDenoiser(nn.Module):
         self.embed_time = TimeEmbedding(channels)
         self.enter = nn.Conv1d(1, channels, _KERNEL, padding="same")
         self.down = nn.ModuleList(_Level(size, channels) for size in sizes[:-1])
-        self.halve = nn.ModuleList(
+        self.downsample = nn.ModuleList(
             nn.Conv1d(size, 2 * size, kernel_size=4, stride=2, padding=1) for size in sizes[:-1]
         )
         self.middle = _Level(sizes[-1], channels)
-        self.double = nn.ModuleList(
+        self.upsample = nn.ModuleList(
             nn.ConvTranspose1d(2 * size, size, kernel_size=4, stride=2, padding=1)
             for size in sizes[-2::-1]
         )
@@ -41,13 +40,13 @@ class UNetDenoiser(nn.Module):
         time = self.embed_time(t).to(x.dtype)
         hidden = self.enter(x[:, None])
         skips = []
-        for level, halve in zip(self.down, self.halve, strict=True):
+        for level, downsample in zip(self.down, self.downsample, strict=True):
             hidden = level(hidden, time)
             skips.append(hidden)
-            hidden = halve(hidden)
+            hidden = downsample(hidden)
         hidden = self.middle(hidden, time)
-        for double, level in zip(self.double, self.up, strict=True):
-            hidden = level(double(hidden) + skips.pop(), time)
+        for upsample, level in zip(self.upsample, self.up, strict=True):
+            hidden = level(upsample(hidden) + skips.pop(), time)
         predicted: Tensor = self.leave(hidden)[:, 0]
         return predicted
 

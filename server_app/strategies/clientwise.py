@@ -24,7 +24,7 @@ from flwr.serverapp.strategy.strategy_utils import sample_nodes
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.report import RoundRecord
-from pfedgpa_app.state import below, under
+from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.replies import ReplyError, Upload, read_metrics, read_upload
 from server_app.roster import Roster, by_addressee
 
@@ -59,6 +59,8 @@ class ClientwiseFedAvg(FedAvg):
     ----------
     record : RoundRecord
         What happened in the current round, client by client.
+    sites : dict[int, StateDict]
+        What each client last told of its data, by client, as `Upload.site` has it.
     completed_rounds : int
         Rounds of an earlier run that this one goes on from; Flower counts its rounds from 1 again.
     """
@@ -82,6 +84,7 @@ class ClientwiseFedAvg(FedAvg):
         self.layout: ParameterLayout | None = None
         self.completed_rounds = 0
         self.average: StateDict = {}
+        self.sites: dict[int, StateDict] = {}
         self.record = RoundRecord(0)
         self._sent: list[Metadata] = []
         self._sent_at = 0.0
@@ -117,11 +120,12 @@ class ClientwiseFedAvg(FedAvg):
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
-        return under("average", self.average)
+        return under("average", self.average) | states_under("site", self.sites)
 
     def restore(self, tensors: StateDict) -> None:
         """Take over what `state` returned."""
         self.average = below("average", tensors)
+        self.sites = states_below("site", tensors)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -158,6 +162,7 @@ class ClientwiseFedAvg(FedAvg):
         if not uploads:
             log(WARNING, "aggregate_train: No client replied; all parameters stay as they are")
             return None, None
+        self.sites |= {client: upload.site for client, upload in uploads.items() if upload.site}
         if counting := [upload for client, upload in uploads.items() if self.counts(client)]:
             weights = [upload.num_examples for upload in counting]
             self.average = weighted_average([upload.state for upload in counting], weights)

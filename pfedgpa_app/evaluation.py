@@ -1,0 +1,43 @@
+"""Judging a model on images that it was not trained on."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pfedgpa_app.data import ImageStats, normalize
+
+
+class Evaluation(NamedTuple):
+    """Accuracy in 0 .. 1 and mean cross-entropy of a model on a test set."""
+
+    accuracy: float
+    loss: float
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor, stats: ImageStats, batch_size: int = 512) -> Tensor:
+    """Return a model's logits, ``(num_examples, num_classes)``.
+
+    Parameters
+    ----------
+    model
+        On the device of the images; it is left in evaluation mode.
+    images
+        As the data set has them, ``(num_examples, channels, height, width)``; they are normalized
+        with ``stats``.
+    stats
+        Mean and deviation of each channel.
+    batch_size
+        Images that are in the model at a time.
+    """
+    model.eval()
+    return torch.cat([model(normalize(batch, stats)) for batch in images.split(batch_size)])
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, stats: ImageStats) -> Evaluation:
+    """Return a model's accuracy and loss on images and their labels, ``(num_examples,)``."""
+    logits = logits_of(model, images, stats)
+    correct = int((logits.argmax(dim=1) == labels).sum())
+    return Evaluation(correct / len(labels), float(functional.cross_entropy(logits, labels)))

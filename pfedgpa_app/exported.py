@@ -1,0 +1,193 @@
+"""A client's personalized model in one file, with all that its use elsewhere takes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from pfedgpa_app.config import Config, OptionalCount, Positive, Section
+from pfedgpa_app.data import ImageStats, client_data
+from pfedgpa_app.evaluation import Evaluation, evaluate, logits_of
+from pfedgpa_app.models import build_model
+from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.state import load_state, save_state
+
+_KIND = "pfedgpa-model-1"
+
+
+class ExportError(ValueError):
+    """A model that cannot be used so; the message says why, and what would be right."""
+
+
+class _Facts(Section, extra="ignore"):
+    """What is read of the metadata of a file."""
+
+    client: OptionalCount
+    round: OptionalCount
+    partition_id: OptionalCount | None
+    num_partitions: OptionalCount | None
+    image_mean: list[Annotated[float, Field(allow_inf_nan=False)]] | None
+    image_std: list[Positive] | None
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A personalized model and where it comes from.
+
+    Attributes
+    ----------
+    state
+        The state_dict.
+    config
+        The settings of its run.
+    client
+        The number of its client in the run.
+    server_round
+        The round after which it was written.
+    stats
+        Mean and standard deviation of each channel of the client's images, ``(channels,)``. None
+        if the client did not tell.
+    partition
+        Which partition of the data the client has, and of how many. None if it did not tell.
+    trusted
+        Whether own functions that the settings name may be imported and called. They are code of
+        whoever wrote the file's settings.
+    """
+
+    state: StateDict
+    config: Config
+    client: int
+    server_round: int
+    stats: ImageStats | None = None
+    partition: tuple[int, int] | None = None
+    trusted: bool = False
+
+    @classmethod
+    def load(cls, file: Path, *, trusted: bool = False) -> "ExportedModel":
+        """Read what `save` wrote, as data alone.
+
+        Raises
+        ------
+        ValueError
+            If the file is missing, damaged or foreign.
+        """
+        state, raw = load_state(file, _KIND)
+        try:
+            facts = _Facts.model_validate(raw)
+            config = Config.from_flat(facts.config)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ExportError(f"{file} is damaged: {wrong}") from error
+        except ValueError as error:
+            raise ExportError(f"{file} is damaged, or of another version: {error}") from error
+        stats = partition = None
+        if facts.image_mean is not None and facts.image_std is not None:
+            stats = ImageStats(torch.tensor(facts.image_mean), torch.tensor(facts.image_std))
+        if facts.partition_id is not None and facts.num_partitions is not None:
+            partition = (facts.partition_id, facts.num_partitions)
+        return cls(state, config, facts.client, facts.round, stats, partition, trusted)
+
+    def save(self, file: Path) -> None:
+        """Write a safetensors file of the state_dict, in place of an older file in one step.
+
+        What is known beside the tensors is its metadata under ``facts``, in JSON: client, round,
+        partition-id, num-partitions, model, image-shape, num-classes, image-mean, image-std and
+        config, the flat settings of the run. What the client did not tell is null.
+        """
+        info = self.config.data.info
+        partition_id, num_partitions = self.partition or (None, None)
+        mean, std = (values.tolist() for values in self.stats) if self.stats else (None, None)
+        facts = {
+            "client": self.client,
+            "round": self.server_round,
+            "partition-id": partition_id,
+            "num-partitions": num_partitions,
+            "model": self.config.model.name,
+            "image-shape": info.image_shape,
+            "num-classes": info.num_classes,
+            "image-mean": mean,
+            "image-std": std,
+            "config": self.config.to_flat(),
+        }
+        save_state(file, _KIND, self.state, **facts)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the probabilities of the classes, ``(num_examples, num_classes)``.
+
+        Parameters
+        ----------
+        images
+            ``(num_examples, channels, height, width)``, uint8 or float32 like the data set that
+            the model was trained on.
+
+        Raises
+        ------
+        ValueError
+            If the model does not take such images, its normalization is not known, or it cannot
+            be built.
+        """
+        shape = self.config.data.info.image_shape
+        if tuple(images.shape[1:]) != shape:
+            raise ExportError(
+                f"images of shape {tuple(images.shape)}; right would be (n, {str(shape)[1:]}"
+            )
+        stats = self._known_stats
+        # Float data counts as normalized, which no uint8 data is.
+        is_float = not bool(stats.mean.any()) and bool((stats.std == 1).all())
+        dtype = torch.float32 if is_float else torch.uint8
+        if images.dtype != dtype:
+            raise ExportError(
+                f"images of {images.dtype}; right would be {dtype}, in the units of the data that "
+                "the model was trained on (an .npz file can hold both)"
+            )
+        return logits_of(self.module, images, stats).softmax(dim=1)
+
+    def evaluate(self) -> tuple[Evaluation, int]:
+        """Return accuracy and loss on the client's own test set, and how many images it has.
+
+        Raises
+        ------
+        ValueError
+            If the test set or the normalization is not known, or the model cannot be built.
+        """
+        if self.partition is None:
+            raise ExportError(f"client {self.client} did not tell which partition its data is")
+        self._trust(f'data.dataset = "{self.config.data.dataset}"')
+        data = client_data(self.config.data, self.config.seed, *self.partition)
+        result = evaluate(self.module, data.test_images, data.test_labels, self._known_stats)
+        return result, len(data.test_labels)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The model itself, on the CPU."""
+        config = self.config
+        self._trust(f'model.name = "{config.model.name}"')
+        module = build_model(config.model.name, config.data.info, config.seed)
+        ParameterLayout.of(module.state_dict()).check(self.state)
+        module.load_state_dict(self.state)
+        return module
+
+    @property
+    def _known_stats(self) -> ImageStats:
+        if self.stats is None:
+            raise ExportError(f"client {self.client} did not tell how its images are normalized")
+        channels = self.config.data.info.image_shape[0]
+        if any(values.shape != (channels,) for values in self.stats):
+            raise ExportError(
+                f"client {self.client} told mean and deviation of {len(self.stats.mean)} channels; "
+                f"right would be {channels}"
+            )
+        return self.stats
+
+    def _trust(self, setting: str) -> None:
+        """Refuse to call what a file names, unless whoever loaded it said that it may be."""
+        if ":" in setting and not self.trusted:
+            raise ExportError(
+                f"{setting} is a function of Python code that the file names; if you know where "
+                "the file comes from, let it be called (pfedgpa predict --trust)"
+            )

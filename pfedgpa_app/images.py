@@ -1,0 +1,115 @@
+"""Images from files, in the shape that a model takes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PICTURES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (*PICTURES, ".npz")
+
+
+class ImageError(ValueError):
+    """A file that holds no images for the model; the message names it."""
+
+
+def find_files(paths: Iterable[Path]) -> list[Path]:
+    """Return files as they are, and in place of a folder its pictures by name.
+
+    Raises
+    ------
+    ImageError
+        If there is no such file, its suffix tells of no images, or a folder has no pictures.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        else:
+            found = [path] if path.suffix.lower() in SUFFIXES else []
+        if not path.exists():
+            raise ImageError(f"{path}: no such file")
+        if not found:
+            raise ImageError(f"{path}: no images; right would be {', '.join(SUFFIXES)}")
+        files += found
+    return files
+
+
+def read_images(
+    files: Iterable[Path], image_shape: tuple[int, int, int], note: Callable[[str], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield images ``(channels, height, width)`` with their names.
+
+    Pictures are uint8, grey or RGB whatever their files have. The array ``x`` of an .npz file,
+    ``(n, channels, height, width)``, is uint8 or becomes float32. Images of another height or
+    width are resized, and ``note`` is told of the first.
+
+    Raises
+    ------
+    ImageError
+        If a file cannot be read, or there is no way to so many channels.
+    """
+    channels, *size = image_shape
+    is_noted = False
+    for name, image in _read_all(files, channels):
+        given = list(image.shape[1:])
+        if given != size and not is_noted:
+            is_noted = True
+            note(f"{name} is {_by(given)}; images are resized to {_by(size)}")
+        yield name, image if given == size else _resize(image, size)
+
+
+def _read_all(files: Iterable[Path], channels: int) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        if file.suffix.lower() == ".npz":
+            images = _read_npz(file, channels)
+            yield from ((f"{file}[{row}]", image) for row, image in enumerate(images))
+        else:
+            yield str(file), _read_picture(file, channels)
+
+
+def _resize(image: Tensor, size: list[int]) -> Tensor:
+    from torchvision.transforms.functional import resize
+
+    resized: Tensor = resize(image, size, antialias=True)
+    return resized
+
+
+def _by(size: list[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _read_picture(file: Path, channels: int) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_image
+
+    if channels not in (1, 3):
+        raise ImageError(
+            f"{file}: the model takes images of {channels} channels, and pictures have 1 or 3; "
+            f"right would be an .npz file with an array x of shape (n, {channels}, height, width)"
+        )
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    try:
+        data = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+        image: Tensor = decode_image(data, mode=mode, apply_exif_orientation=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ImageError(f"{file}: cannot be read ({error})") from error
+    if tuple(image.shape[:-2]) != (channels,):  # GIF is decoded whatever the suffix and the mode
+        raise ImageError(f"{file}: not one image; right would be a PNG or JPEG file")
+    # Some PNG files have 16 bits a pixel.
+    return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)
+
+
+def _read_npz(file: Path, channels: int) -> Tensor:
+    try:
+        with np.load(file) as archive:  # which by default unpickles nothing
+            array = archive["x"]
+    except Exception as error:  # numpy, zipfile and zlib each raise their own
+        raise ImageError(f"{file}: its array x cannot be read ({error})") from error
+    if array.ndim != 4 or array.shape[1] != channels or array.dtype.kind not in "uf":
+        raise ImageError(
+            f"{file}: x is {array.dtype} of shape {array.shape}; right would be numbers of shape "
+            f"(n, {channels}, height, width)"
+        )
+    return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
