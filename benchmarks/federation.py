@@ -6,7 +6,9 @@ twenty; benchmarks need many of them.
 
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterable
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -14,7 +16,7 @@ from flwr.common.logger import FLOWER_LOGGER
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app as client_app
-from pfedgpa_app.config import Config
+from pfedgpa_app.config import Config, flatten
 from pfedgpa_app.data import client_data
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import Row, summarize
@@ -62,11 +64,15 @@ def simulate(
     config: Config,
     num_clients: int,
     *,
+    num_rounds: int | None = None,
     num_processes: int = 2,
     strategy: ClientwiseFedAvg | None = None,
     after_round: AfterRound = lambda strategy, row: None,
 ) -> tuple[ClientwiseFedAvg, list[Row]]:
-    """Run a strategy, by default the configured one, and return it with a row a round."""
+    """Run a strategy, by default the configured one, and return it with a row a round.
+
+    ``num_rounds`` stops before the configured number of rounds.
+    """
     FLOWER_LOGGER.setLevel(logging.WARNING)
     strategy = strategy or make_strategy(config)
     strategy.roster = Roster()
@@ -82,12 +88,17 @@ def simulate(
         strategy.start(
             grid,
             initial_arrays=ArrayRecord(preflight(config).state_dict()),
-            num_rounds=config.num_server_rounds,
+            num_rounds=num_rounds or config.num_server_rounds,
             evaluate_fn=end_round,
         )
     finally:
         grid.close()
     return strategy, rows
+
+
+def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
+    """Read a file of conf/ with other settings on top, such as ``{"seed": 1}``."""
+    return Config.from_flat(dict(flatten(tomllib.loads(file.read_text()))) | dict(overrides))
 
 
 def _identify() -> None:

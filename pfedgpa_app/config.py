@@ -167,6 +167,8 @@ class OnboardingConfig(Section):
 
     rounds: OptionalCount = 1
     guidance: NonNegative = 20.0
+    start: Count = 400
+    num_steps: Count = 20
     late_clients: OptionalCount = 0
     join_round: OptionalCount = 0
 
@@ -320,18 +322,7 @@ def _size_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
 
 def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[str], str]]:
     start = diffusion.num_timesteps - 1 if diffusion.start == "auto" else diffusion.start
-    if start >= diffusion.num_timesteps:
-        yield (
-            {"diffusion.start", "diffusion.num-timesteps"},
-            f"diffusion.start = {start}: the forward process has the timesteps 0 to "
-            f"{diffusion.num_timesteps - 1} (diffusion.num-timesteps = {diffusion.num_timesteps})",
-        )
-    elif diffusion.num_steps > start:
-        yield (
-            {"diffusion.start", "diffusion.num-steps", "diffusion.num-timesteps"},
-            f"diffusion.num-steps = {diffusion.num_steps}: there are only {start} "
-            f"timesteps from diffusion.start = {start} down to the clean parameters",
-        )
+    yield from _grid_contradictions("diffusion", start, diffusion.num_steps, diffusion)
     if diffusion.beta_start > diffusion.beta_end:
         yield (
             {"diffusion.beta-start", "diffusion.beta-end"},
@@ -340,7 +331,27 @@ def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[
         )
 
 
+def _grid_contradictions(
+    section: str, start: int, num_steps: int, diffusion: DiffusionConfig
+) -> Iterator[tuple[set[str], str]]:
+    if start >= diffusion.num_timesteps:
+        yield (
+            {f"{section}.start", "diffusion.num-timesteps"},
+            f"{section}.start = {start}: the forward process has the timesteps 0 to "
+            f"{diffusion.num_timesteps - 1} (diffusion.num-timesteps = {diffusion.num_timesteps})",
+        )
+    elif num_steps > start:
+        yield (
+            {f"{section}.start", f"{section}.num-steps", "diffusion.num-timesteps"},
+            f"{section}.num-steps = {num_steps}: there are only {start} timesteps from "
+            f"{section}.start = {start} down to the clean parameters",
+        )
+
+
 def _onboarding_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
+    yield from _grid_contradictions(
+        "onboarding", config.onboarding.start, config.onboarding.num_steps, config.diffusion
+    )
     late, join = config.onboarding.late_clients, config.onboarding.join_round
     keys = {"onboarding.late-clients", "onboarding.join-round", "num-server-rounds"}
     if late and not 2 <= join <= config.num_server_rounds:

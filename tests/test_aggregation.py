@@ -88,6 +88,122 @@ def test_old_uploads_keep_their_deviation_from_their_own_rounds_average(bank, ol
         torch.testing.assert_close(aggregator.bank[client], uploads[client] + drift)
 
 
+def test_old_uploads_move_with_their_kin(bank):
+    """Groups 0 and 1 move apart; of each, members that were not in the round move along."""
+    uploads, centres = bank
+    uploads = centres + 0.3 * (uploads - centres)
+    aggregator = fitted(uploads[: 2 * NUM_GROUPS], train_steps=1)
+    direction = torch.ones(DIM)
+    before = dict(aggregator.bank)
+    for client, sign in ((0, 1.0), (1, -1.0)):
+        aggregator.observe(client, uploads[client] + sign * direction)
+    aggregator.fit(server_round=2)
+    for client, sign in ((5, 1.0), (6, -1.0)):
+        moved = aggregator.bank[client] - before[client]
+        torch.testing.assert_close(moved, sign * direction, atol=0.02, rtol=0)
+
+
+def test_clients_without_structure_that_went_together_are_given_the_mean():
+    noise = torch.randn(20, 500, generator=make_generator(0))
+    aggregator = GenerativeAggregator(DiffusionConfig())
+    aggregator.begin(torch.zeros(500))
+    for client in range(20):
+        aggregator.observe(client, 5 + noise[client])
+    aggregator.fit(1)
+    for client in (0, 7):
+        torch.testing.assert_close(aggregator.personalize(client), 5 + noise.mean(0))
+
+
+def test_clients_without_structure_that_went_apart_keep_their_uploads():
+    noise = torch.randn(20, 500, generator=make_generator(0))
+    aggregator = GenerativeAggregator(DiffusionConfig())
+    aggregator.begin(torch.zeros(500))
+    for client in range(20):
+        aggregator.observe(client, 0.2 + noise[client])
+    aggregator.fit(1)
+    for client in (0, 7):
+        assert torch.equal(aggregator.personalize(client), 0.2 + noise[client])
+
+
+def test_who_has_no_kin_keeps_what_lies_outside_of_the_subspace(bank):
+    """Three groups and a client that is far from all: its noise is not averaged away."""
+    uploads, _ = bank
+    lonely = uploads[19] + 3 * torch.randn(DIM, generator=make_generator(9))
+    some = [uploads[client] for client in range(15)]
+    aggregator = fitted(torch.stack([*some, lonely]))
+    kept = (aggregator.personalize(15) - lonely).norm() / lonely.norm()
+    averaged = (aggregator.personalize(0) - uploads[0]).norm() / uploads[0].norm()
+    assert kept < 0.1
+    assert averaged > 0.3
+
+
+def test_blocks_are_learned_apart(bank):
+    """The second half of the vector has other groups than the first."""
+    uploads, centres = bank
+    generator = make_generator(11)
+    others = torch.randn(4, DIM, generator=generator)[torch.arange(NUM_CLIENTS) // 5]
+    both = torch.cat(
+        [uploads, others + 0.7 * torch.randn(NUM_CLIENTS, DIM, generator=generator)], 1
+    )
+    aggregator = GenerativeAggregator(DiffusionConfig(), seed=1)
+    aggregator.begin(None, [slice(0, DIM), slice(DIM, 2 * DIM)])
+    for client in range(NUM_CLIENTS):
+        aggregator.observe(client, both[client])
+    aggregator.fit(1)
+    assert [model.space.dim for model in aggregator.models if model] == [4, 3]
+    target = torch.cat([centres, others], 1)
+    for client in range(NUM_CLIENTS):
+        error = (aggregator.personalize(client) - target[client]).norm()
+        assert error < 0.6 * (both[client] - target[client]).norm()
+
+
+def test_the_raw_space_generates_nearer_to_the_group_than_the_upload():
+    generator = make_generator(7)
+    pattern = torch.randn(32, generator=generator)
+    centres = pattern * (-1.0) ** torch.arange(8)[:, None]
+    uploads = centres + 0.3 * torch.randn(8, 32, generator=generator)
+    settings = {"start": 400, "fidelity": 0.0, "hidden_size": 16, "learning_rate": 3e-3}
+    aggregator = fitted(uploads, space="raw", batch_size=64, **settings)
+    generated = torch.stack([aggregator.personalize(client) for client in range(8)])
+    before, after = ((each - centres).norm(dim=1) for each in (uploads, generated))
+    assert after.mean() < 0.9 * before.mean()
+
+
+def test_a_newcomer_is_guided_to_its_group(bank):
+    """From the mean, a step of local training toward its group is enough to be placed there."""
+    uploads, centres = bank
+    aggregator = fitted(uploads[:15])
+    mean = aggregator.expect(torch.zeros(DIM))
+    torch.testing.assert_close(mean, uploads[:15].mean(0))
+    for newcomer in (15, 16):
+        current = mean + 0.2 * (uploads[newcomer] - mean)
+        aggregator.onboard(newcomer, current, mean)
+        generated = aggregator.personalize(newcomer)
+        distances = [(generated - centres[group]).norm() for group in range(NUM_GROUPS)]
+        assert min(distances) == distances[newcomer % NUM_GROUPS]
+        assert min(distances) < 0.6 * (current - centres[newcomer]).norm()
+        assert newcomer not in aggregator.bank
+    # Later it moves with its kin, until it is a member with an upload of its own.
+    placed = aggregator.personalize(15)
+    for member in (0, 5, 10):
+        aggregator.observe(member, uploads[member] + 1.0)
+    aggregator.fit(server_round=2)
+    torch.testing.assert_close(aggregator.personalize(15), placed + 1.0, atol=0.05, rtol=0)
+    aggregator.observe(15, uploads[15])
+    aggregator.fit(server_round=3)
+    assert 15 in aggregator.bank
+    assert 15 not in aggregator.guests
+
+
+def test_auto_start_rises_with_the_noise(bank):
+    uploads, centres = bank
+    starts = [
+        fitted(centres + noise * (uploads - centres), train_steps=1).models[0].start
+        for noise in (0.5, 1.0, 2.0)
+    ]
+    assert starts[0] < starts[1] < starts[2]
+
+
 def test_with_everyone_in_the_round_the_average_changes_nothing(bank):
     uploads, _ = bank
     with_average, without = (GenerativeAggregator(DiffusionConfig(train_steps=3)) for _ in range(2))
@@ -113,26 +229,32 @@ def test_without_differences_everyone_keeps_its_upload(uploads: Tensor):
     assert torch.equal(aggregator.personalize(0), uploads[0])
 
 
-def test_a_loaded_state_personalizes_as_the_saved_one(bank, tmp_path):
-    uploads, _ = bank
-    aggregator = fitted(uploads, train_steps=3)
+@pytest.mark.parametrize("space", ["subspace", "raw"])
+def test_a_loaded_state_personalizes_as_the_saved_one(bank, tmp_path, space: str):
+    uploads = bank[0][:, :100]
+    settings = {"train_steps": 3, "batch_size": 16, "space": space, "hidden_size": 8}
+    aggregator = fitted(uploads, **settings)
+    aggregator.onboard(50, uploads[0], uploads[1])
     aggregator.save(tmp_path / "state.safetensors")
-    loaded = GenerativeAggregator(DiffusionConfig(train_steps=3), seed=1)
+    loaded = GenerativeAggregator(DiffusionConfig(**settings), seed=1)
     loaded.load(tmp_path / "state.safetensors")
-    for client in range(NUM_CLIENTS):
+    for client in [*range(NUM_CLIENTS), 50]:
         assert torch.equal(loaded.personalize(client), aggregator.personalize(client))
     # What comes after is the same too.
     for each in (aggregator, loaded):
         each.observe(0, uploads[1] + 1)
         each.fit(server_round=2)
-    assert torch.equal(loaded.personalize(0), aggregator.personalize(0))
+    for client in (0, 50):
+        assert torch.equal(loaded.personalize(client), aggregator.personalize(client))
 
 
 def test_a_state_saved_before_the_first_fit_can_be_loaded(bank, tmp_path):
     GenerativeAggregator(DiffusionConfig()).save(tmp_path / "state.safetensors")
     loaded = fitted(bank[0], train_steps=1)
+    loaded.onboard(30, bank[0][0], bank[0][1])
     loaded.load(tmp_path / "state.safetensors")
     assert not loaded.bank
+    assert not loaded.guests
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])

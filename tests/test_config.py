@@ -205,6 +205,20 @@ def test_the_message_lists_the_problems_one_a_line():
             {"diffusion.beta-start": 0.5},
             "diffusion.beta-start = 0.5: more than diffusion.beta-end = 0.02",
         ),
+        (
+            {"diffusion.num-steps": 1000},
+            "diffusion.num-steps = 1000: there are only 999 timesteps",
+        ),
+        (
+            {"onboarding.late-clients": 2},
+            "onboarding.join-round = 0: with onboarding.late-clients = 2, the round in which they "
+            "join should be 2 to num-server-rounds = 10",
+        ),
+        (
+            {"onboarding.late-clients": 2, "onboarding.join-round": 11},
+            "onboarding.join-round = 11: with onboarding.late-clients = 2",
+        ),
+        ({"onboarding.join-round": 5}, "onboarding.join-round = 5: no client joins late"),
     ],
 )
 def test_a_contradiction_is_named_with_what_would_be_right(flat: dict[str, Any], problem: str):
@@ -218,7 +232,9 @@ def test_a_contradiction_is_named_with_what_would_be_right(flat: dict[str, Any],
         {"data.partition": "pathological", "data.classes-per-client": 10},
         {"data.partition": "iid", "data.dominant-classes": 11, "data.classes-per-client": 11},
         {"diffusion.start": 999},
-        {"diffusion.num-steps": 200},
+        {"diffusion.num-steps": 200, "diffusion.start": 200},
+        {"diffusion.num-steps": 999},
+        {"onboarding.late-clients": 3, "onboarding.join-round": 10},
         {"diffusion.beta-start": 0.02},
     ],
 )

@@ -1,5 +1,7 @@
 """The numerical core against closed forms and independent computations in float64."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,12 @@ from pfedgpa_app.diffusion import (
     CLEAN,
     ExactDenoiser,
     NoiseSchedule,
+    RawSpace,
     ResidualDenoiser,
+    UNetDenoiser,
     ddpm_loss,
     generate,
+    guide,
     invert,
     posterior_mean,
     sampling_timesteps,
@@ -216,3 +221,76 @@ def test_ddpm_loss_of_a_perfect_prediction_is_zero_and_of_none_is_one():
     assert float(ddpm_loss(perfect, SCHEDULE, x0, make_generator(0))) < 1e-20
     nothing = ddpm_loss(lambda x, t: torch.zeros_like(x), SCHEDULE, x0, make_generator(0))
     assert float(nothing) == pytest.approx(1.0, abs=0.02)
+
+
+def test_guidance_moves_along_the_clients_own_training():
+    """Against the sum over the steps, in NumPy, for a denoiser that is known in closed form."""
+    point = normal(1, 3)
+    denoiser = ExactDenoiser(point, SCHEDULE)
+    previous, current = normal(2, 3, seed=1), normal(2, 3, seed=2)
+    timesteps = sampling_timesteps(150, 7)
+    alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
+
+    x = current.numpy()
+    steps = [*timesteps.tolist(), None]
+    for t, t_previous in itertools.pairwise(steps):
+        abar = alphas_cumprod[t]
+        abar_previous = 1.0 if t_previous is None else alphas_cumprod[t_previous]
+        eps = (x - np.sqrt(abar) * point.numpy()) / np.sqrt(1 - abar)
+        eps = eps + 3.5 * np.sqrt(1 - abar) * (previous - current).numpy()
+        x0 = (x - np.sqrt(1 - abar) * eps) / np.sqrt(abar)
+        alpha = abar / abar_previous
+        from_x0 = np.sqrt(abar_previous) * (1 - alpha) / (1 - abar)
+        from_x = np.sqrt(alpha) * (1 - abar_previous) / (1 - abar)
+        x = from_x0 * x0 + from_x * x
+    generated = guide(denoiser, SCHEDULE, current, previous, 2.5, timesteps)
+    np.testing.assert_allclose(generated, x, rtol=1e-9)
+
+
+def test_the_raw_space_standardizes_pads_and_loses_nothing():
+    vectors = normal(7, 21) * 3 + 5
+    vectors[:, 4] = 2.0  # a parameter that does not vary
+    space = RawSpace.fit(vectors, multiple=8)
+    coordinates = space.project(vectors)
+    assert coordinates.shape == (7, 24)
+    assert (coordinates[:, 21:] == 0).all()
+    varying = [entry for entry in range(21) if entry != 4]
+    torch.testing.assert_close(coordinates[:, varying].mean(0), torch.zeros(20).double())
+    torch.testing.assert_close(
+        coordinates[:, varying].var(0, correction=0), torch.ones(20).double()
+    )
+    torch.testing.assert_close(space.reconstruct(coordinates), vectors)
+    torch.testing.assert_close(space.reconstruct(coordinates[3]), vectors[3])
+
+
+@pytest.mark.parametrize("num_levels", [0, 1, 3])
+def test_the_unet_keeps_the_shape_and_sees_the_timestep(num_levels: int):
+    torch.manual_seed(0)
+    denoiser = UNetDenoiser(channels=8, num_levels=num_levels)
+    x = torch.randn(3, 40)
+    early, late = (denoiser(x, torch.full((3,), t)) for t in (10, 900))
+    assert early.shape == x.shape
+    assert not torch.equal(early, late)
+
+
+def test_the_unet_learns_what_distinguishes_two_signals():
+    """On two points it comes far below where it began, and never below the optimum."""
+    pattern = torch.sin(torch.arange(32) / 3).sign()
+    bank = torch.stack([pattern, -pattern])
+    torch.manual_seed(0)
+    denoiser = UNetDenoiser(channels=16, num_levels=2)
+    before = ddpm_loss(denoiser, SCHEDULE, bank.repeat(200, 1), make_generator(1))
+    train_denoiser(
+        denoiser,
+        SCHEDULE,
+        bank,
+        train_steps=150,
+        batch_size=64,
+        learning_rate=3e-3,
+        generator=make_generator(0),
+    )
+    after = ddpm_loss(denoiser, SCHEDULE, bank.repeat(200, 1), make_generator(1))
+    exact = ddpm_loss(
+        ExactDenoiser(bank, SCHEDULE), SCHEDULE, bank.repeat(200, 1), make_generator(1)
+    )
+    assert exact < after < 0.3 * before

@@ -15,7 +15,7 @@ from flwr.app import (
 )
 from simulated_grid import SimulatedGrid, upload, weights
 
-from pfedgpa_app.config import DiffusionConfig
+from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
 from server_app.roster import PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, Local, PFedGPA
 
@@ -95,10 +95,6 @@ class Sometimes:
         return self.node(message)
 
 
-# Less noise than by default: two groups differ in one dimension only, where much noise mixes them.
-NEAR = DiffusionConfig(start=50)
-
-
 def groups() -> dict[int, Node]:
     """Return 8 nodes, of which the even ones have weights about 1 and the odd ones about -1."""
     return {node: site((-1.0) ** node * (1 + node / 100)) for node in range(8)}
@@ -106,7 +102,7 @@ def groups() -> dict[int, Node]:
 
 def test_pfedgpa_sends_each_node_parameters_of_its_own_group():
     grid = SimulatedGrid(groups())
-    start(PFedGPA(diffusion=NEAR), grid)
+    start(PFedGPA(), grid)
     generated = received(grid, "train")[1]
     for node, value in generated.items():
         assert value == pytest.approx((-1.0) ** node, abs=0.2)
@@ -116,7 +112,7 @@ def test_pfedgpa_sends_each_node_parameters_of_its_own_group():
 
 def test_pfedgpa_averages_what_is_not_generated():
     grid = SimulatedGrid(groups())
-    strategy = PFedGPA(diffusion=DiffusionConfig(generated_layers="layer.bias", start=50))
+    strategy = PFedGPA(diffusion=DiffusionConfig(generated_layers="layer.bias"))
     start(strategy, grid, num_rounds=1)
     for client in range(8):
         state = strategy.evaluation_state(client)
@@ -288,7 +284,7 @@ def test_metrics_are_aggregated_by_the_functions_of_fedavg():
 def test_nodes_that_come_and_go_keep_their_numbers():
     nodes = groups()
     grid = SimulatedGrid(nodes)
-    strategy = PFedGPA(diffusion=NEAR)
+    strategy = PFedGPA(diffusion=DiffusionConfig())
     start(strategy, grid, num_rounds=1)
     kept = float(strategy.evaluation_state(7)["layer.weight"][0, 0])
     del nodes[0]
@@ -347,3 +343,93 @@ def test_a_roster_without_questions_numbers_nodes_by_their_ids():
     roster.admit(SimulatedGrid({}), [30, 10])
     roster.admit(SimulatedGrid({}), [5, 10, 30])
     assert roster.clients == {10: 0, 30: 1, 5: 2}
+
+
+class Joining(SimulatedGrid):
+    """A grid on which a node appears after a number of sent messages."""
+
+    def __init__(self, nodes: dict[int, Node], newcomer: int, after: int) -> None:
+        super().__init__(nodes)
+        self.newcomer = newcomer
+        self.after = after
+
+    def get_node_ids(self):
+        ids = super().get_node_ids()
+        return [i for i in ids if i != self.newcomer or len(self.sent) >= self.after]
+
+
+def test_a_node_that_connects_later_is_onboarded_before_it_counts():
+    """In a round of 7 members, 14 messages are sent; node 7 appears in the second round."""
+    nodes = groups() | {7: site(-3.0)}
+    grid = Joining(nodes, newcomer=7, after=14)
+    strategy = PFedGPA(onboarding=OnboardingConfig(rounds=2))
+    start(strategy, grid, num_rounds=3)
+    sent = received(grid, "train")
+    assert 7 not in sent[0]
+    # Its start is the mean of what the members' models are, not the untrained one.
+    members = [(-1.0) ** node * (1 + node / 100) for node in range(7)]
+    assert sent[1][7] == pytest.approx(sum(members) / 7, abs=1e-5)
+    # Then it is drawn to the group that its training went to, never as far out as its upload.
+    assert sent[2][7] == pytest.approx(-1.0, abs=0.3)
+    # Neither average nor bank know of it before it had its two rounds.
+    assert strategy.rounds_onboarded == {7: 2}
+    assert set(strategy.aggregator.bank) == set(range(7))
+    average = float(strategy.average["layer.weight"][0, 0])
+    assert average == pytest.approx(sum(members) / 7)
+    start(strategy, grid, num_rounds=1)
+    assert 7 in strategy.aggregator.bank
+    assert not strategy.rounds_onboarded
+
+
+def test_without_rounds_of_onboarding_a_newcomer_is_a_member_at_once():
+    grid = Joining(groups(), newcomer=7, after=14)
+    strategy = PFedGPA(onboarding=OnboardingConfig(rounds=0))
+    start(strategy, grid)
+    assert 7 in strategy.aggregator.bank
+
+
+def test_onboarding_goes_on_after_a_restart():
+    grid = Joining(groups(), newcomer=7, after=14)
+    strategy = PFedGPA(onboarding=OnboardingConfig(rounds=2))
+    start(strategy, grid)
+    again = PFedGPA(onboarding=OnboardingConfig(rounds=2))
+    again.begin(weights(0.0))
+    again.restore(strategy.state())
+    assert again.rounds_onboarded == strategy.rounds_onboarded
+    for client in range(8):
+        left, right = (s.training_state(client) for s in (strategy, again))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("kind", [PFedGPA, Local, ClientwiseFedAvg])
+def test_late_clients_take_no_part_before_their_round(kind):
+    grid = SimulatedGrid(groups())
+    start(kind(late_clients=3, join_round=3), grid, num_rounds=3)
+    for message_type in ("train", "evaluate"):
+        sent = received(grid, message_type)
+        assert [sorted(each) for each in sent] == [list(range(5))] * 2 + [list(range(8))]
+
+
+def test_more_late_clients_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match=r"late-clients = 8: there are only 8"):
+        start(ClientwiseFedAvg(late_clients=8, join_round=2), SimulatedGrid(groups()))
+
+
+def test_clients_that_were_not_sampled_have_up_to_date_models():
+    """Half of the clients train in the second round, and everyone's model follows them."""
+
+    def moving(node: int) -> Node:
+        def answer(message: Message) -> RecordDict:
+            if message.metadata.message_type == MessageType.EVALUATE:
+                return RecordDict({"m": MetricRecord({"num-examples": 1, "accuracy": 1.0})})
+            value = (-1.0) ** node * (1 + node / 100)
+            return upload(weights(value + message.content["config"]["server-round"]))
+
+        return answer
+
+    nodes = {node: Sometimes(moving(node), {1, 2} if node < 4 else {1}) for node in range(8)}
+    grid = SimulatedGrid(nodes)
+    start(PFedGPA(), grid)
+    first, second = received(grid, "evaluate")
+    for node in range(8):
+        assert second[node] - first[node] == pytest.approx(1.0, abs=0.1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pfedgpa_app.config import DiffusionConfig
+from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion.denoiser import ResidualDenoiser
 from pfedgpa_app.diffusion.generation import generate
 from pfedgpa_app.diffusion.guidance import guide
@@ -100,24 +100,30 @@ class BlockDiffusion:
         return self._realize(self.generated[row], weights, vectors)
 
     def onboard(
-        self, current: Tensor, previous: Tensor, guidance: float, vectors: Sequence[Tensor]
+        self,
+        current: Tensor,
+        previous: Tensor,
+        config: OnboardingConfig,
+        vectors: Sequence[Tensor],
     ) -> Tensor:
         """Return the parameters ``(d,)`` of a newcomer, by guided denoising.
 
         Its local training took it from ``previous`` to ``current``, both ``(d,)``; ``vectors`` are
         those of `fit`.
         """
-        generated, start = self.space.project([current, previous]).split(1)
+        here, before = self.space.project([current, previous]).split(1)
         if self.space.dim:
             device = next(self.denoiser.parameters()).device
-            generated = guide(
+            here = guide(
                 self.denoiser,
                 schedule_of(self.config),
-                generated.to(device),
-                start.to(device),
-                guidance,
-                sampling_timesteps(self.start, self.config.num_steps),
+                here.to(device),
+                before.to(device),
+                config.guidance,
+                sampling_timesteps(config.start, config.num_steps),
             ).cpu()
+        # Guidance may lead beyond all that the denoiser ever saw; the nearest that was is there.
+        generated = self.kinship(here, self.coordinates) @ self.generated
         return self._realize(generated[0], self.kinship(generated, self.coordinates)[0], vectors)
 
     def kinship(self, here: Tensor, there: Tensor) -> Tensor:

@@ -108,9 +108,6 @@ class ClientwiseFedAvg(FedAvg):
         """Return the state_dict of a client's personalized model."""
         return self.average
 
-    def welcome(self, clients: Iterable[int]) -> None:
-        """Take note of the clients that are connected."""
-
     def counts(self, client: int) -> bool:
         """Tell whether a client's upload has its part in the average."""
         return True
@@ -230,7 +227,6 @@ class ClientwiseFedAvg(FedAvg):
                     f"onboarding.late-clients = {self.late_clients}: there are only "
                     f"{len(node_ids)} clients; right would be less than that"
                 )
-        self.welcome(clients)
         size = min(len(clients), max(minimum, round(fraction * len(clients))))
         generator = make_generator(self.seed, "sample", purpose, server_round)
         chosen = torch.randperm(len(clients), generator=generator)[:size].tolist()

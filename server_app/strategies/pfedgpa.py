@@ -1,12 +1,10 @@
 """pFedGPA: the server trains a diffusion model on the clients' parameters."""
 
-from collections.abc import Iterable
 from logging import INFO, WARNING
 from typing import Any
 
 import torch
 from flwr.common import log
-from torch import Tensor
 
 from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
@@ -25,9 +23,9 @@ class PFedGPA(ClientwiseFedAvg):
     client's own model, improved by what the others learned. It is sent to that client alone, for
     training and for evaluation.
 
-    Whoever is connected in the first round is a member. A client that appears later starts from
-    the mean of what the diffusion model generates, and its uploads go through guided denoising for
-    some rounds, before it becomes a member and its next upload part of the bank and the average.
+    Whoever trains in the first round is a member. A client that comes later starts from the mean
+    of what the diffusion model generates, and its uploads go through guided denoising for some
+    rounds, before it becomes a member and its uploads part of the bank and the average.
 
     Parameters
     ----------
@@ -45,7 +43,7 @@ class PFedGPA(ClientwiseFedAvg):
     Attributes
     ----------
     rounds_onboarded : dict[int, int]
-        The rounds of guided denoising that each client had; members are at ``onboarding.rounds``.
+        The rounds of guided denoising that each newcomer had; members have no entry.
 
     Examples
     --------
@@ -63,11 +61,9 @@ class PFedGPA(ClientwiseFedAvg):
         **kwargs: Any,
     ) -> None:
         diffusion = diffusion or DiffusionConfig()
-        self.onboarding = onboarding or OnboardingConfig()
         super().__init__(generated_layers=diffusion.patterns, seed=seed, roster=roster, **kwargs)
-        self.aggregator = GenerativeAggregator(diffusion, seed)
+        self.aggregator = GenerativeAggregator(diffusion, onboarding, seed=seed)
         self.rounds_onboarded: dict[int, int] = {}
-        self._newcomers: dict[int, Tensor] = {}
 
     def begin(self, state: StateDict) -> None:
         """Take note of the initial model, whose tensors are in the order of the vectors."""
@@ -77,76 +73,70 @@ class PFedGPA(ClientwiseFedAvg):
         blocks = self.layout.blocks() if per_layer else WHOLE
         self.aggregator.begin(self.layout.split(state)[0], blocks)
 
-    def welcome(self, clients: Iterable[int]) -> None:
-        """Make the first clients members, and give later ones a start."""
-        founding = not self.rounds_onboarded
-        for client in clients:
-            if client in self.rounds_onboarded:
-                continue
-            self.rounds_onboarded[client] = self.onboarding.rounds if founding else 0
-            if not self.counts(client):
-                assert self.layout is not None
-                average = self.layout.split(self.average)[0]
-                self._newcomers[client] = self.aggregator.expect(average)
-                log(INFO, "pFedGPA: client %d is new and will be onboarded", client)
-
     def counts(self, client: int) -> bool:
-        """Tell whether a client is a member."""
-        return self.rounds_onboarded.get(client, 0) >= self.onboarding.rounds
+        """Tell whether a client is a member, as everyone is before there is a bank."""
+        bank = self.aggregator.bank
+        rounds = self.rounds_onboarded.get(client, 0)
+        return not bank or client in bank or rounds >= self.aggregator.onboarding.rounds
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Put the uploads into the bank, train the diffusion model and denoise every client."""
         assert self.layout is not None
         vectors = {client: self.layout.split(upload.state)[0] for client, upload in uploads.items()}
-        members = [client for client in vectors if self.counts(client)]
-        for client in members:
+        starts = {
+            client: self.layout.split(self.training_state(client))[0]
+            for client in uploads
+            if not self.counts(client)
+        }
+        for client in vectors.keys() - starts.keys():
             self.aggregator.observe(client, vectors[client])
-            self._newcomers.pop(client, None)
+            self.rounds_onboarded.pop(client, None)
         try:
             self.aggregator.fit(server_round, self.layout.split(self.average)[0])
         except FloatingPointError as error:
             log(WARNING, "pFedGPA: everyone keeps its upload in this round: %s", error)
-        for client in sorted(vectors.keys() - set(members)):
-            self._newcomers[client] = self.aggregator.onboard(
-                vectors[client], self._newcomers[client], self.onboarding.guidance
-            )
-            self.rounds_onboarded[client] += 1
-        log(INFO, "pFedGPA: %d clients, %s", len(self.aggregator.bank), self.aggregator.describe())
+        for client, start in starts.items():
+            self.aggregator.onboard(client, vectors[client], start)
+            self.rounds_onboarded[client] = self.rounds_onboarded.get(client, 0) + 1
+        log(
+            INFO,
+            "pFedGPA: %d members, %s; %d newcomers in this round",
+            len(self.aggregator.bank),
+            self.aggregator.describe(),
+            len(starts),
+        )
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
-        rounds = [[client, number] for client, number in self.rounds_onboarded.items()]
+        rounds = {client: torch.tensor(number) for client, number in self.rounds_onboarded.items()}
         return {
             **super().state(),
             **under("aggregator", self.aggregator.state()),
-            **under("newcomer", self._newcomers),
-            "rounds-onboarded": torch.tensor(rounds).reshape(-1, 2),
+            **under("rounds-onboarded", rounds),
         }
 
     def restore(self, tensors: StateDict) -> None:
         """Take over what `state` returned."""
         super().restore(tensors)
         self.aggregator.restore(below("aggregator", tensors))
-        self.rounds_onboarded = dict(tensors["rounds-onboarded"].tolist())
-        self._newcomers = {int(key): tensor for key, tensor in below("newcomer", tensors).items()}
+        rounds = below("rounds-onboarded", tensors)
+        self.rounds_onboarded = {int(client): int(number) for client, number in rounds.items()}
 
     def training_state(self, client: int) -> StateDict:
-        """Return the model generated for a client, or the average if nothing is known of it."""
-        if client in self._newcomers:
-            vector = self._newcomers[client]
-        elif client in self.aggregator.bank:
+        """Return the model generated for a client, or the mean if nothing is known of it."""
+        assert self.layout is not None
+        if client in self.aggregator.bank or client in self.aggregator.guests:
             vector = self.aggregator.personalize(client)
         else:
-            return self.average
-        assert self.layout is not None
+            vector = self.aggregator.expect(self.layout.split(self.average)[0])
         return self.layout.merge(vector, self.layout.rest(self.average))
 
     def evaluation_state(self, client: int) -> StateDict:
-        """Return the model generated for a client, or the average if nothing is known of it."""
+        """Return the model generated for a client, or the mean if nothing is known of it."""
         return self.training_state(client)
 
     def summary(self) -> None:
         """Log the settings."""
         super().summary()
         log(INFO, "\t└──> Diffusion: %s", self.aggregator.config)
-        log(INFO, "\t└──> Onboarding: %s", self.onboarding)
+        log(INFO, "\t└──> Onboarding: %s", self.aggregator.onboarding)
