@@ -65,20 +65,26 @@ def simulate(
     num_clients: int,
     *,
     num_rounds: int | None = None,
+    judged_rounds: int | None = None,
     num_processes: int = 2,
     strategy: ClientwiseFedAvg | None = None,
     after_round: AfterRound = lambda strategy, row: None,
 ) -> tuple[ClientwiseFedAvg, list[Row]]:
     """Run a strategy, by default the configured one, and return it with a row a round.
 
-    ``num_rounds`` stops before the configured number of rounds.
+    ``num_rounds`` stops before the configured number of rounds; ``judged_rounds`` evaluates the
+    personalized models in the last rounds only.
     """
+    num_rounds = num_rounds or config.num_server_rounds
     FLOWER_LOGGER.setLevel(logging.WARNING)
     strategy = strategy or make_strategy(config)
     strategy.roster = Roster()
+    fraction_evaluate = strategy.fraction_evaluate
     rows: list[Row] = []
 
     def end_round(server_round: int, arrays: ArrayRecord) -> None:
+        is_judged = server_round >= num_rounds - (judged_rounds or num_rounds)
+        strategy.fraction_evaluate = fraction_evaluate if is_judged else 0.0
         if server_round:
             rows.append(summarize(strategy.record, config.strategy, 0.0))
             after_round(strategy, rows[-1])
@@ -88,7 +94,7 @@ def simulate(
         strategy.start(
             grid,
             initial_arrays=ArrayRecord(preflight(config).state_dict()),
-            num_rounds=num_rounds or config.num_server_rounds,
+            num_rounds=num_rounds,
             evaluate_fn=end_round,
         )
     finally:

@@ -235,17 +235,30 @@ class Config(Section):
             return below_home(self.output_dir)
         return xdg_folder("XDG_DATA_HOME", ".local/share") / "runs"
 
-    def differences(self, other: "Config") -> dict[str, tuple[Scalar, Scalar]]:
-        """Return the settings that decide about results and differ, with both values.
+    @property
+    def decisive(self) -> dict[str, Scalar]:
+        """The settings that decide about results, as a flat run config.
 
-        Where the output goes, how far the run goes and what it goes on from do not count.
+        Where the output goes, how far the run goes and what it goes on from are not among them, nor
+        is the diffusion model where the strategy has none.
         """
         free = ("output-dir", "num-server-rounds", "resume-from", "checkpoint.every")
+        if self.strategy != "pfedgpa":
+            ours = ("rounds", "guidance", "start", "num-steps")
+            free += tuple(f"onboarding.{name}" for name in ours)
+        return {
+            key: value
+            for key, value in self.to_flat().items()
+            if key not in free and (self.strategy == "pfedgpa" or not key.startswith("diffusion."))
+        }
+
+    def differences(self, other: "Config") -> dict[str, tuple[Scalar, Scalar]]:
+        """Return the settings that decide about results and differ, with both values."""
         theirs = other.to_flat()
         return {
             key: (value, theirs[key])
-            for key, value in self.to_flat().items()
-            if key not in free and value != theirs[key]
+            for key, value in self.decisive.items()
+            if value != theirs[key]
         }
 
 
@@ -400,7 +413,8 @@ def _describe(error: ValidationError, flat: Mapping[str, Any]) -> dict[str, str]
         key = next(key for n in (1, 2) if (key := ".".join(location[:n])) in flat)
         wanted.setdefault(key, []).append(_wanted(item))
     return {
-        key: f"{key} = {_show(flat[key])}: {' or '.join(dict.fromkeys(texts))}"
+        key: f"{key} = {_show(flat[key])}: "
+        + " or ".join(dict.fromkeys(texts)).replace(" or should be ", " or ")
         for key, texts in wanted.items()
     }
 

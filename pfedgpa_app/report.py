@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pfedgpa_app.config import CheckpointConfig, Config
+from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.state import sync_to_disk
 
@@ -231,10 +231,9 @@ class Run:
 
     @property
     def setting(self) -> str:
-        """What runs are averaged over: the settings without seed, folders and interruptions."""
-        free = {"seed": 0, "output_dir": "", "resume_from": "", "checkpoint": CheckpointConfig()}
-        anywhere = self.config.model_copy(update=free)
-        return json.dumps([self.num_nodes, anywhere.to_flat()])
+        """What runs are averaged over: clients, rounds and all settings but the seed."""
+        decisive = {**self.config.decisive, "seed": 0}
+        return json.dumps([self.num_nodes, self.config.num_server_rounds, decisive])
 
     @property
     def num_nodes(self) -> int:

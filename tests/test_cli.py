@@ -107,7 +107,7 @@ def test_wrong_settings_are_all_named(runner: CliRunner):
     assert result.stderr.splitlines() == [
         "The configuration has 2 problem(s):",
         "  - sed = 1: no such setting, did you mean seed?",
-        "  - diffusion.start = 0: should be greater than or equal to 1",
+        "  - diffusion.start = 0: should be greater than or equal to 1 or 'auto'",
     ]
 
 

@@ -101,7 +101,7 @@ def test_a_value_in_place_of_a_section_is_refused(section: str):
         ("client.learning-rate", "0.1", '"0.1": should be a number'),
         ("client.learning-rate", True, "True: should be a number"),
         ("output-dir", 3, "3: should be a string"),
-        ("diffusion.rank", True, "True: should be a whole number or should be 'auto'"),
+        ("diffusion.rank", True, "True: should be a whole number or 'auto'"),
         ("strategy", "fedprox", "\"fedprox\": should be 'pfedgpa', 'local', 'fedavg' or"),
         ("data.dataset", "mnist", 'should read like "package.module:function"'),
         ("model.name", "my-net:f", 'should read like "package.module:function"'),
@@ -117,7 +117,7 @@ def test_a_value_in_place_of_a_section_is_refused(section: str):
         ("client.learning-rate", 0.0, "0.0: should be greater than 0"),
         ("client.weight-decay", float("inf"), "inf: should be a finite number"),
         ("diffusion.fidelity", float("nan"), "nan: should be"),
-        ("diffusion.rank", 0, "0: should be greater than or equal to 1 or should be 'auto'"),
+        ("diffusion.rank", 0, "0: should be greater than or equal to 1 or 'auto'"),
         ("diffusion.generated-layers", "", '"": '),
     ],
 )
@@ -332,3 +332,15 @@ def test_given_folders_are_absolute_or_below_the_home_folder(
     config = Config.from_flat({"output-dir": given_path, "data.root": given_path})
     assert str(config.output_path) == expected.format(home=own_home)
     assert str(config.data.root_path) == expected.format(home=own_home)
+
+
+def test_a_diffusion_model_decides_about_the_results_of_pfedgpa_alone():
+    for strategy, matters in (("pfedgpa", True), ("fedavg", False), ("local", False)):
+        one = Config.from_flat({"strategy": strategy})
+        for key, value in (("diffusion.fidelity", 0.9), ("onboarding.guidance", 1.0)):
+            other = Config.from_flat({"strategy": strategy, key: value})
+            assert bool(one.differences(other)) == matters
+        late = {"onboarding.late-clients": 2, "onboarding.join-round": 3}
+        assert one.differences(Config.from_flat({"strategy": strategy, **late}))
+        assert one.differences(Config.from_flat({"strategy": strategy, "seed": 1}))
+        assert one.differences(Config.from_flat({"strategy": "fedavg-ft"}))

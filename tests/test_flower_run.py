@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.federation import simulate
+from pfedgpa_app.config import Config
+
 PROJECT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
@@ -187,6 +190,13 @@ def test_one_worker_or_two_and_a_stop_between_give_the_same_digits(
     assert superlink.folder is not None
     log, resumed = superlink.run(4, workers=2, **QUICK, **{"resume-from": superlink.folder.name})
     assert without_seconds(resumed) == without_seconds(expected), log
+
+
+def test_benchmarks_give_the_digits_of_a_run(one_worker: tuple[str, list[dict], Path]):
+    _, expected, _ = one_worker
+    config = Config.from_flat({"client.device": "cpu", **QUICK})
+    _, rows = simulate(config, 4)
+    assert without_seconds(rows) == without_seconds(expected)
 
 
 def test_a_run_killed_in_a_round_loses_that_round_at_most(

@@ -1,0 +1,99 @@
+"""The raw space and the subspace on the same bank: accuracy, time and memory.
+
+    python -m benchmarks.spaces
+
+Ten clients train on the embedded digits for some rounds; then each space learns from their last
+uploads, in a process of its own, and generates everyone's model.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.federation import simulate
+from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.config import Config
+from pfedgpa_app.data import client_data
+from pfedgpa_app.evaluation import evaluate
+from pfedgpa_app.models import build_model
+from pfedgpa_app.parameters import ParameterLayout
+from server_app.strategies import PFedGPA
+
+CLIENTS = 10
+CONFIG = Config()
+SPACES = {
+    "subspace": {},
+    "raw": {"space": "raw", "hidden_size": 16, "batch_size": 16, "start": 200},
+    "raw, five times the steps": {
+        "space": "raw",
+        "hidden_size": 16,
+        "batch_size": 16,
+        "start": 200,
+        "train_steps": 1000,
+    },
+}
+
+
+def main(space: str = "", bank: Path | None = None) -> None:
+    """Print the table; with --space, measure one space on a bank and print JSON."""
+    torch.set_num_threads(1)
+    if space and bank:
+        print(json.dumps(_measure(space, bank)))
+        return
+    strategy, _ = simulate(CONFIG, CLIENTS)
+    assert isinstance(strategy, PFedGPA)
+    dim = len(strategy.aggregator.bank[0])
+    uploads = _accuracy(strategy.aggregator.bank)
+    print(f"{CLIENTS} clients, d = {dim}; accuracy of the uploads themselves: {uploads:.4f}")
+    print("| space | accuracy | seconds | peak memory, MB |\n| --- | --- | --- | --- |")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "bank.safetensors"
+        save_file({str(client): v for client, v in strategy.aggregator.bank.items()}, file)
+        for name in SPACES:
+            command = [sys.executable, "-m", "benchmarks.spaces", "--space", name, "--bank", file]
+            result = json.loads(subprocess.check_output(command))
+            print(
+                f"| {name} | {result['accuracy']:.4f} | {result['seconds']:.1f} | "
+                f"{result['megabytes']:.0f} |",
+                flush=True,
+            )
+
+
+def _measure(space: str, file: Path) -> dict[str, float]:
+    bank = {int(client): vector for client, vector in load_file(file).items()}
+    aggregator = GenerativeAggregator(CONFIG.diffusion.model_copy(update=SPACES[space]))
+    for client, vector in bank.items():
+        aggregator.observe(client, vector)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.perf_counter()
+    aggregator.fit(1)
+    seconds = time.perf_counter() - begin
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    accuracy = _accuracy({client: aggregator.personalize(client) for client in bank})
+    return {"accuracy": accuracy, "seconds": seconds, "megabytes": kilobytes / 1024}
+
+
+def _accuracy(vectors: dict[int, Tensor]) -> float:
+    model = build_model(CONFIG.model.name, CONFIG.data.info, CONFIG.seed)
+    layout = ParameterLayout.of(model.state_dict())
+    accuracies = []
+    for client, vector in vectors.items():
+        data = client_data(CONFIG.data, CONFIG.seed, client, CLIENTS)
+        model.load_state_dict(layout.merge(vector, layout.rest(model.state_dict())))
+        result = evaluate(model, data.test_images, data.test_labels, data.stats)
+        accuracies.append(result.accuracy)
+    return fmean(accuracies)
+
+
+if __name__ == "__main__":
+    typer.run(main)
