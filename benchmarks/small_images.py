@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models import VisionTransformer
 
 from pfedgpa_app.config import DataConfig, DatasetInfo
 from pfedgpa_app.data import load_dataset
@@ -30,3 +31,19 @@ def cnn(info: DatasetInfo) -> nn.Module:
         nn.LeakyReLU(),
         nn.Linear(32, info.num_classes),
     )
+
+
+def vision_transformer(info: DatasetInfo) -> nn.Module:
+    """Return torchvision's vision transformer in small: 49 patches, 2 layers, 32 units."""
+    model = VisionTransformer(
+        image_size=14,
+        patch_size=2,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=32,
+        mlp_dim=64,
+        num_classes=info.num_classes,
+    )
+    channels, _, _ = info.image_shape
+    model.conv_proj = nn.Conv2d(channels, 32, kernel_size=2, stride=2)
+    return model

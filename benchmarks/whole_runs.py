@@ -19,7 +19,15 @@ from benchmarks.federation import read_config, simulate
 
 JUDGED_ROUNDS = 5
 FASHION_MNIST = Path("conf/fashion-mnist-20.toml")
+MEASURES = (
+    "personalized-accuracy",
+    "finetuned-accuracy",
+    "seconds-diffusion",
+    "bytes-up",
+    "bytes-down",
+)
 Settings = dict[str, Any]
+Results = dict[tuple[str, str, int], dict[str, Any]]
 
 
 class Experiment(NamedTuple):
@@ -81,7 +89,41 @@ CASES = Experiment(
         "fedavg-ft": {"strategy": "fedavg-ft"},
     },
 )
-EXPERIMENTS = {"participation": PARTICIPATION, "cases": CASES}
+LAYERS = Experiment(
+    cases={"CNN, 20 clients": (20, {})},
+    rows={
+        "everything": {},
+        "everything, per layer": {"diffusion.blocks": "per-layer"},
+        "linear layers, fc*": {"diffusion.generated-layers": "fc*"},
+        "last layer, fc2*": {"diffusion.generated-layers": "fc2*"},
+    },
+)
+TRANSFORMER = Experiment(
+    cases={
+        "vision transformer, 20 clients": (
+            20,
+            {
+                **SMALL,
+                "model.name": "benchmarks.small_images:vision_transformer",
+                "client.learning-rate": 0.05,
+                "num-server-rounds": 10,
+            },
+        ),
+    },
+    rows={
+        "everything": {},
+        "everything, per layer": {"diffusion.blocks": "per-layer"},
+        "head": {"diffusion.generated-layers": "heads*"},
+        "local": {"strategy": "local"},
+        "fedavg-ft": {"strategy": "fedavg-ft"},
+    },
+)
+EXPERIMENTS = {
+    "participation": PARTICIPATION,
+    "cases": CASES,
+    "layers": LAYERS,
+    "transformer": TRANSFORMER,
+}
 
 
 def main(
@@ -98,18 +140,20 @@ def main(
     chosen_seeds = [int(seed) for seed in seeds.split(",")]
     for case, row, seed in _pending(chosen, chosen_seeds, results):
         if case.startswith(cases) and row.startswith(rows):
-            accuracy = _run(*chosen.cases[case], chosen.rows[row], seed)
+            values = _run(*chosen.cases[case], chosen.rows[row], seed)
             with results.open("a") as file:
-                file.write(json.dumps({"key": [case, row, seed], "accuracy": accuracy}) + "\n")
-            print(f"{case}, {row}, seed {seed}: {accuracy:.4f}", flush=True)
-    _print_table(chosen, chosen_seeds, _read(results))
+                file.write(json.dumps({"key": [case, row, seed], **values}) + "\n")
+            print(f"{case}, {row}, seed {seed}: {values}", flush=True)
+    for measure in MEASURES[: 1 if experiment == "cases" else None]:
+        print(f"\n{measure}, mean of the last {JUDGED_ROUNDS} rounds\n")
+        _print_table(chosen, chosen_seeds, measure, _read(results))
 
 
-def _run(clients: int, case: Settings, row: Settings, seed: int) -> float:
+def _run(clients: int, case: Settings, row: Settings, seed: int) -> dict[str, float]:
     overrides = case | row | {"seed": seed, "server.min-available-nodes": clients}
     config = read_config(FASHION_MNIST, overrides)
     _, metrics = simulate(config, clients, judged_rounds=JUDGED_ROUNDS)
-    return fmean(metric["personalized-accuracy"] for metric in metrics[-JUDGED_ROUNDS:])
+    return {name: fmean(metric[name] for metric in metrics[-JUDGED_ROUNDS:]) for name in MEASURES}
 
 
 def _pending(
@@ -123,21 +167,20 @@ def _pending(
                     yield case, row, seed
 
 
-def _read(results: Path) -> dict[tuple[str, str, int], float]:
+def _read(results: Path) -> Results:
     lines = results.read_text().splitlines() if results.exists() else []
     found = [json.loads(line) for line in lines]
-    return {tuple(each["key"]): each["accuracy"] for each in found}
+    return {tuple(each["key"]): each for each in found}
 
 
-def _print_table(
-    experiment: Experiment, seeds: list[int], done: dict[tuple[str, str, int], float]
-) -> None:
+def _print_table(experiment: Experiment, seeds: list[int], measure: str, done: Results) -> None:
     print("| | " + " | ".join(experiment.cases) + " |")
     print("| --- " * (1 + len(experiment.cases)) + "|")
     for row in experiment.rows:
         cells = []
         for case in experiment.cases:
-            values = [done[case, row, seed] for seed in seeds if (case, row, seed) in done]
+            keys = [(case, row, seed) for seed in seeds if (case, row, seed) in done]
+            values = [done[key][measure] for key in keys]
             spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
             cells.append(f"{fmean(values):.4f}{spread}" if values else "-")
         print(f"| {row} | " + " | ".join(cells) + " |")

@@ -13,7 +13,7 @@ from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg
 
 CHECKPOINT = "checkpoint.safetensors"
-_KIND = "pfedgpa-checkpoint-1"
+_KIND = "pfedgpa-checkpoint-2"
 
 
 class ResumeError(ValueError):

@@ -115,7 +115,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(file.parent, strategy)
     assert file.read_bytes() == before
-    load_state(file, "pfedgpa-checkpoint-1")
+    load_state(file, "pfedgpa-checkpoint-2")
 
 
 def test_a_node_that_is_known_by_its_id_keeps_its_number_whoever_else_connects():

@@ -1,0 +1,106 @@
+"""What the diffusion model costs the server, by the size of the clients' model.
+
+    python -m benchmarks.scaling
+
+Twenty clients in five groups; their parameters are drawn, not trained, since only their number
+matters here. Each row is measured in a process of its own.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+import typer
+
+from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
+from pfedgpa_app.config import DatasetInfo, DiffusionConfig
+from pfedgpa_app.models import build_model
+from pfedgpa_app.parameters import ParameterLayout
+from pfedgpa_app.randomness import make_generator
+
+CLIENTS, GROUPS = 20, 5
+MODELS = {
+    "cnn-8x8": ("cnn-8x8", DatasetInfo((1, 8, 8), 10), "fc2*"),
+    "cnn-28x28": ("cnn-28x28", DatasetInfo((1, 28, 28), 10), "fc2*"),
+    "small vision transformer": (
+        "benchmarks.small_images:vision_transformer",
+        DatasetInfo((1, 14, 14), 10),
+        "heads*",
+    ),
+    "resnet18": ("resnet18", DatasetInfo((3, 32, 32), 10), "fc*"),
+}
+MODES = ("whole", "per-layer", "last layer")
+
+
+def measure(model: str, mode: str) -> dict[str, Any]:
+    """Measure one model, in a process of its own.
+
+    Returns
+    -------
+    dict[str, Any]
+        ``dim`` d of the vector; ``seconds`` of `fit` and everyone's `personalize`; ``memory``, the
+        process's peak in multiples of the bank; ``error`` of what is generated, as a part of the
+        upload's distance from the centre of its group.
+    """
+    command = [sys.executable, "-m", "benchmarks.scaling", "--model", model, "--mode", mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def main(model: str = "", mode: str = "") -> None:
+    """Print the table; with --model and --mode, measure one row and print JSON."""
+    if model:
+        print(json.dumps(_measure(model, mode)))
+        return
+    print(
+        "| model | generated | d | seconds | peak memory / bank |\n| --- | --- | --- | --- | --- |"
+    )
+    for each in MODELS:
+        for way in MODES:
+            result = measure(each, way)
+            print(
+                f"| {each} | {way} | {result['dim']:,} | {result['seconds']:.1f} | "
+                f"{result['memory']:.2f} |",
+                flush=True,
+            )
+
+
+def _measure(model: str, mode: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    name, info, last = MODELS[model]
+    patterns = (last,) if mode == "last layer" else ("*",)
+    layout = ParameterLayout.of(build_model(name, info, seed=0).state_dict(), patterns)
+    centres = [torch.randn(layout.dim, generator=make_generator(0, g)) for g in range(GROUPS)]
+    before = _peak_bytes()
+    aggregator = GenerativeAggregator(DiffusionConfig(device="cpu"))
+    aggregator.begin(None, layout.blocks() if mode == "per-layer" else WHOLE)
+    for client in range(CLIENTS):
+        noise = torch.randn(layout.dim, generator=make_generator(1, client))
+        aggregator.observe(client, noise.mul_(0.5).add_(centres[client % GROUPS]))
+    begin = time.perf_counter()
+    aggregator.fit(1)
+    ratios = []
+    for client, upload in aggregator.bank.items():
+        centre = centres[client % GROUPS]
+        ratios.append((aggregator.personalize(client) - centre).norm() / (upload - centre).norm())
+    return {
+        "dim": layout.dim,
+        "seconds": time.perf_counter() - begin,
+        "memory": (_peak_bytes() - before) / (CLIENTS * layout.dim * 4),
+        "error": float(torch.stack(ratios).mean()),
+    }
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    typer.run(main)
