@@ -10,7 +10,7 @@ goes on from the personalized model of the member that its first upload is neare
 
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated
 
 import torch
@@ -25,6 +25,7 @@ from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.report import mean_and_spread
 from server_app.replies import Upload
 from server_app.strategies import PFedGPA
 
@@ -148,15 +149,10 @@ def main(
     print("| local epochs | " + " | ".join(METHODS) + " |")
     print("| --- " * (1 + len(METHODS)) + "|")
     for epoch in range(epochs + 1):
-        cells = [_cell([curve[epoch] for curve in curves[method]]) for method in METHODS]
+        cells = [mean_and_spread([curve[epoch] for curve in curves[method]]) for method in METHODS]
         print(f"| {epoch} | " + " | ".join(cells) + " |")
     if figure:
         _draw(curves, figure)
-
-
-def _cell(values: list[float]) -> str:
-    spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{fmean(values):.4f}{spread}"
 
 
 def _distance(left: StateDict, right: StateDict) -> Tensor:

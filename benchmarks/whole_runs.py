@@ -9,13 +9,14 @@ A number is the mean over the last five rounds. Runs that --results has already 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 import typer
 
 from benchmarks.federation import read_config, simulate
+from pfedgpa_app.report import mean_and_spread
 
 JUDGED_ROUNDS = 5
 FASHION_MNIST = Path("conf/fashion-mnist-20.toml")
@@ -181,8 +182,7 @@ def _print_table(experiment: Experiment, seeds: list[int], measure: str, done: R
         for case in experiment.cases:
             keys = [(case, row, seed) for seed in seeds if (case, row, seed) in done]
             values = [done[key][measure] for key in keys]
-            spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
-            cells.append(f"{fmean(values):.4f}{spread}" if values else "-")
+            cells.append(mean_and_spread(values, 0 if measure.startswith("bytes") else 4))
         print(f"| {row} | " + " | ".join(cells) + " |")
 
 

@@ -288,8 +288,8 @@ def _print_table(groups: list[list[Run]]) -> None:
     for group in groups:
         cells = []
         for name in ("personalized-accuracy", "finetuned-accuracy"):
-            values = mean_and_spread(group, name)
-            cells.append("-" if values is None else f"{values[0]:.4f} ± {values[1]:.4f}")
+            values = [value for run in group if (value := run.last(name)) is not None]
+            cells.append(mean_and_spread(values))
         config = group[0].config
         print(
             f"| {config.strategy} | {len(group)} | {config.num_server_rounds} "

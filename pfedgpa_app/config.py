@@ -242,7 +242,12 @@ class Config(Section):
         Where the output goes, how far the run goes and what it goes on from are not among them, nor
         is the diffusion model where the strategy has none.
         """
-        free = ("output-dir", "num-server-rounds", "resume-from", "checkpoint.every")
+        free: tuple[str, ...] = (
+            "output-dir",
+            "num-server-rounds",
+            "resume-from",
+            "checkpoint.every",
+        )
         if self.strategy != "pfedgpa":
             ours = ("rounds", "guidance", "start", "num-steps")
             free += tuple(f"onboarding.{name}" for name in ours)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -274,12 +274,12 @@ def group_by_setting(runs: Iterable[Run]) -> list[list[Run]]:
     return [list(seeds.values()) for seeds in groups.values()]
 
 
-def mean_and_spread(runs: Iterable[Run], name: str) -> tuple[float, float] | None:
-    """Return mean and standard deviation over runs of a metric of their last rounds."""
-    values = [value for run in runs if (value := run.last(name)) is not None]
+def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
+    """Write mean ± standard deviation; one value has no deviation, and none is a dash."""
     if not values:
-        return None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def draw_accuracy(groups: Mapping[str, list[Run]], file: Path) -> None:
