@@ -25,9 +25,10 @@ def main(grid: Grid, context: Context) -> None:
         config = Config.from_flat(context.run_config)
         initial, earlier = preflight(config).state_dict(), None
         strategy = make_strategy(config)
-        strategy.begin(initial)
         if config.resume_from:
             earlier, initial = resume(config, strategy, initial)
+        else:
+            strategy.begin(initial)
     except (ConfigError, ResumeError) as error:
         log(ERROR, "%s", error)
         raise

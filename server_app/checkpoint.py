@@ -66,6 +66,7 @@ def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tu
             f"num-server-rounds = {config.num_server_rounds}: the run has completed "
             f"{facts['round']} rounds; right would be that or more"
         )
+    strategy.begin(initial)
     try:
         strategy.restore(tensors)
         ParameterLayout.of(initial).check(strategy.average)
