@@ -7,7 +7,7 @@ twenty; benchmarks need many of them.
 import logging
 import multiprocessing
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from pfedgpa_app.report import Row, summarize
 from server_app.app import make_strategy
 from server_app.roster import Roster
 from server_app.strategies import ClientwiseFedAvg
-
-AfterRound = Callable[[ClientwiseFedAvg, Row], None]
 
 
 class PoolGrid:
@@ -67,17 +65,14 @@ def simulate(
     num_rounds: int | None = None,
     judged_rounds: int | None = None,
     num_processes: int = 2,
-    strategy: ClientwiseFedAvg | None = None,
-    after_round: AfterRound = lambda strategy, row: None,
 ) -> tuple[ClientwiseFedAvg, list[Row]]:
-    """Run a strategy, by default the configured one, and return it with a row a round.
+    """Run the configured strategy and return it with a row a round.
 
     ``num_rounds`` stops before the configured number of rounds; ``judged_rounds`` evaluates the
     personalized models in the last rounds only.
     """
     num_rounds = num_rounds or config.num_server_rounds
-    FLOWER_LOGGER.setLevel(logging.WARNING)
-    strategy = strategy or make_strategy(config)
+    strategy = make_strategy(config)
     strategy.roster = Roster()
     fraction_evaluate = strategy.fraction_evaluate
     rows: list[Row] = []
@@ -87,9 +82,10 @@ def simulate(
         strategy.fraction_evaluate = fraction_evaluate if is_judged else 0.0
         if server_round:
             rows.append(summarize(strategy.record, config.strategy, 0.0))
-            after_round(strategy, rows[-1])
 
     grid: Any = PoolGrid(config, num_clients, num_processes)
+    level = FLOWER_LOGGER.level
+    FLOWER_LOGGER.setLevel(logging.WARNING)
     try:
         strategy.start(
             grid,
@@ -98,6 +94,7 @@ def simulate(
             evaluate_fn=end_round,
         )
     finally:
+        FLOWER_LOGGER.setLevel(level)
         grid.close()
     return strategy, rows
 
