@@ -101,7 +101,9 @@ def simulate(
 
 def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
     """Read a file of conf/ with other settings on top, such as ``{"seed": 1}``."""
-    return Config.from_flat(dict(flatten(tomllib.loads(file.read_text()))) | dict(overrides))
+    cpu = {"client.device": "cpu", "diffusion.device": "cpu"}
+    flat = dict(flatten(tomllib.loads(file.read_text())))
+    return Config.from_flat(flat | cpu | dict(overrides))
 
 
 def _identify() -> None:

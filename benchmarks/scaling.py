@@ -42,9 +42,9 @@ def measure(model: str, mode: str) -> dict[str, Any]:
     Returns
     -------
     dict[str, Any]
-        ``dim`` d of the vector; ``seconds`` of `fit` and everyone's `personalize`; ``memory``, the
-        process's peak in multiples of the bank; ``error`` of what is generated, as a part of the
-        upload's distance from the centre of its group.
+        ``dim`` d of the vector; ``seconds`` of `fit` and everyone's `personalize`; ``memory``, by
+        which the process's peak grew, in multiples of the bank; ``error`` of what is generated, as
+        a part of the upload's distance from the centre of its group.
     """
     command = [sys.executable, "-m", "benchmarks.scaling", "--model", model, "--mode", mode]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

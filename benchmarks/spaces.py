@@ -30,7 +30,7 @@ from pfedgpa_app.parameters import ParameterLayout
 from server_app.strategies import PFedGPA
 
 CLIENTS = 10
-CONFIG = Config()
+CONFIG = Config.from_flat({"client.device": "cpu", "diffusion.device": "cpu"})
 SPACES = {
     "subspace": {},
     "raw": {"space": "raw", "hidden_size": 16, "batch_size": 16, "start": 200},

@@ -17,6 +17,9 @@ STATE_KIND = "pfedgpa-aggregator-2"
 WHOLE = (slice(None),)
 """All parameters as one block."""
 
+# Of all that a client is like, the part that must have been in the round to speak for it.
+MIN_KINSHIP = 0.01
+
 
 class GenerativeAggregator:
     """Learn the distribution of the clients' parameters and generate each client's own.
@@ -88,9 +91,14 @@ class GenerativeAggregator:
                 del self.guests[client]
             self._fresh = {}
             self.models = [None] * len(self.blocks)
-            for number, block in enumerate(self.blocks):
-                streams = partial(make_generator, self.seed, server_round, number)
-                self.models[number] = self._learn(self._vectors(block), block, streams)
+            self.models = [
+                self._learn(
+                    self._vectors(block),
+                    block,
+                    partial(make_generator, self.seed, server_round, number),
+                )
+                for number, block in enumerate(self.blocks)
+            ]
 
     def personalize(self, client: int) -> Tensor:
         """Return the parameters ``(d,)`` generated for a client by the last `fit` or `onboard`.
@@ -114,8 +122,10 @@ class GenerativeAggregator:
     def expect(self, default: Tensor) -> Tensor:
         """Return what a client may expect of which nothing is known, ``(d,)``.
 
-        That is the mean of the distribution, and ``default`` ``(d,)`` where none was learned.
+        That is the mean of the members' parameters. Where no distribution was learned it is the
+        average that the last `fit` was given, or ``default`` ``(d,)``.
         """
+        default = default if self.average is None else self.average
         pieces = [model.space.mean if model else default[block] for block, model in self._learned()]
         return torch.cat(pieces)
 
@@ -211,7 +221,11 @@ class GenerativeAggregator:
         if len(vectors) < 2:
             return None
         spectrum = Spectrum.of(vectors)
-        is_flat = self.config.rank == "auto" and not spectrum.signal_rank
+        is_flat = (
+            self.config.space == "subspace"
+            and self.config.rank == "auto"
+            and not spectrum.signal_rank
+        )
         if is_flat and self.initial is not None:
             apart = float(spectrum.eigenvalues.sum())
             together = float((spectrum.mean - self.initial[block]).double().square().sum())
@@ -224,11 +238,11 @@ class GenerativeAggregator:
 
         ``deviation``: as far as the average of the uploads; what counts of an old upload is how it
         deviated from the average of its own round. ``kin``: as far as those members of the round
-        that the diffusion model takes for its like.
+        that the diffusion model takes for its like, or as all of them on average if none is.
         """
         old = {
             client: vector
-            for client, vector in (self.bank | self.guests).items()
+            for client, vector in sorted((self.bank | self.guests).items())
             if client not in self._fresh
         }
         moved: dict[int, Tensor] = {}
@@ -252,7 +266,10 @@ class GenerativeAggregator:
                 self._fresh[clients[row]][block] - self.bank[clients[row]][block] for row in again
             ]
             here = model.space.project([vector[block] for vector in old.values()])
-            weights = model.kinship(here, model.coordinates[again])
-            for vector, shares in zip(moved.values(), weights, strict=True):
-                vector[block] += mix(shares, moves)
+            kinship = model.kinship(here, model.coordinates)[:, again]
+            shares = kinship.sum(dim=1, keepdim=True)
+            evenly = torch.full_like(kinship, 1 / len(again))
+            weights = torch.where(shares < MIN_KINSHIP, evenly, kinship / shares)
+            for vector, row in zip(moved.values(), weights, strict=True):
+                vector[block] += mix(row, moves)
         return moved

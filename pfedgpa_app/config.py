@@ -341,6 +341,12 @@ def _size_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
 def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[str], str]]:
     start = diffusion.num_timesteps - 1 if diffusion.start == "auto" else diffusion.start
     yield from _grid_contradictions("diffusion", start, diffusion.num_steps, diffusion)
+    if diffusion.space == "raw" and diffusion.start == "auto":
+        yield (
+            {"diffusion.space", "diffusion.start"},
+            'diffusion.start = "auto": follows from the noise floor of the subspace; with '
+            'diffusion.space = "raw" right would be a timestep, such as 200',
+        )
     if diffusion.beta_start > diffusion.beta_end:
         yield (
             {"diffusion.beta-start", "diffusion.beta-end"},

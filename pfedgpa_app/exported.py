@@ -158,6 +158,12 @@ class ExportedModel:
         if self.partition is None:
             raise ExportError(f"client {self.client} did not tell which partition its data is")
         self._trust(f'data.dataset = "{self.config.data.dataset}"')
+        if self.config.data.root and not self.trusted:
+            raise ExportError(
+                f'data.root = "{self.config.data.root}" is a folder that the file names, where '
+                "data may be written; if you know where the file comes from, let it be used "
+                "(pfedgpa predict --trust)"
+            )
         data = client_data(self.config.data, self.config.seed, *self.partition)
         result = evaluate(self.module, data.test_images, data.test_labels, self._known_stats)
         return result, len(data.test_labels)

@@ -109,7 +109,7 @@ def _read_npz(file: Path, channels: int) -> Tensor:
         raise ImageError(f"{file}: its array x cannot be read ({error})") from error
     if array.ndim != 4 or array.shape[1] != channels or array.dtype.kind not in "uf":
         raise ImageError(
-            f"{file}: x is {array.dtype} of shape {array.shape}; right would be numbers of shape "
-            f"(n, {channels}, height, width)"
+            f"{file}: x is {array.dtype} of shape {array.shape}; right would be uint8 or "
+            f"floating point of shape (n, {channels}, height, width)"
         )
     return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -83,14 +84,13 @@ class ParameterLayout:
 
     def blocks(self) -> list[slice]:
         """Return the pieces of the vector that belong to one module each, such as ``conv1``."""
-        blocks: dict[str, slice] = {}
+        blocks = []
         begin = 0
-        for entry in self.generated:
-            module = entry.name.rpartition(".")[0]
-            end = begin + entry.numel
-            blocks[module] = slice(blocks[module].start if module in blocks else begin, end)
+        for _, entries in groupby(self.generated, lambda entry: entry.name.rpartition(".")[0]):
+            end = begin + sum(entry.numel for entry in entries)
+            blocks.append(slice(begin, end))
             begin = end
-        return list(blocks.values())
+        return blocks
 
     def split(self, state: Mapping[str, Tensor]) -> tuple[Tensor, StateDict]:
         """Return the generated parameters as a float32 vector ``(dim,)``, and the rest."""

@@ -65,12 +65,14 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
         "min_train_nodes": 1,
         "min_evaluate_nodes": 1,
         "min_available_nodes": config.server.min_available_nodes,
+    }
+    if config.strategy == "pfedgpa":
+        return PFedGPA(diffusion=config.diffusion, onboarding=config.onboarding, **common)
+    common |= {
         "late_clients": config.onboarding.late_clients,
         "join_round": config.onboarding.join_round,
     }
     match config.strategy:
-        case "pfedgpa":
-            return PFedGPA(diffusion=config.diffusion, onboarding=config.onboarding, **common)
         case "local":
             return Local(**common)
         case "fedavg":

@@ -17,6 +17,8 @@ from pfedgpa_app.parameters import (
     StateDict,
 )
 
+# More clients than anyone shares a data set out to; whoever does later must come to an end.
+MAX_PARTITIONS = 100_000
 # What numpy's file format puts before the data, generously.
 _MAX_HEADER_BYTES = 4096
 _MAX_CHANNELS = 1024
@@ -103,7 +105,7 @@ def _read_site(record: MetricRecord) -> StateDict:
     match record.get("partition"):
         case None:
             pass
-        case [int(number), int(total)] if 0 <= number < total < 2**31:
+        case [int(number), int(total)] if 0 <= number < total <= MAX_PARTITIONS:
             site["partition"] = torch.tensor([number, total])
         case _:
             raise ReplyError('the metric "partition" should be a number and that of all, as [0, 2]')

@@ -103,6 +103,43 @@ def test_old_uploads_move_with_their_kin(bank):
         torch.testing.assert_close(moved, sign * direction, atol=0.02, rtol=0)
 
 
+def test_old_uploads_without_kin_in_the_round_move_with_everyone(bank):
+    """Only members of group 0 and 1 come again; those of group 2 go the mean of their ways."""
+    uploads, centres = bank
+    aggregator = fitted((centres + 0.3 * (uploads - centres))[: 2 * NUM_GROUPS], train_steps=1)
+    before = dict(aggregator.bank)
+    for client, sign in ((0, 1.0), (1, 3.0)):
+        aggregator.observe(client, before[client] + sign)
+    aggregator.fit(server_round=2)
+    for client, expected in ((5, 1.0), (6, 3.0), (7, 2.0)):
+        moved = aggregator.bank[client] - before[client]
+        torch.testing.assert_close(moved, torch.full((DIM,), expected), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("blocks", [[slice(None)], [slice(0, 50), slice(50, 100)]])
+def test_a_fixed_rank_is_no_more_than_there_are_axes(bank, blocks: list[slice]):
+    """A block that nobody changes has none."""
+    uploads = bank[0][:, :100].clone()
+    uploads[:, 50:] = 1.0
+    aggregator = GenerativeAggregator(DiffusionConfig(rank=99, train_steps=1))
+    aggregator.begin(None, blocks)
+    for client in range(10):
+        aggregator.observe(client, uploads[client])
+    aggregator.fit(1)
+    dims = [model.space.dim for model in aggregator.models if model]
+    assert dims == ([9] if len(blocks) == 1 else [9, 0])
+    torch.testing.assert_close(aggregator.personalize(3)[50:], uploads[3, 50:])
+
+
+def test_a_newcomers_start_is_the_average_where_nothing_was_learned(bank):
+    aggregator = GenerativeAggregator(DiffusionConfig())
+    assert torch.equal(aggregator.expect(torch.ones(5)), torch.ones(5))
+    aggregator.observe(0, torch.zeros(5))
+    aggregator.fit(1, average=torch.full((5,), 3.0))  # one client: nothing to learn
+    # What a newcomer was sent stays what it was, although there is a newer average.
+    assert torch.equal(aggregator.expect(torch.ones(5)), torch.full((5,), 3.0))
+
+
 def test_clients_without_structure_that_went_together_are_given_the_mean():
     noise = torch.randn(20, 500, generator=make_generator(0))
     aggregator = GenerativeAggregator(DiffusionConfig())
@@ -232,7 +269,7 @@ def test_without_differences_everyone_keeps_its_upload(uploads: Tensor):
 @pytest.mark.parametrize("space", ["subspace", "raw"])
 def test_a_loaded_state_personalizes_as_the_saved_one(bank, tmp_path, space: str):
     uploads = bank[0][:, :100]
-    settings = {"train_steps": 3, "batch_size": 16, "space": space, "hidden_size": 8}
+    settings = {"train_steps": 3, "batch_size": 16, "space": space, "start": 50, "hidden_size": 8}
     aggregator = fitted(uploads, **settings)
     aggregator.onboard(50, uploads[0], uploads[1])
     aggregator.save(tmp_path / "state.safetensors")

@@ -218,6 +218,7 @@ def test_the_message_lists_the_problems_one_a_line():
             {"onboarding.late-clients": 2, "onboarding.join-round": 11},
             "onboarding.join-round = 11: with onboarding.late-clients = 2",
         ),
+        ({"diffusion.space": "raw"}, 'diffusion.start = "auto": follows from the noise floor'),
         ({"onboarding.join-round": 5}, "onboarding.join-round = 5: no client joins late"),
     ],
 )

@@ -84,7 +84,10 @@ def test_an_array_is_read_as_it_is(tmp_path: Path, dtype: type):
     [
         ({"y": np.zeros((1, 1, 8, 8))}, "x cannot be read"),
         ({"x": np.array([{}], dtype=object)}, "x cannot be read .*allow_pickle"),
-        ({"x": np.zeros((1, 8, 8))}, r"right would be numbers of shape \(n, 1, height, width\)"),
+        (
+            {"x": np.zeros((1, 8, 8))},
+            r"right would be uint8 or floating point of shape \(n, 1, height, width\)",
+        ),
         ({"x": np.zeros((1, 3, 8, 8))}, r"right would be .*\(n, 1, height, width\)"),
         ({"x": np.full((1, 1, 8, 8), "a")}, "x is <U1"),
     ],

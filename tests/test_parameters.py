@@ -263,3 +263,8 @@ def test_blocks_are_the_modules_in_the_order_of_the_vector():
     layout = ParameterLayout.of(with_batch_norm())
     assert layout.blocks() == [slice(0, 20), slice(20, 24), slice(24, 33)]
     assert ParameterLayout.of(with_batch_norm(), ["2.*"]).blocks() == [slice(0, 9)]
+
+
+def test_blocks_of_modules_that_come_twice_are_contiguous():
+    state = {name: torch.zeros(2) for name in ("a.weight", "a.b.weight", "a.bias")}
+    assert ParameterLayout.of(state).blocks() == [slice(0, 2), slice(2, 4), slice(4, 6)]

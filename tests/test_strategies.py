@@ -401,10 +401,16 @@ def test_onboarding_goes_on_after_a_restart():
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("kind", [PFedGPA, Local, ClientwiseFedAvg])
-def test_late_clients_take_no_part_before_their_round(kind):
+LATE = {"late_clients": 3, "join_round": 3}
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [PFedGPA(onboarding=OnboardingConfig(**LATE)), Local(**LATE), ClientwiseFedAvg(**LATE)],
+)
+def test_late_clients_take_no_part_before_their_round(strategy: ClientwiseFedAvg):
     grid = SimulatedGrid(groups())
-    start(kind(late_clients=3, join_round=3), grid, num_rounds=3)
+    start(strategy, grid, num_rounds=3)
     for message_type in ("train", "evaluate"):
         sent = received(grid, message_type)
         assert [sorted(each) for each in sent] == [list(range(5))] * 2 + [list(range(8))]

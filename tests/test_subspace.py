@@ -140,3 +140,9 @@ def test_signal_rank_of_pairs_of_the_same_vectors_is_that_of_the_pairs():
     """Differences of nothing are part of the floor, even if they are rounding errors."""
     vectors = normal(10, 500).repeat(2, 1)
     assert Spectrum.of(vectors).signal_rank == 9
+
+
+def test_the_floor_of_more_vectors_than_dimensions_is_that_of_the_dimensions():
+    spectrum = Spectrum.of(normal(50, 6))
+    assert len(spectrum.eigenvalues) == 6
+    assert spectrum.floor > 0.3

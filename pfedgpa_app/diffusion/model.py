@@ -65,7 +65,8 @@ class BlockDiffusion:
         FloatingPointError
             If the training diverged.
         """
-        rank = spectrum.signal_rank if config.rank == "auto" else config.rank
+        auto = config.rank == "auto"
+        rank = spectrum.signal_rank if auto else min(int(config.rank), spectrum.max_rank)
         if config.space == "raw":
             space: Space = RawSpace.fit(vectors, multiple=2**config.num_blocks)
         else:
@@ -134,7 +135,9 @@ class BlockDiffusion:
         """
         alpha_bar = float(schedule_of(self.config).alphas_cumprod[self.start])
         noise_to_signal = (1 - alpha_bar) / alpha_bar
-        distances = (here[:, None].double() - there[None].double()).square().sum(dim=2)
+        left, right = here.double(), there.double()
+        # |c_i - c_j|^2 without |c_i|^2, which the softmax does not see.
+        distances = right.square().sum(dim=1) - 2 * left @ right.T
         return torch.softmax(-distances / (2 * noise_to_signal), dim=1).to(here.dtype)
 
     def state(self) -> dict[str, Tensor]:
@@ -198,7 +201,8 @@ def mix(weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
     """Return the sum of vectors ``(d,)`` with weights ``(num_vectors,)``."""
     mixture = torch.zeros_like(vectors[0])
     for weight, vector in zip(weights.tolist(), vectors, strict=True):
-        mixture += weight * vector
+        if weight:  # strangers have exactly 0, which spares most passes over large vectors
+            mixture += weight * vector
     return mixture
 
 

@@ -29,13 +29,16 @@ class RawSpace:
     @classmethod
     def fit(cls, vectors: Sequence[Tensor], multiple: int) -> "RawSpace":
         """Fit the space of vectors ``(d,)``, padded to a multiple of ``multiple``."""
-        mean = sum(vectors, start=torch.zeros_like(vectors[0])) / len(vectors)
+        dtype = vectors[0].dtype
+        mean = sum(vectors, start=torch.zeros_like(vectors[0], dtype=torch.float64)) / len(vectors)
         squares = torch.zeros_like(mean)
         for vector in vectors:
             squares += (vector - mean).square()
         std = (squares / len(vectors)).sqrt()
+        # What varies less than it is rounded does not vary.
+        std = torch.where(std > 1e-6 * mean.abs(), std, torch.ones_like(std))
         dim = -(-len(mean) // multiple) * multiple
-        return cls(mean, torch.where(std > 0, std, torch.ones_like(std)), dim)
+        return cls(mean.to(dtype), std.to(dtype), dim)
 
     def state(self) -> dict[str, Tensor]:
         """Return the space as named tensors."""

@@ -21,9 +21,9 @@ class Spectrum(NamedTuple):
     mean
         ``(d,)``.
     eigenvalues
-        Variances along all principal axes, descending, float64, ``(num_vectors - 1,)``.
+        Variances along all principal axes, descending, float64, ``(min(num_vectors - 1, d),)``.
     eigenvectors
-        Of the Gram matrix, as columns, float64, ``(num_vectors, num_vectors - 1)``.
+        Of the Gram matrix, as columns, float64, ``(num_vectors, min(num_vectors - 1, d))``.
     """
 
     mean: Tensor
@@ -43,7 +43,9 @@ class Spectrum(NamedTuple):
         eigenvalues, eigenvectors = torch.linalg.eigh(gram)
         # Without the direction that the mean took away, and each axis with a sign of its own: the
         # side on which a single vector is farthest out is positive.
-        eigenvalues, eigenvectors = eigenvalues.flip(0)[:-1], eigenvectors.flip(1)[:, :-1]
+        num_axes = min(len(vectors) - 1, len(mean))
+        eigenvalues = eigenvalues.flip(0)[:num_axes]
+        eigenvectors = eigenvectors.flip(1)[:, :num_axes]
         farthest = eigenvectors.abs().argmax(dim=0, keepdim=True)
         eigenvectors = eigenvectors * eigenvectors.gather(0, farthest).sign()
         return cls(mean, eigenvalues.clamp(min=0) / len(vectors), eigenvectors)

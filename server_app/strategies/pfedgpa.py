@@ -24,7 +24,7 @@ class PFedGPA(ClientwiseFedAvg):
     training and for evaluation.
 
     Whoever trains in the first round is a member. A client that comes later starts from the mean
-    of what the diffusion model generates, and its uploads go through guided denoising for some
+    of the members' parameters, and its uploads go through guided denoising for some
     rounds, before it becomes a member and its uploads part of the bank and the average.
 
     Parameters
@@ -61,7 +61,15 @@ class PFedGPA(ClientwiseFedAvg):
         **kwargs: Any,
     ) -> None:
         diffusion = diffusion or DiffusionConfig()
-        super().__init__(generated_layers=diffusion.patterns, seed=seed, roster=roster, **kwargs)
+        onboarding = onboarding or OnboardingConfig()
+        super().__init__(
+            generated_layers=diffusion.patterns,
+            seed=seed,
+            roster=roster,
+            late_clients=onboarding.late_clients,
+            join_round=onboarding.join_round,
+            **kwargs,
+        )
         self.aggregator = GenerativeAggregator(diffusion, onboarding, seed=seed)
         self.rounds_onboarded: dict[int, int] = {}
 
