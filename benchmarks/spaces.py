@@ -33,14 +33,7 @@ CLIENTS = 10
 CONFIG = Config.from_flat({"client.device": "cpu", "diffusion.device": "cpu"})
 SPACES = {
     "subspace": {},
-    "raw": {"space": "raw", "hidden_size": 16, "batch_size": 16, "start": 200},
-    "raw, five times the steps": {
-        "space": "raw",
-        "hidden_size": 16,
-        "batch_size": 16,
-        "start": 200,
-        "train_steps": 1000,
-    },
+    "raw": {"space": "raw", "hidden_size": 8, "batch_size": 8, "start": 200},
 }
 
 
