@@ -140,26 +140,18 @@ def test_a_newcomers_start_is_the_average_where_nothing_was_learned(bank):
     assert torch.equal(aggregator.expect(torch.ones(5)), torch.full((5,), 3.0))
 
 
-def test_clients_without_structure_that_went_together_are_given_the_mean():
-    noise = torch.randn(20, 500, generator=make_generator(0))
+@pytest.mark.parametrize(("way", "is_common"), [(5.0, True), (0.2, False)])
+def test_clients_without_structure_are_alike_if_they_went_together(way: float, is_common: bool):
+    """Then everyone is given the mean; if they went apart, everyone keeps its upload."""
+    uploads = way + torch.randn(20, 500, generator=make_generator(0))
     aggregator = GenerativeAggregator(DiffusionConfig())
     aggregator.begin(torch.zeros(500))
     for client in range(20):
-        aggregator.observe(client, 5 + noise[client])
+        aggregator.observe(client, uploads[client])
     aggregator.fit(1)
     for client in (0, 7):
-        torch.testing.assert_close(aggregator.personalize(client), 5 + noise.mean(0))
-
-
-def test_clients_without_structure_that_went_apart_keep_their_uploads():
-    noise = torch.randn(20, 500, generator=make_generator(0))
-    aggregator = GenerativeAggregator(DiffusionConfig())
-    aggregator.begin(torch.zeros(500))
-    for client in range(20):
-        aggregator.observe(client, 0.2 + noise[client])
-    aggregator.fit(1)
-    for client in (0, 7):
-        assert torch.equal(aggregator.personalize(client), 0.2 + noise[client])
+        expected = uploads.mean(0) if is_common else uploads[client]
+        torch.testing.assert_close(aggregator.personalize(client), expected)
 
 
 def test_who_has_no_kin_keeps_what_lies_outside_of_the_subspace(bank):
