@@ -145,4 +145,5 @@ class RoundEnd:
         statuses = {str(row.get("status", "ok")) for row in record.clients.values()}
         is_first = record.server_round == self.strategy.completed_rounds + 1
         if is_first and record.clients and not statuses & {"ok", NO_REPLY}:
-            raise RunError("Every client failed in the first round:\n  " + "\n  ".join(sorted(statuses)))
+            reasons = "\n  ".join(sorted(statuses))
+            raise RunError(f"Every client failed in the first round:\n  {reasons}")
