@@ -228,7 +228,7 @@ def test_auto_start_rises_with_the_noise(bank):
     uploads, centres = bank
     starts = [
         fitted(centres + noise * (uploads - centres), train_steps=1).models[0].start
-        for noise in (0.5, 1.0, 2.0)
+        for noise in (0.25, 0.5, 1.0)
     ]
     assert starts[0] < starts[1] < starts[2]
 

@@ -136,6 +136,14 @@ def test_signal_rank_of_pure_noise_is_nothing():
     assert Spectrum.of(normal(20, 5000)).signal_rank == 0
 
 
+def test_signal_rank_of_vectors_that_are_each_different_from_all_others_is_nothing():
+    """Their eigenvalues rise far above the median, but nowhere with a gap."""
+    vectors = normal(20, 5000) * torch.logspace(-1, 0.5, 20)[:, None]
+    spectrum = Spectrum.of(vectors)
+    assert float(spectrum.eigenvalues[4]) > 2 * spectrum.floor
+    assert spectrum.signal_rank == 0
+
+
 def test_signal_rank_of_pairs_of_the_same_vectors_is_that_of_the_pairs():
     """Differences of nothing are part of the floor, even if they are rounding errors."""
     vectors = normal(10, 500).repeat(2, 1)

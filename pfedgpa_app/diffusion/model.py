@@ -180,14 +180,12 @@ class BlockDiffusion:
 def first_timestep(config: DiffusionConfig, spectrum: Spectrum, rank: int) -> int:
     """Return the first timestep of inversion and denoising.
 
-    ``auto`` is where the noise makes clients look alike that differ by no more than the floor of
-    the spectrum: in ``rank`` dimensions, their squared distance is ``2 rank floor`` on average.
+    ``auto`` is where the noise is as strong as `Spectrum.noise_to_signal` says.
     """
     if config.start != "auto":
         return config.start
     alphas_cumprod = schedule_of(config).alphas_cumprod
-    signal = float(spectrum.eigenvalues[:rank].mean()) if rank else 1.0
-    enough = (1 - alphas_cumprod) / alphas_cumprod >= 2 * rank * spectrum.floor / signal
+    enough = (1 - alphas_cumprod) / alphas_cumprod >= spectrum.noise_to_signal(rank)
     first = int(enough.nonzero()[0]) if bool(enough.any()) else config.num_timesteps - 1
     return max(first, config.num_steps)
 

@@ -11,6 +11,9 @@ from torch import Tensor
 _CHUNK = 2**22
 # Directions with less than this part of the largest variance are rounding errors.
 _RELATIVE_TOLERANCE = 1e-8
+# Neighbouring eigenvalues of banks without groups (iid, Dirichlet, pathological) differ by factors
+# of up to 2, those on the two sides of a gap by 25 and more.
+_MIN_GAP = 3
 
 
 class Spectrum(NamedTuple):
@@ -62,14 +65,27 @@ class Spectrum(NamedTuple):
             return 0
         return int((self.eigenvalues > _RELATIVE_TOLERANCE * self.eigenvalues[0]).sum())
 
+    def noise_to_signal(self, rank: int) -> float:
+        """Return how much noise makes vectors look alike that differ by no more than the floor.
+
+        In ``rank`` dimensions their squared distance is ``2 rank floor`` on average, in units of
+        the mean variance of these axes.
+        """
+        return 2 * rank * self.floor / float(self.eigenvalues[:rank].mean()) if rank else 0.0
+
     @property
     def signal_rank(self) -> int:
-        """Number of axes that stand out over the noise.
+        """Number of axes that stand out over the noise, with a gap between them and the rest.
 
         Twice the median eigenvalue is the hard threshold of Gavish and Donoho (arXiv 1305.5870)
-        for an unknown noise level, in the limit of far fewer vectors than dimensions.
+        for an unknown noise level, in the limit of far fewer vectors than dimensions. Eigenvalues
+        that fall without a gap are those of vectors that are each different from all others: what
+        is above the threshold then tells nobody apart from anybody else.
         """
-        return min(self.max_rank, int((self.eigenvalues > 2 * self.floor).sum()))
+        above = self.eigenvalues > 2 * self.floor
+        above[:-1] &= self.eigenvalues[:-1] >= _MIN_GAP * self.eigenvalues[1:]
+        ends = above.nonzero()
+        return min(self.max_rank, int(ends[-1]) + 1) if len(ends) else 0
 
 
 @dataclass(frozen=True)
