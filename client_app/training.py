@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from pfedgpa_app.config import ClientConfig
 from pfedgpa_app.data import ImageStats, normalize
+from pfedgpa_app.evaluation import autocast
 
 
 def train(
@@ -33,7 +34,7 @@ def train(
     stats
         Mean and deviation of each channel.
     config
-        Epochs, batch size and the optimizer's settings.
+        Epochs, batch size, precision and the optimizer's settings.
     generator
         On the CPU; draws the order of the examples.
     """
@@ -51,8 +52,9 @@ def train(
             order = torch.randperm(len(images), generator=generator).to(images.device)
             for rows in _batches(order, config.batch_size):
                 optimizer.zero_grad()
-                logits = model(normalize(images[rows], stats))
-                functional.cross_entropy(logits, labels[rows]).backward()
+                with autocast(images.device, config.precision):
+                    logits = model(normalize(images[rows], stats))
+                functional.cross_entropy(logits.float(), labels[rows]).backward()
                 optimizer.step()
 
 

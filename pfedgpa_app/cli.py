@@ -194,18 +194,20 @@ def _find_run(run: str, output_dir: str) -> Run:
 def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> None:
     from pfedgpa_app.images import find_files, read_images
 
-    shape = model.config.data.info.image_shape
-    images = read_images(find_files(paths), shape, lambda note: print(note, file=sys.stderr))
+    data = model.config.data
+    images = read_images(
+        find_files(paths), data.info.image_shape, lambda note: print(note, file=sys.stderr)
+    )
     while batch := list(islice(images, 256)):
         probabilities = model.predict(torch.stack([image for _, image in batch]))
         best, classes = probabilities.max(dim=1)
         rows = zip(batch, classes.tolist(), best.tolist(), probabilities.tolist(), strict=True)
         for (name, _), label, probability, row in rows:
             if as_json:
-                result = {"file": name, "class": label, "probability": probability}
-                print(json.dumps(result | {"probabilities": row}))
+                result = {"file": name, "class": label, "class-name": data.classes[label]}
+                print(json.dumps(result | {"probability": probability, "probabilities": row}))
             else:
-                print(f"{name}\t{label}\t{probability:.4f}")
+                print(f"{name}\t{data.classes[label]}\t{probability:.4f}")
 
 
 def _print_evaluation(model: "ExportedModel", as_json: bool) -> None:

@@ -21,6 +21,9 @@ OptionalCount = Annotated[int, Field(ge=0)]
 OwnFunction = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 Device = Literal["auto", "cpu", "cuda"]
 
+SITES = "sites"
+"""The data set of which every site brings its own part."""
+
 
 class DatasetInfo(NamedTuple):
     """What a model must know of a data set: ``(channels, height, width)`` and its classes."""
@@ -70,12 +73,14 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which data, and how the clients share it."""
 
-    dataset: Literal["digits", "fashion-mnist", "emnist-balanced", "emnist-byclass", "cifar10"] | (
-        OwnFunction
+    dataset: (
+        Literal["digits", "fashion-mnist", "emnist-balanced", "emnist-byclass", "cifar10", "sites"]
+        | OwnFunction
     ) = "digits"
     root: str = ""
     image_shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*x[1-9]\d*x[1-9]\d*$")] = ""
     num_classes: OptionalCount = 0
+    class_names: str = ""
     partition: Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"] = (
         "dominant-classes"
     )
@@ -94,12 +99,23 @@ class DataConfig(Section):
         if self.dataset in DATASETS:
             return DATASETS[self.dataset]
         channels, height, width = (int(part) for part in self.image_shape.split("x"))
-        return DatasetInfo((channels, height, width), self.num_classes)
+        return DatasetInfo((channels, height, width), self.num_classes or len(self.named_classes))
 
     @property
     def is_known(self) -> bool:
         """Whether `info` can tell."""
-        return self.dataset in DATASETS or (self.image_shape != "" and self.num_classes >= 2)
+        num_classes = self.num_classes or len(self.named_classes)
+        return self.dataset in DATASETS or (self.image_shape != "" and num_classes >= 2)
+
+    @property
+    def named_classes(self) -> tuple[str, ...]:
+        """The names of ``class-names``, by label; none where none are given."""
+        return tuple(name.strip() for name in self.class_names.split(",") if name.strip())
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by label; where none are given, the labels themselves."""
+        return self.named_classes or tuple(map(str, range(self.info.num_classes)))
 
     @property
     def root_path(self) -> Path:
@@ -121,6 +137,7 @@ class ClientConfig(Section):
     learning_rate: Positive = 0.03
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     weight_decay: NonNegative = 5e-4
+    precision: Literal["fp32", "bf16"] = "fp32"
     device: Device = "auto"
     torch_threads: OptionalCount = 1
 
@@ -296,30 +313,45 @@ def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
 
 def _data_contradictions(data: DataConfig) -> Iterator[tuple[set[str], str]]:
     own_data = data.dataset not in DATASETS
+    names = data.named_classes
     if own_data and not data.image_shape:
         yield (
             {"data.dataset", "data.image-shape"},
             f'data.image-shape = "": data.dataset = "{data.dataset}" is an own data set, say how '
             'large its images are, for example "1x28x28" (channels x height x width)',
         )
-    if own_data and data.num_classes < 2:
+    if own_data and (data.num_classes or len(names)) < 2:
         yield (
-            {"data.dataset", "data.num-classes"},
+            {"data.dataset", "data.num-classes", "data.class-names"},
             f'data.num-classes = {data.num_classes}: data.dataset = "{data.dataset}" is an own '
-            "data set, say how many classes it has (2 or more)",
+            "data set, say how many classes it has (2 or more), or what they are called "
+            "(data.class-names)",
+        )
+    num_classes = DATASETS[data.dataset].num_classes if not own_data else data.num_classes
+    if names and num_classes not in (0, len(names)):
+        yield (
+            {"data.dataset", "data.num-classes", "data.class-names"},
+            f'data.class-names = "{data.class_names}": has {len(names)} names for {num_classes} '
+            "classes; right would be one each",
+        )
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield (
+            {"data.class-names"},
+            f'data.class-names = "{data.class_names}": has "{name}" more than once',
         )
 
 
 def _size_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
     data = config.data
     num_classes = data.info.num_classes
-    if data.partition == "dominant-classes" and data.dominant_classes > num_classes:
+    shares_out = data.dataset != SITES
+    if shares_out and data.partition == "dominant-classes" and data.dominant_classes > num_classes:
         yield (
             {"data.partition", "data.dominant-classes", "data.dataset", "data.num-classes"},
             f"data.dominant-classes = {data.dominant_classes}: {data.dataset} has only "
             f"{num_classes} classes, so at most {num_classes}",
         )
-    if data.partition == "pathological" and data.classes_per_client > num_classes:
+    if shares_out and data.partition == "pathological" and data.classes_per_client > num_classes:
         yield (
             {"data.partition", "data.classes-per-client", "data.dataset", "data.num-classes"},
             f"data.classes-per-client = {data.classes_per_client}: {data.dataset} has only "

@@ -17,8 +17,14 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, images: Tensor, stats: ImageStats, batch_size: int = 512) -> Tensor:
-    """Return a model's logits, ``(num_examples, num_classes)``.
+def logits_of(
+    model: nn.Module,
+    images: Tensor,
+    stats: ImageStats,
+    precision: str = "fp32",
+    batch_size: int = 512,
+) -> Tensor:
+    """Return a model's logits, ``(num_examples, num_classes)``, float32.
 
     Parameters
     ----------
@@ -29,15 +35,30 @@ def logits_of(model: nn.Module, images: Tensor, stats: ImageStats, batch_size: i
         with ``stats``.
     stats
         Mean and deviation of each channel.
+    precision
+        As `autocast` takes it.
     batch_size
         Images that are in the model at a time.
     """
     model.eval()
-    return torch.cat([model(normalize(batch, stats)) for batch in images.split(batch_size)])
+    with autocast(images.device, precision):
+        logits = [model(normalize(batch, stats)) for batch in images.split(batch_size)]
+    return torch.cat(logits).float()
 
 
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, stats: ImageStats) -> Evaluation:
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return a block in which models compute in ``bf16`` where that is enough, or in ``fp32``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    stats: ImageStats,
+    precision: str = "fp32",
+) -> Evaluation:
     """Return a model's accuracy and loss on images and their labels, ``(num_examples,)``."""
-    logits = logits_of(model, images, stats)
+    logits = logits_of(model, images, stats, precision)
     correct = int((logits.argmax(dim=1) == labels).sum())
     return Evaluation(correct / len(labels), float(functional.cross_entropy(logits, labels)))

@@ -156,7 +156,10 @@ class ExportedModel:
             If the test set or the normalization is not known, or the model cannot be built.
         """
         if self.partition is None:
-            raise ExportError(f"client {self.client} did not tell which partition its data is")
+            raise ExportError(
+                f"client {self.client} did not tell which partition its data is, or has data of "
+                "its own; right would be its images and their classes"
+            )
         self._trust(f'data.dataset = "{self.config.data.dataset}"')
         if self.config.data.root and not self.trusted:
             raise ExportError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,10 +65,10 @@ def read_images(
 def _read_all(files: Iterable[Path], channels: int) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         if file.suffix.lower() == ".npz":
-            images = _read_npz(file, channels)
+            images = read_npz(file, channels)
             yield from ((f"{file}[{row}]", image) for row, image in enumerate(images))
         else:
-            yield str(file), _read_picture(file, channels)
+            yield str(file), read_picture(file, channels)
 
 
 def _resize(image: Tensor, size: list[int]) -> Tensor:
@@ -81,35 +82,60 @@ def _by(size: list[int]) -> str:
     return "x".join(map(str, size))
 
 
-def _read_picture(file: Path, channels: int) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_image
+def read_picture(file: Path, channels: int) -> Tensor:
+    """Return a PNG or JPEG file as uint8, ``(channels, height, width)``, upright.
+
+    Raises
+    ------
+    ImageError
+        If it cannot be read, or there is no way to so many channels.
+    """
+    from PIL import Image, ImageOps
 
     if channels not in (1, 3):
         raise ImageError(
             f"{file}: the model takes images of {channels} channels, and pictures have 1 or 3; "
             f"right would be an .npz file with an array x of shape (n, {channels}, height, width)"
         )
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
     try:
-        data = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
-        image: Tensor = decode_image(data, mode=mode, apply_exif_orientation=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        with Image.open(file, formats=("PNG", "JPEG")) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off
+                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+            pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{file}: cannot be read ({error})") from error
-    if tuple(image.shape[:-2]) != (channels,):  # GIF is decoded whatever the suffix and the mode
-        raise ImageError(f"{file}: not one image; right would be a PNG or JPEG file")
-    # Some PNG files have 16 bits a pixel.
-    return image if image.dtype == torch.uint8 else (image.int() // 257).to(torch.uint8)
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
 
 
-def _read_npz(file: Path, channels: int) -> Tensor:
-    try:
-        with np.load(file) as archive:  # which by default unpickles nothing
-            array = archive["x"]
-    except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise ImageError(f"{file}: its array x cannot be read ({error})") from error
+def read_npz(file: Path, channels: int) -> Tensor:
+    """Return the images of an .npz file, uint8 or float32, ``(n, channels, height, width)``.
+
+    Raises
+    ------
+    ImageError
+        If there is no such array x.
+    """
+    array = read_array(file, "x")
     if array.ndim != 4 or array.shape[1] != channels or array.dtype.kind not in "uf":
         raise ImageError(
             f"{file}: x is {array.dtype} of shape {array.shape}; right would be uint8 or "
             f"floating point of shape (n, {channels}, height, width)"
         )
     return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
+
+
+def read_array(file: Path, name: str) -> np.ndarray[Any, Any]:
+    """Return an array of an .npz file.
+
+    Raises
+    ------
+    ImageError
+        If there is none that can be read as data alone.
+    """
+    try:
+        with np.load(file) as archive:  # which by default unpickles nothing
+            array: np.ndarray[Any, Any] = archive[name]
+    except Exception as error:  # numpy, zipfile and zlib each raise their own
+        raise ImageError(f"{file}: its array {name} cannot be read ({error})") from error
+    return array

@@ -1,5 +1,8 @@
 """The ClientApp's handlers, called as Flower calls them."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
@@ -8,7 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client_app.app import evaluate_message, query, train_message
 from client_app.training import train
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError
-from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset
+from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, site_data
 from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator
@@ -76,6 +79,72 @@ def test_training_tells_how_images_are_normalized_and_which_partition_this_is():
     assert metrics["image-mean"] == stats.mean.tolist()
     assert metrics["image-std"] == stats.std.tolist()
     assert metrics["partition"] == [2, 4]
+
+
+SITES = {"data.dataset": "sites", "data.image-shape": "1x8x8", "data.num-classes": 10}
+
+
+def own_site(folder: Path, node_id: int = 77, **node_config) -> Context:
+    """Return the context of a SuperNode with digits of its own in an .npz file."""
+    data = client_data(Config().data, 5, 1, 4)
+    x, y = data.train_images.numpy(), data.train_labels.numpy()
+    np.savez(folder / "own.npz", x=np.concatenate([x, x]), y=np.concatenate([y, y]))
+    node_config["data-path"] = str(folder / "own.npz")
+    return Context(1, node_id, node_config, RecordDict(), {**SETTINGS, **SITES})
+
+
+@pytest.mark.parametrize("partition", [{}, {"partition-id": 2, "num-partitions": 4}])
+def test_a_site_with_data_of_its_own_trains_on_it(tmp_path: Path, partition: dict):
+    context = own_site(tmp_path, **partition)
+    metrics = train_message(message(MessageType.TRAIN), context).content["metrics"]
+    data = site_data(tmp_path / "own.npz", Config.from_flat(SITES).data, 0)
+    assert metrics["num-examples"] == len(data.train_labels)
+    assert metrics["image-mean"] == data.stats.mean.tolist()
+    # Its partition, if it has one, is a number to be sorted by, and tells nothing of its data.
+    assert "partition" not in metrics
+    told = query(message(MessageType.QUERY), context).content["metrics"]
+    assert dict(told) == ({"partition-id": 2} if partition else {})
+
+
+def test_sites_without_a_partition_draw_by_their_node_ids(tmp_path: Path):
+    states = [
+        train_message(message(MessageType.TRAIN), own_site(tmp_path, node_id=node_id))
+        .content["arrays"]
+        .to_torch_state_dict()
+        for node_id in (77, 77, 78)
+    ]
+    assert same(states[0], states[1])
+    assert not same(states[0], states[2])
+
+
+def test_a_site_without_its_data_says_so_to_its_operator(tmp_path: Path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("client_app.app.log", lambda level, text, *args: said.append(text % args))
+    context = own_site(tmp_path)
+    (tmp_path / "own.npz").unlink()
+    with pytest.raises(DataError, match="no such folder"):
+        train_message(message(MessageType.TRAIN), context)
+    assert said == [
+        f"This node cannot take part: {tmp_path / 'own.npz'}: no such folder of images or .npz file"
+    ]
+
+
+def test_a_node_without_data_path_has_no_part_in_what_sites_bring():
+    with pytest.raises(DataError, match=r"every site brings its own data.*data-path="):
+        trained(**SITES)
+
+
+def test_bf16_trains_and_judges_nearly_as_fp32_does():
+    exact, metrics = trained()
+    rough, rough_metrics = trained(**{"client.precision": "bf16"})
+    assert not same(exact, rough)
+    assert all(tensor.dtype == exact[name].dtype for name, tensor in rough.items())
+    for name, tensor in rough.items():
+        moved = tensor - MODEL.state_dict()[name]
+        error = (tensor - exact[name]).norm() / (moved.norm() + 1e-12)
+        assert error < 0.05, name
+    assert rough_metrics["loss-before"] != metrics["loss-before"]
+    assert rough_metrics["loss-after"] == pytest.approx(metrics["loss-after"], rel=0.02)
 
 
 def test_evaluation_is_that_of_the_received_model_and_returns_no_arrays():

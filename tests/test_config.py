@@ -13,6 +13,7 @@ from pfedgpa_app.config import DATASETS, MODEL_IMAGE_SIZES, Config, ConfigError,
 
 PROJECT = Path(__file__).parents[1]
 OWN_DATA = {"data.dataset": "my.package:load", "model.name": "my.package:net"}
+SITES = {"data.dataset": "sites", "data.image-shape": "1x28x28", "model.name": "cnn-28x28"}
 
 
 def problems(flat: dict[str, Any]) -> list[str]:
@@ -181,6 +182,22 @@ def test_the_message_lists_the_problems_one_a_line():
             "data.num-classes = 1: ",
         ),
         (
+            {**OWN_DATA, "data.image-shape": "1x28x28", "data.class-names": "one"},
+            'data.num-classes = 0: data.dataset = "my.package:load" is an own data set',
+        ),
+        (
+            {"data.class-names": "zero,one"},
+            'data.class-names = "zero,one": has 2 names for 10 classes',
+        ),
+        (
+            {**SITES, "data.num-classes": 3, "data.class-names": "a,b"},
+            'data.class-names = "a,b": has 2 names for 3 classes; right would be one each',
+        ),
+        (
+            {**SITES, "data.class-names": "a,b,a"},
+            'data.class-names = "a,b,a": has "a" more than once',
+        ),
+        (
             {"data.dominant-classes": 11},
             "data.dominant-classes = 11: digits has only 10 classes, so at most 10",
         ),
@@ -270,6 +287,20 @@ def test_an_incomplete_own_data_set_does_not_hide_other_contradictions():
         "diffusion.beta-start",
         "diffusion.start",
     ]
+
+
+def test_classes_are_called_as_class_names_says_or_as_their_labels():
+    named = Config.from_flat({**SITES, "data.class-names": "benign, malignant"}).data
+    assert named.classes == ("benign", "malignant")
+    assert named.info == ((1, 28, 28), 2)
+    assert Config().data.classes == tuple("0123456789")
+
+
+def test_how_a_data_set_is_shared_out_does_not_concern_what_sites_bring():
+    for partition in ("dominant-classes", "pathological"):
+        flat = {**SITES, "data.num-classes": 2, "data.partition": partition}
+        few = {**flat, "data.dominant-classes": 5, "data.classes-per-client": 5}
+        assert Config.from_flat(few).data.info.num_classes == 2
 
 
 def test_an_own_data_set_is_as_its_settings_say():

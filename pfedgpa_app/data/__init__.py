@@ -1,11 +1,12 @@
 """Data sets, and how clients share them.
 
 `client_data` is what a client calls: its own training and test samples of the data set, which
-`load_dataset` reads and `partition` shares out.
+`load_dataset` reads and `partition` shares out. A site that has data of its own calls `site_data`.
 """
 
 from pfedgpa_app.data.clients import ClientData, client_data
 from pfedgpa_app.data.partitions import ClientIndices, partition
+from pfedgpa_app.data.sites import site_data
 from pfedgpa_app.data.sources import (
     DataError,
     Dataset,
@@ -26,4 +27,5 @@ __all__ = [
     "load_dataset",
     "normalize",
     "partition",
+    "site_data",
 ]

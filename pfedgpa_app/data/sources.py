@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from pfedgpa_app.config import DATASETS, DataConfig, DatasetInfo
+from pfedgpa_app.config import DATASETS, SITES, DataConfig, DatasetInfo
 
 # Where Debian's package dataset-fashion-mnist puts the original files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -55,15 +55,31 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     DataError
         If the data set cannot be had, or is not what its settings say.
     """
-    name, info = config.dataset, config.info
+    name = config.dataset
+    if name == SITES:
+        raise DataError(
+            f'data.dataset = "{SITES}": every site brings its own data; right would be a SuperNode '
+            """started with, for example, --node-config 'data-path="/srv/scans"'"""
+        )
     if name == "digits":
         parts = [_digits()]
     elif name in DATASETS:
         parts = _torchvision(name, config.root_path)
     else:
         parts = [_own(name, config.root_path)]
+    return assemble(parts, config, seed, name)
+
+
+def assemble(parts: list[Part], config: DataConfig, seed: int, name: str) -> Dataset:
+    """Return a data set of a training and a test part, or of one that is split by the seed.
+
+    Raises
+    ------
+    DataError
+        If a part, of the data called ``name``, is not what the settings say.
+    """
     for images, labels in parts:
-        _check(images, labels, info, name)
+        _check(images, labels, config.info, name)
     images = torch.cat([images for images, _ in parts])
     labels = torch.cat([labels for _, labels in parts]).long()
     if len(parts) == 2:

@@ -1,0 +1,95 @@
+"""A site's own data: a folder of images, or an .npz file."""
+
+from pathlib import Path
+
+import torch
+
+from pfedgpa_app.config import DataConfig
+from pfedgpa_app.data.clients import ClientData
+from pfedgpa_app.data.sources import DataError, Part, assemble, image_stats
+from pfedgpa_app.images import PICTURES, ImageError, read_array, read_npz, read_picture
+
+
+def site_data(path: Path, config: DataConfig, seed: int) -> ClientData:
+    """Return all data of a site, normalized by itself.
+
+    A folder has ``train/`` and ``test/``, each with a folder of PNG or JPEG files for every class
+    (torchvision's ImageFolder layout), or the class folders alone. An .npz file has images ``x``,
+    ``(n, channels, height, width)``, and labels ``y``, ``(n,)``. Where nothing is set apart for
+    testing, ``test_fraction`` of each class is, drawn by the seed.
+
+    Raises
+    ------
+    DataError
+        If it is missing, empty, unreadable, or not what the settings say.
+    """
+    try:
+        if path.is_dir():
+            parts = _read_folder(path, config)
+        elif path.suffix.lower() == ".npz" and path.is_file():
+            parts = [_read_npz(path, config)]
+        else:
+            raise DataError(f"{path}: no such folder of images or .npz file")
+    except (ImageError, OSError) as error:
+        raise DataError(str(error)) from error
+    dataset = assemble(parts, config, seed, str(path))
+    train, test = ~dataset.is_test, dataset.is_test
+    return ClientData(
+        dataset.images[train],
+        dataset.labels[train],
+        dataset.images[test],
+        dataset.labels[test],
+        image_stats(dataset),
+        config.info,
+    )
+
+
+def _read_folder(path: Path, config: DataConfig) -> list[Part]:
+    given = [name for name in ("train", "test") if (path / name).is_dir()]
+    if len(given) == 1:
+        raise DataError(f"{path}: has {given[0]}/ alone; right would be train/ and test/")
+    return [_read_classes(path / name, config) for name in given or ["."]]
+
+
+def _read_classes(folder: Path, config: DataConfig) -> Part:
+    """Return the images and labels of a folder with a folder for every class."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset  # it takes seconds
+
+    classes = config.classes
+    found = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
+    if not found or found - set(classes):
+        raise DataError(
+            f"{folder}: has the folders {_list(sorted(found))}; right would be folders named after "
+            f"the classes (data.class-names), which are {_list(classes)}"
+        )
+    labels = {name: label for label, name in enumerate(classes) if name in found}
+    files = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+    if not files:
+        raise DataError(f"{folder}: there are no images in its class folders")
+    channels, *size = config.info.image_shape
+    images = []
+    for name, _ in files:
+        if not name.lower().endswith(PICTURES):
+            raise DataError(f"{name}: right would be a {' or '.join(PICTURES)} file")
+        image = read_picture(Path(name), channels)
+        if list(image.shape[1:]) != size:
+            height, width = image.shape[1:]
+            raise DataError(
+                f"{name}: is {height}x{width}; right would be {size[0]}x{size[1]} (height x width)"
+            )
+        images.append(image)
+    return torch.stack(images), torch.tensor([label for _, label in files])
+
+
+def _read_npz(path: Path, config: DataConfig) -> Part:
+    labels = read_array(path, "y")
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{path}: y is {labels.dtype}; right would be whole numbers")
+    images = read_npz(path, config.info.image_shape[0])
+    return images, torch.from_numpy(labels.astype("int64"))
+
+
+def _list(names: list[str] | tuple[str, ...]) -> str:
+    """Return names for a message, the first of them if they are many."""
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return shown or "(none)"

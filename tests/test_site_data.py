@@ -1,0 +1,199 @@
+"""Data that a site brings itself: folders of images and .npz files, and what is wrong with them."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pfedgpa_app.config import DataConfig
+from pfedgpa_app.data import DataError, image_stats, site_data
+from pfedgpa_app.data.sources import Dataset
+
+CONFIG = DataConfig(dataset="sites", image_shape="1x6x4", class_names="normal,benign,malignant")
+
+
+def pictures(folder: Path, number: int, first: int = 0) -> None:
+    """Write pictures of one grey each, which tells them apart: first, first + 1, ..."""
+    folder.mkdir(parents=True)
+    for grey in range(first, first + number):
+        Image.new("L", (4, 6), grey).save(folder / f"{grey:03}.png")
+
+
+def greys(images: torch.Tensor) -> list[int]:
+    return images[:, 0, 0, 0].tolist()
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Path:
+    """A folder with train/ and test/."""
+    pictures(tmp_path / "train" / "normal", 3, first=0)
+    pictures(tmp_path / "train" / "malignant", 2, first=10)
+    pictures(tmp_path / "test" / "benign", 1, first=20)
+    pictures(tmp_path / "test" / "malignant", 1, first=30)
+    return tmp_path
+
+
+@pytest.fixture
+def together(tmp_path: Path) -> Path:
+    """A folder with class folders alone."""
+    pictures(tmp_path / "scans" / "benign", 10)
+    pictures(tmp_path / "scans" / "malignant", 5, first=100)
+    return tmp_path / "scans"
+
+
+def test_train_and_test_are_as_the_folder_has_them_and_labels_as_class_names(apart: Path):
+    data = site_data(apart, CONFIG, seed=0)
+    assert dict(zip(greys(data.train_images), data.train_labels.tolist(), strict=True)) == {
+        **{0: 0, 1: 0, 2: 0},
+        **{10: 2, 11: 2},
+    }
+    tests = dict(zip(greys(data.test_images), data.test_labels.tolist(), strict=True))
+    assert tests == {20: 1, 30: 2}
+    assert data.train_images.dtype == torch.uint8
+    assert data.train_images.shape == (5, 1, 6, 4)
+    assert data.info == CONFIG.info
+
+
+def test_a_site_is_normalized_by_its_own_training_images(apart: Path):
+    data = site_data(apart, CONFIG, seed=0)
+    images = data.train_images
+    alone = Dataset(images, data.train_labels, torch.zeros(len(images), dtype=torch.bool))
+    assert all(map(torch.equal, data.stats, image_stats(alone)))
+    assert float(data.stats.mean) == pytest.approx((0 + 1 + 2 + 10 + 11) / 5)
+
+
+def test_class_folders_alone_are_split_by_the_seed(together: Path):
+    splits = []
+    for seed in (0, 0, 1):
+        data = site_data(together, CONFIG, seed)
+        train, test = set(greys(data.train_images)), set(greys(data.test_images))
+        assert not train & test
+        assert train | test == {*range(10), *range(100, 105)}
+        assert (data.test_labels == 1).sum() == 2  # a fifth of each class
+        assert (data.test_labels == 2).sum() == 1
+        splits.append(test)
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_without_class_names_folders_are_called_after_labels(tmp_path: Path):
+    pictures(tmp_path / "7", 4)
+    config = DataConfig(dataset="digits")
+    with pytest.raises(DataError, match="6x4; right would be 8x8"):
+        site_data(tmp_path, config, 0)
+    config = DataConfig(dataset="sites", image_shape="1x6x4", num_classes=8)
+    assert site_data(tmp_path, config, 0).train_labels.tolist() == [7, 7, 7]
+
+
+def test_what_is_hidden_or_no_image_is_passed_over(together: Path):
+    (together / ".cache").mkdir()
+    (together / "benign" / "Thumbs.db").write_bytes(b"x")
+    data = site_data(together, CONFIG, 0)
+    assert len(data.train_labels) + len(data.test_labels) == 15
+
+
+def test_colours_are_read_as_the_settings_want_them(tmp_path: Path):
+    folder = tmp_path / "benign"
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (4, 6), (50 + number, 60, 70)).save(folder / f"{number}.JPG")
+    colour = CONFIG.model_copy(update={"image_shape": "3x6x4"})
+    assert site_data(tmp_path, CONFIG, 0).train_images.shape == (1, 1, 6, 4)
+    assert site_data(tmp_path, colour, 0).train_images.shape == (1, 3, 6, 4)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_npz_files_hold_x_and_y(tmp_path: Path, dtype: type):
+    x = (np.arange(20 * 24).reshape(20, 1, 6, 4) % 200).astype(dtype)
+    y = np.arange(20) % 3
+    np.savez(tmp_path / "scans.npz", x=x, y=y)
+    data = site_data(tmp_path / "scans.npz", CONFIG, 0)
+    images = torch.cat([data.train_images, data.test_images])
+    labels = torch.cat([data.train_labels, data.test_labels])
+    assert images.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
+    rows = [next(row for row in range(20) if (x[row] == image.numpy()).all()) for image in images]
+    assert sorted(rows) == list(range(20))
+    assert labels.tolist() == y[rows].tolist()
+
+
+def remove(*names: str):
+    def change(folder: Path) -> None:
+        for name in names:
+            shutil.rmtree(folder / name)
+
+    return change
+
+
+def write(name: str, data: bytes = b"no picture"):
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def too_wide(folder: Path) -> None:
+    Image.new("L", (5, 6)).save(folder / "train/normal/wide.png")
+
+
+FAULTS = {
+    "missing": (remove("."), "no such folder of images or .npz file"),
+    "empty": (remove("train", "test"), r"has the folders \(none\)"),
+    "no test": (remove("test"), "has train/ alone; right would be train/ and test/"),
+    "no images": (remove("train/normal", "train/malignant"), r"has the folders \(none\)"),
+    "other classes": (
+        write("train/malign/1.png"),
+        r"malign, malignant, normal; right would be .* normal, benign, malignant",
+    ),
+    "unreadable": (write("train/normal/broken.png"), r"broken\.png: cannot be read"),
+    "wrong size": (too_wide, r"wide\.png: is 6x5; right would be 6x4"),
+    "other format": (write("test/benign/1.tif"), r"1\.tif: right would be a \.png or \.jpg"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_with_a_folder_is_said(apart: Path, fault: str):
+    change, message = FAULTS[fault]
+    change(apart)
+    with pytest.raises(DataError, match=message):
+        site_data(apart, CONFIG, 0)
+
+
+def test_class_folders_without_images_are_empty(tmp_path: Path):
+    (tmp_path / "benign").mkdir()
+    with pytest.raises(DataError, match="no images in its class folders"):
+        site_data(tmp_path, CONFIG, 0)
+
+
+X = np.zeros((4, 1, 6, 4), np.uint8)
+Y = np.zeros(4, np.int64)
+ARRAYS = {
+    "no y": ({"x": X}, "its array y cannot be read"),
+    "objects": ({"x": X, "y": np.array([{}, 1, 2, 3])}, "its array y cannot be read"),
+    "fractions": ({"x": X, "y": Y / 3}, "y is float64; right would be whole numbers"),
+    "one y less": ({"x": X, "y": Y[1:]}, "4 images and labels"),
+    "other classes": ({"x": X, "y": Y + 3}, "labels go from 3 to 3, right would be 0 to 2"),
+    "other size": ({"x": X[:, :, 1:], "y": Y}, "right would be nx1x6x4"),
+    "no images": ({"x": X[:0], "y": Y[:0]}, "no sample"),
+}
+
+
+@pytest.mark.parametrize("fault", ARRAYS)
+def test_what_is_wrong_with_arrays_is_said(tmp_path: Path, fault: str):
+    arrays, message = ARRAYS[fault]
+    np.savez(tmp_path / "scans.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        site_data(tmp_path / "scans.npz", CONFIG, 0)
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_of_the_data(
+    apart: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def forbidden(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(DataError, match=r"Permission denied: .*train"):
+        site_data(apart, CONFIG, 0)
