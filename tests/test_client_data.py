@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pfedgpa_app.config import DataConfig
-from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, partition
+from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset
 from pfedgpa_app.data.clients import _shared_out
+from pfedgpa_app.data.partitions import partition
 
 
 @pytest.fixture(autouse=True)

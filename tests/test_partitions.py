@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pfedgpa_app.config import DataConfig
-from pfedgpa_app.data import DataError, partition
+from pfedgpa_app.data import DataError
+from pfedgpa_app.data.partitions import partition
 
 PARTITIONS = ["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"]
 

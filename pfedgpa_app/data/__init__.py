@@ -1,11 +1,10 @@
 """Data sets, and how clients share them.
 
 `client_data` is what a client calls: its own training and test samples of the data set, which
-`load_dataset` reads and `partition` shares out. A site that has data of its own calls `site_data`.
+`load_dataset` reads and `partitions` shares out. A site that has data of its own calls `site_data`.
 """
 
 from pfedgpa_app.data.clients import ClientData, client_data
-from pfedgpa_app.data.partitions import ClientIndices, partition
 from pfedgpa_app.data.sites import site_data
 from pfedgpa_app.data.sources import (
     DataError,
@@ -18,7 +17,6 @@ from pfedgpa_app.data.sources import (
 
 __all__ = [
     "ClientData",
-    "ClientIndices",
     "DataError",
     "Dataset",
     "ImageStats",
@@ -26,6 +24,5 @@ __all__ = [
     "image_stats",
     "load_dataset",
     "normalize",
-    "partition",
     "site_data",
 ]

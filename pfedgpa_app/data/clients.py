@@ -1,14 +1,16 @@
 """What one client works with: its training and its test samples."""
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pfedgpa_app.config import DataConfig, DatasetInfo
-from pfedgpa_app.data.partitions import ClientIndices, partition
 from pfedgpa_app.data.sources import DataError, Dataset, ImageStats, image_stats, load_dataset
+
+if TYPE_CHECKING:
+    from pfedgpa_app.data.partitions import ClientIndices
 
 
 class ClientData(NamedTuple):
@@ -65,7 +67,10 @@ def client_data(
 @lru_cache(maxsize=1)  # more than one data set may not fit into memory
 def _shared_out(
     config: DataConfig, seed: int, num_partitions: int
-) -> tuple[Dataset, ImageStats, list[ClientIndices]]:
+) -> tuple[Dataset, ImageStats, list["ClientIndices"]]:
+    # A process that shares nothing out is spared the seconds that the partitioners take to import.
+    from pfedgpa_app.data.partitions import partition
+
     dataset = load_dataset(config, seed)
     indices = partition(dataset.labels, dataset.is_test, config, num_partitions, seed)
     return dataset, image_stats(dataset), indices
