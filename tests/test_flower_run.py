@@ -18,6 +18,8 @@ pytestmark = pytest.mark.processes
 class SuperLink(Network):
     """A SuperLink in simulation mode."""
 
+    resources = ""  # of Ray, beside CPUs
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.start_superlink("--simulation")
@@ -25,7 +27,7 @@ class SuperLink(Network):
     def simulation_command(self, clients: int, workers: int, **settings: object) -> list[str]:
         """Return the command that runs the app with simulated clients."""
         federation = f"num-supernodes={clients} client-resources-num-cpus=1"
-        federation += f" init-args-num-cpus={workers}"
+        federation += f" init-args-num-cpus={workers} {self.resources}"
         return [*self.run_command(**settings), "--federation-config", federation]
 
     def run(
@@ -132,8 +134,15 @@ def test_a_run_killed_in_a_round_loses_that_round_at_most(
     assert f"Going on after round {len(kept)}" in log
 
 
-def test_a_baseline_runs_on_the_same_settings(superlink: SuperLink):
-    log, rows, _ = superlink.run(3, workers=2, **{**QUICK, "strategy": "fedavg-ft"})
+def test_a_baseline_runs_on_the_same_settings_by_clients_that_share_a_gpu(
+    superlink: SuperLink, monkeypatch: pytest.MonkeyPatch
+):
+    """Ray shares out the GPU that it is told of, and clients that see none use the CPU."""
+    monkeypatch.setattr(
+        superlink, "resources", "init-args-num-gpus=1 client-resources-num-gpus=0.5"
+    )
+    settings = {**QUICK, "strategy": "fedavg-ft", "client.device": "auto"}
+    log, rows, _ = superlink.run(3, workers=2, **settings)
     assert [row["strategy"] for row in rows] == ["fedavg-ft"] * 3, log
     for row in rows:  # judged by what came out of local training
         assert row["personalized-accuracy"] == pytest.approx(row["finetuned-accuracy"])

@@ -40,7 +40,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         for name in ("pictures", "arrays.npz", "nowhere"):
             started.start_supernode(name, f"data-path={str(folder / name)!r}".replace("'", '"'))
         run = started.start_run(**SETTINGS)
-        wait_until(lambda: run.poll() is not None, 400)
+        wait_until(lambda: run.poll() is not None, 600)
         yield started
 
 
@@ -55,7 +55,8 @@ def test_sites_with_data_finish_the_run_and_the_one_without_is_a_counted_failure
     assert rows[-1]["personalized-accuracy"] > 0.1
     examples = {row.get("num-examples") for row in read_lines(folder, "clients.jsonl")}
     assert 150 in examples
-    assert len(list((folder / "models").iterdir())) == 2
+    models = {path.name for path in (folder / "models").iterdir()}
+    assert {"client-0.safetensors", "client-1.safetensors"} <= models
 
 
 def test_the_site_without_data_is_told_and_so_is_the_server(network: Network):
