@@ -45,10 +45,10 @@ def cifar_cnn(info: DatasetInfo) -> nn.Module:
 
 def resnet18(info: DatasetInfo) -> nn.Module:
     """torchvision's ResNet-18 for images of any size; small ones skip the first down-sampling."""
-    channels, height, width = info.image_shape
-    from torchvision.models import resnet18  # only where it is needed: it takes seconds
+    import torchvision  # only where it is needed: it takes seconds
 
-    model: nn.Module = resnet18(num_classes=info.num_classes)
+    channels, height, width = info.image_shape
+    model: nn.Module = torchvision.models.resnet18(num_classes=info.num_classes)
     if min(height, width) < 64:
         model.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
         model.maxpool = nn.Identity()
