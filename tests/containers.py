@@ -41,14 +41,13 @@ class Service(Strict):
     image: str
     build: Build | None = None
     command: str | list[str]
-    environment: dict[str, str] = {}
     volumes: list[str] = []
     depends_on: dict[str, Dependency] = {}
     healthcheck: Healthcheck | None = None
     restart: Literal["no", "unless-stopped"] = "no"
     init: bool
     read_only: bool
-    tmpfs: str
+    tmpfs: list[str]
     cap_drop: list[str]
     security_opt: list[str]
 
@@ -147,7 +146,8 @@ class Demo:
     def lay_out(self, name: str) -> None:
         """Make a container's folders: the app, the volumes and what it may write to."""
         root = self.folder / name
-        (root / "tmp").mkdir(parents=True)
+        for mount in self.services[name].tmpfs:
+            (root / mount.split(":")[0].lstrip("/")).mkdir(parents=True)
         (root / "app").symlink_to(PROJECT)
         for target, (source, _) in self.services[name].mounts.items():
             place = root / target.lstrip("/")
@@ -169,8 +169,8 @@ class Demo:
         return re.sub(r"(?<![\w./])/(?=(app|data|flwr|tls|tmp)\b)", f"{self.folder / name}/", text)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return the image's environment and the service's; only the programs are those here."""
-        given = Dockerfile().environment | self.services[name].environment
+        """Return the image's environment; only the programs are those here."""
+        given = Dockerfile().environment
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         return {key: self.here(name, text) for key, text in given.items()} | {"PATH": path}
 

@@ -124,7 +124,8 @@ def is_sent(path: str) -> bool:
 def test_what_the_image_copies_exists_and_is_sent_to_the_build():
     packages = {"pfedgpa_app", "client_app", "server_app"}
     copied = Dockerfile().copied
-    assert packages | {"pyproject.toml", "README.md", "docker/certificates.py"} <= copied
+    programs = {"docker/certificates.py", "docker/health.py"}
+    assert packages | programs | {"pyproject.toml", "README.md", "conf"} <= copied
     for source in copied:
         files = [PROJECT / source, *(PROJECT / source).rglob("*.py")]
         assert all(file.exists() for file in files)
@@ -148,7 +149,16 @@ def test_the_image_runs_as_a_user_who_owns_the_volumes_alone():
     folders = made.split("--owner=pfedgpa ")[1].split()
     mounts = (one.mounts for one in read_compose(*WAYS["tls"]).services.values())
     volumes = {target for one in mounts for target, (source, _) in one.items() if source[0] != "."}
-    assert set(folders) == volumes
+    assert set(folders) == volumes | {"/flwr"}
+
+
+def test_what_a_read_only_container_writes_to_is_a_volume_or_forgotten():
+    environment = Dockerfile().environment
+    services = read_compose(PLAIN).services
+    for one in services.values():
+        forgotten = {mount.split(":")[0] for mount in one.tmpfs}
+        assert {environment["HOME"], environment["FLWR_HOME"]} == forgotten
+    assert environment["XDG_DATA_HOME"] in services["superlink"].mounts
 
 
 def test_a_change_of_the_app_installs_no_dependency_again():
