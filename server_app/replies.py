@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from flwr.app import Array, Message, MetricRecord
+from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from pfedgpa_app.parameters import (
@@ -16,7 +17,14 @@ from pfedgpa_app.parameters import (
     ParameterLayout,
     StateDict,
 )
+from pfedgpa_app.report import NO_REPLY
 
+# The SuperLink's words about a node that it does not hear of any more.
+_GONE = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
 # More clients than anyone shares a data set out to; whoever does later must come to an end.
 MAX_PARTITIONS = 100_000
 # What numpy's file format puts before the data, generously.
@@ -73,7 +81,8 @@ def read_metrics(
         ``weighted_by_key``.
     """
     if message.has_error():
-        raise ReplyError(f"the client failed: {one_line(str(message.error.reason))}")
+        what = NO_REPLY if message.error.code in _GONE else "the client failed"
+        raise ReplyError(f"{what}: {one_line(str(message.error.reason))}")
     content = message.content
     found = (len(content.array_records), len(content.metric_records), len(content.config_records))
     wanted = (num_array_records, 1, 0)

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Message, MessageType, RecordDict
-from simulated_grid import Answer, SimulatedGrid
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
+from simulated_grid import Answer, SimulatedGrid, learning_grid, weights
+from torch import nn
 from typer.testing import CliRunner
 
 from client_app.app import evaluate_message, train_message
 from pfedgpa_app import cli
 from pfedgpa_app.exported import ExportedModel
-from server_app.app import main
+from server_app import app
+from server_app.app import RunError, main
 
 NUM_CLIENTS = 4
 
@@ -62,3 +65,41 @@ def test_a_model_that_is_taken_away_is_as_good_as_it_was_in_the_run(tmp_path: Pa
         assert accuracy == last[number]["personalized-accuracy"]
         assert loss == pytest.approx(last[number]["personalized-loss"], rel=1e-4)
     assert last.keys() == {0, 1, 2}
+
+
+class Weights(nn.Module):
+    """The model of the learning sites."""
+
+    def state_dict(self, *args, **kwargs):
+        return weights(0.0)
+
+
+def run_with_errors_first(path: Path, monkeypatch: pytest.MonkeyPatch, error: Error) -> list[dict]:
+    """Run the ServerApp among sites of which nobody trains in the first round; return the rows."""
+    grid = learning_grid(first_id=10)
+    for node, answer in grid.nodes.items():
+        replies = iter([error])
+        grid.nodes[node] = lambda message, answer=answer, replies=replies: (
+            next(replies, None) or answer(message)
+        )
+    monkeypatch.setattr(app, "preflight", lambda config: Weights())
+    settings = {"output-dir": str(path), "num-server-rounds": 2, "diffusion.train-steps": 5}
+    main(grid, Context(1, 1, {}, RecordDict(), settings))
+    return [json.loads(line) for line in (path / "1" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "no such data set")
+    with pytest.raises(RunError, match=r"Every client failed.*\n.*no such data set"):
+        run_with_errors_first(tmp_path, monkeypatch, error)
+
+
+def test_a_run_whose_clients_are_all_gone_in_the_first_round_waits_for_their_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    error = Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable")
+    first, second = run_with_errors_first(tmp_path, monkeypatch, error)
+    assert (first["num-clients"], first["num-failures"]) == (0, 6)
+    assert (second["num-clients"], second["num-failures"]) == (6, 0)
