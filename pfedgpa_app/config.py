@@ -256,14 +256,16 @@ class Config(Section):
     def decisive(self) -> dict[str, Scalar]:
         """The settings that decide about results, as a flat run config.
 
-        Where the output goes, how far the run goes and what it goes on from are not among them, nor
-        is the diffusion model where the strategy has none.
+        Where the output goes, how far the run goes, what it goes on from and how long it waits for
+        clients are not among them, nor is the diffusion model where the strategy has none.
         """
         free: tuple[str, ...] = (
             "output-dir",
             "num-server-rounds",
             "resume-from",
             "checkpoint.every",
+            "server.min-available-nodes",
+            "server.round-timeout",
         )
         if self.strategy != "pfedgpa":
             ours = ("rounds", "guidance", "start", "num-steps")

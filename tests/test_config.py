@@ -376,3 +376,10 @@ def test_a_diffusion_model_decides_about_the_results_of_pfedgpa_alone():
         assert one.differences(Config.from_flat({"strategy": strategy, **late}))
         assert one.differences(Config.from_flat({"strategy": strategy, "seed": 1}))
         assert one.differences(Config.from_flat({"strategy": "fedavg-ft"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("server.round-timeout", 60.0), ("server.min-available-nodes", 3)]
+)
+def test_how_long_a_run_waits_for_clients_decides_nothing(key: str, value: float):
+    assert not Config().differences(Config.from_flat({key: value}))
