@@ -1,0 +1,267 @@
+"""What a fault of the network costs a run, beside a run in which nothing happens.
+
+    python -m benchmarks.reliability --figure docs/reliability.png
+
+Every case is a federation of four clients on loopback that learn the digits for six rounds; what
+goes wrong goes wrong in round 3. Cases that --results has already are not repeated.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from benchmarks.faults import (
+    FAULTY_CLIENT,
+    PATIENCE,
+    Federation,
+    SecureFederation,
+    copy_app,
+    knock,
+)
+from tests.network import read_lines, wait_until
+
+CLIENTS = 4
+ROUNDS = 6
+FAULT = 3
+LAST = f"client-{CLIENTS - 1}"
+SETTINGS = {"num-server-rounds": ROUNDS, "server.min-available-nodes": CLIENTS}
+FAULTS = ("nan", "shape", "names", "size", "record")
+
+Result = dict[str, Any]
+
+
+def undisturbed(federation: Federation) -> list[Path]:
+    """Let nothing happen."""
+    federation.start_run(**SETTINGS)
+    return [federation.wait_for_end()]
+
+
+def killed_supernode(federation: Federation) -> list[Path]:
+    """Kill a SuperNode while it trains, and start it until it is let in again."""
+    start_until_fault(federation)
+    federation.kill(LAST)
+    federation.restart_client(CLIENTS - 1)
+    return [federation.wait_for_end()]
+
+
+def killed_client_app(federation: Federation) -> list[Path]:
+    """Kill the process that trains, as a machine does that runs out of memory."""
+    start_until_fault(federation)
+    federation.kill_below(LAST, "flwr-clientapp")
+    return [federation.wait_for_end()]
+
+
+def frozen_supernode(federation: Federation) -> list[Path]:
+    """Freeze a SuperNode while it trains, until the next round is over."""
+    start_until_fault(federation)
+    with federation.frozen(LAST):
+        federation.wait_for_rounds(FAULT + 1)
+    return [federation.wait_for_end()]
+
+
+def falsified_replies(federation: Federation) -> list[Path]:
+    """Have five more clients upload what they should not, in every round."""
+    federation.num_partitions = CLIENTS + len(FAULTS)
+    for client, fault in enumerate(FAULTS, CLIENTS):
+        federation.start_client(client, f"fault='{fault}'")
+    federation.start_run(**SETTINGS | {"server.min-available-nodes": federation.num_partitions})
+    return [federation.wait_for_end()]
+
+
+def killed_server_app(federation: Federation) -> list[Path]:
+    """Kill the ServerApp while clients train, and resume its run."""
+    start_until_fault(federation)
+    federation.kill_below("superlink", "flwr-serverapp")
+    return resumed(federation)
+
+
+def killed_superlink(federation: Federation) -> list[Path]:
+    """Kill the SuperLink and all below it while clients train, and resume the run on a new one."""
+    start_until_fault(federation)
+    federation.kill("superlink")
+    federation.start_superlink()
+    return resumed(federation)
+
+
+def strangers(federation: SecureFederation) -> list[Path]:
+    """Have SuperNodes knock that nobody registered, or that come without TLS."""
+    federation.start_run(**SETTINGS)
+    federation.wait_for_rounds(FAULT - 1)
+    knock(federation)
+    return [federation.wait_for_end()]
+
+
+def newcomer(federation: Federation) -> list[Path]:
+    """Start another SuperNode during round 2."""
+    federation.start_run(**SETTINGS)
+    federation.wait_for_rounds(FAULT - 2)
+    federation.num_partitions = CLIENTS + 1
+    federation.start_client(CLIENTS)
+    return [federation.wait_for_end()]
+
+
+def start_until_fault(federation: Federation) -> None:
+    """Start a run and wait until the last client trains in the round of the fault."""
+    federation.start_run(**SETTINGS)
+    federation.wait_for_rounds(FAULT - 1)
+    federation.wait_for_training(CLIENTS - 1)
+
+
+def resumed(federation: Federation) -> list[Path]:
+    """Resume the run that was killed; return its folder and that of the run that goes on."""
+    killed = federation.run_folder()
+    assert killed is not None
+    federation.start_run("resumed", **SETTINGS, **{"resume-from": killed.name})
+    folders = [killed, federation.wait_for_end("resumed")]
+    # The SuperLink gives a ServerApp a minute to be heard of again.
+    wait_until(lambda: federation.status(killed) != "running", PATIENCE)
+    return folders
+
+
+class Case(NamedTuple):
+    """What happens in a federation, and of which kind that is."""
+
+    happens: Callable[[Any], list[Path]]
+    kind: type[Federation] = SecureFederation
+
+
+CASES = {
+    "undisturbed": Case(undisturbed),
+    "SuperNode killed, registered": Case(killed_supernode),
+    "SuperNode killed, not registered": Case(killed_supernode, Federation),
+    "ClientApp killed": Case(killed_client_app),
+    "SuperNode frozen": Case(frozen_supernode),
+    "falsified replies": Case(falsified_replies),
+    "ServerApp killed": Case(killed_server_app),
+    "SuperLink killed": Case(killed_superlink),
+    "strangers": Case(strangers),
+    "newcomer": Case(newcomer),
+}
+
+
+def measure(case: Case) -> Result:
+    """Run a case in a federation of its own; return what its last run wrote."""
+    with tempfile.TemporaryDirectory() as name:
+        app = copy_app(Path(name, "app"), FAULTY_CLIENT)
+        with case.kind(Path(name), CLIENTS, app) as federation:
+            federation.start_superlink()
+            federation.start_clients(*range(CLIENTS))
+            folders = case.happens(federation)
+            return {
+                "runs": [federation.status(folder) for folder in folders],
+                "metrics": read_lines(folders[-1]),
+                "clients": read_lines(folders[-1], "clients.jsonl"),
+            }
+
+
+def main(
+    results: Path = Path("build/reliability.jsonl"),
+    cases: Annotated[str, typer.Option(help="Only those whose names begin so.")] = "",
+    figure: Annotated[Path | None, typer.Option(help="Draw the accuracies there.")] = None,
+) -> None:
+    """Run the cases and print a table of them."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    for name, case in CASES.items():
+        if name.startswith(cases) and name not in read(results):
+            with results.open("a") as file:
+                file.write(json.dumps({"case": name, **measure(case)}) + "\n")
+            print(f"{name}: done", flush=True)
+    done = read(results)
+    print_table(done)
+    if figure:
+        draw(done, figure)
+
+
+def read(results: Path) -> dict[str, Result]:
+    """Return the results so far by case."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {
+        each["case"]: each for each in sorted(found, key=lambda each: [*CASES].index(each["case"]))
+    }
+
+
+def print_table(done: dict[str, Result]) -> None:
+    """Print a line a case."""
+    print(
+        "| case | runs | who gave nothing, and why | clients a round | accuracy | "
+        "rounds with the digits of the undisturbed run |"
+    )
+    print("| --- " * 6 + "|")
+    for name, result in done.items():
+        cells = [
+            name,
+            ", ".join(result["runs"]),
+            "; ".join(failures(result)) or "-",
+            ", ".join(str(row["num-clients"]) for row in result["metrics"]),
+            f"{accuracies(result)[-1]:.4f}",
+            f"{num_equal_rounds(result, done['undisturbed'])} of {ROUNDS}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def failures(result: Result) -> list[str]:
+    """Return what clients.jsonl says of those that trained and gave nothing, with their rounds."""
+    rounds: dict[str, list[str]] = {}
+    for row in result["clients"]:
+        if row.get("status", "ok") != "ok":
+            who = f"client {row['client']}: {row['status'].split(' — ')[0]}"
+            rounds.setdefault(who, []).append(str(row["round"]))
+    return [f"{who} ({', '.join(numbers)})" for who, numbers in rounds.items()]
+
+
+def accuracies(result: Result) -> list[float]:
+    """Return the mean accuracy of the models of those that took part, a round."""
+    return [
+        fmean(
+            row["personalized-accuracy"]
+            for row in result["clients"]
+            if row["round"] == number and row["status"] == "ok" and "personalized-accuracy" in row
+        )
+        for number in range(1, ROUNDS + 1)
+    ]
+
+
+def num_equal_rounds(result: Result, other: Result) -> int:
+    """Return in how many rounds the four clients have the same results in both."""
+
+    def digits(each: Result, number: int) -> list[Result]:
+        ours = [
+            row for row in each["clients"] if row["round"] == number and row["client"] < CLIENTS
+        ]
+        return [{k: v for k, v in row.items() if k not in ("seconds", "node-id")} for row in ours]
+
+    return sum(digits(result, n) == digits(other, n) for n in range(1, ROUNDS + 1))
+
+
+def draw(done: dict[str, Result], file: Path) -> None:
+    """Draw the accuracies of each case over those of the undisturbed run."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in done if name != "undisturbed"]
+    drawing = Figure(figsize=(9, 7), layout="constrained")
+    panels = drawing.subplots(3, 3, sharex=True, sharey=True).flat
+    rounds = range(1, ROUNDS + 1)
+    for name, axes in zip(names, panels, strict=True):
+        axes.axvspan(FAULT - 0.5, FAULT + 0.5, color="0.92")
+        axes.plot(rounds, accuracies(done["undisturbed"]), color="0.5", linewidth=4, alpha=0.5)
+        axes.plot(rounds, accuracies(done[name]), "o-", color="C0", markersize=3)
+        for row in done[name]["metrics"]:
+            axes.annotate(row["num-clients"], (row["round"], 0.02), ha="center", fontsize="small")
+        axes.set_title(name, fontsize="medium")
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+    drawing.supxlabel(
+        "round (the fault is in the shaded one; below: the clients whose uploads counted)"
+    )
+    drawing.supylabel("accuracy on the clients' own test sets; grey: undisturbed")
+    drawing.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    typer.run(main)

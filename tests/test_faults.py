@@ -1,0 +1,301 @@
+"""What breaks on a network: processes killed and frozen, replies falsified, strangers at the door.
+
+Every federation here is one of processes on loopback. What an undisturbed run gives is computed in
+this process (`simulate`), which another test compares with `flwr run`.
+"""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from network import read_lines, wait_until
+from safetensors.torch import load_file
+
+from benchmarks.faults import (
+    FAULTY_CLIENT,
+    PATIENCE,
+    Federation,
+    SecureFederation,
+    copy_app,
+    knock,
+)
+from benchmarks.federation import PoolGrid, simulate
+from pfedgpa_app.config import Config
+from server_app.strategies import ClientwiseFedAvg
+
+pytestmark = pytest.mark.processes
+
+# Nobody evaluates: what a client was sent is judged before it trains (accuracy-before) anyway.
+QUICK = {
+    "client.local-epochs": 1,
+    "diffusion.train-steps": 20,
+    "server.fraction-evaluate": 0.0,
+}
+
+
+def undisturbed(
+    clients: int, num_partitions: int, rounds: int
+) -> tuple[ClientwiseFedAvg, list[dict[str, Any]]]:
+    """Return the strategy at the end of a run with the first clients alone, and its metrics."""
+    config = {**QUICK, "client.device": "cpu", "num-server-rounds": rounds}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PoolGrid, "get_node_ids", lambda grid: list(range(clients)))
+        return simulate(Config.from_flat(config), num_partitions)
+
+
+def statuses(clients: list[dict[str, Any]], client: int) -> dict[int, str]:
+    """Return what became of a client, by round."""
+    return {row["round"]: row["status"] for row in clients if row["client"] == client}
+
+
+def without(rows: list[dict], *names: str) -> list[dict]:
+    """Leave out columns, those of seconds among them."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("seconds") and k not in names}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureFederation]:
+    with SecureFederation(tmp_path_factory.mktemp("secure"), num_partitions=5) as started:
+        started.start_superlink()
+        started.start_clients(0, 1, 2)
+        yield started
+
+
+# The ServerApp and the SuperLink are killed, and strangers knock.
+
+
+@pytest.fixture(scope="module")
+def killed_runs(federation: SecureFederation) -> list[Path]:
+    """Kill the ServerApp in round 2, the SuperLink in round 3; return the folders of the runs."""
+    settings = {**QUICK, "num-server-rounds": 3, "server.min-available-nodes": 3}
+    federation.start_run("run", **settings)
+    knock(federation)
+    federation.wait_for_rounds(1)
+    federation.wait_for_training(0)
+    federation.kill_below("superlink", "flwr-serverapp")
+    folders = [federation.run_folder()]
+
+    federation.start_run("resumed", **settings, **{"resume-from": folders[0].name})
+    federation.wait_for_rounds(2, "resumed")
+    federation.wait_for_training(0)
+    federation.kill("superlink")
+    folders.append(federation.run_folder())
+
+    federation.start_superlink()
+    federation.start_run("resumed-again", **settings, **{"resume-from": folders[1].name})
+    return [*folders, federation.wait_for_end("resumed-again")]
+
+
+def test_killed_and_resumed_a_run_gives_the_digits_of_one_that_was_never_disturbed(
+    killed_runs: list[Path],
+):
+    strategy, expected = undisturbed(clients=3, num_partitions=5, rounds=3)
+    assert without(read_lines(killed_runs[-1])) == without(expected)
+    last = [row for row in read_lines(killed_runs[-1], "clients.jsonl") if row["round"] == 3]
+    assert without(last, "node-id") == without(list(strategy.record.clients.values()), "node-id")
+    assert [len(read_lines(folder)) for folder in killed_runs] == [1, 2, 3]
+
+
+def test_clients_find_the_restarted_superlink_and_keep_their_ids(
+    federation: SecureFederation, killed_runs: list[Path]
+):
+    for client in range(3):
+        ids = federation.node_ids(f"client-{client}")
+        assert len(ids) == 1, "it was started once"
+        rows = read_lines(killed_runs[-1], "clients.jsonl")
+        assert [row["node-id"] for row in rows if row["client"] == client] == ids * 3
+
+
+def test_the_superlink_counts_killed_runs_as_failed(
+    federation: SecureFederation, killed_runs: list[Path]
+):
+    for folder in killed_runs[:-1]:
+        wait_until(lambda folder=folder: federation.status(folder) == "finished:failed")
+    assert federation.status(killed_runs[-1]) == "finished:completed"
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "superlink_says"),
+    [
+        ("no-key", "All SuperNodes must be registered via the CLI", "ApiError:2001"),
+        ("unknown-key", "Failed to activate SuperNode", "No SuperNode found with the given public"),
+        ("no-tls", "Connection attempt failed", None),
+    ],
+)
+def test_strangers_are_refused(
+    federation: SecureFederation,
+    killed_runs: list[Path],
+    name: str,
+    says: str,
+    superlink_says: str | None,
+):
+    wait_until(lambda: says in federation.log(name), PATIENCE)
+    assert federation.node_ids(name) == []
+    assert superlink_says is None or superlink_says in federation.log("superlink")
+    rows = read_lines(killed_runs[-1], "clients.jsonl")
+    assert {row["client"] for row in rows} == {0, 1, 2}, "nobody else was asked for anything"
+
+
+# One SuperNode is killed, another one is frozen, and a new one joins.
+
+
+class Disturbed(NamedTuple):
+    """A run in which client 2 is killed, client 3 is frozen, and client 4 joins."""
+
+    clients: list[dict[str, Any]]
+    rounds: list[dict[str, Any]]
+    fault: int
+    """The round in which it happens."""
+    timeout: float
+
+    def statuses(self, client: int) -> dict[int, str]:
+        """Return what became of a client, by round."""
+        return statuses(self.clients, client)
+
+
+@pytest.fixture(scope="module")
+def disturbed(federation: SecureFederation, killed_runs: list[Path]) -> Disturbed:
+    """Run until everyone takes part again, and end the run."""
+    # As long as clients certainly need, on a machine that may have other work to do.
+    timeout = max(60.0, 4 * read_lines(killed_runs[-1])[-1]["seconds-clients"])
+    settings = {**QUICK, "server.min-available-nodes": 4, "server.round-timeout": timeout}
+    federation.start_clients(3)
+    federation.start_run("disturbed", **settings, **{"num-server-rounds": 100})
+    federation.wait_for_rounds(1, "disturbed")
+    federation.wait_for_training(2, 3)
+    fault = len(federation.rows()) + 1
+    federation.kill("client-2")
+    begin = time.monotonic()
+    with federation.frozen("client-3"):
+        federation.start_client(4)
+        federation.restart_client(2)
+        federation.wait_for_rounds(fault, "disturbed")
+        time.sleep(max(0.0, begin + timeout - time.monotonic()))
+
+    def take_part() -> bool:
+        rows = [row for row in federation.rows("clients.jsonl") if row["round"] > fault]
+        used = Counter(row["client"] for row in rows if row["status"] == "ok")
+        return all(used[client] >= 1 for client in (2, 3)) and used[4] >= 2
+
+    wait_until(take_part, PATIENCE)
+    folder = federation.run_folder()
+    federation.flwr("stop", folder.name, "test")
+    federation.wait_for_end("disturbed")
+    return Disturbed(read_lines(folder, "clients.jsonl"), read_lines(folder), fault, timeout)
+
+
+@pytest.mark.parametrize("client", [2, 3])
+def test_a_round_ends_without_a_client_that_is_killed_or_frozen(disturbed: Disturbed, client: int):
+    status = disturbed.statuses(client)
+    assert status[1] == "ok"
+    assert "Node Unavailable" in status[disturbed.fault] or status[disturbed.fault] == "no reply"
+    # The SuperLink takes a silent node for connected for a minute at most.
+    assert disturbed.rounds[disturbed.fault - 1]["seconds-clients"] < disturbed.timeout + 15
+
+
+def test_the_others_take_part_in_every_round(disturbed: Disturbed):
+    for client in (0, 1):
+        assert disturbed.statuses(client) == {row["round"]: "ok" for row in disturbed.rounds}
+
+
+def test_a_registered_client_that_was_killed_is_back_under_its_id(
+    federation: SecureFederation, disturbed: Disturbed
+):
+    before, after = federation.node_ids("client-2")
+    assert before == after
+    assert {row["node-id"] for row in disturbed.clients if row["client"] == 2} == {before}
+    later = [status for n, status in disturbed.statuses(2).items() if n > disturbed.fault]
+    assert "ok" in later
+
+
+def test_a_frozen_client_takes_part_again_and_its_late_reply_is_not_read(
+    federation: SecureFederation, disturbed: Disturbed
+):
+    later = [status for n, status in disturbed.statuses(3).items() if n > disturbed.fault]
+    assert "ok" in later
+    replies = federation.log("client-3").count("Sending: train message")
+    assert replies > list(disturbed.statuses(3).values()).count("ok")
+    assert "nobody asked for" not in federation.log("disturbed")
+
+
+def test_a_client_that_joins_late_is_onboarded_and_then_a_member(
+    federation: SecureFederation, disturbed: Disturbed
+):
+    first, second, *_ = (n for n, status in disturbed.statuses(4).items() if status == "ok")
+    lines = re.findall(
+        r"pFedGPA: (\d+) members.*; (\d+) newcomers in this round", federation.log("disturbed")
+    )
+    assert first > 1
+    for number, expected in ((1, ("4", "0")), (first, ("4", "1")), (second, ("5", "0"))):
+        assert lines[number - 1] == expected
+
+
+# Replies are falsified.
+
+REASONS = {
+    "nan": "not finite",
+    "shape": "instead of float32",
+    "names": "no tensor",
+    "size": "bytes, and should have about",
+    "record": "records",
+}
+
+
+@pytest.fixture(scope="module")
+def open_federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """Start two honest SuperNodes and one for each fault, none of them registered."""
+    folder = tmp_path_factory.mktemp("open")
+    app = copy_app(folder / "app", FAULTY_CLIENT)
+    with Federation(folder, 2 + len(REASONS), app) as started:
+        started.start_superlink()
+        for client, fault in enumerate(REASONS, 2):
+            started.start_client(client, f"fault='{fault}'")
+        started.start_clients(0, 1)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def falsified_run(open_federation: Federation) -> Path:
+    """Return the folder of a run among honest and faulty clients."""
+    settings = {**QUICK, "num-server-rounds": 2, "server.min-available-nodes": 2 + len(REASONS)}
+    open_federation.start_run("run", **settings)
+    return open_federation.wait_for_end()
+
+
+@pytest.mark.parametrize("fault", REASONS)
+def test_a_falsified_reply_costs_its_sender_the_round(falsified_run: Path, fault: str):
+    client = 2 + list(REASONS).index(fault)
+    rows = read_lines(falsified_run, "clients.jsonl")
+    for server_round in (1, 2):
+        assert REASONS[fault] in statuses(rows, client)[server_round]
+
+
+def test_honest_clients_get_the_digits_of_a_run_without_the_faulty_ones(falsified_run: Path):
+    strategy, expected = undisturbed(2, 2 + len(REASONS), rounds=2)
+    clients = read_lines(falsified_run, "clients.jsonl")
+    last = [row for row in clients if row["round"] == 2 and row["client"] < 2]
+    assert without(last, "node-id") == without(list(strategy.record.clients.values()), "node-id")
+    counts = ("num-nodes", "num-failures", "bytes-down")
+    assert without(read_lines(falsified_run), *counts) == without(expected, *counts)
+    for client in (0, 1):
+        model = load_file(falsified_run / "models" / f"client-{client}.safetensors")
+        for name, tensor in strategy.evaluation_state(client).items():
+            assert torch.equal(model[name], tensor)
+
+
+def test_a_client_that_is_not_registered_is_a_new_one_when_it_is_back(
+    open_federation: Federation, falsified_run: Path
+):
+    open_federation.kill("client-0")
+    open_federation.start_client(0)
+    wait_until(lambda: len(open_federation.node_ids("client-0")) == 2, PATIENCE)
+    before, after = open_federation.node_ids("client-0")
+    assert before != after
