@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing["cuda"] = "no CUDA device"
     if not DEBIAN_FASHION_MNIST.is_dir() and "CI" not in os.environ:
         missing["fashion_mnist"] = "no Fashion-MNIST: apt-get install dataset-fashion-mnist"
+    if not all(map(shutil.which, ("openssl", "ssh-keygen"))) and "CI" not in os.environ:
+        missing["openssl"] = "no openssl or no ssh-keygen"
     for item in items:
         for name, reason in missing.items():
             if name in item.keywords:

@@ -22,7 +22,7 @@ from network import (
     with_descendants,
 )
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.openssl]
 
 GUIDE = (PROJECT / "docs" / "deployment.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.+?)```", GUIDE, flags=re.DOTALL)
