@@ -75,17 +75,16 @@ class Spectrum(NamedTuple):
 
     @property
     def signal_rank(self) -> int:
-        """Number of axes that stand out over the noise, with a gap between them and the rest.
+        """Number of axes that stand out over the noise.
 
         Twice the median eigenvalue is the hard threshold of Gavish and Donoho (arXiv 1305.5870)
         for an unknown noise level, in the limit of far fewer vectors than dimensions. Eigenvalues
         that fall without a gap are those of vectors that are each different from all others: what
-        is above the threshold then tells nobody apart from anybody else.
+        is above the threshold then tells nobody apart from anybody else, and there is none.
         """
-        above = self.eigenvalues > 2 * self.floor
-        above[:-1] &= self.eigenvalues[:-1] >= _MIN_GAP * self.eigenvalues[1:]
-        ends = above.nonzero()
-        return min(self.max_rank, int(ends[-1]) + 1) if len(ends) else 0
+        num_above = min(self.max_rank, int((self.eigenvalues > 2 * self.floor).sum()))
+        gaps = self.eigenvalues[:num_above] >= _MIN_GAP * self.eigenvalues[1 : num_above + 1]
+        return num_above if bool(gaps.any()) else 0
 
 
 @dataclass(frozen=True)
