@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -263,17 +264,29 @@ def _simulate(config: Config, clients: int) -> Run:
 
 
 def _follow(command: list[str]) -> deque[str]:
-    """Run a command, print what it says of rounds, return its last lines."""
+    """Run `flwr run`, print what it says of rounds, return its last lines.
+
+    The run is the SuperLink's, and would go on after an interrupt: it is stopped.
+    """
     log: deque[str] = deque(maxlen=60)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.append(line)
-            _, found, rest = line.partition("Round ")
-            if found and "personalized" in rest:
-                print(f"  Round {rest}", end="", flush=True)
+    run_id = ""
+    try:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.append(line)
+                if started := re.search(r"started run (\d+)", line):
+                    run_id = started[1]
+                _, found, rest = line.partition("Round ")
+                if found and "personalized" in rest:
+                    print(f"  Round {rest}", end="", flush=True)
+    except KeyboardInterrupt:
+        if run_id:
+            print(f"\nStopping run {run_id}", file=sys.stderr, flush=True)
+            subprocess.run([command[0], "stop", run_id], check=False)
+        raise
     return log
 
 

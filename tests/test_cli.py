@@ -243,6 +243,22 @@ def test_a_failed_run_ends_the_comparison_with_the_end_of_its_log(
     assert "| strategy |" not in result.stdout
 
 
+def test_an_interrupted_comparison_stops_its_run(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    called = tmp_path / "called"
+    script = (
+        f'#!/bin/sh\necho "$@" >> {called}\n'
+        "if [ $1 = run ]; then echo Successfully started run 4711; sleep 2; kill -INT $PPID; fi\n"
+    )
+    play_flwr(monkeypatch, tmp_path, script)
+    options = ["--strategies", "local", "--seeds", "0", "-c", f'output-dir="{tmp_path / "runs"}"']
+    result = runner.invoke(cli.app, ["compare", *options])
+    assert result.exit_code != 0
+    assert "Stopping run 4711" in result.stderr
+    assert called.read_text().splitlines()[1:] == ["stop 4711"]
+
+
 @pytest.mark.usefixtures("no_flwr")
 @pytest.mark.parametrize(
     ("options", "named"),

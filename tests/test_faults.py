@@ -255,7 +255,8 @@ def open_federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federa
     folder = tmp_path_factory.mktemp("open")
     app = copy_app(folder / "app", FAULTY_CLIENT)
     with Federation(folder, 2 + len(REASONS), app) as started:
-        started.start_superlink()
+        # A reply is lost where an object waits for more than 5 s for the lock of a database file.
+        started.start_superlink("--database", ":flwr-in-memory:")
         for client, fault in enumerate(REASONS, 2):
             started.start_client(client, f"fault='{fault}'")
         started.start_clients(0, 1)
