@@ -49,7 +49,11 @@ OutputDir = Annotated[
 
 @config_app.command()
 def check(file: FileArgument = None, config: Overrides = None) -> None:
-    """Say what is wrong with settings, all of it, without starting a run."""
+    """Say what is wrong with settings, all of it, without starting a run.
+
+    Run it in the project's folder.
+    """
+    sys.path.append(os.getcwd())  # where own modules are, as `flwr run` packs it
     settings = _load(file, config or [])
     try:
         preflight(settings)

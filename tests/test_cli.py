@@ -134,6 +134,19 @@ def test_a_file_that_is_not_there_is_named(runner: CliRunner, tmp_path: Path):
     assert "none.toml" in result.stderr
 
 
+def test_own_functions_are_found_in_the_current_folder(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    (tmp_path / "folder_of_mine.py").write_text(
+        "from torch import nn\n\ndef model(info):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, info.num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    result = runner.invoke(cli.app, ["config", "check", "-c", 'model.name="folder_of_mine:model"'])
+    assert result.exit_code == 0, result.stderr
+
+
 def test_an_empty_folder_has_no_runs(runner: CliRunner, tmp_path: Path):
     result = runner.invoke(cli.app, ["runs", "--output-dir", str(tmp_path)])
     assert result.exit_code == 0
