@@ -58,7 +58,7 @@ def killed_client_app(federation: Federation) -> list[Path]:
 
 def frozen_supernode(federation: Federation) -> list[Path]:
     """Freeze a SuperNode while it trains, until the next round is over."""
-    start_until_fault(federation)
+    start_until_fault(federation, **{"server.min-available-nodes": CLIENTS - 1})
     with federation.frozen(LAST):
         federation.wait_for_rounds(FAULT + 1)
     return [federation.wait_for_end()]
@@ -105,9 +105,9 @@ def newcomer(federation: Federation) -> list[Path]:
     return [federation.wait_for_end()]
 
 
-def start_until_fault(federation: Federation) -> None:
+def start_until_fault(federation: Federation, **settings: object) -> None:
     """Start a run and wait until the last client trains in the round of the fault."""
-    federation.start_run(**SETTINGS)
+    federation.start_run(**SETTINGS | settings)
     federation.wait_for_rounds(FAULT - 1)
     federation.wait_for_training(CLIENTS - 1)
 
