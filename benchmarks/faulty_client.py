@@ -1,4 +1,7 @@
-"""A ClientApp that falsifies its training replies, in the way that its node config names."""
+"""A ClientApp that falsifies its training replies, in the ways that its node config names.
+
+``fault='nan,size'`` sends NaN in the first round, too large an array in the second, and so on.
+"""
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -26,8 +29,10 @@ def evaluate(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train as the honest client does, and falsify what is sent."""
     reply = honest(message, context)
-    if fault := context.node_config.get("fault"):
-        falsify(reply.content, str(fault))
+    if "fault" in context.node_config:
+        faults = str(context.node_config["fault"]).split(",")
+        server_round = int(message.content["config"]["server-round"])
+        falsify(reply.content, faults[(server_round - 1) % len(faults)])
     return reply
 
 
