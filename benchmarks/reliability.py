@@ -215,12 +215,14 @@ def failures(result: Result) -> list[str]:
 
 
 def accuracies(result: Result) -> list[float]:
-    """Return the mean accuracy of the models of those that took part, a round."""
+    """Return the mean accuracy of the models of those who gave something in the run, a round."""
+    rows = result["clients"]
+    gave = {row["client"] for row in rows if row.get("status") == "ok"}
     return [
         fmean(
             row["personalized-accuracy"]
-            for row in result["clients"]
-            if row["round"] == number and row["status"] == "ok" and "personalized-accuracy" in row
+            for row in rows
+            if row["round"] == number and row["client"] in gave and "personalized-accuracy" in row
         )
         for number in range(1, ROUNDS + 1)
     ]
