@@ -52,6 +52,25 @@ def test_the_services_bring_a_run_to_its_end(tmp_path: Path, way: str):
         assert all("already in use" in log for log in registered)
 
 
+def validate(file: Path) -> subprocess.CompletedProcess[str]:
+    """Hold a file against the schema of the Compose specification."""
+    command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("file", [PLAIN, TLS], ids=lambda file: file.name)
+def test_compose_files_obey_the_specification(file: Path):
+    assert validate(file).returncode == 0, validate(file).stdout
+
+
+def test_the_specification_knows_no_misspelt_key(tmp_path: Path):
+    misspelt = tmp_path / "compose.yaml"
+    misspelt.write_text(PLAIN.read_text().replace("healthcheck:", "healtcheck:"))
+    result = validate(misspelt)
+    assert result.returncode == 1
+    assert "'healtcheck' was unexpected" in result.stdout
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_what_the_services_name_exists(way: str):
     compose = read_compose(*WAYS[way])
