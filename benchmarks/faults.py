@@ -32,11 +32,16 @@ FAULTY_CLIENT = "benchmarks.faulty_client:app"
 
 
 class Federation(Network):
-    """A network with SuperNodes ``client-0``, ``client-1``, … that hold a partition each."""
+    """A network with SuperNodes ``client-0``, ``client-1``, … that hold a partition each.
 
-    def __init__(self, folder: Path, num_partitions: int, app: Path = PROJECT) -> None:
+    With a folder of sites, client i has ``<i>.npz`` there instead.
+    """
+
+    def __init__(
+        self, folder: Path, num_partitions: int, app: Path = PROJECT, sites: Path | None = None
+    ) -> None:
         super().__init__(folder, app)
-        self.num_partitions = num_partitions
+        self.num_partitions, self.sites = num_partitions, sites
         self._earlier: set[Path] = set()
 
     def start_run(self, name: str = "run", **settings: object) -> subprocess.Popen[bytes]:
@@ -69,8 +74,9 @@ class Federation(Network):
         return time.monotonic() - begin
 
     def node_config(self, client: int, more: str = "") -> str:
-        """Return the node config of a partition."""
-        return f"partition-id={client} num-partitions={self.num_partitions} {more}"
+        """Return the node config of a client."""
+        data = f'data-path="{self.sites / f"{client}.npz"}"' if self.sites else ""
+        return f"partition-id={client} num-partitions={self.num_partitions} {data} {more}"
 
     def start_clients(self, *clients: int) -> None:
         """Start SuperNodes and wait until they are connected."""
@@ -160,8 +166,10 @@ class Federation(Network):
 class SecureFederation(Federation):
     """A federation with TLS whose SuperLink lets in registered SuperNodes alone."""
 
-    def __init__(self, folder: Path, num_partitions: int, app: Path = PROJECT) -> None:
-        super().__init__(folder, num_partitions, app)
+    def __init__(
+        self, folder: Path, num_partitions: int, app: Path = PROJECT, sites: Path | None = None
+    ) -> None:
+        super().__init__(folder, num_partitions, app, sites)
         self.security = ()
         self.certificate = write_certificate(folder)
         configure_connection(folder, self.port, f'root-certificates = "{self.certificate}"')

@@ -33,13 +33,18 @@ class PoolGrid:
         self.num_clients = num_clients
         self._num_sent = 0
         _identify()
-        client_data(config.data, config.seed, 0, num_clients)  # once, before the processes fork
+        if config.data.dataset != "sites":  # once, before the processes fork
+            client_data(config.data, config.seed, 0, num_clients)
         context = multiprocessing.get_context("fork")
         self._pool = context.Pool(num_processes, _identify)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the nodes, which are the numbers of their partitions."""
         return list(range(self.num_clients))
+
+    def node_config(self, node: int) -> dict[str, Any]:
+        """Return what a SuperNode is told of its data."""
+        return {"partition-id": node, "num-partitions": self.num_clients}
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -49,7 +54,8 @@ class PoolGrid:
         for message in messages:
             self._num_sent += 1
             message.metadata.__dict__["_message_id"] = str(self._num_sent)
-            tasks.append((message, self.num_clients, self.run_config))
+            node = message.metadata.dst_node_id
+            tasks.append((message, self.node_config(node), self.run_config))
         return self._pool.starmap(_answer, tasks, chunksize=1)
 
     def close(self) -> None:
@@ -111,7 +117,6 @@ def _identify() -> None:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
 
 
-def _answer(message: Message, num_clients: int, run_config: dict[str, Any]) -> Message:
+def _answer(message: Message, node_config: dict[str, Any], run_config: dict[str, Any]) -> Message:
     node = message.metadata.dst_node_id
-    node_config: dict[str, Any] = {"partition-id": node, "num-partitions": num_clients}
     return client_app(message, Context(1, node, node_config, RecordDict(), run_config))

@@ -3,7 +3,8 @@
     python -m benchmarks.reliability --figure docs/reliability.png
 
 Every case is a federation of four clients on loopback that learn the digits for six rounds; what
-goes wrong goes wrong in round 3. Cases that --results has already are not repeated.
+goes wrong goes wrong in round 3, and a newcomer joins in round 5. Cases that --results has already
+are not repeated.
 """
 
 import json
@@ -28,6 +29,7 @@ from tests.network import read_lines, wait_until
 CLIENTS = 4
 ROUNDS = 6
 FAULT = 3
+JOIN = 5
 LAST = f"client-{CLIENTS - 1}"
 SETTINGS = {"num-server-rounds": ROUNDS, "server.min-available-nodes": CLIENTS}
 FAULTS = "nan,shape,names,size,record"
@@ -96,9 +98,9 @@ def strangers(federation: SecureFederation) -> list[Path]:
 
 
 def newcomer(federation: Federation) -> list[Path]:
-    """Start another SuperNode during round 2."""
+    """Start another SuperNode in the round before the one that it joins in."""
     federation.start_run(**SETTINGS)
-    federation.wait_for_rounds(FAULT - 2)
+    federation.wait_for_rounds(JOIN - 2)
     federation.num_partitions = CLIENTS + 1
     federation.start_client(CLIENTS)
     return [federation.wait_for_end()]
@@ -123,10 +125,11 @@ def resumed(federation: Federation) -> list[Path]:
 
 
 class Case(NamedTuple):
-    """What happens in a federation, and of which kind that is."""
+    """What happens in a federation, of which kind that is, and in which round."""
 
     happens: Callable[[Any], list[Path]]
     kind: type[Federation] = SecureFederation
+    round: int = FAULT
 
 
 CASES = {
@@ -139,7 +142,7 @@ CASES = {
     "ServerApp killed": Case(killed_server_app),
     "SuperLink killed": Case(killed_superlink),
     "strangers": Case(strangers),
-    "newcomer": Case(newcomer),
+    "newcomer": Case(newcomer, round=JOIN),
 }
 
 
@@ -249,7 +252,7 @@ def draw(done: dict[str, Result], file: Path) -> None:
     panels = drawing.subplots(3, 3, sharex=True, sharey=True).flat
     rounds = range(1, ROUNDS + 1)
     for name, axes in zip(names, panels, strict=True):
-        axes.axvspan(FAULT - 0.5, FAULT + 0.5, color="0.92")
+        axes.axvspan(CASES[name].round - 0.5, CASES[name].round + 0.5, color="0.92")
         axes.plot(rounds, accuracies(done["undisturbed"]), color="0.5", linewidth=4, alpha=0.5)
         axes.plot(rounds, accuracies(done[name]), "o-", color="C0", markersize=3)
         for row in done[name]["metrics"]:
@@ -258,7 +261,7 @@ def draw(done: dict[str, Result], file: Path) -> None:
         axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
     drawing.supxlabel(
-        "round (the fault is in the shaded one; below: the clients whose uploads counted)"
+        "round (it happens in the shaded one; below: the clients whose uploads counted)"
     )
     drawing.supylabel("accuracy on the clients' own test sets; grey: undisturbed")
     drawing.savefig(file, dpi=150)
