@@ -16,6 +16,7 @@ _GENERATED_DTYPES = (torch.float32, torch.float16)
 MAX_ABSOLUTE = 1e12
 # Buffers of torch's normalization layers: statistics of the data, not parameters.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_NEVER_NEGATIVE = ("running_var", "num_batches_tracked")
 
 
 class ParameterError(ValueError):
@@ -144,10 +145,12 @@ class ParameterLayout:
                 )
             if tensor.dtype != entry.dtype:
                 raise ParameterError(f"{entry.name} is {tensor.dtype} instead of {entry.dtype}")
-            if tensor.is_floating_point() and not bool((tensor.abs() < MAX_ABSOLUTE).all()):
+            if not bool((tensor.double().abs() < MAX_ABSOLUTE).all()):
                 raise ParameterError(
                     f"{entry.name} has values that are not finite, or beyond {MAX_ABSOLUTE:.0e}"
                 )
+            if entry.name.rpartition(".")[2] in _NEVER_NEGATIVE and bool((tensor < 0).any()):
+                raise ParameterError(f"{entry.name} has negative values, and should have none")
 
 
 def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> StateDict:

@@ -105,8 +105,9 @@ class RoundEnd:
         if server_round > 0:
             self._stop_if_hopeless()
             self._write_rows(seconds)
-        every = self.config.checkpoint.every
-        if every and (server_round == 0 or self.strategy.record.server_round % every == 0):
+        every, completed = self.config.checkpoint.every, self.strategy.record.server_round
+        is_last = completed == self.config.num_server_rounds
+        if every and (server_round == 0 or completed % every == 0 or is_last):
             write_checkpoint(self.folder.path, self.strategy)
 
     def _write_rows(self, seconds: float) -> None:

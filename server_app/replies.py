@@ -1,7 +1,6 @@
 """Reading replies of clients, none of which is trusted."""
 
 import io
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +26,8 @@ _GONE = (
 )
 # More clients than anyone shares a data set out to; whoever does later must come to an end.
 MAX_PARTITIONS = 100_000
+# Whole numbers beyond are not exact as floats.
+MAX_WEIGHT = 2**53
 # What numpy's file format puts before the data, generously.
 _MAX_HEADER_BYTES = 4096
 _MAX_CHANNELS = 1024
@@ -64,7 +65,7 @@ def read_upload(message: Message, layout: ParameterLayout, weighted_by_key: str)
         state = {entry.name: _read_array(arrays[entry.name], entry) for entry in layout.entries}
         layout.check(state)
     except ParameterError as error:
-        raise ReplyError(str(error)) from error
+        raise ReplyError(one_line(str(error), 1000)) from error
     site = _read_site(next(iter(message.content.metric_records.values())))
     return Upload(state, int(metrics[weighted_by_key]), metrics, site)
 
@@ -77,8 +78,8 @@ def read_metrics(
     Raises
     ------
     ReplyError
-        If it is an error, has other records, a number that is not finite, or no positive
-        ``weighted_by_key``.
+        If it is an error, has other records, a number that is not finite or absurdly large, or no
+        positive ``weighted_by_key``.
     """
     if message.has_error():
         what = NO_REPLY if message.error.code in _GONE else "the client failed"
@@ -92,18 +93,19 @@ def read_metrics(
     for name, value in next(iter(content.metric_records.values())).items():
         if isinstance(value, list):
             continue
-        if not math.isfinite(value):
+        if not abs(value) < (MAX_WEIGHT if name == weighted_by_key else MAX_ABSOLUTE):
             raise ReplyError(f'the metric "{one_line(name)}" is {value}')
         metrics[name] = value
     weight = metrics.get(weighted_by_key)
-    if weight is None or not 1 <= weight < 2**53:
+    if weight is None or weight < 1:
         raise ReplyError(f'the metric "{weighted_by_key}" is {weight}, and should be 1 or more')
     return metrics
 
 
 def one_line(text: str, length: int = 300) -> str:
-    """Cut what a client wrote to what a log can bear."""
-    return " ".join(text.split())[:length]
+    """Cut what a client wrote to what a log, and the terminal that shows it, can bear."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(printable.split())[:length]
 
 
 def _read_site(record: MetricRecord) -> StateDict:

@@ -39,6 +39,14 @@ class Roster:
         all_new = len(new) == len(node_ids) and set(wishes.values()) >= set(self.clients.values())
         if self._is_first and all_new:
             self.clients = {}
+        elif self._is_first and self.clients and len(new) == len(node_ids):
+            log(
+                WARNING,
+                "None of the %d clients of the earlier run is here; all %d are newcomers. In a "
+                "simulation, num-supernodes should be what it was",
+                len(self.clients),
+                len(new),
+            )
         self._is_first = False
         for node_id in sorted(new, key=lambda node_id: (wishes.get(node_id, 2**63), node_id)):
             taken = set(self.clients.values())

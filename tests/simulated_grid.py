@@ -17,7 +17,7 @@ def weights(value: float) -> dict[str, torch.Tensor]:
         "layer.weight": torch.full((2, 2), value),
         "layer.bias": torch.full((2,), -value),
         "norm.running_mean": torch.full((2,), 10 * value),
-        "norm.num_batches_tracked": torch.tensor(int(value)),
+        "norm.num_batches_tracked": torch.tensor(abs(int(value))),
     }
 
 

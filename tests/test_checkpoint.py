@@ -132,8 +132,11 @@ def test_new_ids_are_numbered_by_partition_if_they_claim_all_old_numbers():
     assert roster.clients == {5: 1, 6: 0, 7: 2}
 
 
-def test_a_stranger_is_never_given_the_number_of_a_client_that_is_away():
+def test_a_stranger_is_never_given_the_number_of_a_client_that_is_away(
+    caplog: pytest.LogCaptureFixture,
+):
     roster = PartitionRoster()
     roster.resume({70: 0, 80: 1})
     roster.admit(SimulatedGrid({}, {5: 0}), [5])
     assert roster.clients == {70: 0, 80: 1, 5: 2}
+    assert "None of the 2 clients of the earlier run is here; all 1 are newcomers" in caplog.text

@@ -134,6 +134,7 @@ def test_killed_between_checkpoints_a_run_goes_on_after_the_last(
     assert [row["round"] for row in rows(tmp_path / "2", "metrics.jsonl")] == [1, 2, 3, 4]
     assert load_state(tmp_path / "2" / CHECKPOINT, "pfedgpa-checkpoint-2")[1]["round"] == 3
     assert_same_results(run_app(tmp_path, 3, **seldom, **{"resume-from": "2"}), expected)
+    assert load_state(tmp_path / "3" / CHECKPOINT, "pfedgpa-checkpoint-2")[1]["round"] == ROUNDS
 
 
 def test_a_resumed_run_that_is_killed_at_once_is_resumed_itself(

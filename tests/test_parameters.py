@@ -187,6 +187,7 @@ def test_check_takes_a_state_dict_of_the_same_model():
         ),
         ({"2.bias": torch.tensor([0, float("nan"), 0])}, r"2\.bias has values that are not finite"),
         ({"2.bias": torch.tensor([0, 0, float("inf")])}, r"2\.bias has values that are not finite"),
+        ({"1.running_var": torch.tensor([-1e-3, 1])}, r"1\.running_var has negative values"),
         (
             {"1.running_var": torch.tensor([-float("inf"), 1])},
             r"1\.running_var has values that are not finite",

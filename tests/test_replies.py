@@ -78,6 +78,8 @@ def test_a_good_upload_is_read_to_the_last_bit():
         (changed("layer.bias", torch.tensor([1.0, float("nan")])), "not finite"),
         (changed("layer.weight", torch.full((2, 2), float("inf"))), "not finite"),
         (changed("layer.weight", torch.full((2, 2), 3e38)), "beyond 1e[+]12"),
+        (changed("norm.num_batches_tracked", torch.tensor(2**62)), "beyond 1e[+]12"),
+        (changed("norm.num_batches_tracked", torch.tensor(-1)), "negative"),
         (changed("layer.bias", torch.ones(200_000)), "800128 bytes"),
         (changed("layer.bias", raw(b"")), "0 bytes"),
         (changed("layer.bias", raw(b"\x80\x04" * 40)), "cannot be read"),
@@ -104,6 +106,7 @@ def test_an_array_that_does_not_fit_is_refused_by_name(state: dict, reason: str 
         (float("nan"), {}, "num-examples"),
         (2.0**60, {}, "num-examples"),
         (10, {"loss-after": float("nan")}, "loss-after"),
+        (10, {"loss-after": 1e13}, "loss-after"),
     ],
 )
 def test_numbers_that_are_none_are_refused(num_examples: float, metrics: dict, reason: str):
@@ -131,6 +134,12 @@ def test_a_record_that_was_not_asked_for_is_refused(extra: dict):
     record.update(extra)
     with pytest.raises(ReplyError, match="records"):
         read(record)
+
+
+def test_a_name_of_a_client_is_written_to_the_log_without_what_would_steer_a_terminal():
+    with pytest.raises(ReplyError) as caught:
+        read(upload(weights(1.0) | {"\x1b[2Jroot\n2026-01-01 INFO all is well": torch.ones(1)}))
+    assert str(caught.value).endswith("no tensor [2Jroot 2026-01-01 INFO all is well")
 
 
 def test_a_long_message_of_a_client_is_cut_for_the_log():

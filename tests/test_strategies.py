@@ -152,6 +152,8 @@ BAD = {
     "NaN": upload({**weights(1.0), "layer.bias": torch.tensor([float("nan"), 0.0])}),
     "wrong shape": upload({**weights(1.0), "layer.bias": torch.ones(9)}),
     "far off": upload(weights(1e9)),
+    "too heavy": upload(weights(1.0), 2**40),
+    "absurd accuracy": upload(weights(1.0), **{"accuracy-after": 1e308}),
     "renamed": upload({"x": torch.ones(2)}),
     "no contrast": upload(weights(1.0), **{"image-mean": [1.0], "image-std": [0.0]}),
 }
@@ -166,6 +168,7 @@ def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(strategy, bad):
     record = faulty.record
     assert record.num_failures == 1
     assert record.clients[8]["status"] != "ok"
+    assert "accuracy-after" not in record.clients[8]
     without = strategy()
     start(without, SimulatedGrid(groups()))
     for client in range(8):
@@ -191,6 +194,25 @@ def test_the_server_keeps_what_clients_last_told_of_their_data():
     assert strategy.sites[0]["image-stats"].tolist() == [[6.0], [2.0]]
     assert strategy.sites[0]["partition"].tolist() == [0, 3]
     assert strategy.sites[2]["image-stats"].tolist() == [[7.0], [2.0]]
+
+
+def test_a_client_whose_data_are_another_partition_is_refused():
+    strategy = ClientwiseFedAvg(fraction_evaluate=0.0)
+    grid = SimulatedGrid({1: telling(1.0, 5.0, partition=[0, 3]), 2: site(1.0)})
+    start(strategy, grid, num_rounds=1)
+    grid.nodes = {1: telling(9.0, 5.0, partition=[0, 6]), 2: site(1.0)}
+    start(strategy, grid, num_rounds=1)
+    assert "are partition 0 of 6, and were 0 of 3" in strategy.record.clients[0]["status"]
+    assert strategy.record.clients[1]["status"] == "ok"
+    assert float(strategy.average["layer.weight"][0, 0]) == 1.0
+
+
+def test_counters_are_no_part_of_how_far_a_client_moved():
+    counting = upload({**weights(1.0), "norm.num_batches_tracked": torch.tensor(10**9)})
+    grid = SimulatedGrid({**groups(), 8: lambda message: counting})
+    strategy = ClientwiseFedAvg(fraction_evaluate=0.0)
+    start(strategy, grid, num_rounds=1)
+    assert strategy.record.num_failures == 0
 
 
 def test_of_an_upload_that_is_not_used_nothing_is_kept():

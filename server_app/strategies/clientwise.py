@@ -28,8 +28,8 @@ from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.replies import ReplyError, Upload, read_metrics, read_upload
 from server_app.roster import Roster, by_addressee
 
-# Clients differ in how far they move, by their data and epochs, but not by orders of magnitude.
-MAX_RELATIVE_MOVE = 1000
+# Clients differ in how much data they have and how far they move, but not by orders of magnitude.
+MAX_RATIO = 1000
 
 
 class ClientwiseFedAvg(FedAvg):
@@ -267,43 +267,67 @@ class ClientwiseFedAvg(FedAvg):
         """Return the uploads that can be used, and note why others can't."""
         assert self.layout is not None, "configure_train comes before aggregate_train"
         uploads: dict[int, Upload] = {}
+        num_bytes: dict[int, int] = {}
         for client, reply in self._by_client(replies):
             try:
-                uploads[client] = read_upload(reply, self.layout, self.weighted_by_key)
+                upload = read_upload(reply, self.layout, self.weighted_by_key)
+                self._check_partition(client, upload)
             except ReplyError as error:
                 self._refuse(client, str(error))
                 continue
+            uploads[client] = upload
             arrays = reply.content.array_records.values()
-            self.record.trained(
-                client, uploads[client].metrics, sum(record.count_bytes() for record in arrays)
-            )
-        return self._without_outliers(uploads)
+            num_bytes[client] = sum(record.count_bytes() for record in arrays)
+        for client, reason in self._outliers(uploads).items():
+            self._refuse(client, reason)
+            del uploads[client]
+        for client, upload in uploads.items():
+            self.record.trained(client, upload.metrics, num_bytes[client])
+        return uploads
 
-    def _without_outliers(self, uploads: dict[int, Upload]) -> dict[int, Upload]:
-        """Leave out uploads that moved absurdly farther than the others' median.
+    def _check_partition(self, client: int, upload: Upload) -> None:
+        """Refuse a client whose data are not those of earlier rounds.
+
+        Raises
+        ------
+        ReplyError
+            If it tells another partition than before, as when a run is resumed with more clients.
+        """
+        before = self.sites.get(client, {}).get("partition")
+        now = upload.site.get("partition")
+        if before is not None and now is not None and not torch.equal(before, now):
+            raise ReplyError(
+                f"its data are partition {now[0]} of {now[1]}, and were {before[0]} of "
+                f"{before[1]}; right would be as many clients as in the rounds before"
+            )
+
+    def _outliers(self, uploads: dict[int, Upload]) -> dict[int, str]:
+        """Return who moved absurdly farther than the median client, or claims absurdly more data.
 
         A single one would outweigh all others in any average and in any principal component.
         """
         if len(uploads) < 3:
-            return uploads
+            return {}
         moves = {
             client: _distance(upload.state, self.training_state(client))
             for client, upload in uploads.items()
         }
         # Where most do not move at all, parameters as long as the average are the measure.
-        median = statistics.median(moves.values()) or _distance(self.average)
-        for client, move in moves.items():
-            if move > MAX_RELATIVE_MOVE * median:
-                self._refuse(
-                    client,
-                    f"its parameters moved by {move:.3g}, more than {MAX_RELATIVE_MOVE} times as "
-                    "far as the median client's",
+        median_move = statistics.median(moves.values()) or _distance(self.average)
+        median_examples = statistics.median(upload.num_examples for upload in uploads.values())
+        reasons = {}
+        for client, upload in uploads.items():
+            if moves[client] > MAX_RATIO * median_move:
+                reasons[client] = (
+                    f"its parameters moved by {moves[client]:.3g}, more than {MAX_RATIO} times as "
+                    "far as the median client's"
                 )
-        return {
-            client: upload
-            for client, upload in uploads.items()
-            if self.record.clients[client]["status"] == "ok"
-        }
+            elif upload.num_examples > MAX_RATIO * median_examples:
+                reasons[client] = (
+                    f'the metric "{self.weighted_by_key}" is {upload.num_examples}, more than '
+                    f"{MAX_RATIO} times the median client's"
+                )
+        return reasons
 
     def _refuse(self, client: int, reason: str) -> None:
         log(
@@ -326,9 +350,10 @@ def _shared_metrics(metrics: Sequence[dict[str, float]]) -> list[RecordDict]:
 
 
 def _distance(left: StateDict, right: StateDict | None = None) -> float:
-    """Return the Euclidean distance of two states, or of one from zero."""
+    """Return the Euclidean distance of two states, or of one from zero, without what is counted."""
     squares = [
         (tensor.double() - (right[name].double() if right else 0)).square().sum()
         for name, tensor in left.items()
+        if tensor.is_floating_point()
     ]
     return float(torch.stack(squares).sum().sqrt())
