@@ -1,5 +1,6 @@
 """What can be wrong with right settings: models, layers and devices that are not there."""
 
+import torch
 from torch import nn
 
 from pfedgpa_app.config import Config, ConfigError
@@ -19,7 +20,13 @@ def preflight(config: Config) -> nn.Module:
     problems = []
     try:
         model = build_model(config.model.name, config.data.info, config.seed)
-        ParameterLayout.of(model.state_dict(), config.diffusion.patterns)
+        layout = ParameterLayout.of(model.state_dict(), config.diffusion.patterns)
+        problems += [
+            f'model.name = "{config.model.name}": {entry.name} is {entry.dtype}, which messages '
+            "cannot carry; right would be torch.float32 or torch.float16"
+            for entry in layout.entries
+            if not _has_numpy(entry.dtype)
+        ]
     except ModelError as error:
         problems.append(str(error))
     except ParameterError as error:
@@ -32,3 +39,12 @@ def preflight(config: Config) -> nn.Module:
     if problems:
         raise ConfigError(problems)
     return model
+
+
+def _has_numpy(dtype: torch.dtype) -> bool:
+    """Return whether NumPy, and so Flower's arrays, has a type."""
+    try:
+        torch.empty(0, dtype=dtype).numpy()
+    except TypeError:
+        return False
+    return True

@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from exact_denoiser import ExactDenoiser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pfedgpa_app.diffusion import (
     CLEAN,
-    ExactDenoiser,
     NoiseSchedule,
     RawSpace,
     ResidualDenoiser,

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from exact_denoiser import ExactDenoiser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pfedgpa_app.diffusion import (
-    ExactDenoiser,
     NoiseSchedule,
     Spectrum,
     Subspace,

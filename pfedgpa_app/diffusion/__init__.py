@@ -1,6 +1,6 @@
 """Diffusion on vectors of parameters: schedule, denoiser, training, inversion and generation."""
 
-from pfedgpa_app.diffusion.denoiser import ExactDenoiser, ResidualDenoiser
+from pfedgpa_app.diffusion.denoiser import ResidualDenoiser
 from pfedgpa_app.diffusion.generation import generate
 from pfedgpa_app.diffusion.guidance import guide
 from pfedgpa_app.diffusion.inversion import Denoiser, LatentCode, invert, posterior_mean
@@ -15,7 +15,6 @@ __all__ = [
     "CLEAN",
     "BlockDiffusion",
     "Denoiser",
-    "ExactDenoiser",
     "LatentCode",
     "MakeGenerator",
     "NoiseSchedule",

@@ -33,21 +33,15 @@ def train_denoiser(
     batch_size: int,
     learning_rate: float,
     generator: torch.Generator,
-) -> float:
+) -> None:
     """Train a denoiser in place on the vectors of a bank ``(num_vectors, dim)``.
 
     Adam with a learning rate that falls to zero along a cosine. Every batch is drawn from the bank
     with replacement.
-
-    Returns
-    -------
-    float
-        The mean loss over the last tenth of the steps.
     """
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=learning_rate, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, train_steps)
     denoiser.train()
-    losses = []
     for _ in range(train_steps):
         rows = torch.randint(len(bank), (batch_size,), generator=generator, device=generator.device)
         loss = ddpm_loss(denoiser, schedule, bank[rows], generator)
@@ -55,6 +49,4 @@ def train_denoiser(
         loss.backward()
         optimizer.step()
         decay.step()
-        losses.append(loss.detach())
     denoiser.eval()
-    return float(torch.stack(losses[-max(1, train_steps // 10) :]).mean())
