@@ -18,7 +18,7 @@ def fashion_mnist(root: Path) -> tuple[Tensor, Tensor]:
 
 
 def cnn(info: DatasetInfo) -> nn.Module:
-    """Return two small convolutions and two linear layers; 6,178 parameters."""
+    """Return two small convolutions and two linear layers; 6,218 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
         nn.MaxPool2d(2),

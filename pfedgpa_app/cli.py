@@ -274,9 +274,11 @@ def _follow(command: list[str]) -> deque[str]:
     """
     log: deque[str] = deque(maxlen=60)
     run_id = ""
+    # A SuperLink that is started for it need not install what this command runs in already.
+    env = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", **os.environ}
     try:
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:

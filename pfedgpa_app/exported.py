@@ -145,7 +145,8 @@ class ExportedModel:
                 f"images of {images.dtype}; right would be {dtype}, in the units of the data that "
                 "the model was trained on (an .npz file can hold both)"
             )
-        return logits_of(self.module, images, stats).softmax(dim=1)
+        logits = logits_of(self.module, images, stats, self.config.client.precision)
+        return logits.softmax(dim=1)
 
     def evaluate(self) -> tuple[Evaluation, int]:
         """Return accuracy and loss on the client's own test set, and how many images it has.
@@ -168,7 +169,8 @@ class ExportedModel:
                 "(pfedgpa predict --trust)"
             )
         data = client_data(self.config.data, self.config.seed, *self.partition)
-        result = evaluate(self.module, data.test_images, data.test_labels, self._known_stats)
+        test = (data.test_images, data.test_labels, self._known_stats)
+        result = evaluate(self.module, *test, self.config.client.precision)
         return result, len(data.test_labels)
 
     @cached_property

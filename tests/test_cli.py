@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,10 +53,10 @@ def runner() -> CliRunner:
 
 @pytest.fixture
 def no_flwr(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> NoReturn:
-        pytest.fail(f"started {args}")
+    def refuse(command: list[str]) -> NoReturn:
+        pytest.fail(f"started {command}")
 
-    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(cli, "_follow", refuse)
 
 
 def play_flwr(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
