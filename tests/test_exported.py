@@ -80,6 +80,16 @@ def test_the_test_set_is_that_of_the_client_in_its_run():
     assert other != result
 
 
+def test_a_model_is_judged_in_the_precision_of_its_run():
+    exact, coarse = exported(), exported(**{"client.precision": "bf16"})
+    data = client_data(Config().data, 0, 1, 4)
+    test = (data.test_images, data.test_labels, data.stats)
+    result, _ = coarse.evaluate()
+    assert result == evaluate(exact.module, *test, "bf16")
+    assert result.loss != exact.evaluate()[0].loss
+    assert not torch.equal(coarse.predict(DIGITS.images[:9]), exact.predict(DIGITS.images[:9]))
+
+
 @pytest.mark.parametrize(
     ("images", "reason"),
     [
