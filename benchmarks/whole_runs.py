@@ -114,7 +114,7 @@ TRANSFORMER = Experiment(
     rows={
         "everything": {},
         "everything, per layer": {"diffusion.blocks": "per-layer"},
-        "head": {"diffusion.generated-layers": "heads*"},
+        "everything, rank 4, start 200": {"diffusion.rank": 4, "diffusion.start": 200},
         "local": {"strategy": "local"},
         "fedavg-ft": {"strategy": "fedavg-ft"},
     },
