@@ -274,8 +274,10 @@ def _follow(command: list[str]) -> deque[str]:
     """
     log: deque[str] = deque(maxlen=60)
     run_id = ""
-    # A SuperLink that is started for it need not install what this command runs in already.
+    # A SuperLink that is started for it need not install what this command runs in already, and
+    # what flwr prints must come at once, or an interrupt would not know what to stop.
     env = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", **os.environ}
+    env["PYTHONUNBUFFERED"] = "1"
     try:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
