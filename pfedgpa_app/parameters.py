@@ -145,7 +145,7 @@ class ParameterLayout:
                 )
             if tensor.dtype != entry.dtype:
                 raise ParameterError(f"{entry.name} is {tensor.dtype} instead of {entry.dtype}")
-            if not bool((tensor.double().abs() < MAX_ABSOLUTE).all()):
+            if not bool(((tensor > -MAX_ABSOLUTE) & (tensor < MAX_ABSOLUTE)).all()):
                 raise ParameterError(
                     f"{entry.name} has values that are not finite, or beyond {MAX_ABSOLUTE:.0e}"
                 )
