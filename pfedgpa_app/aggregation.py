@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
-from pfedgpa_app.diffusion import BlockDiffusion, MakeGenerator, Spectrum, mix
+from pfedgpa_app.diffusion import BlockDiffusion, MakeGenerator, Spectrum, divergence, mix
 from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
 from pfedgpa_app.state import below, load_state, save_state, under
 
-STATE_KIND = "pfedgpa-aggregator-2"
+STATE_KIND = "pfedgpa-aggregator-3"
 
 WHOLE = (slice(None),)
 """All parameters as one block."""
 
 # Of all that a client is like, the part that must have been in the round to speak for it.
 MIN_KINSHIP = 0.01
-# Variance of clients that are alike, as a part of their squared way from the initial model. Clients
-# of one distribution have 0.1 and less of it, those that share out labels at random 0.5 and more.
-MAX_APART = 0.25
+# Divergence from the initial model up to which clients are alike. In their first round those of one
+# distribution have 0.1 to 0.3, those of Dirichlet mixtures 0.3 (alpha 20), 0.5 to 1 (5), 2 (0.5).
+MAX_DIVERGENCE = 0.5
 
 
 class GenerativeAggregator:
@@ -47,6 +47,8 @@ class GenerativeAggregator:
         What was generated for each newcomer, ``(d,)``, brought up to date.
     models
         The diffusion model of each block of parameters; None where everyone keeps its upload.
+    alike
+        Whether clients went together so far, block by block.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class GenerativeAggregator:
         self.initial = initial
         self.blocks = tuple(blocks)
         self.models: list[BlockDiffusion | None] = [None] * len(self.blocks)
+        self.alike = [True] * len(self.blocks)
 
     def observe(self, client: int, vector: Tensor) -> None:
         """Take in the parameters ``(d,)`` that a client uploaded in this round."""
@@ -95,12 +98,8 @@ class GenerativeAggregator:
             self._fresh = {}
             self.models = [None] * len(self.blocks)
             self.models = [
-                self._learn(
-                    self._vectors(block),
-                    block,
-                    partial(make_generator, self.seed, server_round, number),
-                )
-                for number, block in enumerate(self.blocks)
+                self._learn(number, partial(make_generator, self.seed, server_round, number))
+                for number in range(len(self.blocks))
             ]
 
     def personalize(self, client: int) -> Tensor:
@@ -163,6 +162,7 @@ class GenerativeAggregator:
             tensors["average"] = self.average
         if self.initial is not None:
             tensors["initial"] = self.initial
+        tensors["alike"] = torch.tensor(self.alike)
         for number, model in enumerate(self.models):
             tensors |= under(f"model.{number}", model.state()) if model else {}
         return tensors
@@ -185,9 +185,12 @@ class GenerativeAggregator:
                 parts = below(f"model.{number}", tensors)
                 model = BlockDiffusion.of(self.config, parts, self.device) if parts else None
                 models.append(model)
+            alike = tensors["alike"].tolist()
+            if len(alike) != len(self.blocks):
+                raise KeyError("alike")
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
-        self.bank, self.guests, self.models = bank, guests, models
+        self.bank, self.guests, self.models, self.alike = bank, guests, models, alike
         self.average, self.initial = tensors.get("average"), tensors.get("initial")
         self._fresh = {}
 
@@ -212,15 +215,15 @@ class GenerativeAggregator:
         """Return a block of the bank's vectors, by client."""
         return [self.bank[client][block] for client in sorted(self.bank)]
 
-    def _learn(
-        self, vectors: list[Tensor], block: slice, streams: MakeGenerator
-    ) -> BlockDiffusion | None:
-        """Return the diffusion model of a block's vectors ``(d,)``.
+    def _learn(self, number: int, streams: MakeGenerator) -> BlockDiffusion | None:
+        """Return the diffusion model of a block of the bank.
 
         With one client there is nothing to learn. Clients without any principal axis that stands
-        out are alike, or each is different from all others; if they are alike, they went together
-        nearly all the way from what they started from.
+        out are alike, or each is different from all others. Once different, they stay so: whoever
+        is not in a round goes the way of the others, and what all have in common grows.
         """
+        block = self.blocks[number]
+        vectors = self._vectors(block)
         if len(vectors) < 2:
             return None
         spectrum = Spectrum.of(vectors)
@@ -229,11 +232,10 @@ class GenerativeAggregator:
             and self.config.rank == "auto"
             and not spectrum.signal_rank
         )
-        if is_flat and self.initial is not None:
-            apart = float(spectrum.eigenvalues.sum())
-            together = float((spectrum.mean - self.initial[block]).double().square().sum())
-            if apart > MAX_APART * together:
-                return None
+        if is_flat and self.alike[number] and self.initial is not None:
+            self.alike[number] = divergence(vectors, self.initial[block]) <= MAX_DIVERGENCE
+        if is_flat and not self.alike[number]:
+            return None
         return BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
 
     def _bring_up_to_date(self, average: Tensor | None) -> None:
@@ -262,17 +264,21 @@ class GenerativeAggregator:
         clients = sorted(self.bank)
         again = [row for row, client in enumerate(clients) if client in self._fresh]
         moved = {client: vector.clone() for client, vector in old.items()}
+        if not again:
+            return moved
         for block, model in self._learned():
-            if not model or not again:
-                continue
             moves = [
                 self._fresh[clients[row]][block] - self.bank[clients[row]][block] for row in again
             ]
+            evenly = torch.full((len(again),), 1 / len(again))
+            together = mix(evenly, moves)
+            if not model:
+                for vector in moved.values():
+                    vector[block] += together
+                continue
             here = model.space.project([vector[block] for vector in old.values()])
             kinship = model.kinship(here, model.coordinates)[:, again]
             shares = kinship.sum(dim=1, keepdim=True)
-            evenly = torch.full_like(kinship, 1 / len(again))
-            weights = torch.where(shares < MIN_KINSHIP, evenly, kinship / shares)
-            for vector, row in zip(moved.values(), weights, strict=True):
-                vector[block] += mix(row, moves)
+            for vector, kin, share in zip(moved.values(), kinship, shares, strict=True):
+                vector[block] += together if share < MIN_KINSHIP else mix(kin / share, moves)
         return moved

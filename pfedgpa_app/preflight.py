@@ -22,10 +22,10 @@ def preflight(config: Config) -> nn.Module:
         model = build_model(config.model.name, config.data.info, config.seed)
         layout = ParameterLayout.of(model.state_dict(), config.diffusion.patterns)
         problems += [
-            f'model.name = "{config.model.name}": {entry.name} is {entry.dtype}, which messages '
-            "cannot carry; right would be torch.float32 or torch.float16"
+            f'model.name = "{config.model.name}": {entry.name} is {entry.dtype}, which cannot be '
+            "sent and averaged; right would be torch.float32 or torch.float16"
             for entry in layout.entries
-            if not _has_numpy(entry.dtype)
+            if entry.dtype.is_complex or not _has_numpy(entry.dtype)
         ]
     except ModelError as error:
         problems.append(str(error))

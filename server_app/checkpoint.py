@@ -13,7 +13,7 @@ from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg
 
 CHECKPOINT = "checkpoint.safetensors"
-_KIND = "pfedgpa-checkpoint-2"
+CHECKPOINT_KIND = "pfedgpa-checkpoint-3"
 
 
 class ResumeError(ValueError):
@@ -24,7 +24,7 @@ def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
     """Write a strategy's state after a round; a crash leaves the last checkpoint as it was."""
     save_state(
         folder / CHECKPOINT,
-        _KIND,
+        CHECKPOINT_KIND,
         strategy.state(),
         round=strategy.record.server_round,
         # JSON has no integer keys.
@@ -51,7 +51,7 @@ def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tu
     path = config.output_path / Path(config.resume_from).expanduser()
     try:
         run = Run.read(path)
-        tensors, facts = load_state(path / CHECKPOINT, _KIND)
+        tensors, facts = load_state(path / CHECKPOINT, CHECKPOINT_KIND)
     except ValueError as error:
         raise ResumeError(f'resume-from = "{config.resume_from}": {error}') from error
     if differences := config.differences(run.config):

@@ -154,6 +154,48 @@ def test_clients_without_structure_are_alike_if_they_went_together(way: float, i
         torch.testing.assert_close(aggregator.personalize(client), expected)
 
 
+def test_clients_that_began_apart_stay_so_however_far_they_come_together():
+    """Those that are not in a round go the mean of the others' ways, and keep what is their own."""
+    uploads = torch.randn(20, 500, generator=make_generator(0))
+    aggregator = GenerativeAggregator(DiffusionConfig())
+    aggregator.begin(torch.zeros(500))
+    for server_round, members in ((1, range(20)), (2, range(10)), (3, range(10))):
+        for client in members:
+            aggregator.observe(client, uploads[client] + 10 * (server_round - 1))
+        aggregator.fit(server_round)
+        resumed = GenerativeAggregator(DiffusionConfig())
+        resumed.restore(aggregator.state())
+        aggregator = resumed
+    for client in (0, 9, 10, 19):
+        torch.testing.assert_close(aggregator.personalize(client), uploads[client] + 20)
+
+
+def test_strangers_who_come_later_end_what_was_common():
+    """Two clients of the first round are alike, and ten that come afterwards like nobody."""
+    generator = make_generator(0)
+    aggregator = GenerativeAggregator(DiffusionConfig())
+    aggregator.begin(torch.zeros(500))
+    for client in (0, 1):
+        aggregator.observe(client, 3 + 0.1 * torch.randn(500, generator=generator))
+    aggregator.fit(1)
+    assert aggregator.models[0] is not None
+    strangers = {client: 3 * torch.randn(500, generator=generator) for client in range(2, 12)}
+    for client, upload in strangers.items():
+        aggregator.observe(client, upload)
+    aggregator.fit(2)
+    for client, upload in strangers.items():
+        assert torch.equal(aggregator.personalize(client), upload)
+
+
+def test_a_state_of_other_blocks_is_refused(bank):
+    aggregator = fitted(bank[0], train_steps=1)
+    other = GenerativeAggregator(DiffusionConfig(train_steps=1))
+    other.begin(None, [slice(0, 50), slice(50, DIM)])
+    with pytest.raises(ValueError, match="not the state of these settings"):
+        other.restore(aggregator.state())
+    assert not other.bank
+
+
 def test_who_has_no_kin_keeps_what_lies_outside_of_the_subspace(bank):
     """Three groups and a client that is far from all: its noise is not averaged away."""
     uploads, _ = bank

@@ -11,7 +11,13 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.report import RunFolder, summarize
 from pfedgpa_app.state import load_state, save_state
 from server_app.app import make_strategy
-from server_app.checkpoint import CHECKPOINT, ResumeError, resume, write_checkpoint
+from server_app.checkpoint import (
+    CHECKPOINT,
+    CHECKPOINT_KIND,
+    ResumeError,
+    resume,
+    write_checkpoint,
+)
 from server_app.roster import PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg
 
@@ -115,7 +121,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(file.parent, strategy)
     assert file.read_bytes() == before
-    load_state(file, "pfedgpa-checkpoint-2")
+    load_state(file, CHECKPOINT_KIND)
 
 
 def test_a_node_that_is_known_by_its_id_keeps_its_number_whoever_else_connects():

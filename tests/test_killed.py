@@ -15,7 +15,7 @@ from torch import nn
 from pfedgpa_app.report import RunFolder
 from pfedgpa_app.state import load_state
 from server_app import app
-from server_app.checkpoint import CHECKPOINT, write_checkpoint
+from server_app.checkpoint import CHECKPOINT, CHECKPOINT_KIND, write_checkpoint
 
 ROUNDS = 5
 STRATEGIES = ["pfedgpa", "local", "fedavg", "fedavg-ft"]
@@ -106,7 +106,7 @@ def test_killed_at_any_moment_a_run_loses_the_round_in_progress_at_most(
         kill_at(patch, module, name, call)
         with pytest.raises(Killed):
             run_app(tmp_path, 2)
-    assert load_state(tmp_path / "2" / CHECKPOINT, "pfedgpa-checkpoint-2")[1]["round"] == complete
+    assert load_state(tmp_path / "2" / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == complete
     assert_same_results(run_app(tmp_path, 3, **{"resume-from": "2"}), expected)
 
 
@@ -132,9 +132,9 @@ def test_killed_between_checkpoints_a_run_goes_on_after_the_last(
         with pytest.raises(Killed):
             run_app(tmp_path, 2, **seldom)
     assert [row["round"] for row in rows(tmp_path / "2", "metrics.jsonl")] == [1, 2, 3, 4]
-    assert load_state(tmp_path / "2" / CHECKPOINT, "pfedgpa-checkpoint-2")[1]["round"] == 3
+    assert load_state(tmp_path / "2" / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == 3
     assert_same_results(run_app(tmp_path, 3, **seldom, **{"resume-from": "2"}), expected)
-    assert load_state(tmp_path / "3" / CHECKPOINT, "pfedgpa-checkpoint-2")[1]["round"] == ROUNDS
+    assert load_state(tmp_path / "3" / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == ROUNDS
 
 
 def test_a_resumed_run_that_is_killed_at_once_is_resumed_itself(
@@ -179,4 +179,4 @@ def test_what_an_unfinished_checkpoint_left_does_no_harm(tmp_path: Path, expecte
     strategy.begin(weights(1.0))
     write_checkpoint(folder, strategy)
     assert not left_over.exists()
-    load_state(folder / CHECKPOINT, "pfedgpa-checkpoint-2")
+    load_state(folder / CHECKPOINT, CHECKPOINT_KIND)

@@ -8,9 +8,12 @@ from pfedgpa_app import preflight
 from pfedgpa_app.config import Config, ConfigError
 
 
-def test_tensors_that_no_message_can_carry_are_named(monkeypatch: pytest.MonkeyPatch):
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64])
+def test_tensors_that_cannot_be_sent_or_averaged_are_named(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=dtype))
     monkeypatch.setattr(preflight, "build_model", lambda *arguments: model)
-    with pytest.raises(ConfigError, match=r"1\.weight is torch\.bfloat16.*float32") as caught:
+    with pytest.raises(ConfigError, match=rf"1\.weight is {dtype}.*float32") as caught:
         preflight.preflight(Config())
     assert "0.weight" not in str(caught.value)

@@ -12,6 +12,7 @@ from pfedgpa_app.diffusion import (
     NoiseSchedule,
     Spectrum,
     Subspace,
+    divergence,
     generate,
     invert,
     sampling_timesteps,
@@ -142,6 +143,62 @@ def test_signal_rank_of_vectors_that_are_each_different_from_all_others_is_nothi
     spectrum = Spectrum.of(vectors)
     assert float(spectrum.eigenvalues[4]) > 2 * spectrum.floor
     assert spectrum.signal_rank == 0
+
+
+def test_signal_rank_of_groups_is_found_without_a_gap():
+    """Ten groups, each more unlike the others than the next, among clients with unequal noise."""
+    centres = normal(10, 3000) * torch.logspace(0, -0.6, 10)[:, None]
+    noise = normal(20, 3000, seed=1) * torch.exp(0.5 * normal(20, 1, seed=2))
+    spectrum = Spectrum.of(centres[torch.arange(20) % 10] + 0.3 * noise)
+    rank = spectrum.signal_rank
+    assert rank >= 7
+    assert (spectrum.eigenvalues[:rank] < 2 * spectrum.eigenvalues[1 : rank + 1]).all()
+
+
+@pytest.mark.parametrize("num_vectors", [10, 20, 100])
+@pytest.mark.parametrize("dim", [1, 3, 9])
+def test_nothing_is_near_in_a_cloud(num_vectors: int, dim: int):
+    nearness = []
+    for seed in range(20):
+        spectrum = Spectrum.of(normal(num_vectors, dim, seed=seed))
+        nearness.append(spectrum.nearness((num_vectors - 1) // 2))  # of more none stand out
+    assert np.median(nearness) < 2
+    assert max(nearness) < 5
+
+
+def test_nearness_is_that_of_the_distances():
+    vectors = normal(7, 30)
+    points, variances, _ = np.linalg.svd((vectors - vectors.mean(0)).numpy())
+    points, variances = list(points[:, :3] * variances[:3]), variances[:3] ** 2
+    nearness = []
+    for k in (1, 2, 3):
+        distances = [[((p - q)[:k] ** 2).sum() for q in points if q is not p] for p in points]
+        num_dims = variances[:k].sum() ** 2 / (variances[:k] ** 2).sum()
+        nearest = np.min(distances, axis=1).mean()
+        nearness.append(np.mean(distances) / nearest * 7 ** (-2 / num_dims))
+    assert Spectrum.of(vectors).nearness(3) == pytest.approx(max(nearness))
+    assert Spectrum.of(vectors).nearness(0) == 0
+
+
+@pytest.mark.parametrize("num_vectors", [2, 5, 100])
+def test_divergence_does_not_depend_on_how_many_vectors_there_are(num_vectors: int):
+    dim = 50_000
+    vectors = 3 + normal(num_vectors, dim)  # from 1: a variance of 1, a common way of 2
+    assert divergence(vectors, torch.ones(dim)) == pytest.approx(1 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("strange", [0.0, 2.0, 50.0])
+def test_a_strange_vector_does_not_decide_about_divergence(strange: float):
+    vectors = 1 + 0.3 * normal(10, 5000)
+    vectors[9] = strange * normal(5000, seed=1)
+    assert divergence(vectors, torch.zeros(5000)) == pytest.approx(0.09, rel=0.1)
+
+
+def test_divergence_of_extremes():
+    everywhere = torch.cat([torch.eye(4), -torch.eye(4)])
+    assert divergence(everywhere, torch.zeros(4)) == float("inf")
+    assert divergence(torch.ones(3, 4), torch.zeros(4)) == 0
+    assert divergence(torch.ones(3, 4), torch.ones(4)) == 0
 
 
 def test_signal_rank_of_pairs_of_the_same_vectors_is_that_of_the_pairs():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ _RELATIVE_TOLERANCE = 1e-8
 # Neighbouring eigenvalues of banks without groups (iid, Dirichlet, pathological) differ by factors
 # of up to 2, those on the two sides of a gap by 25 and more.
 _MIN_GAP = 3
+# Gaussian clouds of 10 and more vectors exceed it once in thousands, of 4 to 8 once in a hundred.
+_MIN_NEARNESS = 5
 
 
-class Spectrum(NamedTuple):
+@dataclass(frozen=True)
+class Spectrum:
     """How a bank's vectors differ from each other: their principal component analysis.
 
     Attributes
@@ -73,18 +76,42 @@ class Spectrum(NamedTuple):
         """
         return 2 * rank * self.floor / float(self.eigenvalues[:rank].mean()) if rank else 0.0
 
-    @property
+    @cached_property
     def signal_rank(self) -> int:
         """Number of axes that stand out over the noise.
 
         Twice the median eigenvalue is the hard threshold of Gavish and Donoho (arXiv 1305.5870)
-        for an unknown noise level, in the limit of far fewer vectors than dimensions. Eigenvalues
-        that fall without a gap are those of vectors that are each different from all others: what
-        is above the threshold then tells nobody apart from anybody else, and there is none.
+        for an unknown noise level, in the limit of far fewer vectors than dimensions. If neither
+        the eigenvalues have a gap nor most vectors have kin, each is different from all others:
+        what is above the threshold then tells no groups apart, and there is none.
         """
         num_above = min(self.max_rank, int((self.eigenvalues > 2 * self.floor).sum()))
         gaps = self.eigenvalues[:num_above] >= _MIN_GAP * self.eigenvalues[1 : num_above + 1]
-        return num_above if bool(gaps.any()) else 0
+        is_grouped = bool(gaps.any()) or self.nearness(num_above) > _MIN_NEARNESS
+        return num_above if is_grouped else 0
+
+    def nearness(self, rank: int) -> float:
+        """Return how much nearer vectors have their nearest than in a cloud without groups.
+
+        That is about 1 for such a cloud, by squared distances in the first ``k`` axes: of ``n``
+        points that fill ``p`` dimensions, the nearest is at ``n^(-1/p)`` of their mean distance;
+        ``p`` is the participation ratio of the eigenvalues. Means over all vectors, unlike medians,
+        do not take a few far ones for the distance, and the many in the middle for a group. Groups
+        may show in some axes and drown in others: it is the largest of all ``k`` up to ``rank``.
+        """
+        num_vectors = len(self.eigenvectors)
+        itself = torch.eye(num_vectors, dtype=torch.bool)
+        distances = torch.zeros(num_vectors, num_vectors, dtype=torch.float64)
+        nearness = 0.0
+        for k in range(1, min(rank, self.max_rank) + 1):
+            eigenvalues = self.eigenvalues[:k]
+            points = self.eigenvectors[:, k - 1] * eigenvalues[-1].sqrt()
+            distances += (points[:, None] - points).square()
+            mean = distances.sum() / (num_vectors * (num_vectors - 1))
+            nearest = distances.masked_fill(itself, torch.inf).amin(dim=1).mean()
+            num_dims = eigenvalues.sum().square() / eigenvalues.square().sum()
+            nearness = max(nearness, float(mean / nearest / num_vectors ** (2 / num_dims)))
+        return nearness
 
 
 @dataclass(frozen=True)
@@ -160,6 +187,25 @@ class Subspace:
     def reconstruct(self, coordinates: Tensor) -> Tensor:
         """Return the vectors ``(..., d)`` of coordinates ``(..., dim)``."""
         return self.mean + (coordinates * self.scale).to(self.basis.dtype) @ self.basis
+
+
+def divergence(vectors: Sequence[Tensor], origin: Tensor) -> float:
+    """Return how far vectors ``(d,)`` went apart, as a part of how far they went together.
+
+    That is their variance in units of the squared way that all went from ``origin`` ``(d,)``: 0 for
+    vectors that are all the same, infinite for those that have no direction in common. Both come
+    from the median pair of vectors, so that few vectors say the same as many, and a few strange
+    ones nothing.
+    """
+    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for chunk in _chunks(vectors):
+        ways = _rows(vectors, chunk) - origin[chunk].double()
+        gram += ways @ ways.T
+    one, other = torch.triu_indices(len(vectors), len(vectors), offset=1)
+    squares = gram.diagonal()
+    variance = (squares[one] + squares[other] - 2 * gram[one, other]).median() / 2
+    together = gram[one, other].median()
+    return float(variance / together.clamp(min=0)) if variance > 0 else 0.0
 
 
 def _rows(vectors: Sequence[Tensor], chunk: slice) -> Tensor:
