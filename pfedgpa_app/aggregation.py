@@ -46,7 +46,7 @@ class GenerativeAggregator:
     guests
         What was generated for each newcomer, ``(d,)``, brought up to date.
     models
-        The diffusion model of each block of parameters; None where everyone keeps its upload.
+        The diffusion model of each block of parameters; None where nobody is like anybody else.
     alike
         Whether clients went together so far, block by block.
     """
@@ -239,7 +239,7 @@ class GenerativeAggregator:
         return BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
 
     def _bring_up_to_date(self, average: Tensor | None) -> None:
-        """Move who was not in the round by how far others have come since.
+        """Move who was not in the round by how far others have come since it was.
 
         ``deviation``: as far as the average of the uploads; what counts of an old upload is how it
         deviated from the average of its own round. ``kin``: as far as those members of the round
