@@ -19,9 +19,7 @@ WHOLE = (slice(None),)
 
 # Of all that a client is like, the part that must have been in the round to speak for it.
 MIN_KINSHIP = 0.01
-# Divergence from the initial model up to which clients are alike. In their first round those of one
-# distribution have 0.05 to 0.4, of Dirichlet mixtures 0.2 to 0.9 (alpha 5), 0.4 to 1.6 (2), 0.8 to
-# 3.6 (0.5), depending on the model; averaging beats local training from between 2 and 5 on.
+# Divergence from the initial model up to which clients are alike: docs/choosing.md has the runs.
 MAX_DIVERGENCE = 0.5
 
 

@@ -163,7 +163,14 @@ def test_nothing_is_near_in_a_cloud(num_vectors: int, dim: int):
         spectrum = Spectrum.of(normal(num_vectors, dim, seed=seed))
         nearness.append(spectrum.nearness((num_vectors - 1) // 2))  # of more none stand out
     assert np.median(nearness) < 2
-    assert max(nearness) < 5
+    assert max(nearness) < 5  # the threshold of signal_rank
+
+
+@pytest.mark.parametrize("num_vectors", [4, 5, 6, 8])
+def test_few_vectors_are_seldom_near_by_chance(num_vectors: int):
+    clouds = [Spectrum.of(normal(num_vectors, 300, seed=seed)) for seed in range(200)]
+    nearness = [cloud.nearness((num_vectors - 1) // 2) for cloud in clouds]
+    assert np.mean(np.array(nearness) > 5) < 0.03
 
 
 def test_nearness_is_that_of_the_distances():

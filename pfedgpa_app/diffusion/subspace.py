@@ -14,7 +14,7 @@ _RELATIVE_TOLERANCE = 1e-8
 # Neighbouring eigenvalues of banks without groups (iid, Dirichlet, pathological) differ by factors
 # of up to 2, those on the two sides of a gap by 25 and more.
 _MIN_GAP = 3
-# Gaussian clouds of 10 and more vectors exceed it once in thousands, of 4 to 8 once in a hundred.
+# Clouds without groups seldom exceed it, and the fewer vectors the more often: the tests count.
 _MIN_NEARNESS = 5
 
 
