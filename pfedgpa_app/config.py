@@ -358,6 +358,8 @@ class Config(Section):
             "server.min-available-nodes",
             "server.round-timeout",
         }
+        if self.strategy == "floco":  # the round of its projection is a part of all
+            free.remove("num-server-rounds")
         sections = set(get_args(StrategyName)) - {self.strategy}
         if self.strategy != "pfedgpa":
             free |= {f"onboarding.{name}" for name in ("rounds", "guidance", "start", "num-steps")}

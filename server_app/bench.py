@@ -54,6 +54,7 @@ class Quick(Section):
     rows: list[str] | None = None
     cases: list[str] | None = None
     judged_rounds: Count | None = None
+    horizons: list[Count] | None = None
     settings: Settings = Field(default_factory=dict)
 
 
@@ -74,6 +75,8 @@ class Suite(Section):
         Further columns of metrics.jsonl to tabulate, such as ``bytes-up``.
     curve
         Whether every round is judged, and the figure shows all of them.
+    horizons
+        Rounds after which it is judged, a column each; they need ``curve``.
     targets
         Accuracies for which rounds, bytes and server seconds are told; they need ``curve``.
     settings
@@ -89,6 +92,7 @@ class Suite(Section):
     judged_rounds: Count = 1
     measures: list[str] = Field(default_factory=list)
     curve: bool = False
+    horizons: list[Count] = Field(default_factory=list)
     targets: list[float] = Field(default_factory=list)
     settings: Settings = Field(default_factory=dict)
     cases: dict[str, Settings] = Field(default_factory=_one_case)
@@ -112,8 +116,10 @@ class Suite(Section):
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise SuiteError("\n  ".join([f"{file} is no suite:", *wrong])) from error
-        if suite.targets and not suite.curve:
-            raise SuiteError(f"{file}: targets need every round; right would be curve = true")
+        if (suite.targets or suite.horizons) and not suite.curve:
+            raise SuiteError(
+                f"{file}: targets and horizons need every round; right would be curve = true"
+            )
         known = summarize(RoundRecord(0), "", 0.0).keys()
         if unknown := [name for name in suite.measures if name not in known]:
             raise SuiteError(f"{file}: measures has {unknown}; right would be some of {[*known]}")
@@ -139,6 +145,7 @@ class Suite(Section):
             "seeds": quick.seeds or self.seeds,
             "clients": quick.clients or self.clients,
             "judged_rounds": quick.judged_rounds or self.judged_rounds,
+            "horizons": self.horizons if quick.horizons is None else quick.horizons,
             "title": f"{self.title} (quick)",
         }
         over = dict(flatten(quick.settings))
@@ -189,11 +196,32 @@ class Suite(Section):
                 f"judged-rounds = {self.judged_rounds}: there are {config.num_server_rounds}; "
                 "right would be as many or less"
             )
+        if wrong := [
+            horizon
+            for horizon in self.horizons
+            if not self.judged_rounds <= horizon <= config.num_server_rounds
+        ]:
+            yield (
+                f"horizons has {wrong}; right would be judged-rounds = {self.judged_rounds} to "
+                f"num-server-rounds = {config.num_server_rounds}"
+            )
         if config.server.fraction_evaluate < 1:
             yield "server.fraction-evaluate: a judged number is of all clients; right would be 1.0"
 
     def _judged(self, config: Config) -> int:
         return config.num_server_rounds if self.curve else self.judged_rounds
+
+    @property
+    def columns(self) -> dict[str, tuple[str, slice]]:
+        """Cases and the judged ones of a run's rounds, by the names of the columns."""
+        last = self.judged_rounds
+        if not self.horizons:
+            return {case or "mean ± std": (case, slice(-last, None)) for case in self.cases}
+        return {
+            ", ".join(filter(None, (case, f"round {end}"))): (case, slice(end - last, end))
+            for case in self.cases
+            for end in self.horizons
+        }
 
 
 @dataclass(frozen=True)
@@ -377,9 +405,12 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
     results = _results(runs, folder)
     found = [result for each in results.values() for result in each.values()]
     rounds = {run.config.num_server_rounds for run in runs}
-    last = min(suite.judged_rounds, *rounds)
+    last = suite.judged_rounds
     judged = "last round" if last == 1 else f"mean of the last {last} rounds"
-    judged += f" of {rounds.pop()}" if len(rounds) == 1 else ""
+    if suite.horizons:
+        judged += " up to the column's"
+    elif len(rounds) == 1:
+        judged += f" of {rounds.pop()}"
     note = (
         f"Accuracy of everyone's personalized model on its own test set, {judged}; mean ± standard "
         f"deviation over seeds {', '.join(map(str, suite.seeds))}. Marked: the best, and what a "
@@ -388,27 +419,38 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
         f"{len(found)} of {len(runs)} runs, {sum(each['seconds'] for each in found):.0f} seconds "
         f"of computing: {command}"
     )
-    accuracies = {
-        case: compare(
+    compared = {
+        column: compare(
             {
                 row: {
-                    seed: _per_client(result, last) for seed, result in results[case, row].items()
+                    seed: _per_client(result["accuracies"][judged_rounds])
+                    for seed, result in results[case, row].items()
                 }
                 for row in suite.rows
             },
             len(suite.seeds),
         )
-        for case in suite.cases
+        for column, (case, judged_rounds) in suite.columns.items()
     }
-    made = [_table(suite, suite.title, lambda case, row: accuracies[case][row], note)]
+    made = [
+        _table(
+            suite,
+            suite.title,
+            [*suite.columns],
+            lambda column, row: compared[column][row],
+            note,
+        )
+    ]
     for measure in suite.measures:
 
-        def mean(case: str, row: str, measure: str = measure) -> Cell:
+        def mean(column: str, row: str, measure: str = measure) -> Cell:
+            case, judged_rounds = suite.columns[column]
             each = results[case, row].values()
-            means = [fmean(r[measure] for r in result["rounds"][-last:]) for result in each]
+            means = [fmean(r[measure] for r in result["rounds"][judged_rounds]) for result in each]
             return Cell(mean_and_spread(means, 0 if measure.startswith("bytes") else 4))
 
-        made.append(_table(suite, f"{suite.title}: {measure}", mean, f"A round, {judged}."))
+        title, what = f"{suite.title}: {measure}", f"A round, {judged}."
+        made.append(_table(suite, title, [*suite.columns], mean, what))
     for target in suite.targets:
 
         def reached(case: str, row: str, target: float = target) -> Cell:
@@ -418,7 +460,7 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
             "Rounds / megabytes up and down / server seconds of learning until the mean accuracy "
             "is reached, mean over seeds; a dash where a seed never did."
         )
-        made.append(_table(suite, f"{suite.title}: until {target}", reached, note))
+        made.append(_table(suite, f"{suite.title}: until {target}", [*suite.cases], reached, note))
     return made
 
 
@@ -432,18 +474,20 @@ def _results(runs: list[BenchRun], folder: Path) -> dict[tuple[str, str], dict[i
     return results
 
 
-def _table(suite: Suite, title: str, cell: Callable[[str, str], Cell], note: str) -> Table:
-    rows = {row: [cell(case, row) for case in suite.cases] for row in suite.rows}
-    return Table(title, [case or "mean ± std" for case in suite.cases], rows, note)
+def _table(
+    suite: Suite,
+    title: str,
+    columns: list[str],
+    cell: Callable[[str, str], Cell],
+    note: str,
+) -> Table:
+    rows = {row: [cell(column, row) for column in columns] for row in suite.rows}
+    return Table(title, [column or "all" for column in columns], rows, note)
 
 
-def _per_client(result: Result, judged_rounds: int) -> dict[int, float]:
-    """Return each client's mean over the judged rounds."""
-    values: dict[int, list[float]] = {}
-    for each in result["accuracies"][-judged_rounds:]:
-        for client, accuracy in each.items():
-            values.setdefault(int(client), []).append(accuracy)
-    return {client: fmean(accuracies) for client, accuracies in values.items()}
+def _per_client(rounds: list[dict[str, float]]) -> dict[int, float]:
+    """Return each client's mean over rounds that give accuracies by client."""
+    return {int(client): fmean(each[client] for each in rounds) for client in rounds[0]}
 
 
 def _to_target(results: list[Result], target: float) -> str:
@@ -489,7 +533,8 @@ def draw(suite: Suite, runs: list[BenchRun], folder: Path) -> None:
                     linewidth=0,
                 )
             else:
-                values = [fmean(_per_client(each, suite.judged_rounds).values()) for each in found]
+                judged = slice(-suite.judged_rounds, None)
+                values = [fmean(_per_client(each["accuracies"][judged]).values()) for each in found]
                 axes.plot(values, [number] * len(values), "o", color="C0", alpha=0.5)
                 axes.plot(fmean(values), number, "|", color="C3", markersize=16)
         axes.set_title(case)

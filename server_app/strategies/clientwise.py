@@ -1,5 +1,6 @@
 """FedAvg that sends every client its own message and survives what a client may send."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy.strategy_utils import sample_nodes
+from torch import Tensor
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
@@ -32,6 +34,8 @@ from server_app.roster import Roster, by_addressee
 
 # Clients differ in how much data they have and how far they move, but not by orders of magnitude.
 MAX_RATIO = 1000
+# Where most send zeros beside the parameters, what is not far from them is allowed.
+MIN_SIZE = 1e-6
 
 
 class ClientwiseFedAvg(FedAvg):
@@ -344,7 +348,8 @@ class ClientwiseFedAvg(FedAvg):
     def _outliers(self, uploads: dict[int, Upload]) -> dict[int, str]:
         """Return who moved absurdly farther than the median client, or claims absurdly more data.
 
-        A single one would outweigh all others in any average and in any principal component.
+        A single one would outweigh all others in any average and in any principal component. What
+        comes beside the parameters must not be absurdly larger than the median client's.
         """
         if len(uploads) < 3:
             return {}
@@ -367,6 +372,15 @@ class ClientwiseFedAvg(FedAvg):
                     f'the metric "{self.weighted_by_key}" is {upload.num_examples}, more than '
                     f"{MAX_RATIO} times the median client's"
                 )
+        for name in next(iter(uploads.values())).extras:
+            sizes = {client: _norm(upload.extras[name]) for client, upload in uploads.items()}
+            median_size = statistics.median(sizes.values())
+            for client, size in sizes.items():
+                if size > MAX_RATIO * max(median_size, MIN_SIZE):
+                    reasons[client] = (
+                        f'"{name}" has the length {size:.3g}, more than {MAX_RATIO} times the '
+                        "median client's"
+                    )
         return reasons
 
     def _refuse(self, client: int, reason: str) -> None:
@@ -391,9 +405,13 @@ def _shared_metrics(metrics: Sequence[dict[str, float]]) -> list[RecordDict]:
 
 def _distance(left: StateDict, right: StateDict | None = None) -> float:
     """Return the Euclidean distance of two states, or of one from zero, without what is counted."""
-    squares = [
-        (tensor.double() - (right[name].double() if right else 0)).square().sum()
+    norms = [
+        _norm(tensor.double() - (right[name].double() if right else 0))
         for name, tensor in left.items()
         if tensor.is_floating_point()
     ]
-    return float(torch.stack(squares).sum().sqrt())
+    return math.hypot(*norms)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.state import below, under
+from server_app.momentum import ClientMomentum
+from server_app.replies import Upload
 from server_app.strategies.fedavg_ft import FedAvgFT
 
 
@@ -16,7 +19,8 @@ class FedAMP(FedAvgFT):
     Implementation of its Algorithm 1 with the attention-inducing function
     ``A(x) = 1 - exp(-x / sigma)``. A client trains near its cloud model, a mixture of all uploads
     (equation 6), and its personalized model is what it uploaded. An upload stays until its client
-    has another one. What is not generated, such as counters, is averaged.
+    has another one. What is not generated, such as counters, is averaged. With momentum, each
+    cloud model has its own.
 
     Parameters
     ----------
@@ -32,12 +36,21 @@ class FedAMP(FedAvgFT):
         super().__init__(**kwargs)
         self.alpha = alpha
         self.sigma = sigma
+        self.client_momentum = ClientMomentum(self.momentum.beta)
 
     @classmethod
     def of(cls, config: Config, **kwargs: Any) -> Self:
         """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
         settings = config.fedamp
         return super().of(config, alpha=settings.alpha, sigma=settings.sigma, **kwargs)
+
+    def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Keep the uploads."""
+        assert self.layout is not None
+        for client in uploads.keys() & self.fine_tuned.keys():
+            vector, _ = self.layout.split(self.training_state(client))
+            self.client_momentum.trained(client, vector)
+        super().learn(server_round, uploads)
 
     def training_state(self, client: int) -> StateDict:
         """Return the client's cloud model u_i, or the average if it never took part."""
@@ -48,7 +61,17 @@ class FedAMP(FedAvgFT):
         vectors = torch.stack([self.layout.split(self.fine_tuned[each])[0] for each in clients])
         weights = attention(vectors, clients.index(client), self.alpha, self.sigma)
         mixture = (weights @ vectors.double()).float()
-        return self.layout.merge(mixture, self.layout.rest(self.average))
+        vector = self.client_momentum.ahead(client, mixture)
+        return self.layout.merge(vector, self.layout.rest(self.average))
+
+    def state(self) -> StateDict:
+        """Return all that the next round needs, as named tensors."""
+        return super().state() | under("client-momentum", self.client_momentum.state())
+
+    def restore(self, tensors: StateDict) -> None:
+        """Take over what `state` returned."""
+        super().restore(tensors)
+        self.client_momentum.restore(below("client-momentum", tensors))
 
 
 def attention(vectors: Tensor, row: int, alpha: float, sigma: float) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pfedgpa_app.parameters import ParameterLayout, StateDict, head_names, weighted_average
 from pfedgpa_app.state import below, states_below, states_under, under
+from server_app.momentum import Momentum
 from server_app.replies import ReplyError, Upload
 from server_app.strategies.fedavg_ft import FedAvgFT
 
@@ -21,12 +22,14 @@ class FedPAC(FedAvgFT):
     Everyone starts from the average of the bodies and a head of its own, the mixture of the round's
     heads whose estimated error on its data is smallest (equation 12). Classes have global means of
     the features, weighted by examples. As in the paper a client is judged by what it has after its
-    local training. Clients that were not in a round keep their heads.
+    local training. Clients that were not in a round keep their heads. Momentum is that of the
+    bodies' average and of each client's head.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.heads: dict[int, StateDict] = {}
+        self.head_momenta: dict[int, Momentum] = {}
         self.means: StateDict = {}
 
     def begin(self, state: StateDict) -> None:
@@ -59,6 +62,8 @@ class FedPAC(FedAvgFT):
         counts, variance = upload.extras["class-counts"], upload.extras["variance"]
         if bool((counts < 0).any()) or bool((variance < 0).any()):
             raise ReplyError("its class-counts or its variance are negative")
+        if not torch.equal(counts, counts.round()):
+            raise ReplyError("its class-counts are not whole numbers")
         if int(counts.sum()) != upload.num_examples:
             raise ReplyError(
                 f"its class-counts are {int(counts.sum())} in all; right would be the "
@@ -75,7 +80,9 @@ class FedPAC(FedAvgFT):
         variances = torch.cat([upload.extras["variance"] for upload in uploads.values()])
         for row, client in enumerate(uploads):
             shares = head_shares(weighted, variances, row)
-            self.heads[client] = weighted_average(heads, shares.tolist())
+            combined = weighted_average(heads, shares.tolist())
+            momentum = self.head_momenta.setdefault(client, Momentum(self.momentum.beta))
+            self.heads[client] = momentum.step(self.heads.get(client, combined), combined)
 
     def _learn_means(self, extras: list[StateDict]) -> None:
         counts = torch.stack([each["class-counts"] for each in extras])
@@ -97,13 +104,22 @@ class FedPAC(FedAvgFT):
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
-        return super().state() | states_under("head", self.heads) | under("means", self.means)
+        momenta = {client: momentum.state() for client, momentum in self.head_momenta.items()}
+        return (
+            super().state()
+            | states_under("head", self.heads)
+            | states_under("head-momentum", momenta)
+            | under("means", self.means)
+        )
 
     def restore(self, tensors: StateDict) -> None:
         """Take over what `state` returned."""
         super().restore(tensors)
         self.heads = states_below("head", tensors)
         self.means = below("means", tensors)
+        for client, velocity in states_below("head-momentum", tensors).items():
+            self.head_momenta[client] = Momentum(self.momentum.beta)
+            self.head_momenta[client].restore(velocity)
 
 
 def head_shares(weighted: Tensor, variances: Tensor, row: int) -> Tensor:
@@ -111,7 +127,7 @@ def head_shares(weighted: Tensor, variances: Tensor, row: int) -> Tensor:
 
     They minimize ``sum_j a_j^2 V_j + |sum_j a_j (h_i - h_j)|^2`` with ``a >= 0``, ``sum a = 1``;
     ``weighted`` has h ``(n, num_classes, dim)``, ``variances`` V ``(n,)``. Shares below 0.001 are
-    dropped, as in the authors' code.
+    dropped, as in the authors' code, unless all are.
     """
     deviations = (weighted[row] - weighted).flatten(1).double()
     matrix = torch.diag(variances.double()) + deviations @ deviations.T
@@ -125,5 +141,6 @@ def head_shares(weighted: Tensor, variances: Tensor, row: int) -> Tensor:
     target = np.append(np.zeros(len(matrix)), 1.0)
     solution, _ = nnls(system.numpy(), target)
     shares = torch.from_numpy(solution / solution.sum())
-    shares[shares < MIN_SHARE] = 0.0
+    if bool((shares >= MIN_SHARE).any()):
+        shares[shares < MIN_SHARE] = 0.0
     return shares / shares.sum()

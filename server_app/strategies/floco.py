@@ -9,6 +9,7 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import ParameterLayout, StateDict, head_names, weighted_average
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import below, under
+from server_app.momentum import Momentum
 from server_app.replies import Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
 
@@ -22,7 +23,8 @@ class Floco(ClientwiseFedAvg):
     1000 scales), and each client then trains the region about its point. As in the Flower Baseline
     the endpoints are drawn by Xavier's rule. An update is the client's last one, where the baseline
     asks everybody once more; with fewer clients than endpoints, components that are missing are 0.
-    A client without a point has the center of the simplex. Floco+ is left out.
+    A client without a point has the center of the simplex. Momentum is that of body and
+    endpoints. Floco+ is left out.
 
     Parameters
     ----------
@@ -41,6 +43,7 @@ class Floco(ClientwiseFedAvg):
         self.num_endpoints = num_endpoints
         self.projection_round = projection_round
         self.endpoints = torch.empty(0)
+        self.endpoint_momentum = Momentum(self.momentum.beta)
         self.updates: dict[int, Tensor] = {}
         self.points: dict[int, Tensor] = {}
 
@@ -81,7 +84,8 @@ class Floco(ClientwiseFedAvg):
             [upload.extras for upload in uploads.values()],
             [upload.num_examples for upload in uploads.values()],
         )
-        self.endpoints = averaged["endpoints"]
+        sent = {"endpoints": self.endpoints}
+        self.endpoints = self.endpoint_momentum.step(sent, averaged)["endpoints"]
         if server_round >= self.projection_round and not self.points:
             clients = sorted(self.updates)
             updates = torch.stack([self.updates[client] for client in clients])
@@ -107,6 +111,7 @@ class Floco(ClientwiseFedAvg):
         return (
             super().state()
             | {"endpoints": self.endpoints}
+            | under("endpoint-momentum", self.endpoint_momentum.state())
             | under("update", self.updates)
             | under("point", self.points)
         )
@@ -115,6 +120,7 @@ class Floco(ClientwiseFedAvg):
         """Take over what `state` returned."""
         super().restore(tensors)
         self.endpoints = tensors["endpoints"]
+        self.endpoint_momentum.restore(below("endpoint-momentum", tensors))
         self.updates, self.points = (
             {int(client): vector for client, vector in below(name, tensors).items()}
             for name in ("update", "point")
@@ -135,9 +141,8 @@ def project(updates: Tensor, num_endpoints: int) -> Tensor:
     scores = (scores * scores.gather(0, farthest).sign())[:, :num_endpoints]
     kappas = torch.zeros(len(updates), num_endpoints, dtype=torch.float64)
     kappas[:, : scores.shape[1]] = scores
-    candidates = [
-        onto_simplex(kappas, scale) / scale for scale in torch.linspace(1e-4, 1, 1000).tolist()
-    ]
+    scaled = [onto_simplex(kappas, scale) for scale in torch.linspace(1e-4, 1, 1000).tolist()]
+    candidates = [points / points.sum(dim=1, keepdim=True) for points in scaled]
     farthest_apart: Tensor = min(candidates, key=riesz_energy)
     return farthest_apart.float()
 
@@ -147,7 +152,8 @@ def onto_simplex(points: Tensor, total: float) -> Tensor:
     ordered = points.sort(dim=1, descending=True).values
     excess = ordered.cumsum(dim=1) - total
     ranks = torch.arange(1, points.shape[1] + 1, dtype=points.dtype)
-    num_positive = (ordered - excess / ranks > 0).sum(dim=1, keepdim=True)
+    # At least one is, even where its excess is lost to rounding.
+    num_positive = (ordered - excess / ranks > 0).sum(dim=1, keepdim=True).clamp(min=1)
     threshold = excess.gather(1, num_positive - 1) / num_positive
     nearest: Tensor = (points - threshold).clamp(min=0)
     return nearest

@@ -22,11 +22,12 @@ class PFedHN(ClientwiseFedAvg):
 
     A network h generates ``theta_i = h(v_i; phi)`` from a learned embedding of each client. For a
     client whose training takes theta_i to theta~_i, phi and v_i follow the vector-Jacobian product
-    with ``theta_i - theta~_i`` (Algorithm 1), by SGD with momentum and clipped gradients as in the
-    authors' code. The paper has one client a round. Several follow each other here, each with the
-    theta_i of that moment: with that of the round's begin they would all go the same way, too far.
-    Counters and the statistics of normalization layers are averaged. A client that was never seen
-    gets an embedding of its own, drawn from the seed.
+    with ``theta_i - theta~_i`` (Algorithm 1), by SGD with momentum and clipped gradients, with the
+    step sizes of the authors' code. Of the embeddings only v_i moves. The paper has one client a
+    round. Several follow each other here, each with the theta_i of that moment: with that of the
+    round's begin they would all go the same way, too far. Counters and the statistics of
+    normalization layers are averaged. A client that was never seen gets an embedding of its own,
+    drawn from the seed. The momentum of `ClientwiseFedAvg` has no part in what is generated.
 
     Parameters
     ----------
