@@ -173,6 +173,8 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
         ("[settings]", "[cases.a]\nclients = 'x'\n[settings]", "clients = x; right would be"),
         ('rows = ["local"]', 'rows = ["x"]', "quick.rows has"),
         ("clients = 3", "clients = 3\ntargets = [0.5]", "right would be curve = true"),
+        ("clients = 3", "clients = 3\nhorizons = [2]", "right would be curve = true"),
+        ("clients = 3", "clients = 3\ncurve = true\nhorizons = [2, 1, 4]", r"has \[1, 4\]; .* = 2"),
         ("clients = 3", "clients = 3\nbase = 'none.toml'", "No such file"),
         ("clients = 3", "clients = ", "Invalid value"),
     ],
@@ -224,6 +226,20 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
     assert reached["Two rivals: until 0.99"] == "-"
     bench.draw(read, read.runs(), tmp_path)
     assert (tmp_path / "figure.png").exists()
+
+
+def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):
+    suite.write_text(SUITE.replace("measures =", "curve = true\nhorizons = [2, 3]\nmeasures ="))
+    read = Suite.read(suite)
+    for run in read.runs():
+        rows = [{"personalized-accuracy": 0.1, "bytes-up": 10 * number} for number in (1, 2, 3)]
+        accuracies = {number: dict.fromkeys(range(3), number / 10) for number in (1, 2, 3)}
+        run.write(tmp_path, rows, accuracies, 1.0)
+    judged, bytes_up = bench.tables(read, read.runs(), tmp_path, "command")
+    assert judged.columns == ["round 2", "round 3"]
+    assert [cell.values[0] for cell in judged.rows["local"]] == pytest.approx([0.15, 0.25])
+    assert [cell.text for cell in bytes_up.rows["local"]] == ["15 ± 0", "25 ± 0"]
+    assert "mean of the last 2 rounds up to the column's" in judged.note
 
 
 def test_the_t_test_is_that_of_the_differences():

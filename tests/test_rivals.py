@@ -75,6 +75,12 @@ class TestFedAMP:
         assert second == pytest.approx({1: 1 + share, 2: 2 - share}, abs=1e-6)
         assert received(grid, "evaluate")[1] == {1: 1.0, 2: 2.0}
 
+    def test_momentum_is_that_of_the_cloud_models(self):
+        grid = SimulatedGrid({1: by_round(site), 2: by_round(site)})
+        start(FedAMP(alpha=0.3, sigma=6.0, momentum=0.5), grid, num_rounds=4)
+        # Both upload the number of the round: their cloud models are 1, 2, 3 without momentum.
+        assert [each[1] for each in received(grid, "train")] == [0.0, 1.0, 2.0, 3.0 + 0.5 * (2 - 1)]
+
     def test_training_is_drawn_to_the_cloud_model(self):
         settings = FedAMPConfig(alpha=0.5, penalty=0.3)
         task = small_task(Config(strategy="fedamp", client=PLAIN_SGD, fedamp=settings))
@@ -225,7 +231,33 @@ class TestFedPAC:
         # Judged by what it has after its training.
         assert float(strategy.evaluation_state(2)["head.weight"][0, 0]) == 9.0
 
-    @pytest.mark.parametrize("counts", [[11.0, -1.0], [1000.0, 0.0], [0.0, 0.0]])
+    def test_momentum_is_that_of_each_head(self):
+        grid = SimulatedGrid({n: by_round(lambda value: self.site(value, [5, 5])) for n in (1, 2)})
+        strategy = FedPAC(momentum=0.5)
+        strategy.start(grid, ArrayRecord(weights_with_head(0.0)), num_rounds=3)
+        # The first is taken as it is, then 2 = 1 + (2 - 1) and 2 + (3 - 2) + 0.5 (2 - 1).
+        assert float(strategy.training_state(0)["head.bias"][0]) == 3.5
+
+    def test_more_heads_than_a_thousand_have_shares(self):
+        shares = head_shares(torch.ones(1001, 1, 1), torch.ones(1001), 0)
+        assert shares.tolist() == pytest.approx([1 / 1001] * 1001)
+
+    def test_means_beyond_all_others_cost_their_sender_the_round(self):
+        def lies(message: Message) -> RecordDict:
+            content = self.site(1.0, [5, 5])(message)
+            if "extras" in content:
+                extras = content["extras"].to_torch_state_dict()
+                content["extras"] = ArrayRecord(extras | {"class-means": torch.full((2, 3), 9e11)})
+            return content
+
+        nodes = {n: self.site(1.0, [5, 5]) for n in (1, 2, 3)} | {4: lies}
+        strategy = FedPAC()
+        strategy.start(SimulatedGrid(nodes), ArrayRecord(weights_with_head(0.0)), num_rounds=2)
+        assert '"class-means" has the length' in strategy.record.clients[3]["status"]
+        assert strategy.record.num_failures == 1
+        assert torch.equal(strategy.extras(0)["class-means"], torch.ones(2, 3))
+
+    @pytest.mark.parametrize("counts", [[11.0, -1.0], [1000.0, 0.0], [0.0, 0.0], [9.5, 0.5]])
     def test_counts_that_cannot_be_cost_their_sender_the_round(self, counts: list[float]):
         nodes = {1: self.site(1.0, [4, 6]), 2: self.site(1.5, [10, 0]), 3: self.site(9.0, counts)}
         strategy = FedPAC()
@@ -234,6 +266,15 @@ class TestFedPAC:
         assert strategy.record.num_failures == 1
         assert "class-counts" in strategy.record.clients[2]["status"]
         assert float(strategy.average["body.weight"][0, 0]) == 1.25
+
+
+def by_round(site: Callable[[float], Callable[[Message], RecordDict]]):
+    """Return a node that uploads the number of the round."""
+
+    def answer(message: Message) -> RecordDict:
+        return site(float(message.content["config"]["server-round"]))(message)
+
+    return answer
 
 
 def weights_with_head(value: float) -> dict[str, torch.Tensor]:
@@ -353,6 +394,13 @@ class TestFloco:
         ]
         assert riesz_energy(points.double()) <= min(energies) * 1.001
 
+    def test_a_client_beyond_all_rounding_is_on_the_simplex_too(self):
+        updates = 0.2 * torch.randn(6, 50, generator=make_generator(4))
+        updates[0] = 9e11
+        points = project(updates, 5)
+        assert points.sum(dim=1).tolist() == pytest.approx([1.0] * 6, abs=1e-5)
+        assert bool((points >= 0).all())
+
     def test_training_mixes_the_endpoints_and_judging_takes_the_point(self):
         model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
         endpoints = torch.randn(3, 2, 2, generator=make_generator(5))
@@ -393,18 +441,7 @@ class TestFloco:
 
     def test_endpoints_are_averaged_by_examples_and_points_given_when_it_is_time(self):
         strategy = Floco(num_endpoints=2, projection_round=2)
-
-        def node(value: float, num_examples: int):
-            def answer(message: Message) -> RecordDict:
-                if message.metadata.message_type == MessageType.EVALUATE:
-                    return site(value)(message)
-                content = upload(weights_with_head(value), num_examples)
-                content["extras"] = ArrayRecord({"endpoints": torch.full((2, 2, 3), value)})
-                return content
-
-            return answer
-
-        grid = SimulatedGrid({1: node(1.0, 30), 2: node(5.0, 10), 3: node(5.0, 10)})
+        grid = SimulatedGrid({1: self.node(1.0, 30), 2: self.node(5.0, 10), 3: self.node(5.0, 10)})
         strategy.start(grid, ArrayRecord(weights_with_head(0.0)), num_rounds=3)
         regions: dict[int, list[bool]] = {}
         for message in grid.sent:
@@ -416,6 +453,34 @@ class TestFloco:
         assert strategy.endpoints.flatten().tolist() == pytest.approx([2.6] * 12)
         assert torch.equal(strategy.points[1], strategy.points[2])
         assert not torch.equal(strategy.points[0], strategy.points[1])
+
+    def test_momentum_is_that_of_the_endpoints_too(self):
+        strategy = Floco(num_endpoints=2, momentum=0.5)
+        grid = SimulatedGrid({1: self.node(2.0, 10), 2: self.node(2.0, 10)})
+        strategy.start(grid, ArrayRecord(weights_with_head(0.0)), num_rounds=2)
+        first = Floco(num_endpoints=2)
+        first.begin(weights_with_head(0.0))
+        torch.testing.assert_close(strategy.endpoints, 2 + 0.5 * (2 - first.endpoints))
+
+    def test_endpoints_beyond_all_others_cost_their_sender_the_round(self):
+        strategy = Floco(num_endpoints=2)
+        liar = self.node(1.0, 10, endpoints=9e11)
+        grid = SimulatedGrid({n: self.node(1.0, 10) for n in (1, 2, 3)} | {4: liar})
+        strategy.start(grid, ArrayRecord(weights_with_head(0.0)), num_rounds=2)
+        assert '"endpoints" has the length' in strategy.record.clients[3]["status"]
+        assert torch.equal(strategy.endpoints, torch.ones(2, 2, 3))
+
+    @staticmethod
+    def node(value: float, num_examples: int, endpoints: float | None = None):
+        def answer(message: Message) -> RecordDict:
+            if message.metadata.message_type == MessageType.EVALUATE:
+                return site(value)(message)
+            content = upload(weights_with_head(value), num_examples)
+            fill = value if endpoints is None else endpoints
+            content["extras"] = ArrayRecord({"endpoints": torch.full((2, 2, 3), fill)})
+            return content
+
+        return answer
 
 
 class TestIFCA:

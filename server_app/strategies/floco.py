@@ -149,11 +149,12 @@ def project(updates: Tensor, num_endpoints: int) -> Tensor:
 
 def onto_simplex(points: Tensor, total: float) -> Tensor:
     """Return the nearest points ``(n, m)`` with non-negative entries that sum to ``total``."""
+    # The same for all entries changes nothing, and no rounding of large ones loses the total.
+    points = points - points.amax(dim=1, keepdim=True)
     ordered = points.sort(dim=1, descending=True).values
     excess = ordered.cumsum(dim=1) - total
     ranks = torch.arange(1, points.shape[1] + 1, dtype=points.dtype)
-    # At least one is, even where its excess is lost to rounding.
-    num_positive = (ordered - excess / ranks > 0).sum(dim=1, keepdim=True).clamp(min=1)
+    num_positive = (ordered - excess / ranks > 0).sum(dim=1, keepdim=True)
     threshold = excess.gather(1, num_positive - 1) / num_positive
     nearest: Tensor = (points - threshold).clamp(min=0)
     return nearest
