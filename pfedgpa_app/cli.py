@@ -2,12 +2,8 @@
 
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import tomllib
-from collections import deque
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -20,13 +16,7 @@ from safetensors import SafetensorError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import (
-    Run,
-    draw_accuracy,
-    group_by_setting,
-    mean_and_spread,
-    read_runs,
-)
+from pfedgpa_app.report import Run, read_runs
 
 if TYPE_CHECKING:
     from pfedgpa_app.exported import ExportedModel
@@ -71,43 +61,6 @@ def check(file: FileArgument = None, config: Overrides = None) -> None:
     print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
     for key, value in changed.items():
         print(f"  {key} = {value!r}")
-
-
-@app.command()
-def compare(
-    file: FileArgument = None,
-    config: Overrides = None,
-    strategies: Annotated[str, typer.Option(help="Comma-separated.")] = (
-        "pfedgpa,local,fedavg,fedavg-ft"
-    ),
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
-    clients: Annotated[int, typer.Option(min=2, help="Simulated clients.")] = 10,
-    fresh: Annotated[bool, typer.Option(help="Run again what an earlier call finished.")] = False,
-    figure: Annotated[Path | None, typer.Option(help="Draw accuracy over rounds there.")] = None,
-) -> None:
-    """Run every strategy with every seed on the same partitions, and print the table.
-
-    A run that an earlier call finished is taken as it is, so an interrupted comparison goes on
-    where it was. Run it in the project's folder.
-    """
-    if figure is not None:
-        figure.parent.mkdir(parents=True, exist_ok=True)
-    settings = [
-        _load(file, [*(config or []), f'strategy="{strategy}"', f"seed={seed}"])
-        for strategy in strategies.split(",")
-        for seed in seeds.split(",")
-    ]
-    runs = []
-    for number, setting in enumerate(settings, start=1):
-        title = f"[{number}/{len(settings)}] {setting.strategy}, seed {setting.seed}"
-        run = None if fresh else _find_finished(setting, clients)
-        print(f"{title}: {'found ' + str(run.path) if run else 'running'}", flush=True)
-        runs.append(run or run_on_flower(setting, clients))
-    groups = group_by_setting(runs)
-    _print_table(groups)
-    if figure is not None:
-        draw_accuracy({group[0].config.strategy: group for group in groups}, figure)
-        print(f"Figure: {figure.resolve()}")
 
 
 @app.command()
@@ -262,102 +215,6 @@ def _load(file: Path | None, overrides: list[str]) -> Config:
         fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')
     except (OSError, ConfigError) as error:
         fail(str(error))
-
-
-def _absolute(config: Config) -> Config:
-    """Name the output folder in full: the app's environment need not be this one."""
-    return config.model_copy(update={"output_dir": str(config.output_path)})
-
-
-def _find_finished(config: Config, clients: int) -> Run | None:
-    """Return a complete run of these settings with as many clients, the newest."""
-    for run in reversed(read_runs(config.output_path)):
-        if run.is_complete and run.num_nodes == clients and run.is_of(config):
-            return run
-    return None
-
-
-def run_on_flower(config: Config, clients: int, superlink: str = "") -> Run:
-    """Run the app of the current folder by `flwr run`, showing its rounds.
-
-    It is simulated with ``clients``, unless another SuperLink is named: that has SuperNodes.
-    """
-    config = _absolute(config)
-    before = {run.path for run in read_runs(config.output_path)}
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as overrides:
-        overrides.writelines(f"{key} = {_toml(v)}\n" for key, v in config.to_flat().items())
-        overrides.flush()
-        command = [_flwr(), "run", ".", *([superlink] if superlink else [])]
-        command += ["--stream", "--run-config", overrides.name]
-        if superlink in ("", "local"):
-            federation = f"num-supernodes={clients} client-resources-num-cpus=1"
-            command += ["--federation-config", federation]
-        log = _follow(command, [superlink] if superlink else [])
-    new = [run for run in read_runs(config.output_path) if run.path not in before]
-    for run in new:
-        if run.is_complete and run.is_of(config):
-            return run
-    fail("flwr run did not finish the run. The end of its log:\n" + "".join(log))
-
-
-def _follow(command: list[str], superlink: list[str]) -> deque[str]:
-    """Run `flwr run`, print what it says of rounds, return its last lines.
-
-    The run is the SuperLink's, and would go on after an interrupt: it is stopped.
-    """
-    log: deque[str] = deque(maxlen=60)
-    run_id = ""
-    # A SuperLink that is started for it need not install what this command runs in already, and
-    # what flwr prints must come at once, or an interrupt would not know what to stop.
-    env = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", **os.environ}
-    env["PYTHONUNBUFFERED"] = "1"
-    try:
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                log.append(line)
-                if started := re.search(r"started run (\d+)", line):
-                    run_id = started[1]
-                _, found, rest = line.partition("Round ")
-                if found and "personalized" in rest:
-                    print(f"  Round {rest}", end="", flush=True)
-    except KeyboardInterrupt:
-        if run_id:
-            print(f"\nStopping run {run_id}", file=sys.stderr, flush=True)
-            subprocess.run([command[0], "stop", run_id, *superlink], check=False)
-        raise
-    return log
-
-
-def _flwr() -> str:
-    """Return flwr's command, also where the environment of this Python is not activated."""
-    beside = Path(sys.executable).with_name("flwr")
-    return str(beside) if beside.exists() else "flwr"
-
-
-def _print_table(groups: list[list[Run]]) -> None:
-    """Print a Markdown table: mean and standard deviation over the seeds of the last round."""
-    print("\n| strategy | seeds | rounds | personalized | after local training |")
-    print("| --- | --- | --- | --- | --- |")
-    for group in groups:
-        cells = []
-        for name in ("personalized-accuracy", "finetuned-accuracy"):
-            values = [value for run in group if (value := run.last(name)) is not None]
-            cells.append(mean_and_spread(values))
-        config = group[0].config
-        print(
-            f"| {config.strategy} | {len(group)} | {config.num_server_rounds} "
-            f"| {' | '.join(cells)} |"
-        )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    # A JSON string is a TOML string too.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _percent(value: float | None) -> str:

@@ -100,12 +100,12 @@ class DataConfig(Section):
     partition: Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"] = (
         "dominant-classes"
     )
-    train_samples: OptionalCount = 50
+    train_samples: OptionalCount = 30
     test_samples: OptionalCount = 0
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     num_groups: Count = 2
     dominant_classes: Count = 5
-    uniform_fraction: UnitInterval = 0.2
+    uniform_fraction: UnitInterval = 0.0
     dirichlet_alpha: Positive = 0.5
     classes_per_client: Count = 2
     test_uniform_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -235,12 +235,6 @@ class Run:
         return folder / f"client-{client}.safetensors"
 
     @property
-    def setting(self) -> str:
-        """What runs are averaged over: clients, rounds and all settings but the seed."""
-        decisive = {**self.config.decisive, "seed": 0}
-        return json.dumps([self.num_nodes, self.config.num_server_rounds, decisive])
-
-    @property
     def num_nodes(self) -> int:
         """Number of clients that were connected in the last round."""
         return int(self.last("num-nodes") or 0)
@@ -268,15 +262,6 @@ def read_runs(folder: Path) -> list[Run]:
         with contextlib.suppress(ValueError):
             runs.append(Run.read(file.parent))
     return runs
-
-
-def group_by_setting(runs: Iterable[Run]) -> list[list[Run]]:
-    """Group runs that differ in their seed alone; of several with one seed the last counts."""
-    groups: dict[str, dict[int, Run]] = {}
-    for run in runs:
-        if run.metrics:
-            groups.setdefault(run.setting, {})[run.config.seed] = run
-    return [list(seeds.values()) for seeds in groups.values()]
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:

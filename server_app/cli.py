@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pfedgpa_app.cli import app, fail, run_on_flower
+from pfedgpa_app.cli import app, fail
+from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
     from server_app.bench import BenchRun

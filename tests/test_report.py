@@ -19,7 +19,6 @@ from pfedgpa_app.report import (
     Run,
     RunFolder,
     draw_accuracy,
-    group_by_setting,
     mean_and_spread,
     read_runs,
     summarize,
@@ -239,21 +238,6 @@ def test_a_run_is_of_its_settings_wherever_it_was_written_to(tmp_path: Path):
     assert run.is_of(Config(seed=1))
     assert run.is_of(Config(seed=1, output_dir=str(tmp_path)))
     assert not run.is_of(Config(seed=2, output_dir="/somewhere"))
-
-
-def test_runs_that_differ_in_seed_and_folder_alone_are_grouped(tmp_path: Path):
-    first = make_run(tmp_path / "0", [0.5], seed=0)
-    other = make_run(tmp_path / "1", [0.5], seed=0, strategy="local")
-    second = make_run(tmp_path / "2", [0.5], seed=1, output_dir="/elsewhere")
-    larger = make_run(tmp_path / "3", [0.5], seed=2, num_nodes=8)
-    unstarted = make_run(tmp_path / "4", [], seed=3)
-    groups = group_by_setting([first, other, second, larger, unstarted])
-    assert groups == [[first, second], [other], [larger]]
-
-
-def test_the_last_run_of_a_seed_counts(tmp_path: Path):
-    runs = [make_run(tmp_path / str(n), [n / 10], seed=seed) for n, seed in enumerate([0, 1, 0])]
-    assert group_by_setting(runs) == [[runs[2], runs[1]]]
 
 
 def test_mean_and_spread_of_few_values():

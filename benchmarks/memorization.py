@@ -1,0 +1,125 @@
+"""Whether what is generated is new: how near it is to the uploads, and which errors they share.
+
+    python -m benchmarks.memorization
+
+For each seed a whole run of pFedGPA (20 clients in 5 groups, Fashion-MNIST in 14x14 pixels); then
+each generator generates everyone's model from the last round's uploads. One that memorized would
+give vectors much nearer to an upload than uploads are to each other, with that upload's errors (the
+questions of arXiv 2506.07998).
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.config import Config
+from pfedgpa_app.data import client_data
+from pfedgpa_app.evaluation import logits_of
+from pfedgpa_app.models import build_model
+from pfedgpa_app.parameters import ParameterLayout
+from pfedgpa_app.report import mean_and_spread
+from pfedgpa_app.tables import Cell, Table
+from server_app.bench import Suite
+from server_app.simulation import simulate
+from server_app.strategies import PFedGPA
+
+SUITE = Path("conf/suites/ablation.toml")
+CLIENTS = 20
+GENERATORS = ("diffusion", "kin-mean", "shrinkage", "upload")
+COLUMNS = ("distance to the nearest upload", "shared errors", "accuracy")
+
+Vectors = Mapping[int, Tensor]
+Seeds = Annotated[str, typer.Option(help="Comma-separated.")]
+
+
+def main(seeds: Seeds = "0,1,2") -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    numbers = [int(seed) for seed in seeds.split(",")]
+    rows: dict[str, list[list[float]]] = {}
+    for seed in numbers:
+        for name, values in measure(seed).items():
+            rows.setdefault(name, []).append(values)
+    cells = {
+        name: [Cell(mean_and_spread(values)) for values in zip(*each, strict=True)]
+        for name, each in rows.items()
+    }
+    note = (
+        "Distances in units of the mean distance of an upload to the nearest other upload. Shared "
+        "errors: of the test images that a client's model or its nearest upload gets wrong, the "
+        f"part that both give the same wrong class. Mean ± standard deviation over seeds {seeds}: "
+        f"python -m benchmarks.memorization --seeds {seeds}"
+    )
+    print(Table("Memorization, 20 clients in 5 groups", COLUMNS, cells, note).markdown())
+
+
+def measure(seed: int) -> dict[str, list[float]]:
+    """Return a row a generator, and that of the uploads among each other."""
+    runs = Suite.read(SUITE).model_copy(update={"seeds": [seed]}).runs()
+    config = next(run.config for run in runs if run.clients == CLIENTS and run.row == "diffusion")
+    strategy, _ = simulate(config, CLIENTS, judged_rounds=1)
+    assert isinstance(strategy, PFedGPA)
+    uploads = strategy.aggregator.bank
+    nearest = {
+        client: min((each for each in uploads if each != client), key=_distance_to(vector, uploads))
+        for client, vector in uploads.items()
+    }
+    unit = sum(float((uploads[i] - uploads[j]).norm()) for i, j in nearest.items()) / CLIENTS
+    rows = {"uploads among each other": _row(config, uploads, nearest, uploads, unit)}
+    for name in GENERATORS:
+        generated = _generate(name, config, strategy.aggregator)
+        nearest = {
+            client: min(uploads, key=_distance_to(vector, uploads))
+            for client, vector in generated.items()
+        }
+        rows[name] = _row(config, generated, nearest, uploads, unit)
+    return rows
+
+
+def _generate(name: str, config: Config, trained: GenerativeAggregator) -> Vectors:
+    """Return everyone's model by another generator, from the same bank."""
+    settings = config.diffusion.model_copy(update={"generator": name})
+    aggregator = GenerativeAggregator(settings, seed=config.seed)
+    aggregator.begin(trained.initial, trained.blocks)
+    for client, vector in trained.bank.items():
+        aggregator.observe(client, vector)
+    aggregator.fit(config.num_server_rounds, trained.average)
+    return {client: aggregator.personalize(client) for client in trained.bank}
+
+
+def _row(
+    config: Config, models: Vectors, nearest: Mapping[int, int], uploads: Vectors, unit: float
+) -> list[float]:
+    distance = shared = accuracy = 0.0
+    for client, vector in models.items():
+        other = uploads[nearest[client]]
+        distance += float((vector - other).norm()) / unit
+        labels, classes = _predict(config, client, vector)
+        _, others = _predict(config, client, other)
+        wrong = (classes != labels) | (others != labels)
+        both = (classes == others) & wrong
+        shared += int(both.sum()) / max(1, int(wrong.sum()))
+        accuracy += float((classes == labels).double().mean())
+    return [total / len(models) for total in (distance, shared, accuracy)]
+
+
+def _predict(config: Config, client: int, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a client's test labels and a model's classes, ``(n,)`` each."""
+    data = client_data(config.data, config.seed, client, CLIENTS)
+    model = build_model(config.model.name, data.info, config.seed)
+    layout = ParameterLayout.of(model.state_dict())
+    model.load_state_dict(layout.merge(vector, layout.rest(model.state_dict())))
+    return data.test_labels, logits_of(model, data.test_images, data.stats).argmax(dim=1)
+
+
+def _distance_to(vector: Tensor, uploads: Vectors) -> Callable[[int], float]:
+    return lambda client: float((uploads[client] - vector).norm())
+
+
+if __name__ == "__main__":
+    typer.run(main)

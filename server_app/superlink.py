@@ -1,0 +1,83 @@
+"""Whole runs of the app by `flwr run`, on Flower's simulation or a SuperLink that is there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.cli import fail
+from pfedgpa_app.config import Config
+from pfedgpa_app.report import Run, read_runs
+
+
+def run_on_flower(config: Config, clients: int, superlink: str = "") -> Run:
+    """Run the app of the current folder by `flwr run`, showing its rounds.
+
+    It is simulated with ``clients``, unless another SuperLink is named: that has SuperNodes.
+    """
+    # The app's environment need not be this one.
+    config = config.model_copy(update={"output_dir": str(config.output_path)})
+    before = {run.path for run in read_runs(config.output_path)}
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as overrides:
+        overrides.writelines(f"{key} = {_toml(v)}\n" for key, v in config.to_flat().items())
+        overrides.flush()
+        command = [_flwr(), "run", ".", *([superlink] if superlink else [])]
+        command += ["--stream", "--run-config", overrides.name]
+        if superlink in ("", "local"):
+            federation = f"num-supernodes={clients} client-resources-num-cpus=1"
+            command += ["--federation-config", federation]
+        log = _follow(command, [superlink] if superlink else [])
+    new = [run for run in read_runs(config.output_path) if run.path not in before]
+    for run in new:
+        if run.is_complete and run.is_of(config):
+            return run
+    fail("flwr run did not finish the run. The end of its log:\n" + "".join(log))
+
+
+def _follow(command: list[str], superlink: list[str]) -> deque[str]:
+    """Run `flwr run`, print what it says of rounds, return its last lines.
+
+    The run is the SuperLink's, and would go on after an interrupt: it is stopped.
+    """
+    log: deque[str] = deque(maxlen=60)
+    run_id = ""
+    # A SuperLink that is started for it need not install what this command runs in already, and
+    # what flwr prints must come at once, or an interrupt would not know what to stop.
+    env = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", **os.environ}
+    env["PYTHONUNBUFFERED"] = "1"
+    try:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.append(line)
+                if started := re.search(r"started run (\d+)", line):
+                    run_id = started[1]
+                _, found, rest = line.partition("Round ")
+                if found and "personalized" in rest:
+                    print(f"  Round {rest}", end="", flush=True)
+    except KeyboardInterrupt:
+        if run_id:
+            print(f"\nStopping run {run_id}", file=sys.stderr, flush=True)
+            subprocess.run([command[0], "stop", run_id, *superlink], check=False)
+        raise
+    return log
+
+
+def _flwr() -> str:
+    """Return flwr's command, also where the environment of this Python is not activated."""
+    beside = Path(sys.executable).with_name("flwr")
+    return str(beside) if beside.exists() else "flwr"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    # A JSON string is a TOML string too.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
