@@ -193,12 +193,9 @@ def test_what_is_wrong_with_a_suite_is_said_before_anything_runs(
 
 
 @pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
-@pytest.mark.parametrize("quick", [False, True])
-def test_the_suites_of_the_project_are_right(
-    file: Path, quick: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_suites_of_the_project_are_right(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(PROJECT)
-    runs = Suite.read(file, quick=quick).runs()
+    runs = Suite.read(file).runs()
     assert runs
     assert len({run.name for run in runs}) == len(runs)
 
