@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pfedgpa_app.config import DatasetInfo
+from pfedgpa_app.parameters import head_names
 from pfedgpa_app.randomness import initialized_by, make_generator
 
 
@@ -136,3 +137,21 @@ def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
             f'model.name = "{name}": two images of shape {info.image_shape} gave an output of '
             f"shape {shape}; right would be {(2, info.num_classes)}, a logit a class"
         )
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """Return the last layer that has parameters, which maps features to logits.
+
+    Raises
+    ------
+    ModelError
+        If it is not linear.
+    """
+    name = head_names(model.state_dict())[0].rpartition(".")[0]
+    head = model.get_submodule(name)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"the last layer with parameters, {name or 'the model itself'}, is "
+            f"{type(head).__name__}; right would be a model that ends in torch.nn.Linear"
+        )
+    return head

@@ -4,9 +4,12 @@ import torch
 from torch import nn
 
 from pfedgpa_app.config import Config, ConfigError
-from pfedgpa_app.models import ModelError, build_model
+from pfedgpa_app.models import ModelError, build_model, head_of
 from pfedgpa_app.parameters import ParameterError, ParameterLayout
 from pfedgpa_app.randomness import resolve_device
+
+# Strategies that work on the features under a linear layer.
+_NEED_LINEAR_HEAD = ("fedrod", "fedpac", "floco")
 
 
 def preflight(config: Config) -> nn.Module:
@@ -27,6 +30,8 @@ def preflight(config: Config) -> nn.Module:
             for entry in layout.entries
             if entry.dtype.is_complex or not _has_numpy(entry.dtype)
         ]
+        if config.strategy in _NEED_LINEAR_HEAD:
+            head_of(model)
     except ModelError as error:
         problems.append(str(error))
     except ParameterError as error:

@@ -328,6 +328,14 @@ class BenchRun:
         part.write_text(json.dumps(result))
         part.replace(file)
 
+    def outcome(self, folder: Path) -> str:
+        """Say how it ended: its last accuracy and its seconds."""
+        result = self.result(folder)
+        if result is None:
+            return f"{self.name}: failed"
+        accuracy = fmean(result["accuracies"][-1].values())
+        return f"{self.name}: {accuracy:.4f} in the last round, {result['seconds']:.0f} s"
+
     def traceback_file(self, folder: Path) -> Path:
         """Return where the traceback of a failed run is."""
         return self.file(folder).with_suffix(".txt")
@@ -345,7 +353,7 @@ def num_processes() -> int:
 
 
 def execute(
-    runs: list[BenchRun], folder: Path, processes: int, advance: Callable[[], None]
+    runs: list[BenchRun], folder: Path, processes: int, advance: Callable[[BenchRun], None]
 ) -> dict[str, str]:
     """Run what has no result yet, each in a process of its own, and return why runs failed.
 
@@ -356,7 +364,7 @@ def execute(
     if not processes:
         for run in runs:
             run.execute(folder)
-            advance()
+            advance(run)
         return failed
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["server_app.bench", "client_app.app"])
@@ -375,7 +383,7 @@ def execute(
                 process.join()
                 if process.exitcode:
                     failed[run.name] = _why(process.exitcode, run.traceback_file(folder))
-                advance()
+                advance(run)
     finally:
         for process, _ in alive.values():
             process.terminate()

@@ -80,12 +80,17 @@ def bench(
     # A progress bar would hide the prompt of a debugger.
     with Progress(*columns, disable=not processes, speed_estimate_period=86400) as progress:
         task = progress.add_task("runs", total=len(pending))
+
+        def advance(run: "BenchRun") -> None:
+            progress.advance(task)
+            print(run.outcome(folder), flush=True)
+
         if superlink:
             for run in pending:
                 failed |= _on(superlink, run, folder)
-                progress.advance(task)
+                advance(run)
         else:
-            failed = execute(pending, folder, at_a_time, lambda: progress.advance(task))
+            failed = execute(pending, folder, at_a_time, advance)
     command = shlex.join(["pfedgpa", "bench", *sys.argv[2:]])
     formats = {"txt": "text", "md": "markdown", "tex": "latex", "csv": "csv"}
     found = tables(suite, runs, folder, command)

@@ -25,11 +25,10 @@ from torch import nn
 
 from client_app.app import evaluate_message, train_message
 from client_app.methods import METHODS, Method, Task
-from client_app.methods.heads import HeadError, head_of
 from pfedgpa_app.config import Config, DittoConfig, FedProxConfig, FedRepConfig, StrategyName
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import evaluate
-from pfedgpa_app.models import build_model
+from pfedgpa_app.models import ModelError, build_model, head_of
 from pfedgpa_app.parameters import head_names
 from server_app.app import make_strategy
 from server_app.checkpoint import ResumeError, resume
@@ -145,7 +144,7 @@ def test_fedrod_needs_no_example_of_every_class():
 
 def test_a_head_that_is_not_linear_is_named():
     model = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
-    with pytest.raises(HeadError, match=r"1, is PReLU; right would be .* torch\.nn\.Linear"):
+    with pytest.raises(ModelError, match=r"1, is PReLU; right would be .* torch\.nn\.Linear"):
         head_of(model)
 
 

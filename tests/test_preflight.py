@@ -17,3 +17,19 @@ def test_tensors_that_cannot_be_sent_or_averaged_are_named(
     with pytest.raises(ConfigError, match=rf"1\.weight is {dtype}.*float32") as caught:
         preflight.preflight(Config())
     assert "0.weight" not in str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", ["fedrod", "fedpac", "floco", "fedrep"])
+def test_methods_of_heads_need_a_model_that_ends_in_one(
+    monkeypatch: pytest.MonkeyPatch, strategy: str
+):
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    monkeypatch.setattr(preflight, "build_model", lambda *arguments: model)
+    config = Config(strategy=strategy)
+    if strategy == "fedrep":  # it only tells the last layer's tensors from the others
+        preflight.preflight(config)
+        return
+    with pytest.raises(
+        ConfigError, match=r"1, is BatchNorm1d; right would be .* torch\.nn\.Linear"
+    ):
+        preflight.preflight(config)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client_app.methods.heads import head_of, logits_and_features
+from client_app.methods.heads import logits_and_features
 from client_app.methods.method import Method, Task, Trained
+from pfedgpa_app.models import head_of
 from pfedgpa_app.parameters import copy_of
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from client_app.methods.heads import head_of
 from client_app.methods.method import Method, Task, Trained
+from pfedgpa_app.models import head_of
 from pfedgpa_app.parameters import copy_of, head_names
 
 

@@ -5,29 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from pfedgpa_app.parameters import head_names
-
-
-class HeadError(ValueError):
-    """A model whose last layer is not what a method needs."""
-
-
-def head_of(model: nn.Module) -> nn.Linear:
-    """Return the last layer that has parameters.
-
-    Raises
-    ------
-    HeadError
-        If it is not linear.
-    """
-    name = head_names(model.state_dict())[0].rpartition(".")[0]
-    head = model.get_submodule(name)
-    if not isinstance(head, nn.Linear):
-        raise HeadError(
-            f"the last layer with parameters, {name or 'the model itself'}, is "
-            f"{type(head).__name__}; right would be a model that ends in torch.nn.Linear"
-        )
-    return head
+from pfedgpa_app.models import head_of
 
 
 def logits_and_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
