@@ -143,6 +143,8 @@ def predict(
 
     if test_set == bool(images):
         fail("right would be either images or --test-set")
+    if test_set and class_counts:
+        fail("--class-counts: the test set comes with its training set, which is counted")
     if trust:
         sys.path.append(os.getcwd())
     try:

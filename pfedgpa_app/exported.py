@@ -193,6 +193,11 @@ class ExportedModel:
                 return self
             labels = self._client_data().train_labels
             counts = torch.bincount(labels, minlength=self.config.data.info.num_classes).tolist()
+        if not self.config.client.class_prior:
+            raise ExportError(
+                "class counts: the model was trained without client.class-prior and predicts "
+                "without them; right would be to leave them out"
+            )
         num_classes = self.config.data.info.num_classes
         if len(counts) != num_classes or min(counts) < 0:
             raise ExportError(

@@ -121,12 +121,9 @@ def compare(column: Mapping[str, Accuracies], num_seeds: int) -> dict[str, Cell]
     means, cells = {}, {}
     for name, seeds in column.items():
         values = [sum(each.values()) / len(each) for each in seeds.values()]
-        cells[name] = Cell(mean_and_spread(values) if values else "failed", values=values)
+        cells[name] = partial_cell(Cell(mean_and_spread(values), values=values), num_seeds)
         if len(values) == num_seeds:
             means[name] = values
-        elif values:
-            text = f"{cells[name].text} ({len(values)} of {num_seeds})"
-            cells[name] = Cell(text, values=values)
     if len(means) < 2:
         return cells
     best = max(means, key=lambda name: sum(means[name]) / len(means[name]))
@@ -136,6 +133,14 @@ def compare(column: Mapping[str, Accuracies], num_seeds: int) -> dict[str, Cell]
         elif p_value(column[name], column[best]) >= SIGNIFICANCE:
             cells[name] = replace(cells[name], mark="tied")
     return cells
+
+
+def partial_cell(cell: Cell, num_seeds: int) -> Cell:
+    """Return a cell that says so if it lacks some of ``num_seeds``, or all."""
+    found = len(cell.values)
+    if found == num_seeds:
+        return cell
+    return replace(cell, text=f"{cell.text} ({found} of {num_seeds})" if found else "failed")
 
 
 def p_value(left: Accuracies, right: Accuracies) -> float:

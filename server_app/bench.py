@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from pfedgpa_app.config import Config, ConfigError, Count, Section, flatten
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import RoundRecord, mean_and_spread, summarize
-from pfedgpa_app.tables import Cell, Table, compare
+from pfedgpa_app.tables import Cell, Table, compare, partial_cell
 from server_app.simulation import simulate
 
 JUDGED = "personalized-accuracy"
@@ -120,9 +120,10 @@ class Suite(Section):
             raise SuiteError(
                 f"{file}: targets and horizons need every round; right would be curve = true"
             )
-        known = summarize(RoundRecord(0), "", 0.0).keys()
+        known = summarize(RoundRecord(0), "", 0.0).keys() - {"strategy"}
         if unknown := [name for name in suite.measures if name not in known]:
-            raise SuiteError(f"{file}: measures has {unknown}; right would be some of {[*known]}")
+            right = ", ".join(sorted(known))
+            raise SuiteError(f"{file}: measures has {unknown}; right would be some of {right}")
         for name, each in (("cases", suite.cases), ("rows", suite.rows)):
             for key, of_key in each.items():
                 for setting in RESERVED | ({"clients"} if name == "rows" else set()):
@@ -167,6 +168,8 @@ class Suite(Section):
         SuiteError
             If settings are wrong, with all that is.
         """
+        if len(self.seeds) > len(set(self.seeds)):
+            raise SuiteError(f"seeds = {self.seeds}; right would be each once")
         runs, problems = [], []
         for seed in self.seeds:
             for case, in_case in self.cases.items():
@@ -233,6 +236,8 @@ class BenchRun:
     config: Config
     clients: int
     judged_rounds: int
+    superlink: str = ""
+    """That it runs on; empty for simulations, whose digits are the same wherever they run."""
 
     @property
     def name(self) -> str:
@@ -243,6 +248,8 @@ class BenchRun:
         """Return where its result is: the same settings, however they are named, share it."""
         config = self.config
         what = [config.decisive, config.num_server_rounds, self.clients, self.judged_rounds]
+        if self.superlink:
+            what.append(self.superlink)
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         return folder / "runs" / f"{key}.json"
 
@@ -262,7 +269,7 @@ class BenchRun:
         FloatingPointError
             If an accuracy is missing.
         RuntimeError
-            If no client could train in a round, with the reasons.
+            If no client could train in a round, with the reasons as soon as they are there.
         """
         torch.set_num_threads(1)
         begin = time.monotonic()
@@ -300,7 +307,12 @@ class BenchRun:
         ------
         FloatingPointError
             If a client has none in a round that is judged, as when its loss was not finite.
+        RuntimeError
+            If no client could train in a round.
         """
+        for row in rows:
+            if not row["num-clients"]:
+                raise RuntimeError(f"round {row['round']}: no client could train")
         end = self.config.num_server_rounds + 1
         judged = [accuracies.get(each, {}) for each in range(end - self.judged_rounds, end)]
         missing = [self.clients - len(each) for each in judged]
@@ -349,7 +361,7 @@ def num_processes() -> int:
         free = int(available.split()[1]) * 1024
     except (OSError, StopIteration):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(os.cpu_count() or 1, free // BYTES_A_RUN))
+    return max(1, min(len(os.sched_getaffinity(0)), free // BYTES_A_RUN))
 
 
 def execute(
@@ -422,11 +434,13 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
     note = (
         f"Accuracy of everyone's personalized model on its own test set, {judged}; mean ± standard "
         f"deviation over seeds {', '.join(map(str, suite.seeds))}. Marked: the best, and what a "
-        "paired t-test over seeds and clients does not tell from it (5 %). "
-        f"Clients of a seed are not independent, so a mark says no more than that. "
+        "paired t-test over seeds and clients does not tell from it (5 %). Clients of a seed are "
+        "not independent, so what is not marked may still be as good on other seeds. "
         f"{len(found)} of {len(runs)} runs, {sum(each['seconds'] for each in found):.0f} seconds "
         f"of computing: {command}"
     )
+    if failures := sum(row["num-failures"] for each in found for row in each["rounds"]):
+        note += f" ({failures} times a client's training was of no use)"
     compared = {
         column: compare(
             {
@@ -455,18 +469,23 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
             case, judged_rounds = suite.columns[column]
             each = results[case, row].values()
             means = [fmean(r[measure] for r in result["rounds"][judged_rounds]) for result in each]
-            return Cell(mean_and_spread(means, 0 if measure.startswith("bytes") else 4))
+            text = mean_and_spread(means, 0 if measure.startswith("bytes") else 4)
+            return partial_cell(Cell(text, values=means), len(suite.seeds))
 
         title, what = f"{suite.title}: {measure}", f"A round, {judged}."
+        if measure == "bytes-down":
+            what += " Models that are sent to be judged are counted in."
         made.append(_table(suite, title, [*suite.columns], mean, what))
     for target in suite.targets:
 
         def reached(case: str, row: str, target: float = target) -> Cell:
-            return Cell(_to_target(list(results[case, row].values()), target))
+            cell = Cell(_to_target(list(results[case, row].values()), target))
+            return cell if len(results[case, row]) == len(suite.seeds) else Cell("failed")
 
         note = (
-            "Rounds / megabytes up and down / server seconds of learning until the mean accuracy "
-            "is reached, mean over seeds; a dash where a seed never did."
+            "Rounds / megabytes up and down, models that are sent to be judged among them / server "
+            "seconds of learning until the mean accuracy is reached, mean over seeds; a dash where "
+            "a seed never did."
         )
         made.append(_table(suite, f"{suite.title}: until {target}", [*suite.cases], reached, note))
     return made
@@ -515,10 +534,11 @@ def _until(rows: list[dict[str, Any]], target: float) -> Iterator[dict[str, Any]
             return
 
 
-def draw(suite: Suite, runs: list[BenchRun], folder: Path) -> None:
-    """Draw figure.png: every run's judged number, or its curve, a panel a case."""
+def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
+    """Draw every run's judged number, or its curve, a panel a case."""
     # matplotlib takes a second to import, which only figures need.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     results, cases = _results(runs, folder), list(suite.cases)
     figure = Figure(figsize=(5.5 * len(cases), 1.6 + 0.3 * max(8, len(suite.rows))))
@@ -549,6 +569,8 @@ def draw(suite: Suite, runs: list[BenchRun], folder: Path) -> None:
         axes.grid(alpha=0.3)
         if suite.curve:
             axes.set_xlabel("round; the band is the range over seeds")
+            axes.set_ylabel("accuracy on the clients' own test sets")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(fontsize="small")
         else:
             axes.set_yticks(range(len(suite.rows)), list(suite.rows))
@@ -556,4 +578,4 @@ def draw(suite: Suite, runs: list[BenchRun], folder: Path) -> None:
             axes.set_xlabel("accuracy, a dot a seed, a bar their mean")
     figure.suptitle(suite.title)
     figure.tight_layout()
-    figure.savefig(folder / "figure.png", dpi=150)
+    figure.savefig(file, dpi=150)

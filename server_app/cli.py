@@ -1,8 +1,15 @@
 """The command ``pfedgpa`` as it is installed: what the app has, and the bench."""
 
 import os
+import re
 import shlex
+import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +19,7 @@ from pfedgpa_app.cli import app, fail
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
-    from server_app.bench import BenchRun
+    from server_app.bench import BenchRun, Suite
 
 
 @app.command()
@@ -38,16 +45,20 @@ def bench(
     results: Annotated[
         Path | None, typer.Option(help="Folder of the results; build/bench/<suite> by default.")
     ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Run again what is finished, as after a change of code."),
+    ] = False,
 ) -> None:
     """Run a suite of strategies, seeds and settings, and print its tables.
 
-    What an earlier call finished is not run again. Run it in the project's folder.
+    What an earlier call finished with the same settings is not run again. Run it in the project's
+    folder.
     """
     # They import torch and Flower, which other commands are spared.
-    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    from pfedgpa_app.tables import CSV_HEAD
-    from server_app.bench import Suite, SuiteError, draw, execute, num_processes, tables
+    from server_app.bench import Suite, SuiteError, execute, num_processes
 
     sys.path.append(os.getcwd())  # where own modules are, as `flwr run` packs it
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -66,46 +77,75 @@ def bench(
         fail(str(error) if str(file) in str(error) else f"{file}: {error}")
     if not runs:
         fail(f"{file} has no row and case whose names begin so")
+    if superlink not in ("", "local"):
+        runs = [replace(run, superlink=superlink) for run in runs]
     folder = results or Path("build/bench") / (file.stem + ("-quick" if quick else ""))
     folder.mkdir(parents=True, exist_ok=True)
+    for run in runs if fresh else ():
+        run.file(folder).unlink(missing_ok=True)
     pending = list({run.file(folder): run for run in runs if not run.result(folder)}.values())
-    at_a_time = num_processes() if processes < 0 else processes
+    at_a_time = num_processes() if processes < 0 else max(1, processes)
     print(
         f"{suite.title}: {len(runs)} runs, {len(runs) - len(pending)} finished before, "
-        f"{len(pending)} to go, {superlink or at_a_time or 1} at a time; results in {folder}",
+        f"{len(pending)} to go, {'1' if superlink else at_a_time} at a time; results in {folder}",
         flush=True,
     )
     failed: dict[str, str] = {}
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    begin = time.monotonic()
+    left_column = TextColumn("{task.fields[left]}")
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), left_column)
     # A progress bar would hide the prompt of a debugger.
-    with Progress(*columns, disable=not processes, speed_estimate_period=86400) as progress:
-        task = progress.add_task("runs", total=len(pending))
+    with _terminable(), Progress(*columns, disable=not processes) as progress:
+        task = progress.add_task("runs", total=len(pending), left="")
+        finished: list[BenchRun] = []
 
         def advance(run: "BenchRun") -> None:
-            progress.advance(task)
-            print(run.outcome(folder), flush=True)
+            finished.append(run)
+            seconds = (time.monotonic() - begin) / len(finished) * (len(pending) - len(finished))
+            left = f"{timedelta(seconds=round(seconds))} left"
+            progress.update(task, advance=1, left=left)
+            print(f"[{len(finished)}/{len(pending)}] {run.outcome(folder)}; {left}", flush=True)
 
         if superlink:
             for run in pending:
                 failed |= _on(superlink, run, folder)
                 advance(run)
         else:
-            failed = execute(pending, folder, at_a_time, advance)
-    command = shlex.join(["pfedgpa", "bench", *sys.argv[2:]])
-    formats = {"txt": "text", "md": "markdown", "tex": "latex", "csv": "csv"}
-    found = tables(suite, runs, folder, command)
-    for suffix, form in formats.items():
-        head, between = (CSV_HEAD, "") if form == "csv" else ("", "\n")
-        written = head + between.join(getattr(table, form)() for table in found)
-        (folder / f"table.{suffix}").write_text(written)
-    draw(suite, runs, folder)
-    print("\n" + "\n".join(table.text() for table in found))
-    print(f"Tables and figure: {folder}/table.{{{','.join(formats)}}}, {folder}/figure.png")
+            failed = execute(pending, folder, processes and at_a_time, advance)
+    # What was chosen is in the name, so that a call for other cases writes beside it.
+    chosen = [each for each in (file.stem, "quick" if quick else "", cases, rows, seeds) if each]
+    _write(suite, runs, folder, re.sub(r"[^\w.]+", "-", "-".join(chosen)))
     if failed:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         fail(
             f"{len(failed)} of {len(pending)} runs failed; call it again to repeat them:\n{reasons}"
         )
+
+
+def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> None:
+    """Write tables and figure, and print the tables."""
+    from pfedgpa_app.tables import CSV_HEAD
+    from server_app.bench import draw, tables
+
+    formats = {"txt": "text", "md": "markdown", "tex": "latex", "csv": "csv"}
+    found = tables(suite, runs, folder, shlex.join(["pfedgpa", "bench", *sys.argv[2:]]))
+    for suffix, form in formats.items():
+        head, between = (CSV_HEAD, "") if form == "csv" else ("", "\n")
+        written = head + between.join(getattr(table, form)() for table in found)
+        (folder / f"{name}.{suffix}").write_text(written)
+    draw(suite, runs, folder, folder / f"{name}.png")
+    print("\n" + "\n".join(table.text() for table in found))
+    print(f"Tables and figure: {folder}/{name}.{{{','.join(formats)},png}}")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let a SIGTERM end all processes and runs, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _on(superlink: str, run: "BenchRun", folder: Path) -> dict[str, str]:
@@ -124,6 +164,6 @@ def _on(superlink: str, run: "BenchRun", folder: Path) -> dict[str, str]:
         run.write(folder, finished.metrics, accuracies, seconds)
     except typer.Exit:
         return {run.name: "see its log above"}
-    except FloatingPointError as error:
+    except (OSError, ArithmeticError, RuntimeError) as error:
         return {run.name: str(error)}
     return {}

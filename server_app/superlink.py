@@ -59,6 +59,8 @@ def _follow(command: list[str], superlink: list[str]) -> deque[str]:
                 log.append(line)
                 if started := re.search(r"started run (\d+)", line):
                     run_id = started[1]
+                if "Waiting for nodes" in line:  # for ever, if there are too few
+                    print(f"  {line.partition(': ')[2].strip() or line.strip()}", flush=True)
                 _, found, rest = line.partition("Round ")
                 if found and "personalized" in rest:
                     print(f"  Round {rest}", end="", flush=True)

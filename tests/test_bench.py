@@ -3,13 +3,18 @@
 import csv
 import json
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from network import wait_until
 from typer.testing import CliRunner
 
+from pfedgpa_app.config import FedProxConfig
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table, compare, p_value
 from server_app import bench
@@ -83,9 +88,9 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
     assert found.keys() == {f"{row}, seed {seed}" for row in ("local", "ditto") for seed in (0, 1)}
     assert results(tmp_path / "pool") == found
     for suffix in ("txt", "md", "tex", "csv"):
-        text = (tmp_path / "here" / f"table.{suffix}").read_text()
+        text = (tmp_path / "here" / f"suite.{suffix}").read_text()
         assert "local" in text
-    with (tmp_path / "here" / "table.csv").open() as stream:
+    with (tmp_path / "here" / "suite.csv").open() as stream:
         rows = {row["row"]: row for row in csv.DictReader(stream) if row["table"] == "Two rivals"}
     for name in ("local", "ditto"):
         # The mean of the last two rounds over clients, then over seeds, once more.
@@ -96,7 +101,7 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
         assert float(rows[name]["mean"]) == pytest.approx(np.mean(seeds), abs=1e-6)
         assert float(rows[name]["std"]) == pytest.approx(np.std(seeds, ddof=1), abs=1e-6)
     assert "mean of the last 2 rounds of 3" in here.output
-    assert (tmp_path / "here" / "figure.png").stat().st_size > 1000
+    assert (tmp_path / "here" / "suite.png").stat().st_size > 1000
 
 
 def test_what_is_finished_is_not_run_again(
@@ -120,6 +125,26 @@ def test_what_is_finished_is_not_run_again(
     damaged.write_text("{")
     invoke(suite, "--processes", 0, "--results", folder)
     assert len(executed) == 3
+    invoke(suite, "--rows", "local", "--processes", 0, "--results", folder, "--fresh")
+    assert executed[3:] == ["local, seed 0", "local, seed 1"]
+
+
+def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: Path):
+    run = Suite.read(suite).runs()[0]
+    changed = {"seed": 5, "num_server_rounds": 4, "strategy": "fedavg"}
+    others = [
+        replace(run, clients=4),
+        replace(run, judged_rounds=1),
+        replace(run, superlink="site"),
+        *(
+            replace(run, config=run.config.model_copy(update={name: value}))
+            for name, value in changed.items()
+        ),
+    ]
+    assert len({each.file(tmp_path) for each in (run, *others)}) == 7
+    # What it is called does not, nor what other strategies are set to.
+    same = run.config.model_copy(update={"fedprox": FedProxConfig(mu=5.0)})
+    assert replace(run, row="x", case="y", config=same).file(tmp_path) == run.file(tmp_path)
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(suite: Path, tmp_path: Path):
@@ -140,13 +165,48 @@ def test_a_failed_run_is_reported_and_the_others_go_on(suite: Path, tmp_path: Pa
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
+def descendants(pid: int) -> set[int]:
+    """Return the processes below one, as the system tells."""
+    found: set[int] = set()
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found |= {child} | descendants(child)
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process runs, and is not merely waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.processes
+def test_a_bench_that_is_terminated_leaves_no_process(suite: Path, tmp_path: Path):
+    suite.write_text(SUITE.replace("num-server-rounds = 3", "num-server-rounds = 500"))
+    command = [Path(sys.executable).with_name("pfedgpa"), "bench", str(suite)]
+    command += ["--processes", "2", "--results", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as bench:
+        # Two runs, below the server that forked them, beside multiprocessing's own.
+        wait_until(lambda: len(descendants(bench.pid)) >= 4, 60)
+        below = descendants(bench.pid)
+        bench.terminate()
+        assert bench.wait(60) != 0
+    wait_until(lambda: not any(map(is_alive, below)), 30)
+
+
 def test_a_client_without_a_number_fails_the_run(suite: Path, tmp_path: Path):
     run = Suite.read(suite).runs()[0]
     whole = dict.fromkeys(range(3), 0.5)
+    trained = [{"round": number, "num-clients": 3} for number in (1, 2, 3)]
     with pytest.raises(FloatingPointError, match="1 of 3 clients have no accuracy"):
-        run.write(tmp_path, [], {1: whole, 2: {0: 0.5, 1: 0.5}, 3: whole}, 1.0)
+        run.write(tmp_path, trained, {1: whole, 2: {0: 0.5, 1: 0.5}, 3: whole}, 1.0)
+    idle = {"round": 2, "num-clients": 0}
+    with pytest.raises(RuntimeError, match="round 2: no client could train"):
+        run.write(tmp_path, [trained[0], idle, trained[2]], {2: whole, 3: whole}, 1.0)
     assert run.result(tmp_path) is None
-    run.write(tmp_path, [], {2: whole, 3: whole}, 1.0)
+    run.write(tmp_path, trained, {2: whole, 3: whole}, 1.0)
     assert run.result(tmp_path) is not None
 
 
@@ -175,6 +235,8 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
         ("clients = 3", "clients = 3\ntargets = [0.5]", "right would be curve = true"),
         ("clients = 3", "clients = 3\nhorizons = [2]", "right would be curve = true"),
         ("clients = 3", "clients = 3\ncurve = true\nhorizons = [2, 1, 4]", r"has \[1, 4\]; .* = 2"),
+        ('"bytes-up"', '"strategy"', r"measures has \['strategy'\]"),
+        ("seeds = [0, 1]", "seeds = [0, 0]", r"seeds = \[0, 0\]; right would be each once"),
         ("clients = 3", "clients = 3\nbase = 'none.toml'", "No such file"),
         ("clients = 3", "clients = ", "Invalid value"),
     ],
@@ -211,6 +273,8 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
                 "personalized-accuracy": 0.4 if number >= rounds else 0.1,
                 "bytes-up": 1_000_000,
                 "bytes-down": 500_000,
+                "num-clients": 3,
+                "num-failures": number % 2,
                 "seconds-diffusion": 0.5,
             }
             for number in (1, 2, 3)
@@ -221,21 +285,29 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
     reached = {table.title: table.rows["local"][0].text for table in tables}
     assert reached["Two rivals: until 0.3"] == "2.5 / 3.8 / 1.2"
     assert reached["Two rivals: until 0.99"] == "-"
-    bench.draw(read, read.runs(), tmp_path)
-    assert (tmp_path / "figure.png").exists()
+    # In the first and the third round of two runs.
+    assert "(4 times a client's training was of no use)" in tables[0].note
+    bench.draw(read, read.runs(), tmp_path, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):
     suite.write_text(SUITE.replace("measures =", "curve = true\nhorizons = [2, 3]\nmeasures ="))
     read = Suite.read(suite)
-    for run in read.runs():
-        rows = [{"personalized-accuracy": 0.1, "bytes-up": 10 * number} for number in (1, 2, 3)]
+    for run in read.runs()[:-1]:
+        rows = [
+            {"round": number, "num-clients": 3, "num-failures": 0, "bytes-up": 10 * number}
+            for number in (1, 2, 3)
+        ]
         accuracies = {number: dict.fromkeys(range(3), number / 10) for number in (1, 2, 3)}
         run.write(tmp_path, rows, accuracies, 1.0)
     judged, bytes_up = bench.tables(read, read.runs(), tmp_path, "command")
     assert judged.columns == ["round 2", "round 3"]
     assert [cell.values[0] for cell in judged.rows["local"]] == pytest.approx([0.15, 0.25])
     assert [cell.text for cell in bytes_up.rows["local"]] == ["15 ± 0", "25 ± 0"]
+    assert [cell.values for cell in bytes_up.rows["local"]] == [[15, 15], [25, 25]]
+    # The last run is missing.
+    assert [cell.text for cell in bytes_up.rows["ditto"]] == ["15 (1 of 2)", "25 (1 of 2)"]
     assert "mean of the last 2 rounds up to the column's" in judged.note
 
 
@@ -306,6 +378,7 @@ def test_runs_on_a_superlink_give_the_same_kind_of_result(
         num_nodes = 2 if len(asked) == 4 else 3
         for number in (1, 2, 3):
             row = {"round": number, "num-nodes": num_nodes, "seconds-round": 1.0, "bytes-up": 5}
+            row |= {"num-clients": 3, "num-failures": 0}
             clients_rows = [
                 {"round": number, "client": client, "personalized-accuracy": 0.5}
                 for client in range(3)

@@ -42,8 +42,8 @@ def test_the_quick_version_of_a_suite_ends_with_all_its_numbers(
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     suite = Suite.read(file, quick=True)
-    with (tmp_path / "table.csv").open() as stream:
+    with (tmp_path / f"{file.stem}-quick.csv").open() as stream:
         cells = [cell for cell in csv.DictReader(stream) if cell["table"] == suite.title]
     assert len(cells) == len(suite.rows) * len(suite.columns)
     assert all(0 < float(cell["mean"]) <= 1 for cell in cells)
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert (tmp_path / f"{file.stem}-quick.png").stat().st_size > 1000

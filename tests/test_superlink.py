@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.report import Run, RunFolder
+from pfedgpa_app.report import Run
 from server_app import superlink
 from server_app.cli import app
 
@@ -31,6 +31,7 @@ print("INFO : Starting Flower Simulation")
 with (folder / "metrics.jsonl").open("w") as metrics, (folder / "clients.jsonl").open("w") as rows:
     for number in range(1, config.num_server_rounds + 1):
         row = {{"round": number, "personalized-accuracy": 0.75, "num-nodes": nodes}}
+        row |= {{"num-clients": nodes, "num-failures": 0}}
         print(json.dumps(row | {{"seconds-round": 1.5}}), file=metrics)
         for client in range(nodes):
             row = {{"round": number, "client": client, "personalized-accuracy": client / 4}}
@@ -75,9 +76,10 @@ def test_runs_are_simulated_with_as_many_clients_and_not_run_again(
     play_flwr(monkeypatch, suite.parent, FAKE_FLWR)
     result = bench(suite)
     assert result.exit_code == 0, result.output
-    assert "2 runs, 0 finished before, 2 to go, local at a time" in result.output
+    assert "2 runs, 0 finished before, 2 to go, 1 at a time" in result.output
     assert "  Round 1 personalized 0.7500" in result.output
     assert "Starting Flower" not in result.output
+    assert "[2/2] local, seed 1: 0.2500 in the last round, 3 s; 0:00:00 left" in result.output
     # The mean over 3 clients of 0, 1/4 and 2/4.
     assert "local  0.2500 ± 0.0000" in result.output
     written = Run.read(Config().output_path / "new-1")
@@ -88,13 +90,27 @@ def test_runs_are_simulated_with_as_many_clients_and_not_run_again(
     assert "2 finished before, 0 to go" in again.output
 
 
-def test_an_interrupted_run_of_the_same_settings_is_none(
+def test_a_run_that_ends_before_its_last_round_is_none(
     suite: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = Config(strategy="local", seed=0, num_server_rounds=2)
-    RunFolder(config.output_path / "interrupted", config)
-    play_flwr(monkeypatch, suite.parent, FAKE_FLWR)
-    assert bench(suite, "--seeds", "0").exit_code == 0
+    cut_off = FAKE_FLWR.replace("config.num_server_rounds + 1", "config.num_server_rounds")
+    play_flwr(monkeypatch, suite.parent, cut_off)
+    result = bench(suite, "--seeds", "0")
+    assert result.exit_code == 1
+    assert "flwr run did not finish the run" in result.stderr
+
+
+def test_waiting_for_sites_is_told_and_a_missing_flwr_ends_no_bench(
+    suite: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script = "#!/bin/sh\necho 'INFO :      Waiting for nodes to connect: 1 connected'\nexit 1\n"
+    play_flwr(monkeypatch, suite.parent, script)
+    assert "  Waiting for nodes to connect: 1 connected" in bench(suite).stdout
+    monkeypatch.setattr(superlink, "_flwr", lambda: str(suite.parent / "none"))
+    result = bench(suite)
+    assert result.exit_code == 1
+    assert "2 of 2 runs failed" in result.stderr
+    assert "No such file" in result.stderr
 
 
 def test_a_failed_run_is_told_with_the_end_of_its_log_and_the_others_go_on(

@@ -58,7 +58,8 @@ def partition(
     pool ``is_test``, so no test sample is ever trained on, by whatever client; its part
     ``test_uniform_fraction`` is spread over all classes instead. With
     ``test_samples`` = 0 it is as large as the pool allows while clients share no test sample but
-    for rounding; with ``test_samples`` > 0 it has exactly that size, and clients may share.
+    for rounding and what is spread over all classes; with ``test_samples`` > 0 it has exactly that
+    size, and clients may share.
 
     Parameters
     ----------
