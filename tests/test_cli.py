@@ -242,6 +242,11 @@ def test_class_counts_travel_from_export_to_predict(
     wrong = runner.invoke(cli.app, [*predict, "--class-counts", "a,b"])
     assert wrong.exit_code == 1
     assert "--class-counts a,b: right would be whole numbers" in wrong.stderr
+    twice = runner.invoke(
+        cli.app, ["predict", str(file), "--test-set", "--class-counts", "1,1,1,1,1,1,1,1,1,1"]
+    )
+    assert twice.exit_code == 1
+    assert "comes with its training set" in twice.stderr
 
 
 @pytest.fixture

@@ -232,6 +232,11 @@ def test_class_counts_that_do_not_fit_are_refused(counts: list[int]):
         exported(**PRIOR).with_class_counts(counts)
 
 
+def test_class_counts_are_refused_where_nothing_would_use_them():
+    with pytest.raises(ExportError, match=r"without client\.class-prior"):
+        exported().with_class_counts([3] * 10)
+
+
 def test_the_data_of_a_run_is_counted_only_where_its_settings_may_be_used():
     model = replace(exported(**OWN_DATA, **PRIOR), trusted=False)
     with pytest.raises(ExportError, match="let it be called"):
