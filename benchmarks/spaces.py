@@ -30,7 +30,14 @@ from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
 
 CLIENTS = 10
-CONFIG = Config.from_flat({"client.device": "cpu", "diffusion.device": "cpu"})
+CONFIG = Config.from_flat(
+    {
+        "client.device": "cpu",
+        "diffusion.device": "cpu",
+        "data.train-samples": 50,
+        "data.uniform-fraction": 0.2,
+    }
+)
 SPACES = {
     "subspace": {},
     "raw": {"space": "raw", "hidden_size": 8, "batch_size": 8, "start": 200},
