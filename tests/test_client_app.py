@@ -196,7 +196,7 @@ def test_one_epoch_is_plain_sgd_on_the_shuffled_batches():
     expected = linear()
     mean, std = (value[:, None, None] for value in data.stats)
     velocity = [torch.zeros_like(p) for p in expected.parameters()]
-    for rows in torch.randperm(50, generator=make_generator(4)).split(20):
+    for rows in torch.randperm(len(labels), generator=make_generator(4)).split(20):
         logits = expected((images[rows].float() - mean) / std)
         loss = torch.nn.functional.cross_entropy(logits, labels[rows])
         gradients = torch.autograd.grad(loss, list(expected.parameters()))

@@ -26,6 +26,7 @@ def data(num_classes=10, per_class=100, test_per_class=30, seed=0):
 
 def config(partition, num_classes=10, **kwargs):
     protocol = {"train_samples": 0, "num_groups": 5, "dominant_classes": 3}
+    protocol |= {"uniform_fraction": 0.2}
     return DataConfig(
         dataset="own:load",
         image_shape="1x1x1",

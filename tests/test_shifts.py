@@ -104,9 +104,9 @@ def test_training_and_test_sets_are_shifted_alike():
 
 
 def test_half_a_test_set_may_be_of_all_classes():
-    own = client_data(DataConfig(partition="disjoint", test_samples=20), 0, 0, 5)
-    mixed_config = DataConfig(partition="disjoint", test_samples=20, test_uniform_fraction=0.5)
-    mixed = client_data(mixed_config, 0, 0, 5)
+    config = DataConfig(partition="disjoint", train_samples=50, test_samples=20)
+    own = client_data(config, 0, 0, 5)
+    mixed = client_data(config.model_copy(update={"test_uniform_fraction": 0.5}), 0, 0, 5)
     classes = own.test_labels.unique().tolist()
     assert torch.equal(mixed.train_labels, own.train_labels)
     assert len(mixed.test_labels) == 20
