@@ -11,6 +11,7 @@ from pfedgpa_app.config import Config, flatten
 from pfedgpa_app.data import ImageStats
 from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.models import build_model
+from server_app.bench import Suite
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()
@@ -35,6 +36,15 @@ def test_files_and_folders_that_the_readme_links_exist():
     assert links
     for link in links:
         assert (PROJECT / link).exists(), link
+
+
+def test_the_suite_of_the_readme_is_right(tmp_path: Path):
+    (text,) = re.findall(r"```toml\n(.+?)```", README, flags=re.DOTALL)
+    (tmp_path / "conf").symlink_to(PROJECT / "conf")
+    (tmp_path / "mine.toml").write_text(text)
+    runs = Suite.read(tmp_path / "mine.toml").runs()
+    assert len(runs) == 12
+    assert {run.config.num_server_rounds for run in runs} == {30}
 
 
 def test_an_exported_model_is_used_as_the_readme_says(
