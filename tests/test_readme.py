@@ -15,6 +15,7 @@ from server_app.bench import Suite
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 RUN_CONFIGS = re.findall(r'--run-config ("[^"]+"|\S+)', README)
 
 
@@ -31,11 +32,19 @@ def test_settings_of_the_readme_are_right(given: str):
     assert Config.from_flat(dict(flatten(tomllib.loads(text)))) != Config()
 
 
-def test_files_and_folders_that_the_readme_links_exist():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert links
-    for link in links:
-        assert (PROJECT / link).exists(), link
+def headings(page: Path) -> set[str]:
+    """Return the headings of a page as links name them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_exists(page: Path):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
 
 
 def test_the_suite_of_the_readme_is_right(tmp_path: Path):
