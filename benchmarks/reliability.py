@@ -31,7 +31,12 @@ ROUNDS = 6
 FAULT = 3
 JOIN = 5
 LAST = f"client-{CLIENTS - 1}"
-SETTINGS = {"num-server-rounds": ROUNDS, "server.min-available-nodes": CLIENTS}
+SETTINGS = {
+    "num-server-rounds": ROUNDS,
+    "server.min-available-nodes": CLIENTS,
+    "data.train-samples": 50,
+    "data.uniform-fraction": 0.2,
+}
 FAULTS = "nan,shape,names,size,record"
 
 Result = dict[str, Any]
