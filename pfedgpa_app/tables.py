@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 from pfedgpa_app.report import mean_and_spread
 
 SIGNIFICANCE = 0.05
-CSV_HEAD = "table,row,column,text,mark,seeds,mean,std\n"
+CSV_HEAD = "table,row,column,text,mark,seeds,mean,std,values\n"
 _LATEX = {character: "\\" + character for character in "&%_#${}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
@@ -105,7 +105,8 @@ class Table:
                 values = cell.values
                 mean = f"{statistics.fmean(values):.6f}" if values else ""
                 std = f"{statistics.stdev(values):.6f}" if len(values) > 1 else ""
-                facts = [cell.text, cell.mark, len(values), mean, std]
+                each = " ".join(f"{value:.6f}" for value in values)
+                facts = [cell.text, cell.mark, len(values), mean, std, each]
                 writer.writerow([self.title, name, column, *facts])
         return stream.getvalue()
 

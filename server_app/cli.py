@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pfedgpa_app.cli import app, fail
+from pfedgpa_app.config import SITES
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def bench(
         fail(f"{file} has no row and case whose names begin so")
     if superlink not in ("", "local"):
         runs = [replace(run, superlink=superlink) for run in runs]
+    elif any(run.config.data.dataset == SITES for run in runs):
+        fail(f'{file}: data.dataset = "{SITES}" needs sites; right would be --superlink NAME')
     folder = results or Path("build/bench") / (file.stem + ("-quick" if quick else ""))
     folder.mkdir(parents=True, exist_ok=True)
     for run in runs if fresh else ():

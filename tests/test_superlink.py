@@ -90,6 +90,15 @@ def test_runs_are_simulated_with_as_many_clients_and_not_run_again(
     assert "2 finished before, 0 to go" in again.output
 
 
+def test_sites_are_on_no_simulation(suite: Path):
+    suite.write_text(
+        SUITE + 'data.dataset = "sites"\ndata.image-shape = "1x8x8"\ndata.num-classes = 10\n'
+    )
+    result = bench(suite)
+    assert result.exit_code == 1
+    assert 'data.dataset = "sites" needs sites; right would be --superlink' in result.stderr
+
+
 def test_a_run_that_ends_before_its_last_round_is_none(
     suite: Path, monkeypatch: pytest.MonkeyPatch
 ):
