@@ -228,8 +228,11 @@ class TestFedPAC:
         assert means.tolist() == pytest.approx(
             [(4 * 1 + 10 * 1.5 + 5 * 9) / 19, (6 * 1 + 5 * 9) / 11]
         )
-        # Judged by what it has after its training.
+        # Judged by what it has after its training, or before it.
         assert float(strategy.evaluation_state(2)["head.weight"][0, 0]) == 9.0
+        strategy.judged = "sent"
+        for key, tensor in strategy.training_state(2).items():
+            assert torch.equal(strategy.evaluation_state(2)[key], tensor)
 
     def test_momentum_is_that_of_each_head(self):
         grid = SimulatedGrid({n: by_round(lambda value: self.site(value, [5, 5])) for n in (1, 2)})

@@ -1,12 +1,13 @@
 """FedPAC: one body for all, and for each client the head that a quadratic programme combines."""
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import ParameterLayout, StateDict, head_names, weighted_average
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.momentum import Momentum
@@ -24,13 +25,26 @@ class FedPAC(FedAvgFT):
     the features, weighted by examples. As in the paper a client is judged by what it has after its
     local training. Clients that were not in a round keep their heads. Momentum is that of the
     bodies' average and of each client's head.
+
+    Parameters
+    ----------
+    judged : str (default: "trained")
+        Which model of a client is judged: ``"trained"`` or, before its training, ``"sent"``.
+    **kwargs : Any
+        The arguments of `ClientwiseFedAvg`.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, judged: str = "trained", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.judged = judged
         self.heads: dict[int, StateDict] = {}
         self.head_momenta: dict[int, Momentum] = {}
         self.means: StateDict = {}
+
+    @classmethod
+    def of(cls, config: Config, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
+        return super().of(config, judged=config.fedpac.judged, **kwargs)
 
     def begin(self, state: StateDict) -> None:
         """Take note of the head's size."""
@@ -100,7 +114,8 @@ class FedPAC(FedAvgFT):
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return what the client made of it, or what it would be sent."""
-        return self.fine_tuned.get(client) or self.training_state(client)
+        trained = self.fine_tuned.get(client) if self.judged == "trained" else None
+        return trained or self.training_state(client)
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
