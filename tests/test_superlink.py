@@ -1,6 +1,7 @@
 """The bench by `flwr run`; a small script plays flwr."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -142,7 +143,12 @@ def test_an_interrupted_bench_stops_its_run(suite: Path, monkeypatch: pytest.Mon
         "if [ $1 = run ]; then echo Successfully started run 4711; sleep 2; kill -INT $PPID; fi\n"
     )
     play_flwr(monkeypatch, suite.parent, script)
-    result = bench(suite)
+    # Processes that a shell starts in the background ignore interrupts, and this may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = bench(suite)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code != 0
     assert "Stopping run 4711" in result.stderr
     assert called.read_text().splitlines()[1:] == ["stop 4711 local"]
