@@ -15,10 +15,10 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.report import Run, read_runs
 
 
-def run_on_flower(config: Config, clients: int, superlink: str = "") -> Run:
+def run_on_flower(config: Config, clients: int, superlink: str) -> Run:
     """Run the app of the current folder by `flwr run`, showing its rounds.
 
-    It is simulated with ``clients``, unless another SuperLink is named: that has SuperNodes.
+    On the SuperLink ``local`` it is simulated with ``clients``; any other has SuperNodes.
     """
     # The app's environment need not be this one.
     config = config.model_copy(update={"output_dir": str(config.output_path)})
@@ -26,12 +26,11 @@ def run_on_flower(config: Config, clients: int, superlink: str = "") -> Run:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as overrides:
         overrides.writelines(f"{key} = {_toml(v)}\n" for key, v in config.to_flat().items())
         overrides.flush()
-        command = [_flwr(), "run", ".", *([superlink] if superlink else [])]
-        command += ["--stream", "--run-config", overrides.name]
-        if superlink in ("", "local"):
+        command = [_flwr(), "run", ".", superlink, "--stream", "--run-config", overrides.name]
+        if superlink == "local":
             federation = f"num-supernodes={clients} client-resources-num-cpus=1"
             command += ["--federation-config", federation]
-        log = _follow(command, [superlink] if superlink else [])
+        log = _follow(command, superlink)
     new = [run for run in read_runs(config.output_path) if run.path not in before]
     for run in new:
         if run.is_complete and run.is_of(config):
@@ -39,7 +38,7 @@ def run_on_flower(config: Config, clients: int, superlink: str = "") -> Run:
     fail("flwr run did not finish the run. The end of its log:\n" + "".join(log))
 
 
-def _follow(command: list[str], superlink: list[str]) -> deque[str]:
+def _follow(command: list[str], superlink: str) -> deque[str]:
     """Run `flwr run`, print what it says of rounds, return its last lines.
 
     The run is the SuperLink's, and would go on after an interrupt: it is stopped.
@@ -67,7 +66,7 @@ def _follow(command: list[str], superlink: list[str]) -> deque[str]:
     except KeyboardInterrupt:
         if run_id:
             print(f"\nStopping run {run_id}", file=sys.stderr, flush=True)
-            subprocess.run([command[0], "stop", run_id, *superlink], check=False)
+            subprocess.run([command[0], "stop", run_id, superlink], check=False)
         raise
     return log
 

@@ -383,3 +383,10 @@ def test_a_diffusion_model_decides_about_the_results_of_pfedgpa_alone():
 )
 def test_how_long_a_run_waits_for_clients_decides_nothing(key: str, value: float):
     assert not Config().differences(Config.from_flat({key: value}))
+
+
+@pytest.mark.parametrize(("strategy", "decides"), [("fedavg", False), ("floco", True)])
+def test_the_length_of_a_run_decides_only_where_it_fixes_a_round(strategy: str, decides: bool):
+    short = Config(strategy=strategy, num_server_rounds=4)
+    longer = Config(strategy=strategy, num_server_rounds=8)
+    assert bool(short.differences(longer)) == decides

@@ -47,7 +47,9 @@ class FedAMP(FedAvgFT):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""
         assert self.layout is not None
-        for client in uploads.keys() & self.fine_tuned.keys():
+        # Mixing all models once more is for momentum alone.
+        again = uploads.keys() & self.fine_tuned.keys() if self.client_momentum.beta else ()
+        for client in again:
             vector, _ = self.layout.split(self.training_state(client))
             self.client_momentum.trained(client, vector)
         super().learn(server_round, uploads)
