@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,8 +30,12 @@ def bench(
         bool, typer.Option("--quick", help="Only show that it works, in minutes.")
     ] = False,
     seeds: Annotated[str, typer.Option(help="Comma-separated, instead of the suite's.")] = "",
-    rows: Annotated[str, typer.Option(help="Only rows whose names begin so.")] = "",
-    cases: Annotated[str, typer.Option(help="Only cases whose names begin so.")] = "",
+    rows: Annotated[
+        list[str] | None, typer.Option(help="Only rows whose names begin so; may be repeated.")
+    ] = None,
+    cases: Annotated[
+        list[str] | None, typer.Option(help="Only cases whose names begin so; may be repeated.")
+    ] = None,
     processes: Annotated[
         int,
         typer.Option(min=-1, help="Runs at a time; 0: here, for a debugger; -1: as many as fit."),
@@ -69,15 +73,13 @@ def bench(
         suite = Suite.read(file, quick=quick)
         changed = {
             "seeds": [int(seed) for seed in seeds.split(",")] if seeds else suite.seeds,
-            "rows": {name: each for name, each in suite.rows.items() if name.startswith(rows)},
-            "cases": {name: each for name, each in suite.cases.items() if name.startswith(cases)},
+            "rows": _chosen(suite.rows, rows, "row"),
+            "cases": _chosen(suite.cases, cases, "case"),
         }
         suite = suite.model_copy(update=changed)
         runs = suite.runs()
     except (SuiteError, ValueError) as error:
         fail(str(error) if str(file) in str(error) else f"{file}: {error}")
-    if not runs:
-        fail(f"{file} has no row and case whose names begin so")
     if superlink not in ("", "local"):
         runs = [replace(run, superlink=superlink) for run in runs]
     elif any(run.config.data.dataset == SITES for run in runs):
@@ -116,13 +118,24 @@ def bench(
         else:
             failed = execute(pending, folder, processes and at_a_time, advance)
     # What was chosen is in the name, so that a call for other cases writes beside it.
-    chosen = [each for each in (file.stem, "quick" if quick else "", cases, rows, seeds) if each]
-    _write(suite, runs, folder, re.sub(r"[^\w.]+", "-", "-".join(chosen)))
+    parts = (file.stem, "quick" if quick else "", *(cases or ()), *(rows or ()), seeds)
+    _write(suite, runs, folder, re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))))
     if failed:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         fail(
             f"{len(failed)} of {len(pending)} runs failed; call it again to repeat them:\n{reasons}"
         )
+
+
+def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dict[str, Any]:
+    """Return those whose names begin with one of the prefixes, in the suite's order.
+
+    Raises ValueError if a prefix chooses nothing.
+    """
+    for prefix in prefixes or ():
+        if not any(name.startswith(prefix) for name in named):
+            raise ValueError(f"no {kind} begins with {prefix!r}; there are {', '.join(named)}")
+    return {name: each for name, each in named.items() if name.startswith(tuple(prefixes or [""]))}
 
 
 def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> None:

@@ -129,6 +129,22 @@ def test_what_is_finished_is_not_run_again(
     assert executed[3:] == ["local, seed 0", "local, seed 1"]
 
 
+def test_rows_and_cases_are_chosen_by_how_their_names_begin(suite: Path, tmp_path: Path):
+    arguments = ("--seeds", "0", "--processes", 0, "--results", tmp_path)
+    one = invoke(suite, "--rows", "loc", *arguments)
+    assert "1 runs, " in one.output
+    both = invoke(suite, "--rows", "ditto", "--rows", "loc", *arguments)
+    assert "2 runs, 1 finished before" in both.output
+    with (tmp_path / "suite-ditto-loc-0.csv").open() as stream:
+        assert list(dict.fromkeys(cell["row"] for cell in csv.DictReader(stream))) == [
+            "local",
+            "ditto",
+        ]
+    wrong = invoke(suite, "--rows", "ditto", "--rows", "fedfoo", *arguments)
+    assert wrong.exit_code == 1
+    assert "no row begins with 'fedfoo'; there are local, ditto" in " ".join(wrong.output.split())
+
+
 def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: Path):
     run = Suite.read(suite).runs()[0]
     changed = {"seed": 5, "num_server_rounds": 4, "strategy": "fedavg"}
