@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
-from pfedgpa_app.diffusion import BlockDiffusion, MakeGenerator, Spectrum, divergence, mix
+from pfedgpa_app.diffusion import (
+    BlockDiffusion,
+    MakeGenerator,
+    Spectrum,
+    divergence,
+    mix,
+    normalized,
+    signal_parts,
+)
 from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
 from pfedgpa_app.state import below, load_state, save_state, under
 
-STATE_KIND = "pfedgpa-aggregator-3"
+STATE_KIND = "pfedgpa-aggregator-4"
 
 WHOLE = (slice(None),)
 """All parameters as one block."""
@@ -44,6 +52,8 @@ class GenerativeAggregator:
         The last upload of each member, ``(d,)``, brought up to date.
     guests
         What was generated for each newcomer, ``(d,)``, brought up to date.
+    halves
+        How two halves of each client's images moved its parameters apart, ``(2, d)``, normalized.
     models
         The diffusion model of each block of parameters; None where nobody is like anybody else.
     alike
@@ -63,6 +73,7 @@ class GenerativeAggregator:
         self.device = resolve_device(config.device)
         self.bank: dict[int, Tensor] = {}
         self.guests: dict[int, Tensor] = {}
+        self.halves: dict[int, Tensor] = {}
         self.average: Tensor | None = None
         self._fresh: dict[int, Tensor] = {}
         self.begin(None)
@@ -77,6 +88,14 @@ class GenerativeAggregator:
     def observe(self, client: int, vector: Tensor) -> None:
         """Take in the parameters ``(d,)`` that a client uploaded in this round."""
         self._fresh[client] = vector.detach().cpu()
+
+    def compare(self, client: int, halves: Tensor) -> None:
+        """Take in how training on each half of its images moved a client's parameters, ``(2, d)``.
+
+        Once it is known of all clients of the bank, each keeps of its deviations from the mean what
+        is signal, axis by axis.
+        """
+        self.halves[client] = normalized(halves.detach().cpu())
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Train the diffusion model on the bank and denoise the code of every client in it.
@@ -156,7 +175,11 @@ class GenerativeAggregator:
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next round needs, as named tensors."""
-        tensors = under("bank", self.bank) | under("guests", self.guests)
+        tensors = {
+            **under("bank", self.bank),
+            **under("guests", self.guests),
+            **under("halves", self.halves),
+        }
         if self.average is not None:
             tensors["average"] = self.average
         if self.initial is not None:
@@ -176,9 +199,9 @@ class GenerativeAggregator:
         """
         models: list[BlockDiffusion | None] = []
         try:
-            bank, guests = (
+            bank, guests, halves = (
                 {int(client): vector for client, vector in below(name, tensors).items()}
-                for name in ("bank", "guests")
+                for name in ("bank", "guests", "halves")
             )
             for number in range(len(self.blocks)):
                 parts = below(f"model.{number}", tensors)
@@ -189,7 +212,8 @@ class GenerativeAggregator:
                 raise KeyError("alike")
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
-        self.bank, self.guests, self.models, self.alike = bank, guests, models, alike
+        self.bank, self.guests, self.halves = bank, guests, halves
+        self.models, self.alike = models, alike
         self.average, self.initial = tensors.get("average"), tensors.get("initial")
         self._fresh = {}
 
@@ -217,15 +241,20 @@ class GenerativeAggregator:
     def _learn(self, number: int, streams: MakeGenerator) -> BlockDiffusion | None:
         """Return the diffusion model of a block of the bank.
 
-        With one client there is nothing to learn. Clients without any principal axis that stands
-        out are alike, or each is different from all others. Once different, they stay so: whoever
-        is not in a round goes the way of the others, and what all have in common grows.
+        With one client there is nothing to learn. Where it is not known what is signal, clients
+        without any principal axis that stands out are alike, or each is different from all others.
+        Once different, they stay so: whoever is not in a round goes the way of the others, and what
+        all have in common grows.
         """
         block = self.blocks[number]
         vectors = self._vectors(block)
         if len(vectors) < 2:
             return None
         spectrum = Spectrum.of(vectors)
+        if self.bank.keys() <= self.halves.keys():
+            halves = [self.halves[client][:, block] for client in sorted(self.bank)]
+            signal = signal_parts(spectrum.eigenvectors, halves)
+            return BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams, signal)
         is_flat = (
             self.config.space == "subspace"
             and self.config.rank == "auto"
@@ -276,7 +305,12 @@ class GenerativeAggregator:
                     vector[block] += together
                 continue
             here = model.space.project([vector[block] for vector in old.values()])
-            kinship = model.kinship(here, model.coordinates)[:, again]
+            kinship = model.kinship(here, model.coordinates)
+            if model.kept is not None:
+                for row, client in enumerate(old):
+                    if client in self.bank:
+                        kinship[row] = model.company(clients.index(client))
+            kinship = kinship[:, again]
             shares = kinship.sum(dim=1, keepdim=True)
             for vector, kin, share in zip(moved.values(), kinship, shares, strict=True):
                 vector[block] += together if share < MIN_KINSHIP else mix(kin / share, moves)

@@ -179,6 +179,7 @@ class DiffusionConfig(Section):
     generated_layers: Annotated[str, Field(pattern=r"[^\s,]")] = "*"
     space: Literal["subspace", "raw"] = "subspace"
     blocks: Literal["whole", "per-layer"] = "whole"
+    sharing: Literal["kin", "measured"] = "kin"
     old_uploads: Literal["kin", "deviation", "as-uploaded"] = "kin"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
@@ -493,6 +494,12 @@ def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[
             {"diffusion.space", "diffusion.generator"},
             f'diffusion.generator = "{diffusion.generator}": works along principal axes; with '
             'diffusion.space = "raw" right would be "diffusion"',
+        )
+    if diffusion.space == "raw" and diffusion.sharing == "measured":
+        yield (
+            {"diffusion.space", "diffusion.sharing"},
+            'diffusion.sharing = "measured": works along principal axes; with '
+            'diffusion.space = "raw" right would be "kin"',
         )
     if diffusion.beta_start > diffusion.beta_end:
         yield (

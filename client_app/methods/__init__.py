@@ -10,6 +10,7 @@ from client_app.methods.fedrod import FedRoD
 from client_app.methods.floco import Floco
 from client_app.methods.ifca import IFCA
 from client_app.methods.method import Method, Task, Trained
+from client_app.methods.pfedgpa import PFedGPA
 
 METHODS: dict[str, type[Method]] = {
     "ditto": Ditto,
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "fedrod": FedRoD,
     "floco": Floco,
     "ifca": IFCA,
+    "pfedgpa": PFedGPA,
 }
 
 __all__ = ["METHODS", "Method", "Task", "Trained"]

@@ -41,8 +41,8 @@ class Spectrum:
         """Analyze vectors ``(d,)`` by their Gram matrix, in float64 and one pass over them."""
         mean = torch.empty_like(vectors[0])
         gram = mean.new_zeros(len(vectors), len(vectors), dtype=torch.float64)
-        for chunk in _chunks(vectors):
-            rows = _rows(vectors, chunk)
+        for chunk in chunks_of(vectors):
+            rows = rows_of(vectors, chunk)
             mean[chunk] = rows.mean(dim=0).to(mean.dtype)
             rows -= mean[chunk].double()
             gram += rows @ rows.T
@@ -159,8 +159,8 @@ class Subspace:
         eigenvalues = spectrum.eigenvalues[:dim]
         weights = (spectrum.eigenvectors[:, :dim] / (eigenvalues * len(vectors)).sqrt()).T
         basis = spectrum.mean.new_empty(dim, len(spectrum.mean))
-        for chunk in _chunks(vectors):
-            rows = _rows(vectors, chunk)
+        for chunk in chunks_of(vectors):
+            rows = rows_of(vectors, chunk)
             rows -= spectrum.mean[chunk].double()
             basis[:, chunk] = (weights @ rows).to(basis.dtype)
         return cls(spectrum.mean, basis, float(eigenvalues.mean().sqrt()) if dim else 1.0)
@@ -186,8 +186,8 @@ class Subspace:
         What sticks out of the subspace has no probability under the model and is dropped.
         """
         coordinates = self.mean.new_zeros(len(vectors), self.dim, dtype=torch.float64)
-        for chunk in _chunks(vectors):
-            rows = _rows(vectors, chunk)
+        for chunk in chunks_of(vectors):
+            rows = rows_of(vectors, chunk)
             rows -= self.mean[chunk].double()
             coordinates += rows @ self.basis[:, chunk].double().T
         return (coordinates / self.scale).to(self.basis.dtype)
@@ -206,8 +206,8 @@ def divergence(vectors: Sequence[Tensor], origin: Tensor) -> float:
     ones nothing.
     """
     gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for chunk in _chunks(vectors):
-        ways = _rows(vectors, chunk) - origin[chunk].double()
+    for chunk in chunks_of(vectors):
+        ways = rows_of(vectors, chunk) - origin[chunk].double()
         gram += ways @ ways.T
     one, other = torch.triu_indices(len(vectors), len(vectors), offset=1)
     squares = gram.diagonal()
@@ -216,11 +216,12 @@ def divergence(vectors: Sequence[Tensor], origin: Tensor) -> float:
     return float(variance / together.clamp(min=0)) if variance > 0 else 0.0
 
 
-def _rows(vectors: Sequence[Tensor], chunk: slice) -> Tensor:
+def rows_of(vectors: Sequence[Tensor], chunk: slice) -> Tensor:
     """Return a piece of every vector, ``(num_vectors, len(chunk))``, as a float64 copy."""
     return torch.stack([vector[chunk] for vector in vectors]).double()
 
 
-def _chunks(vectors: Sequence[Tensor]) -> Iterator[slice]:
+def chunks_of(vectors: Sequence[Tensor]) -> Iterator[slice]:
+    """Return slices of the vectors that are small over all of them."""
     size = max(1, _CHUNK // len(vectors))
     return (slice(begin, begin + size) for begin in range(0, len(vectors[0]), size))

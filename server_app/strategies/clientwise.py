@@ -142,6 +142,10 @@ class ClientwiseFedAvg(FedAvg):
         """Return what a client is sent beside its parameters."""
         return {}
 
+    def expected_extras(self, client: int) -> ParameterLayout | None:
+        """Return what a client must upload beside the parameters; None for nothing."""
+        return self.extras_layout
+
     def counts(self, client: int) -> bool:
         """Tell whether a client's upload has its part in the average."""
         return True
@@ -330,7 +334,8 @@ class ClientwiseFedAvg(FedAvg):
         num_bytes: dict[int, int] = {}
         for client, reply in self._by_client(replies):
             try:
-                upload = read_upload(reply, self.layout, self.weighted_by_key, self.extras_layout)
+                expected = self.expected_extras(client)
+                upload = read_upload(reply, self.layout, self.weighted_by_key, expected)
                 self.check(client, upload)
             except ReplyError as error:
                 self._refuse(client, str(error))
@@ -372,8 +377,12 @@ class ClientwiseFedAvg(FedAvg):
                     f'the metric "{self.weighted_by_key}" is {upload.num_examples}, more than '
                     f"{MAX_RATIO} times the median client's"
                 )
-        for name in next(iter(uploads.values())).extras:
-            sizes = {client: _norm(upload.extras[name]) for client, upload in uploads.items()}
+        for name in {name: None for upload in uploads.values() for name in upload.extras}:
+            sizes = {
+                client: _norm(upload.extras[name])
+                for client, upload in uploads.items()
+                if name in upload.extras
+            }
             median_size = statistics.median(sizes.values())
             for client, size in sizes.items():
                 if size > MAX_RATIO * max(median_size, MIN_SIZE):

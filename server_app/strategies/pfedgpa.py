@@ -8,12 +8,15 @@ from flwr.common import log
 
 from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
-from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.state import below, under
 from server_app.momentum import ClientMomentum
 from server_app.replies import Upload
 from server_app.roster import Roster
 from server_app.strategies.clientwise import ClientwiseFedAvg
+
+HALVES = "halves"
+"""What clients are asked for beside the parameters, once."""
 
 
 class PFedGPA(ClientwiseFedAvg):
@@ -97,6 +100,20 @@ class PFedGPA(ClientwiseFedAvg):
         blocks = self.layout.blocks() if per_layer else WHOLE
         self.aggregator.begin(self.layout.split(state)[0], blocks)
 
+    def extras(self, client: int) -> StateDict:
+        """Ask a client for the moves of both halves of its images, unless they are known."""
+        return {HALVES: torch.ones(1)} if self._asks(client) else {}
+
+    def expected_extras(self, client: int) -> ParameterLayout | None:
+        """Return the layout of both moves, ``(2, d)``, where they were asked for."""
+        assert self.layout is not None
+        moves = {HALVES: torch.zeros(2, self.layout.dim)}
+        return ParameterLayout.of(moves) if self._asks(client) else None
+
+    def _asks(self, client: int) -> bool:
+        aggregator = self.aggregator
+        return aggregator.config.sharing == "measured" and client not in aggregator.halves
+
     def counts(self, client: int) -> bool:
         """Tell whether a client is a member, as everyone is before there is a bank."""
         bank = self.aggregator.bank
@@ -109,6 +126,9 @@ class PFedGPA(ClientwiseFedAvg):
         vectors = {client: self.layout.split(upload.state)[0] for client, upload in uploads.items()}
         sent = {client: self.layout.split(self.training_state(client))[0] for client in uploads}
         starts = {client: sent[client] for client in uploads if not self.counts(client)}
+        for client, upload in uploads.items():
+            if HALVES in upload.extras:
+                self.aggregator.compare(client, upload.extras[HALVES])
         for client in vectors.keys() - starts.keys():
             self.aggregator.observe(client, vectors[client])
             self.rounds_onboarded.pop(client, None)

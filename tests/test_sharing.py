@@ -1,0 +1,274 @@
+"""How much of what sets a client apart is kept, measured by halves of its images."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from simulated_grid import SimulatedGrid, weights
+from small_task import EPOCHS, IMAGES, LABELS, PLAIN_SGD, RATE, layers_of, small_task
+from test_strategies import Node, received, site, start
+from torch import Tensor
+
+from client_app.methods import METHODS, Method
+from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.config import Config, DiffusionConfig
+from pfedgpa_app.diffusion import Spectrum, normalized, signal_parts
+from pfedgpa_app.randomness import make_generator
+from server_app.strategies import PFedGPA
+
+NUM_CLIENTS, DIM = 20, 4000
+
+
+def clients(own: Tensor, noise: float, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """Return uploads ``(20, 4000)`` and halves of clients that want ``own``, but for noise.
+
+    The noise of half the images has twice the variance of that of all.
+    """
+    generator = make_generator(seed)
+    first, second = (
+        own + noise * 2**0.5 * torch.randn(NUM_CLIENTS, DIM, generator=generator) for _ in range(2)
+    )
+    return (first + second) / 2, list(torch.stack([first, second], dim=1))
+
+
+def groups(num_groups: int, seed: int = 1) -> Tensor:
+    centres = torch.randn(num_groups, DIM, generator=make_generator(seed))
+    return centres[torch.arange(NUM_CLIENTS) % num_groups]
+
+
+def fitted(uploads: Tensor, halves: list[Tensor], **settings) -> GenerativeAggregator:
+    config = DiffusionConfig(**{"sharing": "measured", "train_steps": 20, **settings})
+    aggregator = GenerativeAggregator(config, seed=1)
+    aggregator.begin(torch.zeros(DIM))
+    for client, upload in enumerate(uploads):
+        aggregator.observe(client, upload)
+        aggregator.compare(client, halves[client])
+    aggregator.fit(server_round=1)
+    return aggregator
+
+
+def generated(aggregator: GenerativeAggregator) -> Tensor:
+    return torch.stack([aggregator.personalize(client) for client in sorted(aggregator.bank)])
+
+
+def test_signal_parts_are_those_of_the_formula():
+    generator = make_generator(3)
+    halves = list(torch.randn(6, 2, 50, generator=generator))
+    vectors = list(torch.randn(6, 50, generator=generator))
+    axes = Spectrum.of(vectors).eigenvectors
+    a, b = (np.stack([each[half].double().numpy() for each in halves]) for half in (0, 1))
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    expected = [(q @ a @ b.T @ q) / np.square(q @ (a + b) / 2).sum() for q in axes.numpy().T]
+    assert min(expected) < 0 < max(expected)
+    np.testing.assert_allclose(signal_parts(axes, halves), np.clip(expected, 0, 1), atol=1e-10)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+def test_signal_is_told_from_noise_whose_strength_nobody_knows(noise: float):
+    """Everyone wants something else: of any axis 1 / (1 + noise^2) is signal."""
+    own = torch.randn(NUM_CLIENTS, DIM, generator=make_generator(2))
+    uploads, halves = clients(own, noise)
+    parts = signal_parts(Spectrum.of(list(uploads)).eigenvectors, halves)
+    assert parts == pytest.approx(np.full(NUM_CLIENTS - 1, 1 / (1 + noise**2)), abs=0.15)
+    assert float(parts.mean()) == pytest.approx(1 / (1 + noise**2), abs=0.03)
+
+
+def test_of_groups_the_axes_between_them_are_signal_and_nothing_else():
+    uploads, halves = clients(groups(5), noise=1.0)
+    parts = signal_parts(Spectrum.of(list(uploads)).eigenvectors, halves)
+    assert bool((parts[:4] > 0.7).all())
+    assert bool((parts[4:] < 0.2).all())
+
+
+def test_clients_that_are_alike_are_given_their_mean():
+    uploads, halves = clients(torch.ones(DIM), noise=1.0)
+    models = generated(fitted(uploads, halves))
+    assert (models - uploads.mean(0)).norm() < 0.02 * (uploads - uploads.mean(0)).norm()
+
+
+def test_clients_that_agree_with_themselves_alone_keep_what_they_have():
+    own = torch.randn(NUM_CLIENTS, DIM, generator=make_generator(2))
+    uploads, halves = clients(own, noise=0.01)
+    models = generated(fitted(uploads, halves))
+    assert (models - uploads).norm() < 0.01 * uploads.norm()
+
+
+def test_between_both_everyone_keeps_a_part():
+    own = torch.randn(NUM_CLIENTS, DIM, generator=make_generator(2))
+    uploads, halves = clients(own, noise=0.5)
+    models = generated(fitted(uploads, halves))
+    mean = uploads.mean(0)
+    kept = ((models - mean) * (uploads - mean)).sum() / (uploads - mean).square().sum()
+    assert float(kept) == pytest.approx(0.8**3, abs=0.05)
+
+
+def test_groups_are_given_what_their_members_have_in_common():
+    own = groups(5)
+    uploads, halves = clients(own, noise=0.7)
+    models = generated(fitted(uploads, halves, train_steps=200))
+    before, after = (uploads - own).norm(dim=1), (models - own).norm(dim=1)
+    # The exact mean of four would leave half of it; what is kept of an axis is a little less.
+    assert float(after.mean() / before.mean()) < 0.65
+    assert bool((after < 0.8 * before).all())
+
+
+@pytest.mark.parametrize("rank", ["auto", 3])
+def test_coordinates_as_uploaded_are_shrunk_by_the_third_power_of_their_signal(rank):
+    uploads, halves = clients(groups(5), noise=1.0)
+    aggregator = fitted(uploads, halves, generator="upload", rank=rank)
+    axes = Spectrum.of(list(uploads)).eigenvectors
+    kept = signal_parts(axes, [normalized(each) for each in halves]) ** 3
+    deviations = (uploads - uploads.mean(0)).double()
+    expected = uploads.mean(0) + (axes * kept) @ (axes.T @ deviations)
+    torch.testing.assert_close(generated(aggregator), expected.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_who_is_away_goes_the_way_of_its_group():
+    uploads, halves = clients(groups(2), noise=0.3)
+    aggregator = fitted(uploads, halves)
+    before = dict(aggregator.bank)
+    for client, move in ((0, 1.0), (1, -1.0)):
+        aggregator.observe(client, before[client] + move)
+    aggregator.fit(server_round=2)
+    for client, move in ((2, 1.0), (3, -1.0)):
+        moved = aggregator.bank[client] - before[client]
+        torch.testing.assert_close(moved, torch.full((DIM,), move), atol=0.1, rtol=0)
+
+
+def test_a_newcomer_without_kin_keeps_as_much_of_its_own_as_others():
+    own = torch.randn(NUM_CLIENTS, DIM, generator=make_generator(2))
+    uploads, halves = clients(own, noise=0.5)
+    aggregator = fitted(uploads, halves)
+    current = torch.randn(DIM, generator=make_generator(9))
+    aggregator.onboard(50, current, torch.zeros(DIM))
+    mean = uploads.mean(0)
+    kept = (aggregator.personalize(50) - mean).norm() / (current - mean).norm()
+    assert float(kept) == pytest.approx(0.8**3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "lie", [lambda moves: 1e9 * moves, lambda moves: moves * torch.tensor([[1e9], [-1e9]])]
+)
+def test_a_liar_about_its_halves_changes_little_for_others(lie):
+    own = groups(5)
+    uploads, halves = clients(own, noise=0.7)
+    lied = [lie(halves[0]), *halves[1:]]
+    honest, spoiled = (generated(fitted(uploads, each, train_steps=200)) for each in (halves, lied))
+    others = [client for client in range(NUM_CLIENTS) if client % 5]
+    errors = [(models - own)[others].norm() for models in (honest, spoiled)]
+    assert errors[1] < 1.15 * errors[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"blocks": "per-layer"}])
+def test_a_run_goes_on_from_a_saved_state_as_without_a_break(tmp_path: Path, settings):
+    uploads, halves = clients(groups(5), noise=1.0)
+    aggregator = fitted(uploads, halves, **settings)
+    aggregator.onboard(50, uploads[0], uploads[1])
+    aggregator.save(tmp_path / "state.safetensors")
+    loaded = GenerativeAggregator(aggregator.config, seed=1)
+    loaded.load(tmp_path / "state.safetensors")
+    for each in (aggregator, loaded):
+        each.observe(3, uploads[3] + 1)
+        each.fit(server_round=2)
+    assert torch.equal(generated(loaded), generated(aggregator))
+    assert torch.equal(loaded.personalize(50), aggregator.personalize(50))
+
+
+def test_without_all_halves_uploads_are_treated_as_before():
+    uploads, halves = clients(groups(5), noise=0.7)
+    plain = GenerativeAggregator(DiffusionConfig(train_steps=20), seed=1)
+    partly = GenerativeAggregator(DiffusionConfig(train_steps=20), seed=1)
+    for client, upload in enumerate(uploads):
+        for each in (plain, partly):
+            each.observe(client, upload)
+        if client:
+            partly.compare(client, halves[client])
+    plain.fit(1)
+    partly.fit(1)
+    assert torch.equal(generated(partly), generated(plain))
+
+
+def larger_task(extras: dict[str, Tensor]):
+    """Return a task of six images in the order 0, 1, 2, 0, 1, 2; all examples are one batch."""
+    task = small_task(Config(client=PLAIN_SGD.model_copy(update={"batch_size": 6})))
+    data = task.data._replace(train_images=IMAGES.repeat(2, 1, 1, 1), train_labels=LABELS.repeat(2))
+    return replace(task, data=data, extras=extras)
+
+
+def test_a_client_trains_on_both_halves_apart_when_it_is_asked():
+    asked, plain, shuffled = (larger_task(extras) for extras in ({"halves": torch.ones(1)}, {}, {}))
+    uploaded, extras = METHODS["pfedgpa"]().train(asked)
+    unasked, nothing = METHODS["pfedgpa"]().train(plain)
+    assert nothing == {}
+    # What is uploaded, and what the model is afterwards, does not depend on it.
+    for state in (unasked, asked.model.state_dict(), Method().train(shuffled).state):
+        assert all(torch.equal(uploaded[name], state[name]) for name in uploaded)
+    order = torch.randperm(6, generator=shuffled.generator)
+    for rows, move in zip((order[:3], order[3:]), extras["halves"], strict=True):
+        inputs = asked.data.train_images[rows].flatten(1).double()
+        targets = torch.eye(2, dtype=torch.float64)[asked.data.train_labels[rows]]
+        [(weight, bias)] = [before] = layers_of(asked.received)
+        for _ in range(EPOCHS):
+            error = (torch.softmax(inputs @ weight.T + bias, dim=1) - targets) / 3
+            weight, bias = weight - RATE * error.T @ inputs, bias - RATE * error.sum(dim=0)
+        expected = torch.cat([(weight - before[0]).flatten(), bias - before[1]])
+        torch.testing.assert_close(move.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_client_with_too_few_images_has_no_halves():
+    task = small_task(Config(client=PLAIN_SGD))
+    task.extras = {"halves": torch.ones(1)}
+    _, extras = METHODS["pfedgpa"]().train(task)
+    assert torch.equal(extras["halves"], torch.zeros(2, 6))
+
+
+def test_normalized_moves_have_one_length():
+    moves = torch.randn(2, 100, generator=make_generator(0))
+    assert float(normalized(7 * moves).square().sum()) == pytest.approx(2)
+    assert torch.equal(normalized(torch.zeros(2, 100)), torch.zeros(2, 100))
+
+
+def half(value: float, halves: Tensor | None) -> Node:
+    """Return a node that uploads weights, and halves if it is asked for them."""
+    plain = site(value)
+
+    def answer(message: Message) -> RecordDict | None:
+        reply = plain(message)
+        assert isinstance(reply, RecordDict)
+        is_train = message.metadata.message_type == MessageType.TRAIN
+        if is_train and "extras" in message.content and halves is not None:
+            reply["extras"] = ArrayRecord({"halves": halves})
+        return reply
+
+    return answer
+
+
+def test_the_server_asks_every_client_once():
+    dim = sum(tensor.numel() for tensor in weights(0.0).values() if tensor.is_floating_point())
+    moves = torch.randn(4, 2, dim, generator=make_generator(0))
+    strategy = PFedGPA(diffusion=DiffusionConfig(sharing="measured"))
+    strategy.begin({name: tensor.clone() for name, tensor in weights(0.0).items()})
+    assert strategy.layout is not None
+    dim = strategy.layout.dim
+    moves = [move[:, :dim] if move.shape[1] >= dim else torch.ones(2, dim) for move in moves]
+    bad: list[Tensor | None] = [None, torch.ones(2, dim + 1), torch.full((2, dim), torch.nan)]
+    nodes = {number: half(float(number), move) for number, move in enumerate([*moves, *bad])}
+    grid = SimulatedGrid(nodes)
+    start(strategy, grid, num_rounds=3)
+    asked = {}
+    for message in grid.sent:
+        if message.metadata.message_type == MessageType.TRAIN and "extras" in message.content:
+            server_round = message.content["config"]["server-round"]
+            asked.setdefault(server_round, set()).add(message.metadata.dst_node_id)
+    assert asked == {1: set(range(7)), 2: {4, 5, 6}, 3: {4, 5, 6}}
+    assert set(strategy.aggregator.bank) == set(range(4))
+    assert len(received(grid, "train")) == 3
+
+
+def test_nobody_is_asked_where_kin_is_shared_with():
+    grid = SimulatedGrid({1: site(1.0), 2: site(5.0)})
+    start(PFedGPA(), grid)
+    assert not any("extras" in message.content for message in grid.sent)
