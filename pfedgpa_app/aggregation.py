@@ -11,16 +11,16 @@ from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import (
     BlockDiffusion,
     MakeGenerator,
+    Shrinkage,
     Spectrum,
     divergence,
     mix,
     normalized,
-    signal_parts,
 )
 from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
 from pfedgpa_app.state import below, load_state, save_state, under
 
-STATE_KIND = "pfedgpa-aggregator-4"
+STATE_KIND = "pfedgpa-aggregator-3"
 
 WHOLE = (slice(None),)
 """All parameters as one block."""
@@ -92,10 +92,11 @@ class GenerativeAggregator:
     def compare(self, client: int, halves: Tensor) -> None:
         """Take in how training on each half of its images moved a client's parameters, ``(2, d)``.
 
-        Once it is known of all clients of the bank, each keeps of its deviations from the mean what
-        is signal, axis by axis.
+        With ``sharing = "measured"``, once it is known of all clients of the bank, each keeps of
+        its deviations from the mean what is signal. Two more vectors a client stay in memory.
         """
-        self.halves[client] = normalized(halves.detach().cpu())
+        with single_thread():
+            self.halves[client] = normalized(halves.detach().cpu())
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Train the diffusion model on the bank and denoise the code of every client in it.
@@ -168,10 +169,9 @@ class GenerativeAggregator:
 
     def describe(self) -> str:
         """Say what the last `fit` found, block by block."""
-        return ", ".join(
-            f"{model.space.dim} dimensions from timestep {model.start}" if model else "as uploaded"
-            for model in self.models
-        )
+        found = ", ".join(_described(model) if model else "as uploaded" for model in self.models)
+        silent = len(self._silent()) if self.config.sharing == "measured" else 0
+        return found + (f"; sharing is not measured: {silent} members are silent" if silent else "")
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next round needs, as named tensors."""
@@ -234,6 +234,10 @@ class GenerativeAggregator:
     def _learned(self) -> Iterator[tuple[slice, BlockDiffusion | None]]:
         return zip(self.blocks, self.models, strict=True)
 
+    def _silent(self) -> set[int]:
+        """Return the members that did not tell how their halves moved them."""
+        return self.bank.keys() - self.halves.keys()
+
     def _vectors(self, block: slice) -> list[Tensor]:
         """Return a block of the bank's vectors, by client."""
         return [self.bank[client][block] for client in sorted(self.bank)]
@@ -251,10 +255,12 @@ class GenerativeAggregator:
         if len(vectors) < 2:
             return None
         spectrum = Spectrum.of(vectors)
-        if self.bank.keys() <= self.halves.keys():
+        if self.config.sharing == "measured" and not self._silent():
             halves = [self.halves[client][:, block] for client in sorted(self.bank)]
-            signal = signal_parts(spectrum.eigenvectors, halves)
-            return BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams, signal)
+            shrinkage = Shrinkage.of(spectrum, halves)
+            return BlockDiffusion.fit(
+                self.config, vectors, spectrum, self.device, streams, shrinkage
+            )
         is_flat = (
             self.config.space == "subspace"
             and self.config.rank == "auto"
@@ -306,12 +312,19 @@ class GenerativeAggregator:
                 continue
             here = model.space.project([vector[block] for vector in old.values()])
             kinship = model.kinship(here, model.coordinates)
-            if model.kept is not None:
+            if model.shrinkage is not None:
                 for row, client in enumerate(old):
                     if client in self.bank:
-                        kinship[row] = model.company(clients.index(client))
+                        kinship[row] = model.shrinkage.company(clients.index(client))
             kinship = kinship[:, again]
             shares = kinship.sum(dim=1, keepdim=True)
             for vector, kin, share in zip(moved.values(), kinship, shares, strict=True):
                 vector[block] += together if share < MIN_KINSHIP else mix(kin / share, moves)
         return moved
+
+
+def _described(model: BlockDiffusion) -> str:
+    found = f"{model.space.dim} dimensions from timestep {model.start}"
+    if model.shrinkage is None:
+        return found
+    return f"{found}, {float(model.shrinkage.share):.0%} of the deviations kept"

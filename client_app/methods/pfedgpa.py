@@ -8,6 +8,7 @@ from torch import Tensor
 
 from client_app.methods.method import Method, Task, Trained
 from pfedgpa_app.parameters import ParameterLayout
+from pfedgpa_app.randomness import make_generator
 
 HALVES = "halves"
 
@@ -25,21 +26,26 @@ class PFedGPA(Method):
 def half_moves(task: Task) -> Tensor:
     """Return how training on two random halves moves the generated parameters, ``(2, d)``.
 
-    Both start from the received model. Fewer than four images have no halves to speak of: 0.
+    Both start from the received model. Moves that say nothing are 0: those of fewer than four
+    images, and those of a training that diverged.
     """
     layout = ParameterLayout.of(task.received, task.config.diffusion.patterns)
     start, _ = layout.split(task.received)
-    moves = start.new_zeros(2, len(start))
+    nothing = start.new_zeros(2, len(start))
     data = task.data
     order = torch.randperm(len(data.train_labels), generator=task.generator)
     if len(order) < 4:
-        return moves
-    for move, rows in zip(moves, order.to(data.train_labels.device).tensor_split(2), strict=True):
+        return nothing
+    moves = []
+    for number, rows in enumerate(order.to(data.train_labels.device).tensor_split(2)):
         model = copy.deepcopy(task.model)
         model.load_state_dict(task.received)
         half = data._replace(
             train_images=data.train_images[rows], train_labels=data.train_labels[rows]
         )
-        replace(task, data=half).fit(model)
-        move.copy_(layout.split(model.state_dict())[0] - start)
-    return moves
+        # Of its own, so that dropout does not leave out the same for both.
+        generator = make_generator(task.generator.initial_seed(), "half", number)
+        replace(task, data=half, generator=generator).fit(model)
+        moves.append(layout.split(model.state_dict())[0] - start)
+    both = torch.stack(moves)
+    return both if bool(torch.isfinite(both).all()) else nothing

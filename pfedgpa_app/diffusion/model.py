@@ -13,6 +13,7 @@ from pfedgpa_app.diffusion.guidance import guide
 from pfedgpa_app.diffusion.inversion import invert
 from pfedgpa_app.diffusion.raw import RawSpace
 from pfedgpa_app.diffusion.schedule import NoiseSchedule, sampling_timesteps
+from pfedgpa_app.diffusion.signal import Shrinkage
 from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
 from pfedgpa_app.diffusion.training import train_denoiser
 from pfedgpa_app.diffusion.unet import UNetDenoiser
@@ -20,9 +21,6 @@ from pfedgpa_app.randomness import initialized_by
 from pfedgpa_app.state import below, under
 
 Space = Subspace | RawSpace
-# What is kept of an axis is the third power of its part of signal. A model gains more from what
-# clients share than the estimate of its parameters does: docs/choosing.md has the runs.
-_CAUTION = 3
 MakeGenerator = Callable[..., torch.Generator]
 """Called with the name of a purpose and, by keyword, with a device."""
 
@@ -34,7 +32,7 @@ class BlockDiffusion:
     Attributes
     ----------
     space
-        Where the denoiser works. Without dimensions, everyone gets the mean.
+        Where the denoiser works. It may have no dimensions, where nothing is denoised.
     denoiser
         Predicts noise in coordinates of the space.
     start
@@ -45,12 +43,9 @@ class BlockDiffusion:
         What their inversion and denoising gave, ``(num_clients, dim)``. The other generators have
         no denoiser: ``kin-mean`` takes the mean of the coordinates, weighted by kinship,
         ``shrinkage`` shrinks each axis, ``upload`` leaves the coordinates as they are.
-    axes
-        All principal axes as unit vectors over the bank's clients, ``(num_clients, num_axes)``,
-        float64; the first ones are those of the space. None where their signal is not known.
-    kept
-        What is kept of the clients' deviations along each axis, ``(num_axes,)``, float64, 0 .. 1;
-        ``generated`` has it in it.
+    shrinkage
+        What is kept of the clients' deviations from the mean, along the axes of the space (as it is
+        in ``generated`` already) and all others; None where nobody told what is signal.
     """
 
     config: DiffusionConfig
@@ -59,8 +54,7 @@ class BlockDiffusion:
     start: int
     coordinates: Tensor
     generated: Tensor
-    axes: Tensor | None = None
-    kept: Tensor | None = None
+    shrinkage: Shrinkage | None = None
 
     @classmethod
     def fit(
@@ -70,12 +64,12 @@ class BlockDiffusion:
         spectrum: Spectrum,
         device: torch.device,
         make_generator: MakeGenerator,
-        signal: Tensor | None = None,
+        shrinkage: Shrinkage | None = None,
     ) -> "BlockDiffusion":
         """Learn the distribution of vectors ``(d,)`` with a known spectrum, and denoise them.
 
-        With the part ``signal`` ``(num_axes,)`` of each axis that is no noise (`signal_parts`),
-        only that is kept of what sets a client apart, in the space and outside of it.
+        With ``shrinkage`` a part of what sets clients apart is kept, in the space and outside of
+        it; without it they get the mean of their kin outside.
 
         Raises
         ------
@@ -83,11 +77,10 @@ class BlockDiffusion:
             If the training diverged.
         """
         model = cls._fit(config, vectors, spectrum, device, make_generator)
-        if signal is None:
+        if shrinkage is None:
             return model
-        kept = signal**_CAUTION
-        generated = model.generated * kept[: model.space.dim].to(model.generated.dtype)
-        return replace(model, generated=generated, axes=spectrum.eigenvectors, kept=kept)
+        kept = shrinkage.kept[: model.space.dim].to(model.generated.dtype)
+        return replace(model, generated=model.generated * kept, shrinkage=shrinkage)
 
     @classmethod
     def _fit(
@@ -137,22 +130,11 @@ class BlockDiffusion:
 
     def personalize(self, row: int, vectors: Sequence[Tensor]) -> Tensor:
         """Return the parameters ``(d,)`` generated for one of the vectors ``(d,)`` of `fit`."""
-        if self.axes is None or self.kept is None:
+        if self.shrinkage is None:
             weights = self.kinship(self.coordinates[row : row + 1], self.coordinates)[0]
             return self._realize(self.generated[row], weights, vectors)
-        outside = self.axes[:, self.space.dim :]
-        weights = outside @ (self.kept[self.space.dim :] * outside[row])
-        return self.space.reconstruct(self.generated[row]) + mix(weights, vectors)
-
-    def company(self, row: int) -> Tensor:
-        """Return whose way a client of the bank goes while it is away, ``(num_clients,)``.
-
-        That is who is like it, as `kinship` has it; with known signal the part that each one has in
-        what the client is given, without those of whom it is given the opposite.
-        """
-        if self.axes is None or self.kept is None:
-            return self.kinship(self.coordinates[row : row + 1], self.coordinates)[0]
-        return (self.axes @ (self.kept * self.axes[row]) + 1 / len(self.axes)).clamp(min=0)
+        outside = self.shrinkage.weights(row, begin=self.space.dim)
+        return self.space.reconstruct(self.generated[row]) + mix(outside, vectors)
 
     def onboard(
         self,
@@ -166,9 +148,10 @@ class BlockDiffusion:
         Its local training took it from ``previous`` to ``current``, both ``(d,)``; ``vectors`` are
         those of `fit`. Without a denoiser there is no guidance: it gets what its kin get.
         """
-        if not self.space.dim and self.kept is not None:
-            # It is like nobody in particular, and keeps as much of its own as others on average.
-            return self.space.mean + float(self.kept.mean()) * (current - self.space.mean)
+        if not self.space.dim and self.shrinkage is not None:
+            # It is like nobody in particular, and keeps as much of its own as the others.
+            share = float(self.shrinkage.share)
+            return self.space.mean + share * (current - self.space.mean)
         here, before = self.space.project([current, previous]).split(1)
         if self.space.dim and self.config.generator == "diffusion":
             device = next(self.denoiser.parameters()).device
@@ -205,11 +188,7 @@ class BlockDiffusion:
             "start": torch.tensor(self.start),
             "coordinates": self.coordinates,
             "generated": self.generated,
-            **(
-                {}
-                if self.axes is None or self.kept is None
-                else {"axes": self.axes, "kept": self.kept}
-            ),
+            **(under("shrinkage", self.shrinkage._asdict()) if self.shrinkage else {}),
         }
 
     @classmethod
@@ -227,6 +206,7 @@ class BlockDiffusion:
         denoiser = _new_denoiser(config, space.dim)
         denoiser.load_state_dict(below("denoiser", state))
         start, coordinates = int(state["start"]), state["coordinates"]
+        shrinkage = below("shrinkage", state)
         return cls(
             config,
             space,
@@ -234,8 +214,7 @@ class BlockDiffusion:
             start,
             coordinates,
             state["generated"],
-            state.get("axes"),
-            state.get("kept"),
+            Shrinkage(**shrinkage) if shrinkage else None,
         )
 
     def _realize(self, generated: Tensor, weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:

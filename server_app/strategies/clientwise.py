@@ -377,12 +377,8 @@ class ClientwiseFedAvg(FedAvg):
                     f'the metric "{self.weighted_by_key}" is {upload.num_examples}, more than '
                     f"{MAX_RATIO} times the median client's"
                 )
-        for name in {name: None for upload in uploads.values() for name in upload.extras}:
-            sizes = {
-                client: _norm(upload.extras[name])
-                for client, upload in uploads.items()
-                if name in upload.extras
-            }
+        for name in next(iter(uploads.values())).extras if self.extras_layout else ():
+            sizes = {client: _norm(upload.extras[name]) for client, upload in uploads.items()}
             median_size = statistics.median(sizes.values())
             for client, size in sizes.items():
                 if size > MAX_RATIO * max(median_size, MIN_SIZE):

@@ -106,9 +106,10 @@ class PFedGPA(ClientwiseFedAvg):
 
     def expected_extras(self, client: int) -> ParameterLayout | None:
         """Return the layout of both moves, ``(2, d)``, where they were asked for."""
+        if not self._asks(client):
+            return None
         assert self.layout is not None
-        moves = {HALVES: torch.zeros(2, self.layout.dim)}
-        return ParameterLayout.of(moves) if self._asks(client) else None
+        return ParameterLayout.of({HALVES: torch.empty(2, self.layout.dim)})
 
     def _asks(self, client: int) -> bool:
         aggregator = self.aggregator
