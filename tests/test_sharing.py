@@ -59,11 +59,12 @@ def generated(aggregator: GenerativeAggregator) -> Tensor:
 
 
 def test_signal_parts_are_those_of_the_formula():
-    """With one client that says nothing, and one that is far from all others."""
+    """With clients that say nothing, contradict themselves, and are far from all others."""
     generator = make_generator(3)
     own = 0.1 * torch.linspace(0, 1, 7)[:, None, None] * torch.randn(7, 1, 50, generator=generator)
     halves = list(own + torch.randn(7, 2, 50, generator=generator))
     halves[2] = torch.zeros(2, 50)
+    halves[4][1] = -halves[4][0]
     halves[5] *= 30
     axes = Spectrum.of(list(torch.randn(7, 50, generator=generator))).eigenvectors
     moves = np.stack([pair.double().numpy() for pair in halves])
