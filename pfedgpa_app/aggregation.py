@@ -255,14 +255,10 @@ class GenerativeAggregator:
         if len(vectors) < 2:
             return None
         spectrum = Spectrum.of(vectors)
-        if self.config.sharing == "measured" and not self._silent():
-            halves = [self.halves[client][:, block] for client in sorted(self.bank)]
-            shrinkage = Shrinkage.of(spectrum, halves)
-            return BlockDiffusion.fit(
-                self.config, vectors, spectrum, self.device, streams, shrinkage
-            )
+        is_measured = self.config.sharing == "measured" and not self._silent()
         is_flat = (
-            self.config.space == "subspace"
+            not is_measured
+            and self.config.space == "subspace"
             and self.config.rank == "auto"
             and not spectrum.signal_rank
         )
@@ -270,7 +266,11 @@ class GenerativeAggregator:
             self.alike[number] = divergence(vectors, self.initial[block]) <= MAX_DIVERGENCE
         if is_flat and not self.alike[number]:
             return None
-        return BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
+        model = BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
+        if not is_measured:
+            return model
+        halves = [self.halves[client][:, block] for client in sorted(self.bank)]
+        return model.shrunk(Shrinkage.of(spectrum, halves))
 
     def _bring_up_to_date(self, average: Tensor | None) -> None:
         """Move who was not in the round by how far others have come since it was.

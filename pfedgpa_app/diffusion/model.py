@@ -64,33 +64,14 @@ class BlockDiffusion:
         spectrum: Spectrum,
         device: torch.device,
         make_generator: MakeGenerator,
-        shrinkage: Shrinkage | None = None,
     ) -> "BlockDiffusion":
         """Learn the distribution of vectors ``(d,)`` with a known spectrum, and denoise them.
-
-        With ``shrinkage`` a part of what sets clients apart is kept, in the space and outside of
-        it; without it they get the mean of their kin outside.
 
         Raises
         ------
         FloatingPointError
             If the training diverged.
         """
-        model = cls._fit(config, vectors, spectrum, device, make_generator)
-        if shrinkage is None:
-            return model
-        kept = shrinkage.kept[: model.space.dim].to(model.generated.dtype)
-        return replace(model, generated=model.generated * kept, shrinkage=shrinkage)
-
-    @classmethod
-    def _fit(
-        cls,
-        config: DiffusionConfig,
-        vectors: Sequence[Tensor],
-        spectrum: Spectrum,
-        device: torch.device,
-        make_generator: MakeGenerator,
-    ) -> "BlockDiffusion":
         auto = config.rank == "auto"
         rank = spectrum.signal_rank if auto else min(int(config.rank), spectrum.max_rank)
         if config.space == "raw":
@@ -127,6 +108,14 @@ class BlockDiffusion:
                 "smaller diffusion.learning-rate"
             )
         return cls(config, space, denoiser, start, coordinates, generated.cpu())
+
+    def shrunk(self, shrinkage: Shrinkage) -> "BlockDiffusion":
+        """Return a model that keeps a part of what sets clients apart, in the space and outside.
+
+        Without it they get the mean of their kin outside of the space.
+        """
+        kept = shrinkage.kept[: self.space.dim].to(self.generated.dtype)
+        return replace(self, generated=self.generated * kept, shrinkage=shrinkage)
 
     def personalize(self, row: int, vectors: Sequence[Tensor]) -> Tensor:
         """Return the parameters ``(d,)`` generated for one of the vectors ``(d,)`` of `fit`."""
