@@ -1,180 +1,158 @@
-"""What a client that joins late has after few local epochs, by what it starts from.
+"""What clients have that join late, round by round, while the others go on training.
 
     python -m benchmarks.onboarding --figure docs/onboarding.png
 
-The members train for 14 rounds; then the late clients train, one epoch a round, while the members
-rest. *scratch* starts from the initial model, *average* from the members' average, *nearest*
-goes on from the personalized model of the member that its first upload is nearest to, and
-*onboarded* is what pFedGPA makes of it.
+20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Each case has runs in which some clients
+connect in a later round, and one in which the same clients were there from the start.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
-from client_app.training import train
-from pfedgpa_app.config import Config
-from pfedgpa_app.data import client_data
-from pfedgpa_app.evaluation import evaluate
-from pfedgpa_app.models import build_model
-from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.report import mean_and_spread
+from pfedgpa_app.report import RoundRecord, mean_and_spread
+from pfedgpa_app.tables import Cell, Table
 from server_app.replies import Upload
 from server_app.simulation import read_config, simulate
 from server_app.strategies import PFedGPA
 
-METHODS = ("scratch", "average", "nearest", "onboarded")
+CLIENTS = 20
+SMALL_IMAGES = {
+    "data.dataset": "benchmarks.small_images:fashion_mnist",
+    "data.image-shape": "1x14x14",
+    "data.num-classes": 10,
+    "model.name": "benchmarks.small_images:cnn",
+    "server.min-available-nodes": 2,
+}
 Curve = list[float]
+Absent = Callable[[int], Collection[int]]
 
 
-class LateClients:
-    """The clients that join late, on the test bench."""
+class Case(NamedTuple):
+    """Who joins late, and who is never there."""
 
-    def __init__(self, config: Config, num_clients: int, join_round: int) -> None:
-        self.config = config
-        self.join_round = join_round
-        self.client_config = config.client.model_copy(update={"local_epochs": 1})
-        self.model: nn.Module = build_model(config.model.name, config.data.info, config.seed)
-        self.initial = {name: t.clone() for name, t in self.model.state_dict().items()}
-        numbers = range(num_clients - config.onboarding.late_clients, num_clients)
-        self.data = {
-            client: client_data(config.data, config.seed, client, num_clients) for client in numbers
-        }
-
-    def train(self, client: int, state: StateDict, epoch: int) -> StateDict:
-        """Return what an epoch of local training makes of a state_dict."""
-        data = self.data[client]
-        self.model.load_state_dict(state)
-        generator = make_generator(self.config.seed, "local", client, self.join_round + epoch - 1)
-        train(
-            self.model,
-            data.train_images,
-            data.train_labels,
-            data.stats,
-            self.client_config,
-            generator,
-        )
-        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-
-    def accuracy(self, states: dict[int, StateDict]) -> float:
-        """Return the mean accuracy of the clients' state_dicts on their own test sets."""
-        accuracies = []
-        for client, state in states.items():
-            data = self.data[client]
-            self.model.load_state_dict(state)
-            result = evaluate(self.model, data.test_images, data.test_labels, data.stats)
-            accuracies.append(result.accuracy)
-        return fmean(accuracies)
-
-    def trained_from(self, states: dict[int, StateDict], epochs: int) -> Iterator[float]:
-        """Yield the accuracy before and after each epoch of local training alone."""
-        yield self.accuracy(states)
-        for epoch in range(1, epochs + 1):
-            states = {client: self.train(client, state, epoch) for client, state in states.items()}
-            yield self.accuracy(states)
-
-    def from_nearest_member(self, strategy: PFedGPA, epochs: int) -> Iterator[float]:
-        """Yield the accuracies of whoever takes over the nearest member's model after an epoch."""
-        average = strategy.average
-        members = [strategy.evaluation_state(client) for client in sorted(strategy.aggregator.bank)]
-        yield self.accuracy(dict.fromkeys(self.data, average))
-        states = {}
-        for client in self.data:
-            upload = self.train(client, average, epoch=1)
-            states[client] = min(members, key=lambda member: _distance(member, upload))
-        yield self.accuracy(states)
-        for epoch in range(2, epochs + 1):
-            states = {client: self.train(client, state, epoch) for client, state in states.items()}
-            yield self.accuracy(states)
-
-    def onboarded(self, strategy: PFedGPA, epochs: int) -> Iterator[float]:
-        """Yield the accuracies of what pFedGPA generates from each epoch's uploads."""
-        yield self.accuracy({client: strategy.evaluation_state(client) for client in self.data})
-        for epoch in range(1, epochs + 1):
-            uploads = {
-                client: Upload(
-                    self.train(client, strategy.training_state(client), epoch),
-                    len(data.train_labels),
-                    {},
-                    {},
-                )
-                for client, data in self.data.items()
-            }
-            strategy.learn(self.join_round + epoch - 1, uploads)
-            yield self.accuracy({client: strategy.evaluation_state(client) for client in self.data})
+    late: Collection[int]
+    never: Collection[int] = ()
 
 
-def measure(config: Config, num_clients: int, epochs: int) -> dict[str, Curve]:
-    """Return the accuracy after 0 .. epochs local epochs by method, for one seed."""
-    join_round = config.onboarding.join_round
-    strategy, rows = simulate(config, num_clients, num_rounds=join_round - 1)
-    assert isinstance(strategy, PFedGPA)
-    print(f"seed {config.seed}: members at {rows[-1]['personalized-accuracy']:.4f}", flush=True)
-    late = LateClients(config, num_clients, join_round)
-    return {
-        "scratch": list(late.trained_from(dict.fromkeys(late.data, late.initial), epochs)),
-        "average": list(late.trained_from(dict.fromkeys(late.data, strategy.average), epochs)),
-        "nearest": list(late.from_nearest_member(strategy, epochs)),
-        "onboarded": list(late.onboarded(strategy, epochs)),
-    }
+# Client i is in group i % 5.
+CASES = {
+    "1 late client": Case([19]),
+    "4 late clients": Case(range(16, 20)),
+    "10 late clients": Case(range(10, 20)),
+    "1 without kin": Case([19], never=[4, 9, 14]),
+    "a whole group": Case([4, 9, 14, 19]),
+}
+
+
+class NearestMember(PFedGPA):
+    """Newcomers are given the model of the member whose model is nearest to their upload."""
+
+    def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Replace what guided denoising generated for newcomers."""
+        super().learn(server_round, uploads)
+        assert self.layout is not None
+        models = [self.aggregator.personalize(member) for member in sorted(self.aggregator.bank)]
+        for client in self.aggregator.guests:
+            if client in uploads:
+                upload, _ = self.layout.split(uploads[client].state)
+                self.aggregator.guests[client] = min(models, key=_distance_to(upload))
+
+
+METHODS = {
+    "pfedgpa, from the start": "pfedgpa",
+    "pfedgpa": "pfedgpa",
+    "nearest member": "nearest",
+    "fedavg-ft": "fedavg-ft",
+    "local, from scratch": "local",
+}
+
+
+def _distance_to(vector: Tensor) -> Callable[[Tensor], float]:
+    return lambda other: float((vector - other).norm())
 
 
 def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
-    clients: int = 20,
-    late: int = 4,
-    join_round: int = 15,
-    epochs: int = 8,
-    seeds: str = "0,1,2",
+    join_round: int = 13,
+    rounds: int = 20,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     figure: Annotated[Path | None, typer.Option(help="Draw the curves there.")] = None,
 ) -> None:
-    """Print the table over seeds and draw it."""
+    """Print a table a case, and draw the curves."""
     torch.set_num_threads(1)
-    curves: dict[str, list[Curve]] = {method: [] for method in METHODS}
-    for seed in seeds.split(","):
-        overrides = {
-            "seed": int(seed),
-            "onboarding.late-clients": late,
-            "onboarding.join-round": join_round,
+    numbers = [int(seed) for seed in seeds.split(",")]
+    last = rounds - join_round + 1
+    columns = sorted({1, 2, 3, last} & set(range(1, last + 1)))
+    drawn: dict[str, dict[str, list[Curve]]] = {}
+    for name, case in CASES.items():
+        curves = drawn[name] = {
+            method: [curve(file, case, method, join_round, rounds, seed) for seed in numbers]
+            for method in METHODS
         }
-        result = measure(read_config(file, overrides), clients, epochs)
-        for method in METHODS:
-            curves[method].append(result[method])
-    print("| local epochs | " + " | ".join(METHODS) + " |")
-    print("| --- " * (1 + len(METHODS)) + "|")
-    for epoch in range(epochs + 1):
-        cells = [mean_and_spread([curve[epoch] for curve in curves[method]]) for method in METHODS]
-        print(f"| {epoch} | " + " | ".join(cells) + " |")
+        cells = {
+            method: [Cell(mean_and_spread([each[n - 1] for each in rows])) for n in columns]
+            for method, rows in curves.items()
+        }
+        note = f"python -m benchmarks.onboarding --seeds {seeds}"
+        headings = [f"round {n}" for n in columns]
+        print(Table(f"{name}: rounds since joining", headings, cells, note).markdown(), flush=True)
     if figure:
-        _draw(curves, figure)
+        _draw(drawn, figure)
 
 
-def _distance(left: StateDict, right: StateDict) -> Tensor:
-    squares = [(left[name] - right[name]).double().square().sum() for name in left]
-    return torch.stack(squares).sum()
+def curve(
+    file: Path, case: Case, method: str, join_round: int, rounds: int, seed: int
+) -> list[float]:
+    """Return the mean accuracy of a case's late clients in each round from ``join_round`` on."""
+    overrides: dict[str, Any] = {**SMALL_IMAGES, "seed": seed, "num-server-rounds": rounds}
+    strategy = METHODS[method]
+    config = read_config(file, overrides | {"strategy": strategy.replace("nearest", "pfedgpa")})
+    accuracies: Curve = []
+
+    def note(record: RoundRecord) -> None:
+        if record.server_round >= join_round:
+            rows = [row for row in record.clients.values() if int(row["node-id"]) in case.late]
+            accuracies.append(fmean(row["personalized-accuracy"] for row in rows))
+
+    def absent(server_round: int) -> Collection[int]:
+        is_late = method != "pfedgpa, from the start" and server_round < join_round
+        return {*case.never, *(case.late if is_late else ())}
+
+    simulate(
+        config,
+        CLIENTS,
+        judged_rounds=rounds - join_round + 1,
+        on_round=note,
+        absent=absent,
+        strategy=NearestMember.of(config) if strategy == "nearest" else None,
+    )
+    return accuracies
 
 
-def _draw(curves: dict[str, list[Curve]], file: Path) -> None:
+def _draw(drawn: Mapping[str, Mapping[str, list[Curve]]], file: Path) -> None:
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = drawing.add_subplot()
-    for number, (method, rows) in enumerate(curves.items()):
-        columns = list(zip(*rows, strict=True))
-        epochs = range(len(columns))
-        axes.plot(epochs, [fmean(column) for column in columns], color=f"C{number}", label=method)
-        low, high = [min(column) for column in columns], [max(column) for column in columns]
-        axes.fill_between(epochs, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
-    axes.set_xlabel("local epochs since joining")
-    axes.set_ylabel("accuracy on the late clients' own test sets")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    drawing = Figure(figsize=(12, 3.4), layout="constrained")
+    panels = drawing.subplots(1, len(drawn), sharey=True)
+    for axes, (case, curves) in zip(panels, drawn.items(), strict=True):
+        for number, (method, rows) in enumerate(curves.items()):
+            columns = list(zip(*rows, strict=True))
+            steps = range(1, len(columns) + 1)
+            means = [fmean(column) for column in columns]
+            axes.plot(steps, means, f"C{number}-o", markersize=3, label=method)
+            low, high = [min(column) for column in columns], [max(column) for column in columns]
+            axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        axes.set_title(case, fontsize=10)
+        axes.set_xlabel("rounds since joining")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy of the late clients")
+    panels[-1].legend(fontsize=8, loc="lower right")
     drawing.savefig(file, dpi=150)
 
 

@@ -53,7 +53,8 @@ class GenerativeAggregator:
     guests
         What was generated for each newcomer, ``(d,)``, brought up to date.
     halves
-        How two halves of each client's images moved its parameters apart, ``(2, d)``, normalized.
+        How two halves of each client's images moved what all have in common apart, `normalized`
+        sketches ``(2, size)``.
     models
         The diffusion model of each block of parameters; None where nobody is like anybody else.
     alike
@@ -90,10 +91,10 @@ class GenerativeAggregator:
         self._fresh[client] = vector.detach().cpu()
 
     def compare(self, client: int, halves: Tensor) -> None:
-        """Take in how training on each half of its images moved a client's parameters, ``(2, d)``.
+        """Take in how training on each half of a client's images moved what all have in common.
 
-        With ``sharing = "measured"``, once it is known of all clients of the bank, each keeps of
-        its deviations from the mean what is signal. Two more vectors a client stay in memory.
+        ``halves`` are `sketched` moves, ``(2, size)``. With ``sharing = "measured"``, once most
+        members told, everyone keeps of its deviations from the mean what is signal.
         """
         with single_thread():
             self.halves[client] = normalized(halves.detach().cpu())
@@ -170,8 +171,10 @@ class GenerativeAggregator:
     def describe(self) -> str:
         """Say what the last `fit` found, block by block."""
         found = ", ".join(_described(model) if model else "as uploaded" for model in self.models)
-        silent = len(self._silent()) if self.config.sharing == "measured" else 0
-        return found + (f"; sharing is not measured: {silent} members are silent" if silent else "")
+        if self.config.sharing == "measured" and not self._is_measured():
+            told = len(self.bank.keys() & self.halves.keys())
+            return f"{found}; sharing is not measured: only {told} members told of their halves"
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next round needs, as named tensors."""
@@ -234,9 +237,10 @@ class GenerativeAggregator:
     def _learned(self) -> Iterator[tuple[slice, BlockDiffusion | None]]:
         return zip(self.blocks, self.models, strict=True)
 
-    def _silent(self) -> set[int]:
-        """Return the members that did not tell how their halves moved them."""
-        return self.bank.keys() - self.halves.keys()
+    def _is_measured(self) -> bool:
+        """Tell whether most members told how their halves move them."""
+        told = len(self.bank.keys() & self.halves.keys())
+        return self.config.sharing == "measured" and 2 * told > len(self.bank)
 
     def _vectors(self, block: slice) -> list[Tensor]:
         """Return a block of the bank's vectors, by client."""
@@ -255,7 +259,7 @@ class GenerativeAggregator:
         if len(vectors) < 2:
             return None
         spectrum = Spectrum.of(vectors)
-        is_measured = self.config.sharing == "measured" and not self._silent()
+        is_measured = self._is_measured()
         is_flat = (
             not is_measured
             and self.config.space == "subspace"
@@ -269,7 +273,8 @@ class GenerativeAggregator:
         model = BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
         if not is_measured:
             return model
-        halves = [self.halves[client][:, block] for client in sorted(self.bank)]
+        silent = torch.zeros_like(next(iter(self.halves.values())))
+        halves = torch.stack([self.halves.get(client, silent) for client in sorted(self.bank)])
         return model.shrunk(Shrinkage.of(spectrum, halves))
 
     def _bring_up_to_date(self, average: Tensor | None) -> None:

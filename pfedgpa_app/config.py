@@ -179,7 +179,8 @@ class DiffusionConfig(Section):
     generated_layers: Annotated[str, Field(pattern=r"[^\s,]")] = "*"
     space: Literal["subspace", "raw"] = "subspace"
     blocks: Literal["whole", "per-layer"] = "whole"
-    sharing: Literal["kin", "measured"] = "kin"
+    sharing: Literal["kin", "measured"] = "measured"
+    measure_every: Count = 10
     old_uploads: Literal["kin", "deviation", "as-uploaded"] = "kin"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000

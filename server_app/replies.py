@@ -57,10 +57,13 @@ def read_upload(
     layout: ParameterLayout,
     weighted_by_key: str,
     extras_layout: ParameterLayout | None = None,
+    *,
+    may_lack_extras: bool = False,
 ) -> Upload:
     """Return what a training reply holds.
 
-    With ``extras_layout`` it must have a second record of arrays, which is called `EXTRAS`.
+    With ``extras_layout`` it must, or with ``may_lack_extras`` it may, have a second record of
+    arrays, which is called `EXTRAS`.
 
     Raises
     ------
@@ -69,6 +72,8 @@ def read_upload(
         not fit ``layout``, or numbers that are none. ``image-mean`` and ``image-std`` (lists of
         floats) and ``partition`` (its number and that of all) may be missing, but not be wrong.
     """
+    if may_lack_extras and message.has_content() and len(message.content.array_records) == 1:
+        extras_layout = None
     num_records = 1 if extras_layout is None else 2
     metrics = read_metrics(message, weighted_by_key, num_array_records=num_records)
     records = dict(message.content.array_records)

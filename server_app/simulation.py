@@ -9,7 +9,7 @@ import logging
 import multiprocessing
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,17 @@ class PoolGrid:
 
     Without processes they are served by this one, so that a debugger sees what they do. What
     Flower keeps for a client between its messages is kept here.
+
+    Attributes
+    ----------
+    absent
+        The nodes that are not connected now.
     """
 
     def __init__(self, config: Config, num_clients: int, num_processes: int) -> None:
         self.run_config = config.to_flat()
         self.num_clients = num_clients
+        self.absent: Collection[int] = ()
         self.states = {node: RecordDict() for node in range(num_clients)}
         self._num_sent = 0
         _identify()
@@ -48,8 +54,8 @@ class PoolGrid:
         self._pool = context.Pool(num_processes, _identify) if num_processes else None
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the ids of the nodes, which are the numbers of their partitions."""
-        return list(range(self.num_clients))
+        """Return the ids of the connected nodes, which are the numbers of their partitions."""
+        return [node for node in range(self.num_clients) if node not in self.absent]
 
     def node_config(self, node: int) -> dict[str, Any]:
         """Return what a SuperNode is told of its data."""
@@ -89,14 +95,17 @@ def simulate(
     judged_rounds: int | None = None,
     num_processes: int = 2,
     on_round: Callable[[RoundRecord], None] = lambda record: None,
+    absent: Callable[[int], Collection[int]] = lambda server_round: (),
+    strategy: ClientwiseFedAvg | None = None,
 ) -> tuple[ClientwiseFedAvg, list[Row]]:
     """Run the configured strategy and return it with a row a round.
 
     ``num_rounds`` stops before the configured number of rounds; ``judged_rounds`` evaluates the
-    personalized models in the last rounds only. ``on_round`` is called after each round.
+    personalized models in the last rounds only. ``on_round`` is called after each round; ``absent``
+    says which nodes are not connected in a round. ``strategy`` takes the configured one's place.
     """
     num_rounds = num_rounds or config.num_server_rounds
-    strategy = make_strategy(config)
+    strategy = strategy or make_strategy(config)
     strategy.roster = Roster()
     fraction_evaluate = strategy.fraction_evaluate
     rows: list[Row] = []
@@ -105,6 +114,7 @@ def simulate(
     def end_round(server_round: int, arrays: ArrayRecord) -> None:
         is_judged = server_round >= num_rounds - (judged_rounds or num_rounds)
         strategy.fraction_evaluate = fraction_evaluate if is_judged else 0.0
+        grid.absent = absent(server_round + 1)
         if server_round:
             begins.append(time.monotonic())
             seconds = begins[-1] - begins[-2]

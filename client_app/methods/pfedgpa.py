@@ -1,4 +1,4 @@
-"""pFedGPA's clients: FedAvg's, who tell once how far two halves of their images agree."""
+"""pFedGPA's clients: FedAvg's, who tell now and then how far two halves of their images agree."""
 
 import copy
 from dataclasses import replace
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from client_app.methods.method import Method, Task, Trained
+from pfedgpa_app.diffusion import SKETCH, sketched
 from pfedgpa_app.parameters import ParameterLayout
 from pfedgpa_app.randomness import make_generator
 
+COMMON = "common"
 HALVES = "halves"
 
 
@@ -19,19 +21,24 @@ class PFedGPA(Method):
     def train(self, task: Task) -> Trained:
         """Train, and upload with the parameters what was asked for."""
         trained = super().train(task)
-        extras = {HALVES: half_moves(task)} if HALVES in task.extras else {}
+        extras = {HALVES: half_moves(task)} if COMMON in task.extras else {}
         return Trained(trained.state, extras)
 
 
 def half_moves(task: Task) -> Tensor:
-    """Return how training on two random halves moves the generated parameters, ``(2, d)``.
+    """Return how training on two random halves moves what all have in common.
 
-    Both start from the received model. Moves that say nothing are 0: those of fewer than four
-    images, and those of a training that diverged.
+    Both start from the parameters that came for it, ``(d,)``. Moves that say nothing are 0: those
+    of fewer than four images, and those of a training that diverged.
+
+    Returns
+    -------
+    Tensor
+        Sketches, ``(2, SKETCH)``.
     """
     layout = ParameterLayout.of(task.received, task.config.diffusion.patterns)
-    start, _ = layout.split(task.received)
-    nothing = start.new_zeros(2, len(start))
+    start = task.extras[COMMON]
+    nothing = torch.zeros(2, SKETCH)
     data = task.data
     order = torch.randperm(len(data.train_labels), generator=task.generator)
     if len(order) < 4:
@@ -39,13 +46,13 @@ def half_moves(task: Task) -> Tensor:
     moves = []
     for number, rows in enumerate(order.to(data.train_labels.device).tensor_split(2)):
         model = copy.deepcopy(task.model)
-        model.load_state_dict(task.received)
+        model.load_state_dict(layout.merge(start, layout.rest(task.received)))
         half = data._replace(
             train_images=data.train_images[rows], train_labels=data.train_labels[rows]
         )
         # Of its own, so that dropout does not leave out the same for both.
         generator = make_generator(task.generator.initial_seed(), "half", number)
         replace(task, data=half, generator=generator).fit(model)
-        moves.append(layout.split(model.state_dict())[0] - start)
+        moves.append(sketched((layout.split(model.state_dict())[0] - start).cpu()))
     both = torch.stack(moves)
     return both if bool(torch.isfinite(both).all()) else nothing

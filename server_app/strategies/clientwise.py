@@ -68,6 +68,8 @@ class ClientwiseFedAvg(FedAvg):
     clients_keep_parts : bool
         Whether a personalized model is known to its client alone, so that the server can neither
         write it down nor go on with another run's clients.
+    extras_are_optional : bool
+        Whether an upload without what is expected beside the parameters is used all the same.
     extras_layout : ParameterLayout | None
         What clients must upload beside the parameters, as `extras` is what they are sent.
     record : RoundRecord
@@ -79,6 +81,7 @@ class ClientwiseFedAvg(FedAvg):
     """
 
     clients_keep_parts: ClassVar[bool] = False
+    extras_are_optional: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -142,6 +145,10 @@ class ClientwiseFedAvg(FedAvg):
         """Return what a client is sent beside its parameters."""
         return {}
 
+    def evaluation_extras(self, client: int) -> StateDict:
+        """Return what a client is sent beside the parameters that it judges."""
+        return self.extras(client)
+
     def expected_extras(self, client: int) -> ParameterLayout | None:
         """Return what a client must upload beside the parameters; None for nothing."""
         return self.extras_layout
@@ -198,7 +205,9 @@ class ClientwiseFedAvg(FedAvg):
         clients = self._sample(
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
-        messages = self._messages(clients, self.training_state, config, MessageType.TRAIN)
+        messages = self._messages(
+            clients, self.training_state, self.extras, config, MessageType.TRAIN
+        )
         self.record.num_nodes = len(self.roster.connected)
         self.record.expect(clients, map(self.roster.node_id, clients))
         self._sent_at = time.monotonic()
@@ -243,7 +252,9 @@ class ClientwiseFedAvg(FedAvg):
             self.fraction_evaluate,
             self.min_evaluate_nodes,
         )
-        return self._messages(clients, self.evaluation_state, config, MessageType.EVALUATE)
+        return self._messages(
+            clients, self.evaluation_state, self.evaluation_extras, config, MessageType.EVALUATE
+        )
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -298,6 +309,7 @@ class ClientwiseFedAvg(FedAvg):
         self,
         clients: Iterable[int],
         state_of: Callable[[int], StateDict],
+        extras_of: Callable[[int], StateDict],
         config: ConfigRecord,
         kind: str,
     ) -> list[Message]:
@@ -313,7 +325,7 @@ class ClientwiseFedAvg(FedAvg):
             _, arrays = records[id(state)]
             self.record.bytes_down += arrays.count_bytes()
             content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-            if extras := self.extras(client):
+            if extras := extras_of(client):
                 content[EXTRAS] = ArrayRecord(extras)
                 self.record.bytes_down += content.array_records[EXTRAS].count_bytes()
             node_id = self.roster.node_id(client)
@@ -334,8 +346,13 @@ class ClientwiseFedAvg(FedAvg):
         num_bytes: dict[int, int] = {}
         for client, reply in self._by_client(replies):
             try:
-                expected = self.expected_extras(client)
-                upload = read_upload(reply, self.layout, self.weighted_by_key, expected)
+                upload = read_upload(
+                    reply,
+                    self.layout,
+                    self.weighted_by_key,
+                    self.expected_extras(client),
+                    may_lack_extras=self.extras_are_optional,
+                )
                 self.check(client, upload)
             except ReplyError as error:
                 self._refuse(client, str(error))

@@ -8,6 +8,7 @@ from flwr.common import log
 
 from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
+from pfedgpa_app.diffusion import SKETCH
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.state import below, under
 from server_app.momentum import ClientMomentum
@@ -15,8 +16,10 @@ from server_app.replies import Upload
 from server_app.roster import Roster
 from server_app.strategies.clientwise import ClientwiseFedAvg
 
+COMMON = "common"
+"""What a client is sent beside its parameters to be asked for `HALVES`."""
 HALVES = "halves"
-"""What clients are asked for beside the parameters, once."""
+"""What a client may tell then: how two halves of its images move what is `COMMON`."""
 
 
 class PFedGPA(ClientwiseFedAvg):
@@ -50,12 +53,16 @@ class PFedGPA(ClientwiseFedAvg):
     ----------
     rounds_onboarded : dict[int, int]
         The rounds of guided denoising that each newcomer had; members have no entry.
+    rounds_measured : dict[int, int]
+        The round in which each client last told how far two halves of its images agree.
 
     Examples
     --------
     >>> strategy = PFedGPA(fraction_train=0.5, diffusion=DiffusionConfig(fidelity=0.5))
     >>> strategy.start(grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=20)
     """
+
+    extras_are_optional = True
 
     def __init__(
         self,
@@ -79,6 +86,7 @@ class PFedGPA(ClientwiseFedAvg):
         )
         self.aggregator = GenerativeAggregator(diffusion, onboarding, seed=seed)
         self.rounds_onboarded: dict[int, int] = {}
+        self.rounds_measured: dict[int, int] = {}
         self.client_momentum = ClientMomentum(momentum)
 
     @classmethod
@@ -101,19 +109,26 @@ class PFedGPA(ClientwiseFedAvg):
         self.aggregator.begin(self.layout.split(state)[0], blocks)
 
     def extras(self, client: int) -> StateDict:
-        """Ask a client for the moves of both halves of its images, unless they are known."""
-        return {HALVES: torch.ones(1)} if self._asks(client) else {}
+        """Return the members' mean, ``(d,)``, if it is time to measure what moves a client."""
+        if not self._asks(client):
+            return {}
+        assert self.aggregator.initial is not None
+        return {COMMON: self.aggregator.expect(self.aggregator.initial)}
+
+    def evaluation_extras(self, client: int) -> StateDict:
+        """Return nothing."""
+        return {}
 
     def expected_extras(self, client: int) -> ParameterLayout | None:
-        """Return the layout of both moves, ``(2, d)``, where they were asked for."""
-        if not self._asks(client):
-            return None
-        assert self.layout is not None
-        return ParameterLayout.of({HALVES: torch.empty(2, self.layout.dim)})
+        """Return the layout of both sketches, ``(2, SKETCH)``, where they were asked for."""
+        return ParameterLayout.of({HALVES: torch.empty(2, SKETCH)}) if self._asks(client) else None
 
     def _asks(self, client: int) -> bool:
-        aggregator = self.aggregator
-        return aggregator.config.sharing == "measured" and client not in aggregator.halves
+        config = self.aggregator.config
+        if config.sharing != "measured":
+            return False
+        age = self.record.server_round - self.rounds_measured.get(client, -config.measure_every)
+        return age >= config.measure_every
 
     def counts(self, client: int) -> bool:
         """Tell whether a client is a member, as everyone is before there is a bank."""
@@ -130,6 +145,7 @@ class PFedGPA(ClientwiseFedAvg):
         for client, upload in uploads.items():
             if HALVES in upload.extras:
                 self.aggregator.compare(client, upload.extras[HALVES])
+                self.rounds_measured[client] = server_round
         for client in vectors.keys() - starts.keys():
             self.aggregator.observe(client, vectors[client])
             self.rounds_onboarded.pop(client, None)
@@ -152,11 +168,11 @@ class PFedGPA(ClientwiseFedAvg):
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
-        rounds = {client: torch.tensor(number) for client, number in self.rounds_onboarded.items()}
         return {
             **super().state(),
             **under("aggregator", self.aggregator.state()),
-            **under("rounds-onboarded", rounds),
+            **under("rounds-onboarded", _tensors(self.rounds_onboarded)),
+            **under("rounds-measured", _tensors(self.rounds_measured)),
             **under("client-momentum", self.client_momentum.state()),
         }
 
@@ -165,8 +181,10 @@ class PFedGPA(ClientwiseFedAvg):
         super().restore(tensors)
         self.aggregator.restore(below("aggregator", tensors))
         self.client_momentum.restore(below("client-momentum", tensors))
-        rounds = below("rounds-onboarded", tensors)
-        self.rounds_onboarded = {int(client): int(number) for client, number in rounds.items()}
+        self.rounds_onboarded, self.rounds_measured = (
+            {int(client): int(number) for client, number in below(name, tensors).items()}
+            for name in ("rounds-onboarded", "rounds-measured")
+        )
 
     def training_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""
@@ -188,3 +206,7 @@ class PFedGPA(ClientwiseFedAvg):
         super().summary()
         log(INFO, "\t└──> Diffusion: %s", self.aggregator.config)
         log(INFO, "\t└──> Onboarding: %s", self.aggregator.onboarding)
+
+
+def _tensors(numbers: dict[int, int]) -> dict[int, torch.Tensor]:
+    return {client: torch.tensor(number) for client, number in numbers.items()}
