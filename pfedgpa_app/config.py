@@ -496,12 +496,6 @@ def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[
             f'diffusion.generator = "{diffusion.generator}": works along principal axes; with '
             'diffusion.space = "raw" right would be "diffusion"',
         )
-    if diffusion.space == "raw" and diffusion.sharing == "measured":
-        yield (
-            {"diffusion.space", "diffusion.sharing"},
-            'diffusion.sharing = "measured": works along principal axes; with '
-            'diffusion.space = "raw" right would be "kin"',
-        )
     if diffusion.beta_start > diffusion.beta_end:
         yield (
             {"diffusion.beta-start", "diffusion.beta-end"},

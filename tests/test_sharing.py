@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from simulated_grid import SimulatedGrid, weights
-from small_task import EPOCHS, IMAGES, LABELS, PLAIN_SGD, RATE, layers_of, small_task
+from small_task import EPOCHS, IMAGES, LABELS, PLAIN_SGD, RATE, small_task
 from test_strategies import Node, received, site, start
 from torch import Tensor
 
@@ -152,10 +152,10 @@ def test_groups_are_given_what_their_members_have_in_common():
     assert bool((after < 0.8 * before).all())
 
 
-@pytest.mark.parametrize("rank", ["auto", 3])
-def test_coordinates_as_uploaded_are_shrunk_by_the_square_of_their_signal(rank):
+@pytest.mark.parametrize("settings", [{}, {"rank": 3}, {"space": "raw", "start": 200}])
+def test_coordinates_as_uploaded_are_shrunk_by_the_square_of_their_signal(settings):
     uploads, halves = clients(groups(5), noise=1.0)
-    aggregator = fitted(uploads, halves, generator="upload", rank=rank)
+    aggregator = fitted(uploads, halves, generator="upload", **settings)
     axes = Spectrum.of(list(uploads)).eigenvectors
     kept = signal_parts(axes, torch.stack([normalized(sketches(each)) for each in halves])) ** 2
     deviations = (uploads - uploads.mean(0)).double()

@@ -114,7 +114,12 @@ class BlockDiffusion:
 
         Without it they get the mean of their kin outside of the space.
         """
-        kept = shrinkage.kept[: self.space.dim].to(self.generated.dtype)
+        dtype = self.generated.dtype
+        if isinstance(self.space, RawSpace):  # whose coordinates are no principal axes
+            axes = shrinkage.axes
+            generated = (axes * shrinkage.kept) @ (axes.T @ self.generated.double())
+            return replace(self, generated=generated.to(dtype), shrinkage=shrinkage)
+        kept = shrinkage.kept[: self.space.dim].to(dtype)
         return replace(self, generated=self.generated * kept, shrinkage=shrinkage)
 
     def personalize(self, row: int, vectors: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,84 @@
+"""What it costs that clients, or whole groups, are away for some rounds.
+
+    python -m benchmarks.absence
+
+20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Each case is held against the run in which
+everyone was there from the start to the end, seed by seed.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+
+from benchmarks.onboarding import CLIENTS, SMALL_IMAGES
+from pfedgpa_app.report import RoundRecord, mean_and_spread
+from pfedgpa_app.tables import Cell, Table
+from server_app.simulation import read_config, simulate
+
+JUDGED_ROUNDS = 5
+COLUMNS = ("those away", "had they been there", "the others", "had those been there")
+
+
+class Case(NamedTuple):
+    """Who is away, and the first and last rounds of it."""
+
+    away: Collection[int]
+    first: int
+    last: int
+
+
+# Client i is in group i % 5.
+ONE, GROUP = (19,), (4, 9, 14, 19)
+CASES = {
+    "one client, rounds 11 to 20": Case(ONE, 11, 20),
+    "a whole group, rounds 11 to 15": Case(GROUP, 11, 15),
+    "a whole group joins in round 11": Case(GROUP, 1, 10),
+}
+NOBODY = Case((), 1, 0)
+
+
+def main(
+    file: Path = Path("conf/fashion-mnist-20.toml"),
+    rounds: int = 30,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+) -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    numbers = [int(seed) for seed in seeds.split(",")]
+    present = {seed: accuracies(file, NOBODY, rounds, seed) for seed in numbers}
+    cells = {}
+    for name, case in CASES.items():
+        runs = {seed: accuracies(file, case, rounds, seed) for seed in numbers}
+        others = sorted(set(range(CLIENTS)) - set(case.away))
+        cells[name] = [
+            Cell(mean_and_spread([fmean(each[seed][node] for node in nodes) for seed in numbers]))
+            for nodes in (sorted(case.away), others)
+            for each in (runs, present)
+        ]
+    note = f"Means over the last {JUDGED_ROUNDS} rounds: python -m benchmarks.absence"
+    print(Table(f"Absence, {rounds} rounds", COLUMNS, cells, note).markdown())
+
+
+def accuracies(file: Path, case: Case, rounds: int, seed: int) -> dict[int, float]:
+    """Return the accuracy of each node's personalized model, the mean of the last rounds."""
+    found: dict[int, list[float]] = {node: [] for node in range(CLIENTS)}
+
+    def note(record: RoundRecord) -> None:
+        for row in record.clients.values():
+            if "personalized-accuracy" in row:
+                found[int(row["node-id"])].append(row["personalized-accuracy"])
+
+    def absent(server_round: int) -> Collection[int]:
+        return case.away if case.first <= server_round <= case.last else ()
+
+    config = read_config(file, {**SMALL_IMAGES, "seed": seed, "num-server-rounds": rounds})
+    simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS, on_round=note, absent=absent)
+    return {node: fmean(values[-JUDGED_ROUNDS:]) for node, values in found.items()}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,143 @@
+"""What else could make a client's model of the uploads, in whole runs.
+
+    python -m benchmarks.generators
+
+20 clients in 5 groups, Fashion-MNIST in 14x14 pixels, 20 rounds. All rows but the last two share
+with kin alone (``diffusion.sharing = "kin"``), so that nothing but the generator differs.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, Self
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.onboarding import CLIENTS, SMALL_IMAGES
+from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.config import Config
+from pfedgpa_app.diffusion import mix
+from pfedgpa_app.parameters import StateDict, head_names
+from pfedgpa_app.report import mean_and_spread
+from pfedgpa_app.tables import Cell, Table
+from server_app.simulation import read_config, simulate
+from server_app.strategies import PFedGPA
+
+JUDGED_ROUNDS = 5
+
+
+class TrajectoryAggregator(GenerativeAggregator):
+    """The diffusion model learns the uploads of the last three rounds, moved to this one's mean."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.earlier: deque[list[Tensor]] = deque(maxlen=2)
+
+    def fit(self, server_round: int, average: Tensor | None = None) -> None:
+        """Learn, after what was in the bank became the past."""
+        if self.bank:
+            self.earlier.append([self.bank[client] for client in sorted(self.bank)])
+        super().fit(server_round, average)
+
+    def _vectors(self, block: slice) -> list[Tensor]:
+        now = super()._vectors(block)
+        mean = torch.stack(now).mean(dim=0)
+        past = [torch.stack([vector[block] for vector in bank]) for bank in self.earlier]
+        return now + [row for bank in past for row in bank - bank.mean(dim=0) + mean]
+
+
+class HeadAggregator(GenerativeAggregator):
+    """Who is alike is told by the heads; all else is the mean over those that are."""
+
+    def begin(self, initial: Tensor | None, blocks: Sequence[slice] = (slice(None),)) -> None:
+        """Take the head, which is the last block, for the only one that is learned."""
+        super().begin(initial, blocks[-1:])
+
+    def expect(self, default: Tensor) -> Tensor:
+        """Return what everyone starts from; all come in the first round."""
+        return default
+
+    def personalize(self, client: int) -> Tensor:
+        """Return what is generated for the head, under the mean body of the client's kin."""
+        row = sorted(self.bank).index(client)
+        [model], [block] = self.models, self.blocks
+        if model is None:
+            return self.bank[client]
+        kinship = model.kinship(model.coordinates[row : row + 1], model.coordinates)[0]
+        mean = mix(kinship, super()._vectors(slice(None)))
+        mean[block] = model.personalize(row, self._vectors(block))
+        return mean
+
+
+class WithAggregator(PFedGPA):
+    """pFedGPA with another aggregator."""
+
+    aggregator_type: type[GenerativeAggregator] = TrajectoryAggregator
+
+    @classmethod
+    def of(cls, config: Config, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run."""
+        strategy = super().of(config, **kwargs)
+        strategy.aggregator = cls.aggregator_type(
+            config.diffusion, config.onboarding, seed=config.seed
+        )
+        return strategy
+
+
+class ByHead(WithAggregator):
+    """pFedGPA with the kinship of heads."""
+
+    aggregator_type = HeadAggregator
+
+    def begin(self, state: StateDict) -> None:
+        """Tell the aggregator where the head is."""
+        super().begin(state)
+        assert self.layout is not None
+        size = sum(state[name].numel() for name in head_names(state))
+        body = slice(0, self.layout.dim - size)
+        self.aggregator.begin(self.layout.split(state)[0], [body, slice(body.stop, None)])
+
+
+KIN = {"diffusion.sharing": "kin"}
+ROWS: dict[str, tuple[Callable[[Config], PFedGPA], dict[str, Any]]] = {
+    "diffusion": (PFedGPA.of, KIN),
+    "mean of kin": (PFedGPA.of, KIN | {"diffusion.generator": "kin-mean"}),
+    "diffusion, last three rounds": (WithAggregator.of, KIN),
+    "diffusion, kin by heads": (ByHead.of, KIN),
+    "diffusion, along the last moves": (PFedGPA.of, KIN | {"server.momentum": 0.8}),
+    "mean of kin, along the last moves": (
+        PFedGPA.of,
+        KIN | {"server.momentum": 0.8, "diffusion.generator": "kin-mean"},
+    ),
+    "measured noise of each axis": (PFedGPA.of, {}),
+    "measured, no denoiser": (PFedGPA.of, {"diffusion.generator": "upload"}),
+}
+
+
+def main(
+    file: Path = Path("conf/fashion-mnist-20.toml"),
+    rounds: int = 20,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+) -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    cells = {}
+    for name, (make, settings) in ROWS.items():
+        values = []
+        for seed in seeds.split(","):
+            overrides = {**SMALL_IMAGES, "seed": int(seed), "num-server-rounds": rounds, **settings}
+            config = read_config(file, overrides)
+            _, run = simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS, strategy=make(config))
+            values.append(fmean(row["personalized-accuracy"] for row in run[-JUDGED_ROUNDS:]))
+        cells[name] = [Cell(mean_and_spread(values)), *(Cell(f"{value:.4f}") for value in values)]
+        print(f"{name}: {mean_and_spread(values)}", flush=True)
+    columns = ["accuracy", *(f"seed {seed}" for seed in seeds.split(","))]
+    note = f"Means over the last {JUDGED_ROUNDS} rounds: python -m benchmarks.generators"
+    print(Table(f"Generators, {CLIENTS} clients in 5 groups", columns, cells, note).markdown())
+
+
+if __name__ == "__main__":
+    typer.run(main)
