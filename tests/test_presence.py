@@ -1,0 +1,96 @@
+"""Clients that come late, go and come back in whole runs."""
+
+from collections.abc import Collection, Mapping
+
+import pytest
+import torch
+
+from benchmarks.generators import ROWS
+from benchmarks.onboarding import NearestMember
+from pfedgpa_app.config import Config
+from server_app.simulation import simulate
+from server_app.strategies import PFedGPA
+
+# Groups of three, apart; client i is in group i % 2.
+SETTINGS = {
+    "num-server-rounds": 9,
+    "data.test-samples": 40,
+    "client.local-epochs": 3,
+    "client.learning-rate": 0.05,
+    "diffusion.measure-every": 3,
+    "diffusion.train-steps": 50,
+    "onboarding.rounds": 1,
+}
+
+
+def run(
+    absent: Mapping[int, Collection[int]], strategy: PFedGPA | None = None, **settings
+) -> tuple[PFedGPA, dict[int, dict[int, float]]]:
+    """Return the strategy, and the accuracy of whoever trained, by round and node."""
+    accuracies: dict[int, dict[int, float]] = {}
+
+    def note(record) -> None:
+        accuracies[record.server_round] = {
+            int(row["node-id"]): row["personalized-accuracy"]
+            for row in record.clients.values()
+            if row.get("status") == "ok"
+        }
+
+    config = Config.from_flat({**SETTINGS, **settings})
+    strategy, _ = simulate(
+        config,
+        6,
+        num_processes=0,
+        on_round=note,
+        absent=lambda server_round: absent.get(server_round, ()),
+        strategy=strategy,
+    )
+    assert isinstance(strategy, PFedGPA)
+    return strategy, accuracies
+
+
+def mean_of_last(accuracies: dict[int, dict[int, float]], nodes: Collection[int]) -> float:
+    values = [accuracies[number][node] for number in (7, 8, 9) for node in nodes]
+    return sum(values) / len(values)
+
+
+@pytest.fixture(scope="module")
+def everyone() -> dict[int, dict[int, float]]:
+    return run({})[1]
+
+
+@pytest.mark.parametrize(
+    ("away", "rounds"),
+    [((5,), range(2, 6)), ((1, 3, 5), range(3, 5)), ((1, 3, 5), range(1, 4)), ((5,), range(1, 5))],
+    ids=["one is away", "a group is away", "newcomers found a group", "a newcomer"],
+)
+def test_who_was_away_catches_up_and_others_lose_nothing(
+    away: Collection[int], rounds: range, everyone: dict[int, dict[int, float]]
+):
+    strategy, accuracies = run(dict.fromkeys(rounds, away))
+    for server_round, found in accuracies.items():
+        assert found.keys() == set(range(6)) - set(away if server_round in rounds else ())
+    assert len(strategy.aggregator.bank) == 6
+    assert strategy.rounds_onboarded == {}
+    others = set(range(6)) - set(away)
+    assert mean_of_last(accuracies, others) > mean_of_last(everyone, others) - 0.03
+    assert mean_of_last(accuracies, away) > mean_of_last(everyone, away) - 0.15
+
+
+def test_newcomers_may_be_given_the_nearest_members_model():
+    config = Config.from_flat(SETTINGS | {"num-server-rounds": 3, "onboarding.rounds": 2})
+    strategy, _ = run(
+        {1: (5,)}, NearestMember.of(config), **{"num-server-rounds": 3, "onboarding.rounds": 2}
+    )
+    assert list(strategy.aggregator.guests) == [5]
+    [guest] = strategy.aggregator.guests.values()
+    models = [strategy.aggregator.personalize(member) for member in range(5)]
+    assert any(torch.equal(guest, model) for model in models)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_generator_makes_models_of_a_run(name: str):
+    make, settings = ROWS[name]
+    settings = SETTINGS | settings | {"num-server-rounds": 3}
+    _, accuracies = run({}, make(Config.from_flat(settings)), **settings)
+    assert min(accuracies[3].values()) > 0.2
