@@ -13,6 +13,7 @@ from pfedgpa_app.diffusion import (
     MakeGenerator,
     Shrinkage,
     Spectrum,
+    agreement,
     divergence,
     mix,
     normalized,
@@ -29,6 +30,8 @@ WHOLE = (slice(None),)
 MIN_KINSHIP = 0.01
 # Divergence from the initial model up to which clients are alike: docs/choosing.md has the runs.
 MAX_DIVERGENCE = 0.5
+# Agreement of those who ask for the same: members of one group have 1, of others less than 0.4.
+MIN_AGREEMENT = 0.5
 
 
 class GenerativeAggregator:
@@ -152,15 +155,20 @@ class GenerativeAggregator:
         return torch.cat(pieces)
 
     def onboard(self, client: int, current: Tensor, previous: Tensor) -> None:
-        """Generate the parameters of a newcomer by guided denoising.
+        """Generate the parameters of a newcomer.
 
-        Its local training took it from ``previous`` to ``current``, both ``(d,)``; they do not
-        get into the bank.
+        With measured sharing it is given what those members are given that ask for the same;
+        otherwise it goes through guided denoising. Its local training took it from ``previous`` to
+        ``current``, both ``(d,)``; they do not get into the bank.
         """
+        kin: Tensor | None = None
         with single_thread():
+            if self._is_measured() and client in self.halves:
+                members = torch.stack([self._told(member) for member in sorted(self.bank)])
+                kin = (agreement(self.halves[client], members) - MIN_AGREEMENT).clamp(min=0)
             pieces = [
                 model.onboard(
-                    current[block], previous[block], self.onboarding, self._vectors(block)
+                    current[block], previous[block], self.onboarding, self._vectors(block), kin
                 )
                 if model
                 else current[block]
@@ -242,6 +250,11 @@ class GenerativeAggregator:
         told = len(self.bank.keys() & self.halves.keys())
         return self.config.sharing == "measured" and 2 * told > len(self.bank)
 
+    def _told(self, client: int) -> Tensor:
+        """Return both halves of a client, ``(2, size)``; of a silent one they are 0."""
+        halves = self.halves.get(client)
+        return halves if halves is not None else torch.zeros_like(next(iter(self.halves.values())))
+
     def _vectors(self, block: slice) -> list[Tensor]:
         """Return a block of the bank's vectors, by client."""
         return [self.bank[client][block] for client in sorted(self.bank)]
@@ -273,8 +286,7 @@ class GenerativeAggregator:
         model = BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
         if not is_measured:
             return model
-        silent = torch.zeros_like(next(iter(self.halves.values())))
-        halves = torch.stack([self.halves.get(client, silent) for client in sorted(self.bank)])
+        halves = torch.stack([self._told(client) for client in sorted(self.bank)])
         return model.shrunk(Shrinkage.of(spectrum, halves))
 
     def _bring_up_to_date(self, average: Tensor | None) -> None:

@@ -17,7 +17,14 @@ from client_app.methods import METHODS, Method
 from client_app.methods.pfedgpa import half_moves
 from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig
-from pfedgpa_app.diffusion import SKETCH, Spectrum, normalized, signal_parts, sketched
+from pfedgpa_app.diffusion import (
+    SKETCH,
+    Spectrum,
+    agreement,
+    normalized,
+    signal_parts,
+    sketched,
+)
 from pfedgpa_app.randomness import make_generator
 from server_app.strategies import PFedGPA
 
@@ -184,6 +191,72 @@ def test_a_newcomer_without_kin_keeps_as_much_of_its_own_as_others():
     mean = uploads.mean(0)
     kept = (aggregator.personalize(50) - mean).norm() / (current - mean).norm()
     assert float(kept) == pytest.approx(0.8**2, abs=0.05)
+
+
+def test_agreement_is_that_of_the_formula():
+    """With one that tells nothing and one that contradicts itself."""
+    generator = make_generator(6)
+    common = torch.randn(1, 1, 30, generator=generator)
+    others = common + 0.5 * torch.randn(6, 2, 30, generator=generator)
+    others[2] = 0
+    others[3, 1] = -others[3, 0]
+    one = torch.randn(2, 30, generator=generator)
+    one[1] += one[0]
+    mean = others[[0, 1, 3, 4, 5]].double().mean(0).numpy()
+    a, b = one.double().numpy() - mean
+    expected = []
+    for first, second in others.double().numpy() - mean:
+        lengths = (a @ b) * (first @ second)
+        cosine = (a @ second + b @ first) / 2 / np.sqrt(abs(lengths)) if lengths > 0 else 0.0
+        expected.append(np.clip(cosine, -1, 1))
+    expected[2] = 0.0
+    assert a @ b > 0
+    assert expected[3] == 0.0
+    np.testing.assert_allclose(agreement(one, others), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0])
+def test_noise_does_not_lower_agreement_within_groups(noise: float):
+    _, halves = clients(groups(5), noise)
+    told = torch.stack([normalized(sketches(each)) for each in halves])
+    found = torch.stack([agreement(each, told) for each in told])
+    is_kin = (torch.arange(NUM_CLIENTS)[:, None] - torch.arange(NUM_CLIENTS)) % 5 == 0
+    itself = torch.eye(NUM_CLIENTS, dtype=torch.bool)
+    assert float(found[is_kin & ~itself].mean()) > 0.9
+    assert float(found[is_kin & ~itself].min()) > 0.5
+    assert float(found[~is_kin].max()) < 0.4
+
+
+def newcomer(own: Tensor, aggregator: GenerativeAggregator) -> tuple[Tensor, Tensor]:
+    """Return what a newcomer uploads that wants ``own``, and what is generated for it."""
+    generator = make_generator(9)
+    first, second = (own + 0.3 * torch.randn(DIM, generator=generator) for _ in range(2))
+    upload = (first + second) / 2
+    aggregator.compare(50, sketches(torch.stack([first, second])))
+    aggregator.onboard(50, upload, torch.zeros(DIM))
+    return upload, aggregator.personalize(50)
+
+
+def test_a_newcomer_is_given_what_those_are_given_that_ask_for_the_same():
+    uploads, halves = clients(groups(5), noise=0.3)
+    aggregator = fitted(uploads, halves)
+    _, given = newcomer(groups(5)[3], aggregator)
+    kin = torch.stack([aggregator.personalize(client) for client in range(3, NUM_CLIENTS, 5)])
+    assert (given - kin.mean(0)).norm() < 0.2 * (kin - kin.mean(0)).norm()
+
+
+def test_a_newcomer_that_is_like_nobody_keeps_its_own():
+    uploads, halves = clients(groups(5), noise=0.3)
+    aggregator = fitted(uploads, halves)
+    upload, given = newcomer(torch.randn(DIM, generator=make_generator(77)), aggregator)
+    assert (given - upload).norm() < 0.3 * (upload - uploads.mean(0)).norm()
+
+
+def test_a_newcomer_among_clients_that_are_alike_is_given_their_mean():
+    uploads, halves = clients(torch.ones(DIM), noise=1.0)
+    aggregator = fitted(uploads, halves)
+    _, given = newcomer(torch.ones(DIM), aggregator)
+    assert (given - uploads.mean(0)).norm() < 0.1 * (uploads - uploads.mean(0)).norm(dim=1).mean()
 
 
 LIES = {

@@ -7,7 +7,14 @@ from pfedgpa_app.diffusion.inversion import Denoiser, LatentCode, invert, poster
 from pfedgpa_app.diffusion.model import BlockDiffusion, MakeGenerator, mix
 from pfedgpa_app.diffusion.raw import RawSpace
 from pfedgpa_app.diffusion.schedule import CLEAN, NoiseSchedule, sampling_timesteps
-from pfedgpa_app.diffusion.signal import SKETCH, Shrinkage, normalized, signal_parts, sketched
+from pfedgpa_app.diffusion.signal import (
+    SKETCH,
+    Shrinkage,
+    agreement,
+    normalized,
+    signal_parts,
+    sketched,
+)
 from pfedgpa_app.diffusion.subspace import Spectrum, Subspace, divergence
 from pfedgpa_app.diffusion.training import ddpm_loss, train_denoiser
 from pfedgpa_app.diffusion.unet import UNetDenoiser
@@ -26,6 +33,7 @@ __all__ = [
     "Spectrum",
     "Subspace",
     "UNetDenoiser",
+    "agreement",
     "ddpm_loss",
     "divergence",
     "generate",

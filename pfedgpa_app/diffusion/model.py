@@ -127,8 +127,7 @@ class BlockDiffusion:
         if self.shrinkage is None:
             weights = self.kinship(self.coordinates[row : row + 1], self.coordinates)[0]
             return self._realize(self.generated[row], weights, vectors)
-        outside = self.shrinkage.weights(row, begin=self.space.dim)
-        return self.space.reconstruct(self.generated[row]) + mix(outside, vectors)
+        return self._shrunk_mixture(torch.eye(len(self.generated))[row], vectors)
 
     def onboard(
         self,
@@ -136,14 +135,19 @@ class BlockDiffusion:
         previous: Tensor,
         config: OnboardingConfig,
         vectors: Sequence[Tensor],
+        kin: Tensor | None = None,
     ) -> Tensor:
-        """Return the parameters ``(d,)`` of a newcomer, by guided denoising.
+        """Return the parameters ``(d,)`` of a newcomer.
 
-        Its local training took it from ``previous`` to ``current``, both ``(d,)``; ``vectors`` are
-        those of `fit`. Without a denoiser there is no guidance: it gets what its kin get.
+        Where it is known who of the others asks for the same, ``kin`` ``(num_clients,)`` is each
+        one's part in what it is given; who has none keeps as much of its own as the others do.
+        Otherwise it is guided denoising: local training took the newcomer from ``previous`` to
+        ``current``, both ``(d,)``. ``vectors`` are those of `fit`. Without a denoiser there is no
+        guidance: it gets what those are given that it is like.
         """
-        if not self.space.dim and self.shrinkage is not None:
-            # It is like nobody in particular, and keeps as much of its own as the others.
+        if self.shrinkage is not None and kin is not None and bool(kin.any()):
+            return self._shrunk_mixture(kin / kin.sum(), vectors)
+        if self.shrinkage is not None and (kin is not None or not self.space.dim):
             share = float(self.shrinkage.share)
             return self.space.mean + share * (current - self.space.mean)
         here, before = self.space.project([current, previous]).split(1)
@@ -210,6 +214,13 @@ class BlockDiffusion:
             state["generated"],
             Shrinkage(**shrinkage) if shrinkage else None,
         )
+
+    def _shrunk_mixture(self, of: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        """Return a mixture ``(num_clients,)`` of what clients are given, ``(d,)``."""
+        assert self.shrinkage is not None
+        outside = self.shrinkage.weights(of, begin=self.space.dim)
+        inside = self.space.reconstruct(of.to(self.generated.dtype) @ self.generated)
+        return inside + mix(outside, vectors)
 
     def _realize(self, generated: Tensor, weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
         """Return the parameters ``(d,)`` of generated coordinates ``(dim,)``.

@@ -45,20 +45,21 @@ class Shrinkage(NamedTuple):
         variances = spectrum.eigenvalues
         return cls(spectrum.eigenvectors, kept, (kept * variances).sum() / variances.sum())
 
-    def weights(self, row: int, begin: int = 0) -> Tensor:
-        """Return what one client is given of all clients' deviations, ``(num_clients,)``.
+    def weights(self, of: Tensor, begin: int = 0) -> Tensor:
+        """Return what a mixture of clients is given of all clients' deviations, ``(num_clients,)``.
 
-        ``begin`` leaves out the first axes.
+        ``of`` ``(num_clients,)`` has each one's part in it. ``begin`` leaves out the first axes.
         """
         axes = self.axes[:, begin:]
-        return axes @ (self.kept[begin:] * axes[row])
+        return axes @ (self.kept[begin:] * (of.double() @ axes))
 
     def company(self, row: int) -> Tensor:
         """Return whose way one client goes while it is away, ``(num_clients,)``.
 
         That is each one's part in what it is given, without those of whom it is given the opposite.
         """
-        return (self.weights(row) + 1 / len(self.axes)).clamp(min=0)
+        alone = torch.eye(len(self.axes), dtype=torch.float64)[row]
+        return (self.weights(alone) + 1 / len(self.axes)).clamp(min=0)
 
 
 def sketched(move: Tensor, size: int = SKETCH) -> Tensor:
@@ -120,3 +121,32 @@ def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
     total = ((first + second) / 2).square().sum(dim=1)
     is_said = total > _RELATIVE_TOLERANCE * total.max()
     return torch.where(is_said, signal / total, 0.0).clamp(0, 1)
+
+
+def agreement(halves: Tensor, others: Tensor) -> Tensor:
+    """Return how far clients ask for the same, as the cosine of what is signal in their moves.
+
+    With the moves A and B of each, without the others' mean, it is
+    ``(A_i^T B_j + B_i^T A_j) / 2 sqrt(A_i^T B_i A_j^T B_j)``. The images of two halves are not the
+    same, so that noise is on average in none of these products: clients of one distribution are at
+    1, whatever they lack in images. It is 0 for those whose own halves do not agree.
+
+    Parameters
+    ----------
+    halves
+        Both moves of a client, ``(2, size)``.
+    others
+        Those of others, ``(num_clients, 2, size)``.
+
+    Returns
+    -------
+    Tensor
+        ``(num_clients,)``, float64, -1 .. 1.
+    """
+    tells = others.flatten(1).any(dim=1)
+    mean = others[tells].double().mean(dim=0) if bool(tells.any()) else 0.0
+    one, many = halves.double() - mean, others.double() - mean
+    products = (many[:, 0] @ one[1] + many[:, 1] @ one[0]) / 2
+    signal = (many[:, 0] * many[:, 1]).sum(dim=1) * (one[0] @ one[1])
+    agrees = tells & (signal > 0) & bool(one[0] @ one[1] > 0)
+    return torch.where(agrees, products / signal.abs().sqrt(), 0.0).clamp(-1, 1)
