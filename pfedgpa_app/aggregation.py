@@ -21,7 +21,7 @@ from pfedgpa_app.diffusion import (
 from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
 from pfedgpa_app.state import below, load_state, save_state, under
 
-STATE_KIND = "pfedgpa-aggregator-3"
+STATE_KIND = "pfedgpa-aggregator-4"
 
 WHOLE = (slice(None),)
 """All parameters as one block."""

@@ -180,7 +180,7 @@ class DiffusionConfig(Section):
     space: Literal["subspace", "raw"] = "subspace"
     blocks: Literal["whole", "per-layer"] = "whole"
     sharing: Literal["kin", "measured"] = "measured"
-    measure_every: Count = 10
+    measure_every: Count = 20
     old_uploads: Literal["kin", "deviation", "as-uploaded"] = "kin"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000

@@ -31,8 +31,9 @@ class PFedGPA(ClientwiseFedAvg):
     training and for evaluation.
 
     Whoever trains in the first round is a member. A client that comes later starts from the mean
-    of the members' parameters, and its uploads go through guided denoising for some
-    rounds, before it becomes a member and its uploads part of the bank and the average.
+    of the members' parameters, and for some rounds is given what members are given that ask for
+    the same, or what guided denoising makes of its upload where that is not measured. Then it
+    becomes a member, and its uploads part of the bank and the average.
 
     Parameters
     ----------
@@ -52,7 +53,7 @@ class PFedGPA(ClientwiseFedAvg):
     Attributes
     ----------
     rounds_onboarded : dict[int, int]
-        The rounds of guided denoising that each newcomer had; members have no entry.
+        The rounds that each newcomer had before it is a member; members have no entry.
     rounds_measured : dict[int, int]
         The round in which each client last told how far two halves of its images agree.
 
