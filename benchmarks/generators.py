@@ -124,10 +124,6 @@ ROWS: dict[str, tuple[Callable[[Config], PFedGPA], dict[str, Any]]] = {
     "diffusion, last three rounds": (WithAggregator.of, KIN),
     "diffusion, kin by heads": (ByHead.of, KIN),
     "diffusion, along the last moves": (PFedGPA.of, KIN | {"server.momentum": 0.8}),
-    "mean of kin, along the last moves": (
-        PFedGPA.of,
-        KIN | {"server.momentum": 0.8, "diffusion.generator": "kin-mean"},
-    ),
     "measured noise of each axis": (PFedGPA.of, {}),
     "measured, no denoiser": (PFedGPA.of, {"diffusion.generator": "upload"}),
     "mean of the true group": (Oracle.of, KIN),

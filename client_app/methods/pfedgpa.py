@@ -28,8 +28,9 @@ class PFedGPA(Method):
 def half_moves(task: Task) -> Tensor:
     """Return how training on two random halves moves what all have in common.
 
-    Both start from the parameters that came for it, ``(d,)``. Moves that say nothing are 0: those
-    of fewer than four images, and those of a training that diverged.
+    Both start from the parameters that came for it, ``(d,)``, or from the received ones if none
+    did. Moves that say nothing are 0: those of fewer than four images, and those of a training that
+    diverged.
 
     Returns
     -------
@@ -37,7 +38,8 @@ def half_moves(task: Task) -> Tensor:
         Sketches, ``(2, SKETCH)``.
     """
     layout = ParameterLayout.of(task.received, task.config.diffusion.patterns)
-    start = task.extras[COMMON]
+    received, rest = layout.split(task.received)
+    start = task.extras[COMMON] if len(task.extras[COMMON]) else received
     nothing = torch.zeros(2, SKETCH)
     data = task.data
     order = torch.randperm(len(data.train_labels), generator=task.generator)
@@ -46,7 +48,7 @@ def half_moves(task: Task) -> Tensor:
     moves = []
     for number, rows in enumerate(order.to(data.train_labels.device).tensor_split(2)):
         model = copy.deepcopy(task.model)
-        model.load_state_dict(layout.merge(start, layout.rest(task.received)))
+        model.load_state_dict(layout.merge(start, rest))
         half = data._replace(
             train_images=data.train_images[rows], train_labels=data.train_labels[rows]
         )

@@ -110,11 +110,15 @@ class PFedGPA(ClientwiseFedAvg):
         self.aggregator.begin(self.layout.split(state)[0], blocks)
 
     def extras(self, client: int) -> StateDict:
-        """Return the members' mean, ``(d,)``, if it is time to measure what moves a client."""
+        """Return the members' mean, ``(d,)``, if it is time to measure what moves a client.
+
+        Of those to whom it is sent as the parameters it is asked with no entries.
+        """
         if not self._asks(client):
             return {}
         assert self.aggregator.initial is not None
-        return {COMMON: self.aggregator.expect(self.aggregator.initial)}
+        common = self.aggregator.expect(self.aggregator.initial)
+        return {COMMON: common if self._is_known(client) else common[:0]}
 
     def evaluation_extras(self, client: int) -> StateDict:
         """Return nothing."""
@@ -123,6 +127,9 @@ class PFedGPA(ClientwiseFedAvg):
     def expected_extras(self, client: int) -> ParameterLayout | None:
         """Return the layout of both sketches, ``(2, SKETCH)``, where they were asked for."""
         return ParameterLayout.of({HALVES: torch.empty(2, SKETCH)}) if self._asks(client) else None
+
+    def _is_known(self, client: int) -> bool:
+        return client in self.aggregator.bank or client in self.aggregator.guests
 
     def _asks(self, client: int) -> bool:
         config = self.aggregator.config
@@ -190,7 +197,7 @@ class PFedGPA(ClientwiseFedAvg):
     def training_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""
         assert self.layout is not None
-        if client in self.aggregator.bank or client in self.aggregator.guests:
+        if self._is_known(client):
             generated = self.aggregator.personalize(client)
             vector = self.client_momentum.ahead(client, generated)
         else:
