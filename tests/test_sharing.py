@@ -16,7 +16,7 @@ from torch import Tensor
 from client_app.methods import METHODS, Method
 from client_app.methods.pfedgpa import half_moves
 from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
-from pfedgpa_app.config import Config, DiffusionConfig
+from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import (
     SKETCH,
     Spectrum,
@@ -438,10 +438,22 @@ def test_the_server_asks_every_client_again_when_it_is_time():
     grid = SimulatedGrid(nodes)
     strategy = PFedGPA(diffusion=DiffusionConfig(measure_every=3))
     start(strategy, grid, num_rounds=5)
-    everyone, refused = set(range(6)), {4, 5}
-    assert asked(grid) == {1: everyone, 2: refused, 3: refused, 4: everyone, 5: refused}
-    assert set(strategy.aggregator.bank) == set(range(4))
+    # Also those that never tell what can be used: nobody has others measure all the time.
+    assert asked(grid) == {1: set(range(6)), 4: set(range(6))}
+    assert set(strategy.aggregator.bank) == set(range(6))
+    assert set(strategy.aggregator.halves) == set(range(4))
     assert len(received(grid, "train")) == 5
+
+
+def test_all_are_asked_after_some_rounds_and_when_somebody_is_new():
+    nodes = {number: half(float(number), torch.ones(2, SKETCH)) for number in range(4)}
+    grid = SimulatedGrid(nodes)
+    strategy = PFedGPA(
+        diffusion=DiffusionConfig(measure_every=3),
+        onboarding=OnboardingConfig(late_clients=1, join_round=3),
+    )
+    start(strategy, grid, num_rounds=7)
+    assert asked(grid) == {1: {0, 1, 2}, 3: set(range(4)), 6: set(range(4))}
 
 
 def test_what_is_sent_to_be_measured_from_is_the_members_mean():

@@ -141,6 +141,9 @@ class ClientwiseFedAvg(FedAvg):
         """Return the state_dict of a client's personalized model."""
         return self.average
 
+    def prepare(self, server_round: int, clients: Sequence[int]) -> None:
+        """Take note of who will train in a round; by default nothing is to be done."""
+
     def extras(self, client: int) -> StateDict:
         """Return what a client is sent beside its parameters."""
         return {}
@@ -205,6 +208,7 @@ class ClientwiseFedAvg(FedAvg):
         clients = self._sample(
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
+        self.prepare(server_round, clients)
         messages = self._messages(
             clients, self.training_state, self.extras, config, MessageType.TRAIN
         )

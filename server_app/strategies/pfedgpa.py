@@ -1,5 +1,6 @@
 """pFedGPA: the server trains a diffusion model on the clients' parameters."""
 
+from collections.abc import Sequence
 from logging import INFO, WARNING
 from typing import Any, Self
 
@@ -55,7 +56,9 @@ class PFedGPA(ClientwiseFedAvg):
     rounds_onboarded : dict[int, int]
         The rounds that each newcomer had before it is a member; members have no entry.
     rounds_measured : dict[int, int]
-        The round in which each client last told how far two halves of its images agree.
+        The round in which each client was last asked how far two halves of its images agree.
+    measures : bool
+        Whether those who train in this round are asked for it.
 
     Examples
     --------
@@ -88,6 +91,7 @@ class PFedGPA(ClientwiseFedAvg):
         self.aggregator = GenerativeAggregator(diffusion, onboarding, seed=seed)
         self.rounds_onboarded: dict[int, int] = {}
         self.rounds_measured: dict[int, int] = {}
+        self.measures = False
         self.client_momentum = ClientMomentum(momentum)
 
     @classmethod
@@ -109,12 +113,25 @@ class PFedGPA(ClientwiseFedAvg):
         blocks = self.layout.blocks() if per_layer else WHOLE
         self.aggregator.begin(self.layout.split(state)[0], blocks)
 
-    def extras(self, client: int) -> StateDict:
-        """Return the members' mean, ``(d,)``, if it is time to measure what moves a client.
+    def prepare(self, server_round: int, clients: Sequence[int]) -> None:
+        """Measure if it is time for one of the clients that will train.
 
-        Of those to whom it is sent as the parameters it is asked with no entries.
+        All are asked then: moves from one mean, of one round, can be held against each other. Who
+        does not tell, or nothing that can be used, is not asked sooner again than others.
         """
-        if not self._asks(client):
+        config = self.aggregator.config
+        rounds = [self.rounds_measured.get(client, -config.measure_every) for client in clients]
+        is_due = bool(rounds) and server_round - min(rounds) >= config.measure_every
+        self.measures = config.sharing == "measured" and is_due
+        if self.measures:
+            self.rounds_measured |= dict.fromkeys(clients, server_round)
+
+    def extras(self, client: int) -> StateDict:
+        """Return the members' mean, ``(d,)``, where it is measured what moves clients from it.
+
+        Those to whom it is sent as the parameters are asked with no entries.
+        """
+        if not self.measures:
             return {}
         assert self.aggregator.initial is not None
         common = self.aggregator.expect(self.aggregator.initial)
@@ -126,17 +143,10 @@ class PFedGPA(ClientwiseFedAvg):
 
     def expected_extras(self, client: int) -> ParameterLayout | None:
         """Return the layout of both sketches, ``(2, SKETCH)``, where they were asked for."""
-        return ParameterLayout.of({HALVES: torch.empty(2, SKETCH)}) if self._asks(client) else None
+        return ParameterLayout.of({HALVES: torch.empty(2, SKETCH)}) if self.measures else None
 
     def _is_known(self, client: int) -> bool:
         return client in self.aggregator.bank or client in self.aggregator.guests
-
-    def _asks(self, client: int) -> bool:
-        config = self.aggregator.config
-        if config.sharing != "measured":
-            return False
-        age = self.record.server_round - self.rounds_measured.get(client, -config.measure_every)
-        return age >= config.measure_every
 
     def counts(self, client: int) -> bool:
         """Tell whether a client is a member, as everyone is before there is a bank."""
@@ -153,7 +163,6 @@ class PFedGPA(ClientwiseFedAvg):
         for client, upload in uploads.items():
             if HALVES in upload.extras:
                 self.aggregator.compare(client, upload.extras[HALVES])
-                self.rounds_measured[client] = server_round
         for client in vectors.keys() - starts.keys():
             self.aggregator.observe(client, vectors[client])
             self.rounds_onboarded.pop(client, None)
