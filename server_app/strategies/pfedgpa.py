@@ -133,9 +133,10 @@ class PFedGPA(ClientwiseFedAvg):
         """
         if not self.measures:
             return {}
+        if not self._is_known(client):
+            return {COMMON: torch.empty(0)}
         assert self.aggregator.initial is not None
-        common = self.aggregator.expect(self.aggregator.initial)
-        return {COMMON: common if self._is_known(client) else common[:0]}
+        return {COMMON: self.aggregator.expect(self.aggregator.initial)}
 
     def evaluation_extras(self, client: int) -> StateDict:
         """Return nothing."""
