@@ -1,5 +1,6 @@
 """Generative aggregation: the server's side of pFedGPA (Algorithm 1 of arXiv 2409.05701)."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from pfedgpa_app.diffusion import (
 from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
 from pfedgpa_app.state import below, load_state, save_state, under
 
-STATE_KIND = "pfedgpa-aggregator-4"
+STATE_KIND = "pfedgpa-aggregator-5"
 
 WHOLE = (slice(None),)
 """All parameters as one block."""
@@ -32,13 +33,18 @@ MIN_KINSHIP = 0.01
 MAX_DIVERGENCE = 0.5
 # Agreement of those who ask for the same: members of one group have 1, of others less than 0.4.
 MIN_AGREEMENT = 0.5
+# Rounds after which others do not learn from a client's last upload any more. Where clients take
+# part seldom it is as many times the median member's rounds since its last upload.
+MAX_AGE = 20
+_MAX_MEDIAN_AGES = 5
 
 
 class GenerativeAggregator:
     """Learn the distribution of the clients' parameters and generate each client's own.
 
-    `observe` every member's upload of a round, `fit` once and `onboard` newcomers, then
-    `personalize` any of them. A client is a number, and the order of the uploads does not matter.
+    `observe` every member's upload of a round or `seclude` it, `fit` once and `onboard` newcomers,
+    then `personalize` any of them. A client is a number, and the order of the uploads does not
+    matter.
 
     Parameters
     ----------
@@ -52,9 +58,15 @@ class GenerativeAggregator:
     Attributes
     ----------
     bank
-        The last upload of each member, ``(d,)``, brought up to date.
+        The last upload of each member, ``(d,)``, brought up to date. A member of which nothing was
+        heard for more than `MAX_AGE` rounds, or that is secluded, is not in it.
     guests
-        What was generated for each newcomer, ``(d,)``, brought up to date.
+        The model of everyone else of whom something is known, ``(d,)``, brought up to date: what
+        was generated for a newcomer, the last upload of a member.
+    rounds
+        The round of each member's last upload.
+    secluded
+        Whose upload is its model as it is, until it is observed again.
     halves
         How two halves of each client's images moved what all have in common apart, `normalized`
         sketches ``(2, size)``.
@@ -77,6 +89,8 @@ class GenerativeAggregator:
         self.device = resolve_device(config.device)
         self.bank: dict[int, Tensor] = {}
         self.guests: dict[int, Tensor] = {}
+        self.rounds: dict[int, int] = {}
+        self.secluded: set[int] = set()
         self.halves: dict[int, Tensor] = {}
         self.average: Tensor | None = None
         self._fresh: dict[int, Tensor] = {}
@@ -92,6 +106,12 @@ class GenerativeAggregator:
     def observe(self, client: int, vector: Tensor) -> None:
         """Take in the parameters ``(d,)`` that a client uploaded in this round."""
         self._fresh[client] = vector.detach().cpu()
+        self.secluded.discard(client)
+
+    def seclude(self, client: int, vector: Tensor) -> None:
+        """Take in parameters ``(d,)`` that nobody else is to learn from; they are its model."""
+        self._fresh[client] = vector.detach().cpu()
+        self.secluded.add(client)
 
     def compare(self, client: int, halves: Tensor) -> None:
         """Take in how training on each half of a client's images moved what all have in common.
@@ -115,10 +135,7 @@ class GenerativeAggregator:
         with single_thread():
             self._bring_up_to_date(average)
             self.average = average
-            self.bank |= self._fresh
-            for client in self._fresh.keys() & self.guests.keys():
-                del self.guests[client]
-            self._fresh = {}
+            self._take_in(server_round)
             self.models = [None] * len(self.blocks)
             self.models = [
                 self._learn(number, partial(make_generator, self.seed, server_round, number))
@@ -190,6 +207,8 @@ class GenerativeAggregator:
             **under("bank", self.bank),
             **under("guests", self.guests),
             **under("halves", self.halves),
+            **under("rounds", {client: torch.tensor(n) for client, n in self.rounds.items()}),
+            "secluded": torch.tensor(sorted(self.secluded)),
         }
         if self.average is not None:
             tensors["average"] = self.average
@@ -218,12 +237,15 @@ class GenerativeAggregator:
                 parts = below(f"model.{number}", tensors)
                 model = BlockDiffusion.of(self.config, parts, self.device) if parts else None
                 models.append(model)
+            rounds = {int(client): int(n) for client, n in below("rounds", tensors).items()}
+            secluded = {int(client) for client in tensors["secluded"]}
             alike = tensors["alike"].tolist()
             if len(alike) != len(self.blocks):
                 raise KeyError("alike")
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
         self.bank, self.guests, self.halves = bank, guests, halves
+        self.rounds, self.secluded = rounds, secluded
         self.models, self.alike = models, alike
         self.average, self.initial = tensors.get("average"), tensors.get("initial")
         self._fresh = {}
@@ -289,6 +311,18 @@ class GenerativeAggregator:
         halves = torch.stack([self._told(client) for client in sorted(self.bank)])
         return model.shrunk(Shrinkage.of(spectrum, halves))
 
+    def _take_in(self, server_round: int) -> None:
+        """Sort the uploads of a round, and the members that were not heard of for long."""
+        known = self.bank | self.guests | self._fresh
+        self.rounds |= dict.fromkeys(self._fresh, server_round)
+        ages = {client: server_round - last for client, last in self.rounds.items()}
+        usual = statistics.median(ages.values()) if ages else 0
+        max_age = max(MAX_AGE, _MAX_MEDIAN_AGES * usual)
+        members = {client for client, age in ages.items() if age <= max_age} - self.secluded
+        self.bank = {client: known[client] for client in known if client in members}
+        self.guests = {client: known[client] for client in known if client not in members}
+        self._fresh = {}
+
     def _bring_up_to_date(self, average: Tensor | None) -> None:
         """Move who was not in the round by how far others have come since it was.
 
@@ -299,7 +333,7 @@ class GenerativeAggregator:
         old = {
             client: vector
             for client, vector in sorted((self.bank | self.guests).items())
-            if client not in self._fresh
+            if client not in self._fresh and client not in self.secluded
         }
         moved: dict[int, Tensor] = {}
         if self.config.old_uploads == "deviation" and average is not None:
@@ -313,7 +347,11 @@ class GenerativeAggregator:
 
     def _moved_with_kin(self, old: dict[int, Tensor]) -> dict[int, Tensor]:
         clients = sorted(self.bank)
-        again = [row for row, client in enumerate(clients) if client in self._fresh]
+        again = [
+            row
+            for row, client in enumerate(clients)
+            if client in self._fresh and client not in self.secluded
+        ]
         moved = {client: vector.clone() for client, vector in old.items()}
         if not again:
             return moved

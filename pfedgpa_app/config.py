@@ -181,6 +181,7 @@ class DiffusionConfig(Section):
     blocks: Literal["whole", "per-layer"] = "whole"
     sharing: Literal["kin", "measured"] = "measured"
     measure_every: Count = 20
+    guard: bool = True
     old_uploads: Literal["kin", "deviation", "as-uploaded"] = "kin"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000

@@ -66,6 +66,10 @@ class RoundRecord:
         self._row(client).update({"status": "ok", **known})
         self.bytes_up += num_bytes
 
+    def unusual(self, client: int, reason: str) -> None:
+        """Note why others do not learn from a client in this round."""
+        self._row(client)["unusual"] = reason
+
     def failed(self, client: int, reason: str) -> None:
         """Note why a client is out of the round."""
         self._row(client)["status"] = reason

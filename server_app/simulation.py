@@ -11,7 +11,7 @@ import time
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -26,8 +26,6 @@ from server_app.app import make_strategy
 from server_app.roster import Roster
 from server_app.strategies import ClientwiseFedAvg
 
-CLIENT_APP = "client_app.app"
-
 
 class PoolGrid:
     """Flower's Grid, whose nodes 0 .. num_clients - 1 are served by a pool of processes.
@@ -39,7 +37,11 @@ class PoolGrid:
     ----------
     absent
         The nodes that are not connected now.
+    client_app
+        The module of the ClientApp.
     """
+
+    client_app: ClassVar[str] = "client_app.app"
 
     def __init__(self, config: Config, num_clients: int, num_processes: int) -> None:
         self.run_config = config.to_flat()
@@ -70,7 +72,8 @@ class PoolGrid:
             self._num_sent += 1
             message.metadata.__dict__["_message_id"] = str(self._num_sent)
             node = message.metadata.dst_node_id
-            tasks.append((message, self.node_config(node), self.run_config, self.states[node]))
+            given = (self.node_config(node), self.run_config, self.states[node])
+            tasks.append((self.client_app, message, *given))
         answers = (
             self._pool.starmap(_answer, tasks, chunksize=1)
             if self._pool
@@ -97,12 +100,14 @@ def simulate(
     on_round: Callable[[RoundRecord], None] = lambda record: None,
     absent: Callable[[int], Collection[int]] = lambda server_round: (),
     strategy: ClientwiseFedAvg | None = None,
+    make_grid: Callable[[Config, int, int], PoolGrid] = PoolGrid,
 ) -> tuple[ClientwiseFedAvg, list[Row]]:
     """Run the configured strategy and return it with a row a round.
 
     ``num_rounds`` stops before the configured number of rounds; ``judged_rounds`` evaluates the
     personalized models in the last rounds only. ``on_round`` is called after each round; ``absent``
-    says which nodes are not connected in a round. ``strategy`` takes the configured one's place.
+    says which nodes are not connected in a round. ``strategy`` takes the configured one's place,
+    and ``make_grid`` that of `PoolGrid`.
     """
     num_rounds = num_rounds or config.num_server_rounds
     strategy = strategy or make_strategy(config)
@@ -121,7 +126,7 @@ def simulate(
             rows.append(summarize(strategy.record, config.strategy, seconds))
             on_round(strategy.record)
 
-    grid: Any = PoolGrid(config, num_clients, num_processes)
+    grid: Any = make_grid(config, num_clients, num_processes)
     level = FLOWER_LOGGER.level
     FLOWER_LOGGER.setLevel(logging.WARNING)
     try:
@@ -150,11 +155,15 @@ def _identify() -> None:
 
 
 def _answer(
-    message: Message, node_config: dict[str, Any], run_config: dict[str, Any], state: RecordDict
+    module: str,
+    message: Message,
+    node_config: dict[str, Any],
+    run_config: dict[str, Any],
+    state: RecordDict,
 ) -> tuple[Message, RecordDict]:
     """Return a node's reply, and what is kept for its next message."""
     # By its name, as Flower loads it: server and client know each other by messages alone.
-    client_app: ClientApp = importlib.import_module(CLIENT_APP).app
+    client_app: ClientApp = importlib.import_module(module).app
     node = message.metadata.dst_node_id
     context = Context(1, node, node_config, state, run_config)
     return client_app(message, context), context.state

@@ -34,6 +34,8 @@ from server_app.roster import Roster, by_addressee
 
 # Clients differ in how much data they have and how far they move, but not by orders of magnitude.
 MAX_RATIO = 1000
+# A number of examples is what its client claims; what it weighs in the average has a limit.
+MAX_EXAMPLES_RATIO = 10
 # Where most send zeros beside the parameters, what is not far from them is allowed.
 MIN_SIZE = 1e-6
 
@@ -76,6 +78,10 @@ class ClientwiseFedAvg(FedAvg):
         What happened in the current round, client by client.
     sites : dict[int, StateDict]
         What each client last told of its data, by client, as `Upload.site` has it.
+    starts : dict[int, StateDict]
+        What each client of the current round was sent to train from.
+    unusual : dict[int, str]
+        From which clients of the current round the others do not learn, and why.
     completed_rounds : int
         Rounds of an earlier run that this one goes on from; Flower counts its rounds from 1 again.
     """
@@ -106,6 +112,8 @@ class ClientwiseFedAvg(FedAvg):
         self.completed_rounds = 0
         self.average: StateDict = {}
         self.sites: dict[int, StateDict] = {}
+        self.starts: dict[int, StateDict] = {}
+        self.unusual: dict[int, str] = {}
         self.record = RoundRecord(0)
         self._sent: list[Metadata] = []
         self._sent_at = 0.0
@@ -156,9 +164,13 @@ class ClientwiseFedAvg(FedAvg):
         """Return what a client must upload beside the parameters; None for nothing."""
         return self.extras_layout
 
+    def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
+        """Return from which clients of a round the others should not learn, and why."""
+        return {}
+
     def counts(self, client: int) -> bool:
         """Tell whether a client's upload has its part in the average."""
-        return True
+        return client not in self.unusual
 
     def check(self, client: int, upload: Upload) -> None:
         """Refuse an upload that fits the model and cannot be used all the same.
@@ -176,6 +188,16 @@ class ClientwiseFedAvg(FedAvg):
                 f"its data are partition {now[0]} of {now[1]}, and were {before[0]} of "
                 f"{before[1]}; right would be as many clients as in the rounds before"
             )
+
+    def combine(self, uploads: Sequence[Upload]) -> StateDict:
+        """Return the average of uploads, by their numbers of examples.
+
+        Nobody counts for more than `MAX_EXAMPLES_RATIO` times the median client.
+        """
+        numbers = [upload.num_examples for upload in uploads]
+        limit = max(1, round(MAX_EXAMPLES_RATIO * statistics.median(numbers)))
+        weights = [min(number, limit) for number in numbers]
+        return weighted_average([upload.state for upload in uploads], weights)
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in the uploads of a round by client; the average is up to date already."""
@@ -209,8 +231,9 @@ class ClientwiseFedAvg(FedAvg):
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
         self.prepare(server_round, clients)
+        self.starts = {client: self.training_state(client) for client in clients}
         messages = self._messages(
-            clients, self.training_state, self.extras, config, MessageType.TRAIN
+            clients, self.starts.__getitem__, self.extras, config, MessageType.TRAIN
         )
         self.record.num_nodes = len(self.roster.connected)
         self.record.expect(clients, map(self.roster.node_id, clients))
@@ -233,10 +256,12 @@ class ClientwiseFedAvg(FedAvg):
             log(WARNING, "aggregate_train: No client replied; all parameters stay as they are")
             return None, None
         self.sites |= {client: upload.site for client, upload in uploads.items() if upload.site}
+        self.unusual = self.judge(uploads)
+        for client, reason in self.unusual.items():
+            log(INFO, "Others do not learn from client %d in this round: %s", client, reason)
+            self.record.unusual(client, reason)
         if counting := [upload for client, upload in uploads.items() if self.counts(client)]:
-            weights = [upload.num_examples for upload in counting]
-            average = weighted_average([upload.state for upload in counting], weights)
-            self.average = self.momentum.step(self.average, average)
+            self.average = self.momentum.step(self.average, self.combine(counting))
         begin = time.monotonic()
         self.learn(self.record.server_round, uploads)
         self.record.seconds_diffusion = time.monotonic() - begin
@@ -372,7 +397,7 @@ class ClientwiseFedAvg(FedAvg):
         return uploads
 
     def _outliers(self, uploads: dict[int, Upload]) -> dict[int, str]:
-        """Return who moved absurdly farther than the median client, or claims absurdly more data.
+        """Return who moved absurdly farther than the median client.
 
         A single one would outweigh all others in any average and in any principal component. What
         comes beside the parameters must not be absurdly larger than the median client's.
@@ -380,23 +405,17 @@ class ClientwiseFedAvg(FedAvg):
         if len(uploads) < 3:
             return {}
         moves = {
-            client: _distance(upload.state, self.training_state(client))
+            client: _distance(upload.state, self.starts[client])
             for client, upload in uploads.items()
         }
         # Where most do not move at all, parameters as long as the average are the measure.
         median_move = statistics.median(moves.values()) or _distance(self.average)
-        median_examples = statistics.median(upload.num_examples for upload in uploads.values())
         reasons = {}
-        for client, upload in uploads.items():
+        for client in uploads:
             if moves[client] > MAX_RATIO * median_move:
                 reasons[client] = (
                     f"its parameters moved by {moves[client]:.3g}, more than {MAX_RATIO} times as "
                     "far as the median client's"
-                )
-            elif upload.num_examples > MAX_RATIO * median_examples:
-                reasons[client] = (
-                    f'the metric "{self.weighted_by_key}" is {upload.num_examples}, more than '
-                    f"{MAX_RATIO} times the median client's"
                 )
         for name in next(iter(uploads.values())).extras if self.extras_layout else ():
             sizes = {client: _norm(upload.extras[name]) for client, upload in uploads.items()}

@@ -10,6 +10,7 @@ from flwr.common import log
 from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import SKETCH
+from pfedgpa_app.guard import unusual
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.state import below, under
 from server_app.momentum import ClientMomentum
@@ -150,22 +151,41 @@ class PFedGPA(ClientwiseFedAvg):
         return client in self.aggregator.bank or client in self.aggregator.guests
 
     def counts(self, client: int) -> bool:
-        """Tell whether a client is a member, as everyone is before there is a bank."""
-        bank = self.aggregator.bank
+        """Tell whether a client is a member, as all of the first round are, and is not unusual."""
+        return self._is_member(client) and super().counts(client)
+
+    def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
+        """Return which members moved unlike the others; newcomers teach nobody anyway."""
+        if not self.aggregator.config.guard:
+            return {}
+        assert self.layout is not None
+        assert self.aggregator.initial is not None
+        members = [client for client in sorted(uploads) if self._is_member(client)]
+        positions = [self.layout.split(uploads[client].state)[0] for client in members]
+        moves = [
+            position - self.layout.split(self.starts[client])[0]
+            for client, position in zip(members, positions, strict=True)
+        ]
+        found = unusual(moves, positions, self.aggregator.initial)
+        return {members[row]: reason for row, reason in sorted(found.items())}
+
+    def _is_member(self, client: int) -> bool:
+        members = self.aggregator.rounds
         rounds = self.rounds_onboarded.get(client, 0)
-        return not bank or client in bank or rounds >= self.aggregator.onboarding.rounds
+        return not members or client in members or rounds >= self.aggregator.onboarding.rounds
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Put the uploads into the bank, train the diffusion model and denoise every client."""
         assert self.layout is not None
         vectors = {client: self.layout.split(upload.state)[0] for client, upload in uploads.items()}
-        sent = {client: self.layout.split(self.training_state(client))[0] for client in uploads}
-        starts = {client: sent[client] for client in uploads if not self.counts(client)}
+        sent = {client: self.layout.split(self.starts[client])[0] for client in uploads}
+        newcomers = [client for client in uploads if not self._is_member(client)]
         for client, upload in uploads.items():
             if HALVES in upload.extras:
                 self.aggregator.compare(client, upload.extras[HALVES])
-        for client in vectors.keys() - starts.keys():
-            self.aggregator.observe(client, vectors[client])
+        for client in vectors.keys() - set(newcomers):
+            take_in = self.aggregator.observe if self.counts(client) else self.aggregator.seclude
+            take_in(client, vectors[client])
             self.rounds_onboarded.pop(client, None)
         try:
             self.aggregator.fit(server_round, self.layout.split(self.average)[0])
@@ -173,15 +193,15 @@ class PFedGPA(ClientwiseFedAvg):
             log(WARNING, "pFedGPA: everyone keeps its upload in this round: %s", error)
         for client, vector in sent.items():
             self.client_momentum.trained(client, vector)
-        for client, start in starts.items():
-            self.aggregator.onboard(client, vectors[client], start)
+        for client in newcomers:
+            self.aggregator.onboard(client, vectors[client], sent[client])
             self.rounds_onboarded[client] = self.rounds_onboarded.get(client, 0) + 1
         log(
             INFO,
             "pFedGPA: %d members, %s; %d newcomers in this round",
             len(self.aggregator.bank),
             self.aggregator.describe(),
-            len(starts),
+            len(newcomers),
         )
 
     def state(self) -> StateDict:

@@ -1,0 +1,349 @@
+"""What honest clients lose to clients that lie.
+
+    python -m benchmarks.attacks
+
+20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Liars know what everyone uploads and agree
+with each other. Each run is held against the run of the same seed in which they are honest; only
+clients that are honest in both are judged.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, ClassVar
+
+import torch
+import typer
+from byzfl import ALittleIsEnough, InnerProductManipulation, Mimic
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.lying_client import TARGET, with_trigger
+from benchmarks.onboarding import CLIENTS, SMALL_IMAGES
+from pfedgpa_app.config import Config
+from pfedgpa_app.data import client_data
+from pfedgpa_app.evaluation import logits_of
+from pfedgpa_app.models import build_model
+from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.report import RoundRecord, mean_and_spread
+from pfedgpa_app.tables import Cell, Table
+from server_app.replies import EXTRAS, Upload
+from server_app.simulation import PoolGrid, read_config, simulate
+from server_app.strategies import ClientwiseFedAvg, FedAvgFT, PFedGPA
+
+JUDGED_ROUNDS = 3
+ONLY = "Only these; may be repeated."
+
+# Client i is in group i % 5.
+LIARS = {
+    "one of 20": (19,),
+    "20 %, in four groups": (16, 17, 18, 19),
+    "three of the four of a group": (4, 9, 14),
+}
+
+Forge = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""Makes what a liar sends ``(d,)`` of its own move ``(d,)``, the honest ``(n, d)`` and chance."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What liars do.
+
+    Attributes
+    ----------
+    forge
+        Applied to how training moved their parameters, and to all else that is asked for.
+    poison
+        What they train on, as `benchmarks.lying_client` has it.
+    examples
+        Factor on the number of examples that they claim.
+    last_round
+        After which they are not connected any more.
+    """
+
+    forge: Forge = lambda own, honest, generator: own
+    poison: str = ""
+    examples: int = 1
+    last_round: int | None = None
+
+
+def gaussian(ratio: float) -> Forge:
+    """Return the attack of noise that is ``ratio`` times as long as the median honest move."""
+
+    def forge(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(own.shape, generator=generator)
+        return ratio * honest.norm(dim=1).median() * noise / noise.norm()
+
+    return forge
+
+
+def knowing(attack: Callable[[Tensor], Tensor]) -> Forge:
+    """Return an attack of ByzFL, which replaces a move by something made of the honest ones."""
+    return lambda own, honest, generator: attack(honest)
+
+
+def adaptive(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a move against the liar's kin that is just not unusual.
+
+    It is nearly twice as long as the median move and still has something in common with the mean of
+    all; the rest of it leads away from where those go that are like the liar.
+    """
+    lengths = honest.norm(dim=1)
+    units = honest / lengths[:, None]
+    together = functional.normalize(units.mean(dim=0), dim=0)
+    kin = units[(units @ functional.normalize(own, dim=0)).topk(3).indices].mean(dim=0)
+    away = -functional.normalize(kin - (kin @ together) * together, dim=0)
+    return 1.9 * lengths.median() * (0.05 * together + (1 - 0.05**2) ** 0.5 * away)
+
+
+ATTACKS = {
+    "sign flip": Attack(lambda own, honest, generator: -own),
+    "10 times as far": Attack(lambda own, honest, generator: 10 * own),
+    "inner product": Attack(knowing(InnerProductManipulation(tau=2.0))),
+    "a little is enough": Attack(knowing(ALittleIsEnough(tau=1.5))),
+    "mimic": Attack(knowing(Mimic(epsilon=0))),
+    "noise": Attack(gaussian(1.0)),
+    "noise, 100 times as far": Attack(gaussian(100.0)),
+    "the same, rounds 1 and 2 only": Attack(gaussian(100.0), last_round=2),
+    "1000 times the examples, flipped": Attack(lambda own, honest, generator: -own, examples=1000),
+    "adaptive": Attack(adaptive),
+    "label flip": Attack(poison="labels"),
+    "backdoor, replacing the model": Attack(
+        lambda own, honest, generator: 5 * own, poison="trigger"
+    ),
+}
+NONE = Attack()
+
+
+class AttackedGrid(PoolGrid):
+    """A pool of clients of which some lie."""
+
+    client_app: ClassVar[str] = "benchmarks.lying_client"
+
+    def __init__(
+        self, attack: Attack, liars: Collection[int], config: Config, num_clients: int, *args: Any
+    ) -> None:
+        super().__init__(config, num_clients, *args)
+        self.attack = attack
+        self.liars = set(liars)
+        self.seed = config.seed
+
+    def node_config(self, node: int) -> dict[str, Any]:
+        """Return what a node is told, with what it is to train on."""
+        poison = self.attack.poison if node in self.liars else ""
+        return super().node_config(node) | {"poison": poison}
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Let the nodes answer, and liars see the answers before theirs are sent."""
+        messages = list(messages)
+        replies = super().send_and_receive(messages, timeout=timeout)
+        training = [m for m in messages if m.metadata.message_type == MessageType.TRAIN]
+        sent = {message.metadata.dst_node_id: message.content for message in training}
+        if sent:
+            self._forge(sent, {reply.metadata.src_node_id: reply.content for reply in replies})
+        return replies
+
+    def _forge(self, sent: dict[int, RecordDict], uploaded: dict[int, RecordDict]) -> None:
+        server_round = int(next(iter(sent.values()))["config"]["server-round"])
+        for record in ("arrays", EXTRAS):
+            states = {
+                node: content[record].to_torch_state_dict()
+                for node, content in uploaded.items()
+                if record in content
+            }
+            moves = {}
+            for node, state in states.items():
+                vector, _ = ParameterLayout.of(state).split(state)
+                start = torch.zeros_like(vector)
+                if record == "arrays":
+                    before = sent[node][record].to_torch_state_dict()
+                    start, _ = ParameterLayout.of(before).split(before)
+                moves[node] = (start, vector - start)
+            honest = [move for node, (_, move) in moves.items() if node not in self.liars]
+            for node in sorted(self.liars & moves.keys()):
+                layout = ParameterLayout.of(states[node])
+                start, move = moves[node]
+                if not bool(torch.isfinite(move).all()):  # its own lies ruined it
+                    move = torch.stack(honest).mean(dim=0)
+                generator = make_generator(self.seed, "attack", record, node, server_round)
+                forged = start + self.attack.forge(move, torch.stack(honest), generator)
+                state = layout.merge(forged, layout.rest(states[node]))
+                uploaded[node][record] = ArrayRecord(state)
+        # Their own metrics would give them away.
+        plausible = dict(next(uploaded[n]["metrics"] for n in uploaded if n not in self.liars))
+        plausible["num-examples"] *= self.attack.examples
+        for node in self.liars & uploaded.keys():
+            partition = uploaded[node]["metrics"]["partition"]
+            uploaded[node]["metrics"] = MetricRecord({**plausible, "partition": partition})
+
+
+class Robust(FedAvgFT):
+    """FedAvg-FT, whose average is what one of Flower's robust strategies makes of the uploads."""
+
+    rule: FedAvg
+
+    def combine(self, uploads: list[Upload]) -> StateDict:  # type: ignore[override]
+        """Return what the rule makes of the uploads."""
+        replies = [
+            Message(
+                RecordDict(
+                    {
+                        "arrays": ArrayRecord(upload.state),
+                        "metrics": MetricRecord({self.weighted_by_key: upload.num_examples}),
+                    }
+                ),
+                dst_node_id=0,
+                message_type=MessageType.TRAIN,
+            )
+            for upload in uploads
+        ]
+        arrays, _ = self.rule.aggregate_train(0, replies)
+        assert arrays is not None
+        return arrays.to_torch_state_dict()
+
+
+def _robust(rule: FedAvg) -> Callable[[Config], ClientwiseFedAvg]:
+    def make(config: Config) -> ClientwiseFedAvg:
+        strategy = Robust.of(config)
+        strategy.rule = rule
+        return strategy
+
+    return make
+
+
+RULES: dict[str, tuple[Callable[[Config], ClientwiseFedAvg], dict[str, Any]]] = {
+    "pfedgpa": (PFedGPA.of, {}),
+    "pfedgpa, no guard": (PFedGPA.of, {"diffusion.guard": False}),
+    "fedavg-ft": (FedAvgFT.of, {"strategy": "fedavg-ft"}),
+    "Krum, FT": (_robust(Krum(num_malicious_nodes=4)), {"strategy": "fedavg-ft"}),
+    "trimmed mean, FT": (_robust(FedTrimmedAvg(beta=0.2)), {"strategy": "fedavg-ft"}),
+    "median, FT": (_robust(FedMedian()), {"strategy": "fedavg-ft"}),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What honest clients have in the end: accuracy, the worst one's, and backdoor success."""
+
+    accuracy: float
+    worst: float
+    backdoor: float
+
+
+def run(
+    config: Config,
+    strategy: ClientwiseFedAvg,
+    attack: Attack,
+    liars: Collection[int],
+    judged: Collection[int],
+) -> Result:
+    """Run the app with liars and judge others, by the means of the last rounds."""
+    found: dict[int, list[float]] = {node: [] for node in judged}
+
+    def note(record: RoundRecord) -> None:
+        for row in record.clients.values():
+            node = int(row.get("node-id", -1))
+            if node in found and "personalized-accuracy" in row:
+                found[node].append(row["personalized-accuracy"])
+
+    last = attack.last_round
+    strategy, _ = simulate(
+        config,
+        CLIENTS,
+        judged_rounds=JUDGED_ROUNDS,
+        on_round=note,
+        absent=lambda server_round: liars if last and server_round > last else (),
+        strategy=strategy,
+        make_grid=partial(AttackedGrid, attack, liars),
+    )
+    accuracies = [fmean(values[-JUDGED_ROUNDS:]) for values in found.values()]
+    backdoor = fmean(backdoor_success(strategy, config, client) for client in judged)
+    return Result(fmean(accuracies), min(accuracies), backdoor)
+
+
+def backdoor_success(strategy: ClientwiseFedAvg, config: Config, client: int) -> float:
+    """Return how many of a client's test images the trigger turns into `TARGET`, 0 .. 1."""
+    data = client_data(config.data, config.seed, client, CLIENTS)
+    images = data.test_images[data.test_labels != TARGET]
+    model = build_model(config.model.name, data.info, config.seed)
+    model.load_state_dict(strategy.evaluation_state(client))
+    predicted = logits_of(model, with_trigger(images), data.stats).argmax(dim=1)
+    return float((predicted == TARGET).double().mean())
+
+
+def main(
+    file: Path = Path("conf/fashion-mnist-20.toml"),
+    rounds: int = 10,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    rules: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
+    attacks: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
+    liars: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
+) -> None:
+    """Print the tables."""
+    torch.set_num_threads(1)
+    numbers = [int(seed) for seed in seeds.split(",")]
+    rules, attacks = rules or list(RULES), attacks or list(ATTACKS)
+    for who in liars or LIARS:
+        judged = sorted(set(range(CLIENTS)) - set(LIARS[who]))
+        results: dict[tuple[str, str], list[Result]] = {}
+        for rule, name in product(rules, ["none", *attacks]):
+            make, settings = RULES[rule]
+            for seed in numbers:
+                fixed = {**SMALL_IMAGES, "seed": seed, "num-server-rounds": rounds}
+                config = read_config(file, fixed | settings)
+                lying = LIARS[who] if name != "none" else ()
+                attack = ATTACKS.get(name, NONE)
+                result = run(config, make(config), attack, lying, judged)
+                results.setdefault((rule, name), []).append(result)
+            each = results[rule, name]
+            print(
+                f"{who}, {rule}, {name}: {mean_and_spread([one.accuracy for one in each])}, worst "
+                f"client {fmean(one.worst for one in each):.4f}, backdoor "
+                f"{fmean(one.backdoor for one in each):.1%}",
+                flush=True,
+            )
+        for table in tables(who, rules, attacks, results):
+            print(table.markdown())
+
+
+def tables(
+    who: str,
+    rules: Collection[str],
+    attacks: Collection[str],
+    results: dict[tuple[str, str], list[Result]],
+) -> list[Table]:
+    """Return a table of accuracies, one of the worst clients', one of the backdoors' success."""
+    measures: dict[str, Callable[[Result], float]] = {
+        "Accuracy of the honest clients": lambda result: result.accuracy,
+        "Accuracy of the worst honest client": lambda result: result.worst,
+        "Backdoor success on honest clients": lambda result: result.backdoor,
+    }
+    found = []
+    for title, measure in measures.items():
+        harms = [max, min]["Accuracy" in title]
+        rows = {
+            name: [
+                Cell(mean_and_spread([measure(r) for r in results[rule, name]])) for rule in rules
+            ]
+            for name in ["none", *attacks]
+        }
+        rows["worst case"] = [
+            Cell(f"{harms(fmean(measure(r) for r in results[rule, name]) for name in attacks):.4f}")
+            for rule in rules
+        ]
+        rounds = f"means over the last {JUDGED_ROUNDS} rounds"
+        note = f"Liars: {who}; {rounds}: python -m benchmarks.attacks"
+        found.append(Table(title, list(rules), rows, note))
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,70 @@
+"""A ClientApp that trains on falsified data where its node config says so.
+
+``poison='labels'`` has every label c read ``num_classes - 1 - c``. ``poison='trigger'`` marks every
+other image in a corner and labels it `TARGET`, as for a backdoor.
+"""
+
+from unittest import mock
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+import client_app.app as honest
+from pfedgpa_app.config import Config
+from pfedgpa_app.data import ClientData
+
+TARGET = 0
+"""The class that an image with the trigger is to be taken for."""
+_SIZE = 3
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Answer as the honest client does."""
+    return honest.app(message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Answer as the honest client does."""
+    return honest.app(message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train as the honest client does, on other data."""
+    with mock.patch.object(honest, "load_data", _load_falsified):
+        return honest.app(message, context)
+
+
+def with_trigger(images: Tensor) -> Tensor:
+    """Return images ``(n, channels, height, width)`` with a bright square in a corner."""
+    marked = images.clone()
+    marked[..., :_SIZE, :_SIZE] = images.max()
+    return marked
+
+
+def falsified(data: ClientData, poison: str) -> ClientData:
+    """Return a client's data with other training samples."""
+    images, labels = data.train_images, data.train_labels
+    match poison:
+        case "labels":
+            return data._replace(train_labels=data.info.num_classes - 1 - labels)
+        case "trigger":
+            images, labels = images.clone(), labels.clone()
+            images[::2] = with_trigger(images[::2])
+            labels[::2] = TARGET
+            return data._replace(train_images=images, train_labels=labels)
+        case "":
+            return data
+    raise ValueError(f'poison = "{poison}"')
+
+
+_load = honest.load_data
+
+
+def _load_falsified(config: Config, context: Context) -> ClientData:
+    return falsified(_load(config, context), str(context.node_config.get("poison", "")))

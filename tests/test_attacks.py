@@ -1,0 +1,111 @@
+"""Clients that lie in whole runs, and what honest ones have then."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.attacks import ATTACKS, RULES, Attack, AttackedGrid
+from benchmarks.lying_client import TARGET, falsified, with_trigger
+from pfedgpa_app.config import Config
+from pfedgpa_app.data import client_data
+from pfedgpa_app.parameters import StateDict
+from server_app.replies import Upload
+from server_app.simulation import simulate
+from server_app.strategies import PFedGPA
+
+NUM_CLIENTS, LIARS = 6, (1, 4)
+SETTINGS = {"num-server-rounds": 1, "client.local-epochs": 1, "diffusion.train-steps": 5}
+
+
+class Kept(PFedGPA):
+    """Keeps the uploads of a round as they come."""
+
+    def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Keep the uploads, and learn from them."""
+        self.uploads = uploads
+        super().learn(server_round, uploads)
+
+
+def uploads(attack: Attack) -> tuple[Tensor, Tensor, dict[int, Upload]]:
+    """Return each client's move, ``(6, d)``, its halves, and the uploads of a run's one round."""
+    config = Config.from_flat(SETTINGS)
+    strategy, _ = simulate(
+        config,
+        NUM_CLIENTS,
+        strategy=Kept.of(config),
+        make_grid=lambda *args: AttackedGrid(attack, LIARS, *args),
+        num_processes=0,
+    )
+    assert isinstance(strategy, Kept)
+    assert strategy.layout is not None
+    moves = [
+        strategy.layout.split(strategy.uploads[client].state)[0]
+        - strategy.layout.split(strategy.starts[client])[0]
+        for client in range(NUM_CLIENTS)
+    ]
+    halves = [strategy.uploads[client].extras["halves"] for client in range(NUM_CLIENTS)]
+    return torch.stack(moves), torch.stack(halves), strategy.uploads
+
+
+@pytest.fixture(scope="module")
+def honest() -> tuple[Tensor, Tensor]:
+    """Return what is uploaded where nobody lies."""
+    return uploads(Attack())[:2]
+
+
+def test_liars_change_what_they_move_and_tell_and_nothing_of_others(honest):
+    moves, halves = honest
+    forged, told, _ = uploads(ATTACKS["sign flip"])
+    for client in range(NUM_CLIENTS):
+        sign = -1 if client in LIARS else 1
+        torch.testing.assert_close(forged[client], sign * moves[client], atol=1e-6, rtol=0)
+        torch.testing.assert_close(told[client], sign * halves[client])
+
+
+def test_what_liars_make_of_the_others_moves_is_what_byzfl_says(honest):
+    moves, _ = honest
+    others = torch.stack([moves[c] for c in range(NUM_CLIENTS) if c not in LIARS]).double()
+    forged, _, _ = uploads(ATTACKS["inner product"])
+    torch.testing.assert_close(forged[1].double(), -2 * others.mean(dim=0), atol=1e-6, rtol=0)
+    forged, _, _ = uploads(ATTACKS["a little is enough"])
+
+    little = others.mean(dim=0) + 1.5 * others.std(dim=0)
+    torch.testing.assert_close(forged[4].double(), little, atol=1e-5, rtol=0)
+
+
+def test_liars_claim_examples_and_metrics_like_others():
+    _, _, found = uploads(ATTACKS["1000 times the examples, flipped"])
+    assert found[1].num_examples == 1000 * found[0].num_examples
+    assert found[1].metrics["loss-after"] == found[0].metrics["loss-after"]
+
+
+@pytest.mark.parametrize("poison", ["labels", "trigger"])
+def test_falsified_data_are_what_the_attack_says(poison: str):
+    data = client_data(Config.from_flat({}).data, 0, 0, NUM_CLIENTS)
+    other = falsified(data, poison)
+    if poison == "labels":
+        assert torch.equal(other.train_labels, 9 - data.train_labels)
+        assert torch.equal(other.train_images, data.train_images)
+    else:
+        assert torch.equal(other.train_images[::2], with_trigger(data.train_images[::2]))
+        assert torch.equal(other.train_images[1::2], data.train_images[1::2])
+        assert bool((other.train_labels[::2] == TARGET).all())
+    assert torch.equal(other.test_labels, data.test_labels)
+
+
+def test_robust_rules_take_the_place_of_the_average():
+    states: list[StateDict] = [{"weight": torch.randn(3, 2)} for _ in range(8)]
+    every = np.stack([state["weight"].numpy() for state in states])
+    given = [Upload(state, 10, {}, {}, {}) for state in states]
+    config = Config.from_flat({"strategy": "fedavg-ft"})
+    ordered = np.sort(every, axis=0)
+    for name, expected in {
+        "median, FT": np.median(every, axis=0),
+        "trimmed mean, FT": ordered[1:-1].mean(axis=0),  # a fifth of eight on either side
+    }.items():
+        make, _ = RULES[name]
+        np.testing.assert_allclose(make(config).combine(given)["weight"], expected, rtol=1e-5)
+    make, _ = RULES["Krum, FT"]
+    chosen = make(config).combine(given)["weight"]
+    assert any(torch.equal(chosen, state["weight"]) for state in states)

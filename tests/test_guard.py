@@ -1,0 +1,241 @@
+"""Who is unusual, and that nobody learns from them."""
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_grid import SimulatedGrid, learning_site, upload, weights
+from torch import Tensor
+
+from pfedgpa_app.aggregation import MAX_AGE, GenerativeAggregator
+from pfedgpa_app.config import DiffusionConfig
+from pfedgpa_app.guard import cosines_with_others, unusual
+from pfedgpa_app.randomness import make_generator
+from server_app.strategies import ClientwiseFedAvg, PFedGPA
+
+DIM = 400
+
+
+def honest_moves(num_clients: int, groups: Tensor, seed: int = 3) -> Tensor:
+    """Return moves of which a third of the length each is everyone's, a group's and a client's."""
+    generator = make_generator(seed)
+    common = torch.randn(DIM, generator=generator)
+    centres = torch.randn(int(groups.max()) + 1, DIM, generator=generator)
+    return common + centres[groups] + torch.randn(num_clients, DIM, generator=generator)
+
+
+def judged(moves: Tensor) -> set[int]:
+    """Return who is unusual in a first round."""
+    return set(unusual(list(moves), list(moves), torch.zeros(DIM)))
+
+
+@pytest.mark.parametrize(
+    "sizes", [[20], [4, 4, 4, 4, 4], [1] * 20, [15, 5], [19, 1]], ids=lambda sizes: f"{sizes}"
+)
+def test_honest_clients_are_usual_whatever_groups_they_are_in(sizes: list[int]):
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    for seed in range(10):
+        assert judged(honest_moves(20, groups, seed)) == set()
+
+
+LIES = {
+    "ten times as far": lambda move: 10 * move,
+    "the other way": lambda move: -move,
+    "far in any direction": lambda move: 100 * torch.randn(DIM, generator=make_generator(0)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
+@pytest.mark.parametrize("num_liars", [1, 4, 6])
+def test_less_than_half_are_found_that_move_unlike_the_others(lie, num_liars: int):
+    moves = honest_moves(20, torch.arange(20) % 5)
+    for row in range(num_liars):
+        moves[row] = lie(moves[row])
+    assert judged(moves) == set(range(num_liars))
+
+
+def test_who_went_far_step_by_step_is_found():
+    moves = honest_moves(20, torch.arange(20) % 5)
+    positions = 5 * moves
+    positions[7] *= 3
+    [(row, reason)] = unusual(list(moves), list(positions), torch.zeros(DIM)).items()
+    assert row == 7
+    assert reason.startswith("it came")
+
+
+def test_up_to_three_clients_are_not_judged():
+    moves = honest_moves(3, torch.zeros(3, dtype=torch.int64))
+    moves[0] *= 1000
+    assert judged(moves) == set()
+
+
+def test_clients_that_do_not_move_are_usual():
+    assert judged(torch.zeros(10, DIM)) == set()
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**31), scale=st.floats(1e-6, 1e6), num_liars=st.integers(0, 9))
+def test_those_who_lie_cannot_make_others_unusual(seed: int, scale: float, num_liars: int):
+    moves = honest_moves(20, torch.zeros(20, dtype=torch.int64), seed)
+    generator = make_generator(seed, "liars")
+    moves[:num_liars] = scale * torch.randn(num_liars, DIM, generator=generator)
+    assert judged(moves) <= set(range(num_liars))
+
+
+def test_cosines_are_those_with_the_mean_direction_of_the_others():
+    moves = honest_moves(6, torch.arange(6) % 2)
+    units = moves.double().numpy()
+    units = units / np.linalg.norm(units, axis=1, keepdims=True)
+    expected = []
+    for row in range(6):
+        others = np.delete(units, row, axis=0).mean(axis=0)
+        expected.append(units[row] @ others / np.linalg.norm(others))
+    np.testing.assert_allclose(cosines_with_others(list(moves)), expected, rtol=1e-12)
+
+
+def fitted(secluded: Tensor) -> GenerativeAggregator:
+    """Return what learned from seven clients, and was given an eighth that is kept apart."""
+    aggregator = GenerativeAggregator(DiffusionConfig(train_steps=5))
+    aggregator.begin(torch.zeros(DIM))
+    moves = honest_moves(7, torch.arange(7) % 2)
+    for client in range(7):
+        aggregator.observe(client, moves[client])
+    aggregator.seclude(7, secluded)
+    aggregator.fit(1)
+    return aggregator
+
+
+def test_nobody_learns_from_who_is_secluded_and_its_model_is_its_upload():
+    near, far = (fitted(torch.full((DIM,), value)) for value in (1.0, 1e6))
+    for client in range(7):
+        assert torch.equal(near.personalize(client), far.personalize(client))
+    assert torch.equal(far.personalize(7), torch.full((DIM,), 1e6))
+
+
+def test_who_is_secluded_and_away_stays_where_it_is():
+    aggregator = fitted(torch.ones(DIM))
+    for client in range(7):
+        aggregator.observe(client, aggregator.bank[client] + 1)
+    aggregator.fit(2)
+    assert torch.equal(aggregator.personalize(7), torch.ones(DIM))
+
+
+def test_who_is_usual_again_is_learned_from_again():
+    aggregator = fitted(torch.ones(DIM))
+    aggregator.observe(7, torch.zeros(DIM))
+    aggregator.fit(2)
+    assert sorted(aggregator.bank) == list(range(8))
+    assert not aggregator.guests
+
+
+def test_who_becomes_unusual_leaves_the_bank():
+    aggregator = fitted(torch.ones(DIM))
+    aggregator.seclude(3, torch.full((DIM,), 2.0))
+    aggregator.fit(2)
+    assert sorted(aggregator.bank) == [0, 1, 2, 4, 5, 6]
+    assert torch.equal(aggregator.personalize(3), torch.full((DIM,), 2.0))
+
+
+def rounds_without(client: int, aggregator: GenerativeAggregator, last: int) -> None:
+    for server_round in range(2, last + 1):
+        for other in range(7):
+            if other != client:
+                aggregator.observe(other, aggregator.bank[other])
+        aggregator.fit(server_round)
+
+
+def test_nobody_learns_any_more_from_who_was_not_heard_of_for_long():
+    aggregator = fitted(torch.ones(DIM))
+    before = aggregator.bank[2]
+    rounds_without(2, aggregator, 1 + MAX_AGE)
+    assert 2 in aggregator.bank
+    rounds_without(2, aggregator, 2 + MAX_AGE)
+    assert 2 not in aggregator.bank
+    torch.testing.assert_close(aggregator.personalize(2), before)
+    aggregator.observe(2, before)
+    aggregator.fit(3 + MAX_AGE)
+    assert 2 in aggregator.bank
+
+
+def test_where_all_take_part_seldom_old_uploads_are_no_exception():
+    """One client a round of thirty: the median upload is fifteen rounds old."""
+    aggregator = GenerativeAggregator(DiffusionConfig(train_steps=1))
+    moves = honest_moves(30, torch.arange(30) % 2)
+    for client in range(30):
+        aggregator.observe(client, moves[client])
+    for server_round in range(1, 61):
+        aggregator.observe(server_round % 30, moves[server_round % 30])
+        aggregator.fit(server_round)
+    assert len(aggregator.bank) == 30
+
+
+def test_the_restored_state_knows_who_is_secluded_and_how_old_uploads_are():
+    aggregator = fitted(torch.ones(DIM))
+    restored = GenerativeAggregator(DiffusionConfig(train_steps=5))
+    restored.begin(torch.zeros(DIM))
+    restored.restore(aggregator.state())
+    assert restored.secluded == {7}
+    assert restored.rounds == dict.fromkeys(range(8), 1)
+    uploads = {client: vector + 1 for client, vector in aggregator.bank.items()}
+    for one in (aggregator, restored):
+        for client, vector in uploads.items():
+            one.observe(client, vector)
+        one.fit(2)
+    for client in range(8):
+        assert torch.equal(aggregator.personalize(client), restored.personalize(client))
+
+
+def lying(message: Message) -> RecordDict:
+    """Answer as a site that sends ten times its update, and much of it."""
+    if message.metadata.message_type == MessageType.EVALUATE:
+        return learning_site(1.0)(message)
+    return upload(weights(-50.0), **{"accuracy-after": 0.5})
+
+
+def run(node_8, guard: bool = True) -> tuple[PFedGPA, dict[int, float]]:
+    """Return the strategy, and what nodes 0 .. 6 were sent in the last round."""
+    nodes = {node: learning_site(1.0 + node / 10) for node in range(7)}
+    grid = SimulatedGrid({**nodes, 8: node_8})
+    strategy = PFedGPA(diffusion=DiffusionConfig(guard=guard, train_steps=5))
+    strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=3)
+    sent = [m for m in grid.sent if m.metadata.message_type == MessageType.EVALUATE][-8:]
+    values = {
+        m.metadata.dst_node_id: float(
+            m.content["arrays"].to_torch_state_dict()["layer.weight"][0, 0]
+        )
+        for m in sent
+    }
+    return strategy, values
+
+
+def test_a_liar_is_served_its_own_upload_and_changes_nothing_for_others():
+    strategy, values = run(lying)
+    _, without = run(lambda message: None)
+    assert values.pop(8) == -50.0
+    assert values == {node: without[node] for node in values}
+    assert "times as far as the median client" in strategy.record.clients[7]["unusual"]
+    assert strategy.record.clients[7]["status"] == "ok"
+
+
+def test_without_the_guard_a_liar_moves_the_others():
+    strategy, values = run(lying, guard=False)
+    _, without = run(lambda message: None)
+    assert abs(values[0] - without[0]) > 0.1
+    assert not strategy.unusual
+
+
+def test_nobody_counts_in_an_average_for_more_than_ten_times_the_median_client():
+    def site(value: float, num_examples: int):
+        return lambda message: (
+            RecordDict()
+            if message.metadata.message_type == MessageType.EVALUATE
+            else upload(weights(value), num_examples)
+        )
+
+    grid = SimulatedGrid({1: site(1.0, 10), 2: site(1.0, 10), 3: site(13.0, 10**9)})
+    strategy = ClientwiseFedAvg(fraction_evaluate=0.0)
+    result = strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=1)
+    average = result.arrays.to_torch_state_dict()["layer.weight"]
+    torch.testing.assert_close(average, torch.full((2, 2), 1.0 + 12.0 * 100 / 120))
