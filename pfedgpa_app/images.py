@@ -1,6 +1,7 @@
 """Images from files, in the shape that a model takes."""
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (*PICTURES, ".npz")
+# Of a picture. Decoding takes up to 14 bytes a pixel, which are then 700 MB.
+MAX_PIXELS = 50_000_000
 
 
 class ImageError(ValueError):
@@ -78,17 +81,21 @@ def _resize(image: Tensor, size: list[int]) -> Tensor:
     return resized
 
 
-def _by(size: list[int]) -> str:
+def _by(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def read_picture(file: Path, channels: int) -> Tensor:
+def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -> Tensor:
     """Return a PNG or JPEG file as uint8, ``(channels, height, width)``, upright.
+
+    Nothing is decoded whose header tells of another ``size``, ``(height, width)``, if one is given,
+    or of more than `MAX_PIXELS`.
 
     Raises
     ------
     ImageError
-        If it cannot be read, or there is no way to so many channels.
+        If it cannot be read, has another size or too many pixels, or there is no way to so many
+        channels.
     """
     from PIL import Image, ImageOps
 
@@ -97,15 +104,47 @@ def read_picture(file: Path, channels: int) -> Tensor:
             f"{file}: the model takes images of {channels} channels, and pictures have 1 or 3; "
             f"right would be an .npz file with an array x of shape (n, {channels}, height, width)"
         )
+    _check_regular(file)
     try:
-        with Image.open(file, formats=("PNG", "JPEG")) as opened:
-            picture = ImageOps.exif_transpose(opened)
+        # Pillow has limits of its own: it warns of a size that is judged below, or gives up.
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            opened = Image.open(file, formats=("PNG", "JPEG"))
+        with opened:
+            picture: Image.Image = opened
+            if size is not None and {*picture.size} != {*size}:  # it may yet have to be turned
+                raise _size_error(file, picture.size, size)
+            if picture.width * picture.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            ImageOps.exif_transpose(picture, in_place=True)
+            if size is not None and picture.size != (size[1], size[0]):
+                raise _size_error(file, picture.size, size)
             if picture.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off
                 picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
             pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{file}: has more than {MAX_PIXELS:,} pixels; right would be a smaller picture"
+        ) from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"{file}: cannot be read ({error})") from error
     return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+
+def _size_error(file: Path, given: tuple[int, int], size: Sequence[int]) -> ImageError:
+    width, height = given
+    return ImageError(
+        f"{file}: is {_by([height, width])}; right would be {_by(size)} (height x width)"
+    )
+
+
+def _check_regular(file: Path) -> None:
+    """Refuse what may have no end, or never begin."""
+    if not file.is_file():
+        raise ImageError(
+            f"{file}: is a pipe, a device, a folder or a broken link; right would be a regular file"
+        )
 
 
 def read_npz(file: Path, channels: int) -> Tensor:
@@ -133,6 +172,7 @@ def read_array(file: Path, name: str) -> np.ndarray[Any, Any]:
     ImageError
         If there is none that can be read as data alone.
     """
+    _check_regular(file)
     try:
         with np.load(file) as archive:  # which by default unpickles nothing
             array: np.ndarray[Any, Any] = archive[name]

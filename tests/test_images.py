@@ -1,5 +1,7 @@
 """Images from files."""
 
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,47 @@ def test_an_array_that_holds_no_images_is_refused(tmp_path: Path, arrays: dict, 
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ImageError, match=f"{name}: .*cannot be read"):
+        read(tmp_path / name)
+
+
+def make_pipe(file: Path) -> None:
+    os.mkfifo(file)
+    # Whoever opens it all the same gets something, where it would otherwise wait for ever.
+    threading.Thread(target=file.write_bytes, args=(b"no picture",), daemon=True).start()
+
+
+UNUSUAL = {
+    "a pipe": make_pipe,
+    "a link to a device": lambda file: file.symlink_to("/dev/null"),
+    "a link to nothing": lambda file: file.symlink_to("nothing"),
+    "a folder": lambda file: file.mkdir(),
+}
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz"])
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_what_is_no_regular_file_is_never_opened(tmp_path: Path, kind: str, name: str):
+    UNUSUAL[kind](tmp_path / name)
+    with pytest.raises(ImageError, match=rf"{name}: is a pipe, .*right would be a regular file"):
+        read(tmp_path / name)
+
+
+def test_a_link_to_a_picture_is_read(tmp_path: Path):
+    picture(tmp_path / "a.png", GREY)
+    (tmp_path / "b.png").symlink_to("a.png")
+    (image,), _ = read(tmp_path / "b.png")
+    assert torch.equal(image, torch.from_numpy(GREY)[None])
+
+
+# Pillow has limits of its own, of 89 and 179 million pixels.
+@pytest.mark.parametrize("size", [(7100, 7100), (13300, 13300), (20000, 10000)])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: tuple[int, int]
+):
+    Image.new("1" if name == "a.png" else "L", size).save(tmp_path / name)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    with pytest.raises(ImageError, match=f"{name}: has .*right would be a smaller picture"):
         read(tmp_path / name)
 
 

@@ -1,5 +1,6 @@
 """Data that a site brings itself: folders of images and .npz files, and what is wrong with them."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -138,6 +139,10 @@ def too_wide(folder: Path) -> None:
     Image.new("L", (5, 6)).save(folder / "train/normal/wide.png")
 
 
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "train/normal/pipe.png")
+
+
 FAULTS = {
     "missing": (remove("."), "no such folder of images or .npz file"),
     "empty": (remove("train", "test"), r"has the folders \(none\)"),
@@ -149,6 +154,7 @@ FAULTS = {
     ),
     "unreadable": (write("train/normal/broken.png"), r"broken\.png: cannot be read"),
     "wrong size": (too_wide, r"wide\.png: is 6x5; right would be 6x4"),
+    "no file": (pipe, r"pipe\.png: is a pipe, .*right would be a regular file"),
     "other format": (write("test/benign/1.tif"), r"1\.tif: right would be a \.png or \.jpg"),
 }
 
@@ -159,6 +165,24 @@ def test_what_is_wrong_with_a_folder_is_said(apart: Path, fault: str):
     change(apart)
     with pytest.raises(DataError, match=message):
         site_data(apart, CONFIG, 0)
+
+
+def test_a_picture_of_another_size_is_refused_before_it_is_decoded(
+    apart: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Image.new("L", (6000, 6000)).save(apart / "train/malignant/0-large.png")  # the first file
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    with pytest.raises(DataError, match=r"large\.png: is 6000x6000; right would be 6x4"):
+        site_data(apart, CONFIG, 0)
+
+
+def test_a_photograph_that_lies_in_its_file_is_measured_upright(tmp_path: Path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees
+    (tmp_path / "benign").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        Image.new("L", (6, 4)).save(tmp_path / "benign" / name, exif=turned)
+    assert site_data(tmp_path, CONFIG, 0).train_images.shape == (1, 1, 6, 4)
 
 
 def test_class_folders_without_images_are_empty(tmp_path: Path):

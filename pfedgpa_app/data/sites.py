@@ -71,13 +71,7 @@ def _read_classes(folder: Path, config: DataConfig) -> Part:
     for name, _ in files:
         if not name.lower().endswith(PICTURES):
             raise DataError(f"{name}: right would be a {' or '.join(PICTURES)} file")
-        image = read_picture(Path(name), channels)
-        if list(image.shape[1:]) != size:
-            height, width = image.shape[1:]
-            raise DataError(
-                f"{name}: is {height}x{width}; right would be {size[0]}x{size[1]} (height x width)"
-            )
-        images.append(image)
+        images.append(read_picture(Path(name), channels, size))
     return torch.stack(images), torch.tensor([label for _, label in files])
 
 
