@@ -12,7 +12,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.preflight import preflight
@@ -113,7 +112,7 @@ def export(
         if output.exists() and not force:
             fail(f"{output} exists; --force writes in its place")
         model.save(output)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         fail(str(error))
     config = model.config
     print(

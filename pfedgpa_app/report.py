@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.state import sync_to_disk
+from pfedgpa_app.state import sync_to_disk, writing
 
 Row = dict[str, Any]
 
@@ -130,21 +131,34 @@ class RunFolder:
 
     Raises
     ------
-    FileExistsError
-        If the run has a folder already.
+    WriteError
+        If the folder cannot be made, or is there already.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
-        path.mkdir(parents=True, exist_ok=False)
         self.path = path
         self.config = config
-        (path / "config.json").write_text(json.dumps(config.to_flat(), indent=2) + "\n")
-        sync_to_disk(path / "config.json")
+        self._unwritten: dict[str, list[Row]] = {"clients.jsonl": [], "metrics.jsonl": []}
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=False)
+            (path / "config.json").write_text(json.dumps(config.to_flat(), indent=2) + "\n")
+            sync_to_disk(path / "config.json")
 
     def add_round(self, row: Row, clients: Iterable[Row]) -> None:
-        """Append a round to metrics.jsonl and its clients to clients.jsonl."""
-        _append(self.path / "clients.jsonl", clients)
-        _append(self.path / "metrics.jsonl", [row])
+        """Append a round to metrics.jsonl and its clients to clients.jsonl.
+
+        What cannot be written is kept, and written with the next round.
+
+        Raises
+        ------
+        WriteError
+            If some of it cannot be written now.
+        """
+        self._unwritten["clients.jsonl"] += clients
+        self._unwritten["metrics.jsonl"].append(row)
+        for name, rows in self._unwritten.items():
+            _append(self.path / name, rows)
+            rows.clear()
 
     def go_on_from(self, run: "Run", completed_rounds: int) -> None:
         """Begin with the rows of an earlier run, as far as its checkpoint knows of them."""
@@ -172,14 +186,21 @@ class RunFolder:
             partition_id, num_partitions = site["partition"].tolist()
             partition = (partition_id, num_partitions)
         folder = self.path / "models"
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         model = ExportedModel(state, self.config, client, server_round, stats, partition)
         model.save(folder / f"client-{client}.safetensors")
 
     def draw(self) -> None:
         """Draw accuracy.png from the metrics so far."""
         run = Run.read(self.path)
-        draw_accuracy({run.config.strategy: [run]}, self.path / "accuracy.png")
+        file = self.path / "accuracy.png"
+        with writing(file):
+            try:
+                draw_accuracy({run.config.strategy: [run]}, file)
+            except OSError:
+                file.unlink(missing_ok=True)
+                raise
 
 
 @dataclass(frozen=True)
@@ -329,10 +350,24 @@ def _read_rows(file: Path) -> list[Row]:
 
 
 def _append(file: Path, rows: Iterable[Row]) -> None:
-    with file.open("a") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-    # A checkpoint must not outlast the rows of its rounds.
-    sync_to_disk(file)
+    """Append rows, all of them or none.
+
+    Raises
+    ------
+    WriteError
+        If they cannot be written.
+    """
+    with writing(file):
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("a") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in rows)
+            # A checkpoint must not outlast the rows of its rounds.
+            sync_to_disk(file)
+        except OSError:
+            if file.exists():
+                os.truncate(file, size)
+            raise
 
 
 def _mean(values: list[float]) -> float | None:

@@ -1,8 +1,10 @@
 """Named tensors in one safetensors file that is whole or not there."""
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +13,52 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
-    """Write tensors, and facts as JSON, in place of an older file in one step.
+class WriteError(OSError):
+    """A file that cannot be written; the message names it and says why."""
 
-    Whoever is killed or loses power while writing leaves the older file as it was.
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Name the file that is written here when that fails.
 
     Raises
     ------
-    SafetensorError, OSError
+    WriteError
+        If it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # In safetensors' errors the system's words are all that tells of it.
+        is_full = os.strerror(errno.ENOSPC) in str(error)
+        reason = "the disk is full; right would be free space on it" if is_full else error
+        raise WriteError(f"{file} cannot be written: {reason}") from error
+
+
+def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
+    """Write tensors, and facts as JSON, in place of an older file in one step.
+
+    Whoever is killed, loses power or has no space left while writing leaves the older file as it
+    was.
+
+    Raises
+    ------
+    WriteError
         If the file cannot be written.
     """
     unfinished = file.with_name(file.name + ".unfinished")
     metadata = {"kind": kind, "facts": json.dumps(facts)}
     # Clones, because safetensors refuses tensors that share memory.
-    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, unfinished, metadata)
-    # Otherwise the new name may reach the disk before the content.
-    sync_to_disk(unfinished)
-    unfinished.replace(file)
-    sync_to_disk(file.parent)
+    clones = {name: t.contiguous().clone() for name, t in tensors.items()}
+    with writing(file):
+        try:
+            save_file(clones, unfinished, metadata)
+            # Otherwise the new name may reach the disk before the content.
+            sync_to_disk(unfinished)
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        sync_to_disk(file.parent)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -10,7 +10,8 @@ from flwr.serverapp import Grid, ServerApp
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import NO_REPLY, RunFolder, summarize
-from server_app.checkpoint import ResumeError, resume, write_checkpoint
+from pfedgpa_app.state import WriteError
+from server_app.checkpoint import CHECKPOINT, ResumeError, resume, write_checkpoint
 from server_app.roster import PartitionRoster
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
 
@@ -31,10 +32,11 @@ def main(grid: Grid, context: Context) -> None:
     except (ConfigError, ResumeError) as error:
         log(ERROR, "%s", error)
         raise
-    folder = RunFolder(config.output_path / str(context.run_id), config)
-    if earlier is not None:
-        folder.go_on_from(earlier, strategy.completed_rounds)
+    path = config.output_path / str(context.run_id)
     try:
+        folder = RunFolder(path, config)
+        if earlier is not None:
+            folder.go_on_from(earlier, strategy.completed_rounds)
         strategy.start(
             grid,
             initial_arrays=ArrayRecord(initial),
@@ -52,8 +54,12 @@ def main(grid: Grid, context: Context) -> None:
                 strategy.sites.get(client, {}),
             )
         folder.draw()
+    except WriteError as error:
+        go_on = f'. Then resume-from="{context.run_id}" goes on from its last checkpoint'
+        log(ERROR, "%s%s", error, go_on if (path / CHECKPOINT).exists() else "")
+        raise
     finally:
-        log(INFO, "Run %s: %s", context.run_id, folder.path)
+        log(INFO, "Run %s: %s", context.run_id, path)
 
 
 def make_strategy(config: Config) -> ClientwiseFedAvg:
@@ -81,29 +87,55 @@ class RoundEnd:
         self.folder = folder
         self.config = config
         self.clock = time.monotonic()
+        self.checkpointed: int | None = None
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
         """Write the round's rows and then, if one is due, a checkpoint that counts them in.
 
         Round 0 is Flower's word for before the first: its checkpoint is there for a run that is
-        killed before the next.
+        killed before the next. What cannot be written then, or after the last round, ends the run.
+        In between the models are safe in memory, and it is tried again after the next round.
+
+        Raises
+        ------
+        WriteError, RunError
+            If the run cannot begin or end well.
         """
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
         if server_round > 0:
             self._stop_if_hopeless()
-            self._write_rows(seconds)
-        if self.strategy.clients_keep_parts:
-            return  # nobody could go on from what the server has alone
-        every, completed = self.config.checkpoint.every, self.strategy.record.server_round
+        completed = self.strategy.record.server_round
         is_last = completed == self.config.num_server_rounds
-        if every and (server_round == 0 or completed % every == 0 or is_last):
-            write_checkpoint(self.folder.path, self.strategy)
+        try:
+            if server_round > 0:
+                self._write_rows(seconds)
+            if self._is_due(completed, is_last):
+                write_checkpoint(self.folder.path, self.strategy)
+                self.checkpointed = completed
+        except WriteError as error:
+            if server_round == 0 or is_last:
+                raise
+            log(
+                ERROR,
+                "Round %d is not on the disk: %s. The run goes on, and tries again after the next "
+                "round",
+                completed,
+                error,
+            )
+
+    def _is_due(self, completed: int, is_last: bool) -> bool:
+        """Tell whether it is time for a checkpoint, or has been since the last one was written."""
+        every = self.config.checkpoint.every
+        # Nobody could go on from what the server has alone.
+        if not every or self.strategy.clients_keep_parts:
+            return False
+        last = self.checkpointed
+        return last is None or is_last or completed // every > last // every
 
     def _write_rows(self, seconds: float) -> None:
         record = self.strategy.record
         row = summarize(record, self.config.strategy, seconds)
-        self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
         log(
             INFO,
             "Round %d/%d: personalized accuracy %s (worst client %s), after local training %s; "
@@ -123,6 +155,7 @@ class RoundEnd:
             row["seconds-clients"],
             row["seconds-diffusion"],
         )
+        self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
 
     def _stop_if_hopeless(self) -> None:
         """End a run in whose first round every client failed: it is the settings, not the clients.

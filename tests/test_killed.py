@@ -1,8 +1,12 @@
-"""A run may be killed at any moment: what is on the disk then, and what resuming makes of it."""
+"""A run may be killed, or its disk be full, at any moment: what is left then, and resumed."""
 
+import itertools
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from simulated_grid import learning_grid, weights
 from torch import nn
 
 from pfedgpa_app.report import RunFolder
-from pfedgpa_app.state import load_state
+from pfedgpa_app.state import WriteError, load_state
 from server_app import app
 from server_app.checkpoint import CHECKPOINT, CHECKPOINT_KIND, write_checkpoint
 
@@ -49,16 +53,30 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_app(tmp_path_factory.mktemp("undisturbed"), 1)
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
-    """Let a function be the last thing that is begun when it is called for the n-th time."""
-    original, calls = getattr(owner, name), iter(range(1, call + 1))
+def before_call(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    name: str,
+    actions: Mapping[int, Callable[[], None]],
+) -> None:
+    """Let something happen before a function is called for the n-th time."""
+    original, calls = getattr(owner, name), itertools.count(1)
 
-    def mortal(*args, **kwargs):
-        if next(calls) == call:
-            raise Killed
+    def disturbed(*args, **kwargs):
+        if action := actions.get(next(calls)):
+            action()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, mortal)
+    monkeypatch.setattr(owner, name, disturbed)
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
+    """Let a function be the last thing that is begun when it is called for the n-th time."""
+
+    def kill() -> None:
+        raise Killed
+
+    before_call(monkeypatch, owner, name, {call: kill})
 
 
 def rows(folder: Path, name: str) -> list[dict]:
@@ -180,3 +198,101 @@ def test_what_an_unfinished_checkpoint_left_does_no_harm(tmp_path: Path, expecte
     write_checkpoint(folder, strategy)
     assert not left_over.exists()
     load_state(folder / CHECKPOINT, CHECKPOINT_KIND)
+
+
+class Disk:
+    """A small disk, which can be filled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.filler = path / "filler"
+
+    def fill(self) -> None:
+        with suppress(OSError), self.filler.open("ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    def make_room(self) -> None:
+        self.filler.unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """Mount a disk of a megabyte."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("no file system may be mounted")
+    yield Disk(path)
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_run_outlasts_a_disk_that_is_full_for_some_rounds(
+    disk: Disk,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    expected: Path,
+):
+    before_call(monkeypatch, RunFolder, "add_round", {2: disk.fill, 4: disk.make_room})
+    folder = run_app(disk.path, 2)
+    assert_same_results(folder, expected)
+    assert load_state(folder / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == ROUNDS
+    told = [text for text in caplog.messages if "the disk is full" in text]
+    assert [text.split(" is not on the disk")[0] for text in told] == ["Round 2", "Round 3"]
+    assert all("goes on, and tries again after the next round" in text for text in told)
+
+
+def test_a_checkpoint_that_could_not_be_written_is_due_in_the_next_round(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+):
+    before_call(monkeypatch, app, "write_checkpoint", {2: disk.fill})
+    before_call(monkeypatch, RunFolder, "add_round", {4: disk.make_room})
+    kill_at(monkeypatch, RunFolder, "add_round", 5)
+    with pytest.raises(Killed):
+        run_app(disk.path, 2, **{"checkpoint.every": 3})
+    assert load_state(disk.path / "2" / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == 4
+
+
+# From when on the disk is full, and the round of the last whole checkpoint.
+FULL = {
+    "before a round's rows": (RunFolder, "add_round", 3, 2),
+    "between a round's rows and its checkpoint": (app, "write_checkpoint", 4, 2),
+    "before the rows of the last round": (RunFolder, "add_round", ROUNDS, ROUNDS - 1),
+    "among the models": (RunFolder, "save_model", 4, ROUNDS),
+    "before the figure": (RunFolder, "draw", 1, ROUNDS),
+}
+
+
+@pytest.mark.parametrize("moment", FULL)
+def test_a_run_that_ends_on_a_full_disk_goes_on_from_its_last_checkpoint(
+    disk: Disk,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    expected: Path,
+    moment: str,
+):
+    owner, name, call, complete = FULL[moment]
+    with monkeypatch.context() as patch:
+        before_call(patch, owner, name, {call: disk.fill})
+        with pytest.raises(WriteError, match="cannot be written: the disk is full"):
+            run_app(disk.path, 2)
+    assert 'the disk is full; right would be free space on it. Then resume-from="2"' in caplog.text
+    folder = disk.path / "2"
+    assert load_state(folder / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == complete
+    whole = {"config.json", "clients.jsonl", "metrics.jsonl", CHECKPOINT}
+    assert {path.name for path in folder.iterdir()} - {"models"} == whole
+    for name in ("clients.jsonl", "metrics.jsonl"):
+        assert rows(folder, name)[-1]["round"] >= complete
+    for model in folder.glob("models/*"):
+        load_file(model)
+    disk.make_room()
+    assert_same_results(run_app(disk.path, 3, **{"resume-from": "2"}), expected)
+
+
+def test_a_run_does_not_begin_on_a_full_disk(disk: Disk, caplog: pytest.LogCaptureFixture):
+    disk.fill()
+    with pytest.raises(WriteError, match="cannot be written: the disk is full"):
+        run_app(disk.path, 2)
+    assert "2 cannot be written: the disk is full" in caplog.text
+    assert "resume-from" not in caplog.text

@@ -23,6 +23,7 @@ from pfedgpa_app.report import (
     read_runs,
     summarize,
 )
+from pfedgpa_app.state import WriteError
 
 
 def make_run(
@@ -132,7 +133,7 @@ def test_a_run_folder_holds_the_settings_and_a_json_line_a_round(tmp_path: Path)
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path):
     RunFolder(tmp_path / "run", Config(seed=1))
-    with pytest.raises(FileExistsError):
+    with pytest.raises(WriteError, match=r"run cannot be written: .*exists"):
         RunFolder(tmp_path / "run", Config(seed=2))
     assert Run.read(tmp_path / "run").config.seed == 1
 

@@ -1,5 +1,6 @@
 """A state is whole or not there, whenever its writer is killed or loses power."""
 
+import errno
 import os
 import random
 import signal
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from pfedgpa_app.state import load_state, save_state
+from pfedgpa_app.state import WriteError, load_state, save_state
 
 
 def test_a_state_is_on_the_disk_before_it_has_its_name(
@@ -30,6 +32,31 @@ def test_a_state_is_on_the_disk_before_it_has_its_name(
         (tmp_path / "state.unfinished", ["state.unfinished"]),
         (tmp_path, ["state"]),
     ]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+)
+def test_on_a_full_disk_the_older_state_is_kept_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    save_state(tmp_path / "state", "test", {"a": torch.zeros(1)}, round=1)
+
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half of a")
+        raise error
+
+    monkeypatch.setattr("pfedgpa_app.state.save_file", fail)
+    with pytest.raises(WriteError, match="state cannot be written: the disk is full; right would"):
+        save_state(tmp_path / "state", "test", {"a": torch.ones(1)}, round=2)
+    assert load_state(tmp_path / "state", "test")[1] == {"round": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]
 
 
 # For each line it forks a process that writes one state after the other, says which process that
