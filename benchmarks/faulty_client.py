@@ -3,8 +3,11 @@
 ``fault='nan,size'`` sends NaN in the first round, too large an array in the second, and so on.
 """
 
+import json
+from collections.abc import Callable
+
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.app import app as honest
@@ -32,14 +35,72 @@ def train(message: Message, context: Context) -> Message:
     if "fault" in context.node_config:
         faults = str(context.node_config["fault"]).split(",")
         server_round = int(message.content["config"]["server-round"])
-        falsify(reply.content, faults[(server_round - 1) % len(faults)])
+        fault = faults[(server_round - 1) % len(faults)]
+        if fault == "address":
+            reply.__class__ = MisdirectedReply
+        else:
+            falsify(reply.content, fault)
     return reply
+
+
+class ForgedArray(Array):
+    """An array whose object passes the SuperLink and is not what Flower makes of an array."""
+
+    def __init__(self, array: Array, fault: str) -> None:
+        super().__init__(array.dtype, array.shape, array.stype, array.data)
+        self.fault = fault
+
+    def deflate(self) -> bytes:
+        """Return the object: the type, the chunks' ids, the body's length, and the body."""
+        head, _, body = super().deflate().partition(b"\0")
+        kind, chunks, _ = head.split(b" ")
+        chunks, body = FORGERIES[self.fault](chunks, body)
+        return b"%s %s %d\0%s" % (kind, chunks, len(body), body)
+
+
+class MisdirectedReply(Message):
+    """A reply in which another message is answered than the SuperLink was told."""
+
+    def deflate(self) -> bytes:
+        """Return the object, made with another message's id."""
+        metadata = self.metadata.__dict__
+        asked, metadata["_reply_to_message_id"] = metadata["_reply_to_message_id"], "0" * 64
+        try:
+            return super().deflate()
+        finally:
+            metadata["_reply_to_message_id"] = asked
+
+
+# The class's name is the object's type.
+ForgedArray.__qualname__ = Array.__qualname__
+MisdirectedReply.__qualname__ = Message.__qualname__
+
+REPETITIONS = 100_000
+
+
+def _repeat(chunks: bytes, body: bytes) -> tuple[bytes, bytes]:
+    said = json.loads(body) | {"arraychunk_ids": [0] * REPETITIONS}
+    return chunks, json.dumps(said).encode()
+
+
+FORGERIES: dict[str, Callable[[bytes, bytes], tuple[bytes, bytes]]] = {
+    "json": lambda chunks, body: (chunks, b"no JSON"),
+    "nesting": lambda chunks, body: (chunks, b"[" * 100_000),
+    "missing": lambda chunks, body: (chunks + b"," + b"0" * 64, body),
+    "repeat": _repeat,
+}
+"""What becomes of the chunks' ids and of the body of an array's object."""
 
 
 def falsify(content: RecordDict, fault: str) -> None:
     """Put a fault into what a client uploads."""
     if fault == "record":
         content["more"] = ConfigRecord({"nobody": "asked for this"})
+        return
+    if fault in FORGERIES:
+        arrays = content.array_records["arrays"]
+        name = max(arrays, key=lambda name: len(arrays[name].data))
+        arrays[name] = ForgedArray(arrays[name], fault)
         return
     state: StateDict = content["arrays"].to_torch_state_dict()
     name, tensor = next(iter(state.items()))

@@ -2,6 +2,7 @@
 
 import time
 from logging import ERROR, INFO
+from typing import Any
 
 from flwr.app import ArrayRecord, Context
 from flwr.common import log
@@ -12,6 +13,8 @@ from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import NO_REPLY, RunFolder, summarize
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import CHECKPOINT, ResumeError, resume, write_checkpoint
+from server_app.grid import GuardedGrid
+from server_app.replies import max_bytes
 from server_app.roster import PartitionRoster
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
 
@@ -33,12 +36,13 @@ def main(grid: Grid, context: Context) -> None:
         log(ERROR, "%s", error)
         raise
     path = config.output_path / str(context.run_id)
+    guarded: Any = GuardedGrid(grid, max_bytes(strategy.layout, strategy.extras_layout))
     try:
         folder = RunFolder(path, config)
         if earlier is not None:
             folder.go_on_from(earlier, strategy.completed_rounds)
         strategy.start(
-            grid,
+            guarded,
             initial_arrays=ArrayRecord(initial),
             num_rounds=config.num_server_rounds - strategy.completed_rounds,
             timeout=config.server.round_timeout,

@@ -33,6 +33,8 @@ MAX_WEIGHT = 2**53
 # What numpy's file format puts before the data, generously.
 _MAX_HEADER_BYTES = 4096
 _MAX_CHANNELS = 1024
+# Room for headers, and for what a strategy asks for in some rounds alone.
+_SPARE_BYTES = 2**24
 
 
 class ReplyError(ValueError):
@@ -87,6 +89,16 @@ def read_upload(
     return Upload(state, int(metrics[weighted_by_key]), metrics, site, extras)
 
 
+def max_bytes(*layouts: ParameterLayout | None) -> int:
+    """Return how many bytes the arrays of a reply may have before anyone looks at them.
+
+    That is twice of what ``layouts`` ask for, so that of most that are too large `read_upload`
+    still tells which array it is.
+    """
+    entries = [entry for layout in layouts if layout is not None for entry in layout.entries]
+    return 2 * sum(entry.numel * entry.dtype.itemsize for entry in entries) + _SPARE_BYTES
+
+
 def _read_state(arrays: ArrayRecord, layout: ParameterLayout) -> StateDict:
     """Return the tensors of a record that fit a layout."""
     try:
@@ -132,7 +144,8 @@ def read_metrics(
 
 def one_line(text: str, length: int = 300) -> str:
     """Cut what a client wrote to what a log, and the terminal that shows it, can bear."""
-    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    beginning = text[: 10 * length]  # the rest may be as long as its sender likes
+    printable = "".join(letter if letter.isprintable() else " " for letter in beginning)
     return " ".join(printable.split())[:length]
 
 

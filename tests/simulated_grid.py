@@ -50,23 +50,33 @@ class SimulatedGrid:
         self.nodes = nodes
         self.partitions = partitions or {}
         self.sent: list[Message] = []
+        self._replies: dict[str, Message] = {}
         # What Flower's process of a ServerApp sets before the app starts.
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        replies = []
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        pushed = []
         for message in messages:
             self.sent.append(message)
             # Flower's grids write the id into a message when they send it.
-            message.metadata.__dict__["_message_id"] = str(len(self.sent))
+            message.metadata.__dict__["_message_id"] = message_id = str(len(self.sent))
+            pushed.append(message_id)
             answer = self._answer(message)
             if answer is not None:
-                replies.append(Message(answer, reply_to=message))
+                self._replies[message_id] = Message(answer, reply_to=message)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        found = [self._replies.pop(message_id, None) for message_id in message_ids]
+        return [reply for reply in found if reply is not None]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        replies = self.pull_messages(self.push_messages(messages))
         return replies[::-1]  # replies come in any order
 
     def _answer(self, message: Message) -> RecordDict | Error | None:
