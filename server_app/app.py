@@ -7,6 +7,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.preflight import preflight
@@ -28,6 +29,7 @@ def main(grid: Grid, context: Context) -> None:
         config = Config.from_flat(context.run_config)
         initial, earlier = preflight(config).state_dict(), None
         strategy = make_strategy(config)
+        strategy.roster.ids_stay = not isinstance(grid, InMemoryGrid)
         if config.resume_from:
             earlier, initial = resume(config, strategy, initial)
         else:

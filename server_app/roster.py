@@ -15,7 +15,15 @@ class Roster:
 
     A node is known by the id that Flower gave it. The number serves to sort clients, to name files
     and to seed generators.
+
+    Attributes
+    ----------
+    ids_stay
+        Whether a node has the same id in a run that goes on from another, as on a network. In a
+        simulation all ids are new.
     """
+
+    ids_stay = True
 
     def __init__(self) -> None:
         self.clients: dict[int, int] = {}
@@ -25,9 +33,9 @@ class Roster:
     def resume(self, clients: dict[int, int]) -> None:
         """Take over the numbers of an earlier run.
 
-        A node that is known by its id keeps its number. In a simulation all ids are new: if none of
-        the nodes that connect first is known, and they claim all the old numbers between them, the
-        numbers are theirs. A stranger alone is never given somebody's number.
+        A node that is known by its id keeps its number, and on a network all others are newcomers.
+        In a simulation, if the nodes that connect first claim all the old numbers between them, the
+        numbers are theirs.
         """
         self.clients = dict(clients)
 
@@ -37,15 +45,18 @@ class Roster:
         new = sorted(node_ids - self.clients.keys())
         wishes = self._wishes(grid, new) if new else {}
         all_new = len(new) == len(node_ids) and set(wishes.values()) >= set(self.clients.values())
-        if self._is_first and all_new:
+        if self._is_first and all_new and not self.ids_stay:
             self.clients = {}
         elif self._is_first and self.clients and len(new) == len(node_ids):
             log(
                 WARNING,
-                "None of the %d clients of the earlier run is here; all %d are newcomers. In a "
-                "simulation, num-supernodes should be what it was",
+                "None of the %d clients of the earlier run is here; all %d are newcomers. Right "
+                "would be %s",
                 len(self.clients),
                 len(new),
+                "registered SuperNodes, which keep their node ids"
+                if self.ids_stay
+                else "as many num-supernodes as there were",
             )
         self._is_first = False
         for node_id in sorted(new, key=lambda node_id: (wishes.get(node_id, 2**63), node_id)):

@@ -36,6 +36,7 @@ def go(
 ) -> tuple[ClientwiseFedAvg, list[dict]]:
     """Run rounds and leave a folder with a checkpoint; return strategy and metrics."""
     strategy = make_strategy(config)
+    strategy.roster.ids_stay = False
     initial = ArrayRecord(weights(0.0))
     if config.resume_from:
         initial = ArrayRecord(resume(config, strategy, weights(0.0))[1])
@@ -131,17 +132,31 @@ def test_a_node_that_is_known_by_its_id_keeps_its_number_whoever_else_connects()
     assert roster.clients == {70: 0, 80: 1, 5: 2}
 
 
-def test_new_ids_are_numbered_by_partition_if_they_claim_all_old_numbers():
+def test_new_ids_of_a_simulation_are_numbered_by_partition_if_they_claim_all_old_numbers():
     roster = PartitionRoster()
+    roster.ids_stay = False
     roster.resume({70: 0, 80: 1})
     roster.admit(SimulatedGrid({}, {5: 1, 6: 0, 7: 2}), [5, 6, 7])
     assert roster.clients == {5: 1, 6: 0, 7: 2}
 
 
-def test_a_stranger_is_never_given_the_number_of_a_client_that_is_away(
+@pytest.mark.parametrize("claimed", [{5: 0}, {5: 0, 6: 1}])
+def test_on_a_network_nodes_are_newcomers_whatever_they_claim(
+    caplog: pytest.LogCaptureFixture, claimed: dict[int, int]
+):
+    roster = PartitionRoster()
+    roster.resume({70: 0, 80: 1})
+    roster.admit(SimulatedGrid({}, claimed), list(claimed))
+    numbers = dict(zip(claimed, (2, 3), strict=False))
+    assert roster.clients == {70: 0, 80: 1} | numbers
+    assert "registered SuperNodes" in caplog.text
+
+
+def test_a_simulated_node_alone_is_not_given_the_number_of_a_client_that_is_away(
     caplog: pytest.LogCaptureFixture,
 ):
     roster = PartitionRoster()
+    roster.ids_stay = False
     roster.resume({70: 0, 80: 1})
     roster.admit(SimulatedGrid({}, {5: 0}), [5])
     assert roster.clients == {70: 0, 80: 1, 5: 2}

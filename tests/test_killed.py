@@ -13,7 +13,7 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
-from simulated_grid import learning_grid, weights
+from simulated_grid import SimulatedGrid, learning_grid, weights
 from torch import nn
 
 from pfedgpa_app.report import RunFolder
@@ -36,14 +36,14 @@ class Weights(nn.Module):
         return weights(0.0)
 
 
-def run_app(output: Path, run_id: int, **settings: object) -> Path:
-    """Run the ServerApp among sites with node ids of their own; return the run's folder."""
+def run_app(output: Path, run_id: int, first_id: int = 1000, **settings: object) -> Path:
+    """Run the ServerApp among six sites, whose node ids begin there; return the run's folder."""
     config = {"output-dir": str(output), "num-server-rounds": ROUNDS, "diffusion.train-steps": 5}
     config |= {"server.fraction-train": 0.5, **settings}
     context = Context(run_id, 1, {}, RecordDict(), config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "preflight", lambda config: Weights())
-        app.main(learning_grid(first_id=1000 * run_id), context)
+        app.main(learning_grid(first_id), context)
     return output / str(run_id)
 
 
@@ -296,3 +296,17 @@ def test_a_run_does_not_begin_on_a_full_disk(disk: Disk, caplog: pytest.LogCaptu
         run_app(disk.path, 2)
     assert "2 cannot be written: the disk is full" in caplog.text
     assert "resume-from" not in caplog.text
+
+
+@pytest.mark.parametrize(("simulated", "numbers"), [(False, range(6, 12)), (True, range(6))])
+def test_new_node_ids_are_the_clients_of_before_in_a_simulation_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated: bool, numbers: range
+):
+    if simulated:
+        monkeypatch.setattr(app, "InMemoryGrid", SimulatedGrid)
+    run_app(tmp_path, 1, **{"server.fraction-train": 1.0})
+    again = {"server.fraction-train": 1.0, "num-server-rounds": ROUNDS + 1, "resume-from": "1"}
+    rows = (run_app(tmp_path, 2, first_id=5000, **again) / "clients.jsonl").read_text()
+    last = [json.loads(row) for row in rows.splitlines()][-6:]
+    assert [row["client"] for row in last] == list(numbers)
+    assert {row["round"] for row in last} == {ROUNDS + 1}
