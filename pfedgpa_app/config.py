@@ -182,6 +182,7 @@ class DiffusionConfig(Section):
     sharing: Literal["kin", "measured"] = "measured"
     measure_every: Count = 20
     guard: bool = True
+    min_kin: Count = 3
     old_uploads: Literal["kin", "deviation", "as-uploaded"] = "kin"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000

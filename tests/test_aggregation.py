@@ -375,7 +375,7 @@ def test_generator_kin_mean_weighs_uploads_by_their_kinship(bank):
 
 def test_generator_shrinkage_shrinks_each_component_by_its_signal(bank):
     uploads, _ = bank
-    aggregator = fitted(uploads, generator="shrinkage", rank=4, start=1)
+    aggregator = fitted(uploads, generator="shrinkage", rank=4, start=1, min_kin=1)
     centred = (uploads - uploads.mean(0)).double().numpy()
     left, singular, right = np.linalg.svd(centred, full_matrices=False)
     variances = singular[:-1] ** 2 / NUM_CLIENTS

@@ -21,6 +21,8 @@ from pfedgpa_app.randomness import initialized_by
 from pfedgpa_app.state import below, under
 
 Space = Subspace | RawSpace
+# Of a mixture's weights, the part that is too small to tell anything.
+_NEGLIGIBLE = 0.01
 MakeGenerator = Callable[..., torch.Generator]
 """Called with the name of a purpose and, by keyword, with a device."""
 
@@ -126,8 +128,12 @@ class BlockDiffusion:
         """Return the parameters ``(d,)`` generated for one of the vectors ``(d,)`` of `fit`."""
         if self.shrinkage is None:
             weights = self.kinship(self.coordinates[row : row + 1], self.coordinates)[0]
-            return self._realize(self.generated[row], weights, vectors)
-        return self._shrunk_mixture(torch.eye(len(self.generated))[row], vectors)
+            generated = self._realize(self.generated[row], weights, vectors)
+        else:
+            alone = torch.eye(len(self.generated))[row]
+            weights = self.shrinkage.mixture(alone)
+            generated = self._shrunk_mixture(alone, vectors)
+        return self._without_too_much(generated, weights, vectors, vectors[row], row)
 
     def onboard(
         self,
@@ -146,7 +152,9 @@ class BlockDiffusion:
         guidance: it gets what those are given that it is like.
         """
         if self.shrinkage is not None and kin is not None and bool(kin.any()):
-            return self._shrunk_mixture(kin / kin.sum(), vectors)
+            of = kin / kin.sum()
+            weights, mixture = self.shrinkage.mixture(of), self._shrunk_mixture(of, vectors)
+            return self._without_too_much(mixture, weights, vectors, current)
         if self.shrinkage is not None and (kin is not None or not self.space.dim):
             share = float(self.shrinkage.share)
             return self.space.mean + share * (current - self.space.mean)
@@ -163,7 +171,9 @@ class BlockDiffusion:
             ).cpu()
         # Guidance may lead beyond all that the denoiser ever saw; the nearest that was is there.
         generated = self.kinship(here, self.coordinates) @ self.generated
-        return self._realize(generated[0], self.kinship(generated, self.coordinates)[0], vectors)
+        weights = self.kinship(generated, self.coordinates)[0]
+        realized = self._realize(generated[0], weights, vectors)
+        return self._without_too_much(realized, weights, vectors, current)
 
     def kinship(self, here: Tensor, there: Tensor) -> Tensor:
         """Return how much coordinates ``(n, dim)`` are like others ``(m, dim)``.
@@ -222,6 +232,28 @@ class BlockDiffusion:
         inside = self.space.reconstruct(of.to(self.generated.dtype) @ self.generated)
         return inside + mix(outside, vectors)
 
+    def _without_too_much(
+        self,
+        generated: Tensor,
+        weights: Tensor,
+        vectors: Sequence[Tensor],
+        upload: Tensor,
+        own: int | None = None,
+    ) -> Tensor:
+        """Return parameters ``(d,)`` without what is `withheld` of their weights.
+
+        Its own ``upload`` takes the place, also of that part of what the denoiser changed.
+        """
+        less = withheld(weights, self.config.min_kin, own)
+        if not bool(less.any()):
+            return generated
+        total = weights.abs().sum()
+        others = total - (weights[own].abs() if own is not None else 0)
+        part = float(less.abs().sum() / max(others, _NEGLIGIBLE * total))
+        mixture = mix(weights, vectors)
+        kept = mixture - mix(less, vectors) + float(less.sum()) * upload
+        return kept + (1 - part) * (generated - mixture)
+
     def _realize(self, generated: Tensor, weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
         """Return the parameters ``(d,)`` of generated coordinates ``(dim,)``.
 
@@ -248,6 +280,41 @@ def first_timestep(config: DiffusionConfig, spectrum: Spectrum, rank: int) -> in
 def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
     """Return the forward process that the settings describe."""
     return NoiseSchedule.linear(config.num_timesteps, config.beta_start, config.beta_end)
+
+
+def withheld(weights: Tensor, min_kin: int, own: int | None = None) -> Tensor:
+    """Return by how much the weights of a mixture are too large for the privacy of others.
+
+    Who knows its own part of a mixture knows the rest of it. So no one of the others may have more
+    than ``1 / (min_kin - 1)`` of their weight: at least ``min_kin`` clients have a part then, who
+    gets it included. The largest are cut down to where that holds.
+
+    Parameters
+    ----------
+    weights
+        Of the clients, ``(num_clients,)``.
+    min_kin
+        1 or 2 withholds nothing.
+    own
+        The place of who gets the mixture, if it is one of them.
+
+    Returns
+    -------
+    Tensor
+        What is to be taken from the weights, ``(num_clients,)``, 0 for most.
+    """
+    sizes = weights.abs()
+    if own is not None:
+        sizes[own] = 0
+    ordered = sizes.sort(descending=True).values
+    cap = torch.inf
+    for num_cut in range(min_kin - 1):
+        # With so many cut down to the cap, it is 1 / (min_kin - 1) of what is left then.
+        rest = ordered[num_cut:]
+        cap = float(rest.sum()) / (min_kin - 1 - num_cut)
+        if not len(rest) or rest[0] <= cap:
+            break
+    return weights.sign() * (sizes - cap).clamp(min=0)
 
 
 def mix(weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:

@@ -53,13 +53,17 @@ class Shrinkage(NamedTuple):
         axes = self.axes[:, begin:]
         return axes @ (self.kept[begin:] * (of.double() @ axes))
 
+    def mixture(self, of: Tensor) -> Tensor:
+        """Return the part of each client's parameters in that, ``(num_clients,)``."""
+        return self.weights(of) + 1 / len(self.axes)
+
     def company(self, row: int) -> Tensor:
         """Return whose way one client goes while it is away, ``(num_clients,)``.
 
         That is each one's part in what it is given, without those of whom it is given the opposite.
         """
         alone = torch.eye(len(self.axes), dtype=torch.float64)[row]
-        return (self.weights(alone) + 1 / len(self.axes)).clamp(min=0)
+        return self.mixture(alone).clamp(min=0)
 
 
 def sketched(move: Tensor, size: int = SKETCH) -> Tensor:

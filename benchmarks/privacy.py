@@ -1,0 +1,120 @@
+"""What a client can find out about another from the model that it is sent, and what it costs to stop it.
+
+    python -m benchmarks.privacy
+
+12 clients, Fashion-MNIST in 14x14 pixels, in groups of two, three and four. A client of a group
+knows what it uploaded and what it is sent; the difference points to the uploads of the others.
+"""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.onboarding import SMALL_IMAGES
+from pfedgpa_app.config import Config
+from pfedgpa_app.data import client_data
+from pfedgpa_app.evaluation import logits_of
+from pfedgpa_app.models import build_model
+from pfedgpa_app.report import mean_and_spread
+from pfedgpa_app.tables import Cell, Table
+from server_app.replies import Upload
+from server_app.simulation import read_config, simulate
+from server_app.strategies import PFedGPA
+
+CLIENTS = 12
+JUDGED_ROUNDS = 3
+GROUP_SIZES = (2, 3, 4)
+COLUMNS = ("accuracy", "cosine to another's upload", "members of another's data, AUC")
+
+
+class Kept(PFedGPA):
+    """Keeps the uploads of the last round as vectors."""
+
+    def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Keep the uploads, and learn from them."""
+        assert self.layout is not None
+        self.vectors = {c: self.layout.split(each.state)[0] for c, each in uploads.items()}
+        super().learn(server_round, uploads)
+
+
+class Result(NamedTuple):
+    """Accuracy, how well uploads are told, and how well training images are told from others."""
+
+    accuracy: float
+    cosine: float
+    membership: float
+
+
+def run(config: Config, num_groups: int) -> Result:
+    """Return what a run gives clients, and what each of them finds out of another of its group."""
+    strategy, rows = simulate(
+        config, CLIENTS, judged_rounds=JUDGED_ROUNDS, strategy=Kept.of(config)
+    )
+    assert isinstance(strategy, Kept)
+    assert strategy.layout is not None
+    cosines, aucs = [], []
+    for client in range(CLIENTS):
+        state = strategy.evaluation_state(client)
+        own = strategy.vectors[client]
+        learned = strategy.layout.split(state)[0] - own
+        others = [c for c in range(client % num_groups, CLIENTS, num_groups) if c != client]
+        differences = [strategy.vectors[other] - own for other in others]
+        cosines.append(max(float(functional.cosine_similarity(learned, d, 0)) for d in differences))
+        aucs += [membership(state, config, other) for other in others]
+    accuracy = fmean(row["personalized-accuracy"] for row in rows[-JUDGED_ROUNDS:])
+    return Result(accuracy, fmean(cosines), fmean(aucs))
+
+
+def membership(state: dict[str, Tensor], config: Config, client: int) -> float:
+    """Return how well the loss tells a client's training images from its test images, as an AUC."""
+    data = client_data(config.data, config.seed, client, CLIENTS)
+    model = build_model(config.model.name, data.info, config.seed)
+    model.load_state_dict(state)
+    losses = [
+        functional.cross_entropy(logits_of(model, images, data.stats), labels, reduction="none")
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        )
+    ]
+    is_member = torch.cat([torch.ones(len(losses[0])), torch.zeros(len(losses[1]))])
+    return float(roc_auc_score(is_member.numpy(), -torch.cat(losses).numpy()))
+
+
+def main(
+    file: Path = Path("conf/fashion-mnist-20.toml"),
+    rounds: int = 10,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+) -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    cells = {}
+    for size in GROUP_SIZES:
+        for min_kin in (1, 3):
+            settings = {
+                **SMALL_IMAGES,
+                "num-server-rounds": rounds,
+                "data.num-groups": CLIENTS // size,
+                "diffusion.min-kin": min_kin,
+            }
+            results = [
+                run(read_config(file, {**settings, "seed": int(seed)}), CLIENTS // size)
+                for seed in seeds.split(",")
+            ]
+            name = f"groups of {size}, min-kin = {min_kin}"
+            cells[name] = [Cell(mean_and_spread(values)) for values in zip(*results, strict=True)]
+            print(name, *(cell.text for cell in cells[name]), sep=", ", flush=True)
+    note = (
+        f"Accuracies are means over the last {JUDGED_ROUNDS} rounds: python -m benchmarks.privacy"
+    )
+    print(Table(f"What is told of others, {CLIENTS} clients", COLUMNS, cells, note).markdown())
+
+
+if __name__ == "__main__":
+    typer.run(main)

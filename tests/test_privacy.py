@@ -1,0 +1,68 @@
+"""What a client is sent of others, and how little of it may be one other client's."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_sharing import DIM, fitted, sketches
+from torch import Tensor
+
+from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.config import DiffusionConfig
+from pfedgpa_app.diffusion.model import withheld
+from pfedgpa_app.randomness import make_generator
+
+
+@pytest.mark.parametrize("min_kin", [1, 2, 3, 4, 6])
+@given(seed=st.integers(0, 2**31), num_clients=st.integers(2, 12), power=st.floats(0, 8))
+def test_no_other_client_has_too_large_a_part_of_what_one_is_sent(
+    min_kin: int, seed: int, num_clients: int, power: float
+):
+    weights = torch.randn(num_clients, generator=make_generator(seed), dtype=torch.float64)
+    weights = weights.sign() * weights.abs() ** power
+    left = weights - withheld(weights, min_kin, own=0)
+    assert left[0] == weights[0]
+    others, before = left[1:].abs(), weights[1:].abs()
+    assert (others <= before).all()
+    if min_kin > 1:
+        assert others.max() <= others.sum() / (min_kin - 1) * (1 + 1e-9) + 1e-12
+    # Nothing is taken without need: who lost something has as much as is allowed.
+    for size, allowed in zip(others, before, strict=True):
+        if size < allowed * (1 - 1e-9):
+            assert size == pytest.approx(float(others.sum()) / (min_kin - 1), abs=1e-9)
+
+
+def test_of_a_group_of_two_each_keeps_its_own_and_of_three_they_share():
+    generator = make_generator(2)
+    centres = torch.randn(4, DIM, generator=generator)
+    groups = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])
+    noises = [0.3 * torch.randn(len(groups), DIM, generator=generator) for _ in range(3)]
+    uploads, halves = centres[groups] + noises[0], [centres[groups] + n for n in noises[1:]]
+    told = torch.stack([sketches(half) for half in halves], dim=1)
+
+    def nearness(min_kin: int) -> Tensor:
+        """Return how near each is to the true centre of its group, its own upload being at 1."""
+        config = DiffusionConfig(generator="upload", min_kin=min_kin)
+        aggregator = GenerativeAggregator(config)
+        for client in range(len(groups)):
+            aggregator.observe(client, uploads[client])
+            aggregator.compare(client, told[client])
+        aggregator.fit(1)
+        given = torch.stack([aggregator.personalize(client) for client in range(len(groups))])
+        return (given - centres[groups]).norm(dim=1) / (uploads - centres[groups]).norm(dim=1)
+
+    free, kept = nearness(1), nearness(3)
+    assert (free[:2] < 0.8).all()
+    assert (kept[:2] > 0.9).all()
+    torch.testing.assert_close(kept[2:], free[2:], atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("sharing", ["kin", "measured"])
+def test_two_clients_alone_are_sent_nothing_of_each_other(sharing: str):
+    uploads = torch.randn(2, DIM, generator=make_generator(5))
+    halves = [sketches(uploads + 0.1 * torch.randn(2, DIM)) for _ in range(2)]
+    aggregator = fitted(uploads, halves, sharing=sharing, rank=1)
+    for client in range(2):
+        torch.testing.assert_close(aggregator.personalize(client), uploads[client])
+    free = fitted(uploads, halves, sharing=sharing, rank=1, min_kin=1)
+    assert (free.personalize(0) - uploads[0]).norm() > 0.1 * uploads[0].norm()
