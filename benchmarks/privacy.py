@@ -1,4 +1,4 @@
-"""What a client can find out about another from the model that it is sent, and what it costs to stop it.
+"""What clients can find out about each other, and what it costs to let them have less.
 
     python -m benchmarks.privacy
 
