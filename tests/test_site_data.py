@@ -143,6 +143,10 @@ def pipe(folder: Path) -> None:
     os.mkfifo(folder / "train/normal/pipe.png")
 
 
+def loop(folder: Path) -> None:
+    (folder / "train/normal/again").symlink_to(folder / "train/normal")
+
+
 FAULTS = {
     "missing": (remove("."), "no such folder of images or .npz file"),
     "empty": (remove("train", "test"), r"has the folders \(none\)"),
@@ -154,6 +158,7 @@ FAULTS = {
     ),
     "unreadable": (write("train/normal/broken.png"), r"broken\.png: cannot be read"),
     "wrong size": (too_wide, r"wide\.png: is 6x5; right would be 6x4"),
+    "a loop": (loop, r"train/normal/again: is a link to a folder; right would be the folder"),
     "no file": (pipe, r"pipe\.png: is a pipe, .*right would be a regular file"),
     "other format": (write("test/benign/1.tif"), r"1\.tif: right would be a \.png or \.jpg"),
 }

@@ -1,5 +1,6 @@
 """A site's own data: a folder of images, or an .npz file."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -63,6 +64,8 @@ def _read_classes(folder: Path, config: DataConfig) -> Part:
             f"the classes (data.class-names), which are {_list(classes)}"
         )
     labels = {name: label for label, name in enumerate(classes) if name in found}
+    for name in labels:
+        _refuse_linked_folders(folder / name)
     files = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
     if not files:
         raise DataError(f"{folder}: there are no images in its class folders")
@@ -73,6 +76,16 @@ def _read_classes(folder: Path, config: DataConfig) -> Part:
             raise DataError(f"{name}: right would be a {' or '.join(PICTURES)} file")
         images.append(read_picture(Path(name), channels, size))
     return torch.stack(images), torch.tensor([label for _, label in files])
+
+
+def _refuse_linked_folders(folder: Path) -> None:
+    """Refuse links to folders inside of one: a loop of them would never end, or count twice."""
+    for root, names, _ in os.walk(folder):
+        for name in names:
+            if (Path(root) / name).is_symlink():
+                raise DataError(
+                    f"{Path(root) / name}: is a link to a folder; right would be the folder itself"
+                )
 
 
 def _read_npz(path: Path, config: DataConfig) -> Part:
