@@ -3,7 +3,8 @@
     python -m benchmarks.privacy
 
 12 clients, Fashion-MNIST in 14x14 pixels, in groups of two, three and four. A client of a group
-knows what it uploaded and what it is sent; the difference points to the uploads of the others.
+knows what it uploaded, what it is sent, and the mean of all. What its own upload and the mean do
+not explain in what it is sent comes from others.
 """
 
 from pathlib import Path
@@ -58,17 +59,23 @@ def run(config: Config, num_groups: int) -> Result:
     )
     assert isinstance(strategy, Kept)
     assert strategy.layout is not None
+    mean = torch.stack([*strategy.vectors.values()]).mean(dim=0)
     cosines, aucs = [], []
     for client in range(CLIENTS):
         state = strategy.evaluation_state(client)
-        own = strategy.vectors[client]
-        learned = strategy.layout.split(state)[0] - own
+        own = functional.normalize(strategy.vectors[client] - mean, dim=0)
+        learned = unexplained(strategy.layout.split(state)[0] - mean, own)
         others = [c for c in range(client % num_groups, CLIENTS, num_groups) if c != client]
-        differences = [strategy.vectors[other] - own for other in others]
-        cosines.append(max(float(functional.cosine_similarity(learned, d, 0)) for d in differences))
+        hidden = [unexplained(strategy.vectors[other] - mean, own) for other in others]
+        cosines.append(max(float(functional.cosine_similarity(learned, h, 0)) for h in hidden))
         aucs += [membership(state, config, other) for other in others]
     accuracy = fmean(row["personalized-accuracy"] for row in rows[-JUDGED_ROUNDS:])
     return Result(accuracy, fmean(cosines), fmean(aucs))
+
+
+def unexplained(vector: Tensor, direction: Tensor) -> Tensor:
+    """Return a vector ``(d,)`` without its part along a unit vector."""
+    return vector - (vector @ direction) * direction
 
 
 def membership(state: dict[str, Tensor], config: Config, client: int) -> float:

@@ -169,6 +169,7 @@ class ServerConfig(Section):
     fraction_evaluate: UnitInterval = 1.0
     min_available_nodes: Count = 2
     round_timeout: Positive = 3600.0
+    join_timeout: Positive = 3600.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -362,6 +363,7 @@ class Config(Section):
             "checkpoint.every",
             "server.min-available-nodes",
             "server.round-timeout",
+            "server.join-timeout",
         }
         if self.strategy == "floco":  # the round of its projection is a part of all
             free.remove("num-server-rounds")

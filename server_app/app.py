@@ -16,7 +16,7 @@ from pfedgpa_app.state import WriteError
 from server_app.checkpoint import CHECKPOINT, ResumeError, resume, write_checkpoint
 from server_app.grid import GuardedGrid
 from server_app.replies import max_bytes
-from server_app.roster import PartitionRoster
+from server_app.roster import JoinTimeoutError, PartitionRoster
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
 
 app = ServerApp()
@@ -60,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
                 strategy.sites.get(client, {}),
             )
         folder.draw()
-    except WriteError as error:
+    except (WriteError, JoinTimeoutError) as error:
         go_on = f'. Then resume-from="{context.run_id}" goes on from its last checkpoint'
         log(ERROR, "%s%s", error, go_on if (path / CHECKPOINT).exists() else "")
         raise
@@ -78,6 +78,7 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
         min_train_nodes=1,
         min_evaluate_nodes=1,
         min_available_nodes=config.server.min_available_nodes,
+        join_timeout=config.server.join_timeout,
     )
 
 

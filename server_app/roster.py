@@ -1,5 +1,7 @@
 """Which node is which client: nodes have random ids, clients have numbers that stay."""
 
+import math
+import time
 from collections.abc import Iterable
 from logging import INFO, WARNING
 
@@ -8,6 +10,15 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 PARTITION_KEY = "partition-id"
+
+
+# Seconds between two looks for nodes, and between two lines of the log about it.
+_PAUSE = 1.0
+_REPORT_EVERY = 30.0
+
+
+class JoinTimeoutError(RuntimeError):
+    """Too few nodes connected in time."""
 
 
 class Roster:
@@ -38,6 +49,42 @@ class Roster:
         numbers are theirs.
         """
         self.clients = dict(clients)
+
+    def gather(self, grid: Grid, minimum: int, timeout: float = math.inf) -> list[int]:
+        """Return the ids of all connected nodes, once there are so many.
+
+        Meanwhile, the log says who is missing. ``timeout`` is in seconds.
+
+        Raises
+        ------
+        JoinTimeoutError
+            If there are too few by then.
+        """
+        begin = time.monotonic()
+        reported = -math.inf
+        while len(node_ids := list(grid.get_node_ids())) < minimum:
+            now = time.monotonic()
+            found = f"{len(node_ids)} of at least {minimum} nodes are connected"
+            if now - begin >= timeout:
+                raise JoinTimeoutError(
+                    f"After {now - begin:.0f} s, {found}; right would be more SuperNodes, a "
+                    "smaller server.min-available-nodes or a longer server.join-timeout"
+                )
+            if now - reported >= _REPORT_EVERY:
+                reported = now
+                log(INFO, "Waiting for nodes: %s%s", found, self._missing(node_ids))
+            time.sleep(min(_PAUSE, begin + timeout - now))
+        return node_ids
+
+    def _missing(self, node_ids: Iterable[int]) -> str:
+        connected = set(node_ids)
+        missing = [
+            f"client {number} (node {node})"
+            for node, number in self.clients.items()
+            if node not in connected
+        ]
+        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        return f"; not here: {shown}" if missing else ""
 
     def admit(self, grid: Grid, node_ids: Iterable[int]) -> None:
         """Give every node that is not yet known a number of its own."""

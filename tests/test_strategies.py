@@ -16,7 +16,8 @@ from flwr.app import (
 from simulated_grid import SimulatedGrid, upload, weights
 
 from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
-from server_app.roster import PartitionRoster, Roster
+from server_app import roster as roster_module
+from server_app.roster import JoinTimeoutError, PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, Local, PFedGPA
 
 Node = Callable[[Message], RecordDict | Error | None]
@@ -463,3 +464,32 @@ def test_clients_that_were_not_sampled_have_up_to_date_models():
     first, second = received(grid, "evaluate")
     for node in range(8):
         assert second[node] - first[node] == pytest.approx(1.0, abs=0.1)
+
+
+class Filling(SimulatedGrid):
+    """A grid to which one node more connects each time that it is asked."""
+
+    def __init__(self, nodes: dict[int, Node]) -> None:
+        super().__init__(nodes)
+        self.num_connected = 0
+
+    def get_node_ids(self):
+        self.num_connected = min(len(self.nodes), self.num_connected + 1)
+        return list(self.nodes)[: self.num_connected]
+
+
+def test_a_run_waits_for_nodes_and_says_whom_it_misses(caplog, monkeypatch):
+    monkeypatch.setattr(roster_module, "_PAUSE", 0.0)
+    roster = Roster()
+    roster.resume({1: 0, 2: 1, 3: 2})
+    caplog.set_level("INFO")
+    assert roster.gather(Filling({1: site(1.0), 2: site(1.0), 3: site(1.0)}), 3) == [1, 2, 3]
+    assert "Waiting for nodes: 1 of at least 3 nodes are connected; not here: " in caplog.text
+    assert "client 1 (node 2), client 2 (node 3)" in caplog.text
+    assert caplog.text.count("Waiting") == 1  # again after 30 seconds only
+
+
+def test_a_run_gives_up_on_nodes_that_never_come():
+    strategy = ClientwiseFedAvg(min_available_nodes=3, join_timeout=0.1)
+    with pytest.raises(JoinTimeoutError, match=r"2 of at least 3 nodes are connected; right would"):
+        start(strategy, SimulatedGrid({1: site(1.0), 2: site(1.0)}))

@@ -20,7 +20,6 @@ from flwr.app import (
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from flwr.serverapp.strategy.strategy_utils import sample_nodes
 from torch import Tensor
 
 from pfedgpa_app.config import Config
@@ -62,6 +61,8 @@ class ClientwiseFedAvg(FedAvg):
         Keep the clients with the highest numbers out of the rounds before ``join_round``.
     momentum : float (default: 0.0)
         Part of its last step by which the average goes on (FedAvgM, https://arxiv.org/abs/1909.06335).
+    join_timeout : float (default: inf)
+        Seconds to wait for ``min_available_nodes``.
     **kwargs : Any
         The arguments of Flower's `FedAvg`.
 
@@ -98,9 +99,11 @@ class ClientwiseFedAvg(FedAvg):
         late_clients: int = 0,
         join_round: int = 0,
         momentum: float = 0.0,
+        join_timeout: float = math.inf,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.join_timeout = join_timeout
         self.momentum = Momentum(momentum)
         self.late_clients = late_clients
         self.join_round = join_round
@@ -318,7 +321,8 @@ class ClientwiseFedAvg(FedAvg):
         self, grid: Grid, purpose: str, server_round: int, fraction: float, minimum: int
     ) -> list[int]:
         """Draw clients, the same for a seed and a round whatever their node ids, and sort them."""
-        _, node_ids = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
+        at_least = max(self.min_available_nodes, minimum)
+        node_ids = self.roster.gather(grid, at_least, self.join_timeout)
         self.roster.admit(grid, node_ids)
         clients = sorted(self.roster.client(node_id) for node_id in node_ids)
         if self.late_clients and server_round < self.join_round:
