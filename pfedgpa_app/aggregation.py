@@ -165,8 +165,11 @@ class GenerativeAggregator:
         """Return what a client may expect of which nothing is known, ``(d,)``.
 
         That is the mean of the members' parameters. Where no distribution was learned it is the
-        average that the last `fit` was given, or ``default`` ``(d,)``.
+        average that the last `fit` was given, or ``default`` ``(d,)``, as it is where so few are
+        members that the mean would tell too much of each (``min_kin``).
         """
+        if len(self.bank) < self.config.min_kin - 1:
+            return default
         default = default if self.average is None else self.average
         pieces = [model.space.mean if model else default[block] for block, model in self._learned()]
         return torch.cat(pieces)

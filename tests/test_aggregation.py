@@ -133,7 +133,7 @@ def test_a_fixed_rank_is_no_more_than_there_are_axes(bank, blocks: list[slice]):
 
 
 def test_a_newcomers_start_is_the_average_where_nothing_was_learned(bank):
-    aggregator = GenerativeAggregator(DiffusionConfig())
+    aggregator = GenerativeAggregator(DiffusionConfig(min_kin=1))
     assert torch.equal(aggregator.expect(torch.ones(5)), torch.ones(5))
     aggregator.observe(0, torch.zeros(5))
     aggregator.fit(1, average=torch.full((5,), 3.0))  # one client: nothing to learn

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from flwr.app import MessageType
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated_grid import SimulatedGrid, learning_site
 from test_sharing import DIM, fitted, sketches
+from test_strategies import start
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
 from pfedgpa_app.diffusion.model import withheld
 from pfedgpa_app.randomness import make_generator
+from server_app.strategies import PFedGPA
 
 
 @pytest.mark.parametrize("min_kin", [1, 2, 3, 4, 6])
@@ -66,3 +70,25 @@ def test_two_clients_alone_are_sent_nothing_of_each_other(sharing: str):
         torch.testing.assert_close(aggregator.personalize(client), uploads[client])
     free = fitted(uploads, halves, sharing=sharing, rank=1, min_kin=1)
     assert (free.personalize(0) - uploads[0]).norm() > 0.1 * uploads[0].norm()
+
+
+def test_two_clients_are_not_sent_their_mean_to_be_measured():
+    def asked(min_kin: int) -> list[bool]:
+        grid = SimulatedGrid({1: learning_site(1.0), 2: learning_site(3.0)})
+        config = DiffusionConfig(min_kin=min_kin, measure_every=1, train_steps=5)
+        start(PFedGPA(diffusion=config), grid)
+        training = [m for m in grid.sent if m.metadata.message_type == MessageType.TRAIN]
+        return ["extras" in message.content for message in training]
+
+    assert asked(2) == [True] * 4
+    assert asked(3) == [True, True, False, False]  # in the first round there is nothing to tell
+
+
+def test_a_newcomer_is_not_sent_the_only_members_upload():
+    aggregator = GenerativeAggregator(DiffusionConfig(min_kin=3))
+    aggregator.observe(0, torch.ones(DIM))
+    aggregator.fit(1, average=torch.ones(DIM))
+    assert torch.equal(aggregator.expect(torch.zeros(DIM)), torch.zeros(DIM))
+    aggregator.observe(1, torch.full((DIM,), 3.0))
+    aggregator.fit(2)
+    torch.testing.assert_close(aggregator.expect(torch.zeros(DIM)), torch.full((DIM,), 2.0))

@@ -123,7 +123,10 @@ class PFedGPA(ClientwiseFedAvg):
         config = self.aggregator.config
         rounds = [self.rounds_measured.get(client, -config.measure_every) for client in clients]
         is_due = bool(rounds) and server_round - min(rounds) >= config.measure_every
-        self.measures = config.sharing == "measured" and is_due
+        # Members are sent the mean for it, which would tell two of them too much of each other.
+        is_first, num_members = not self.aggregator.rounds, len(self.aggregator.bank)
+        may_tell = is_first or num_members >= config.min_kin
+        self.measures = config.sharing == "measured" and is_due and may_tell
         if self.measures:
             self.rounds_measured |= dict.fromkeys(clients, server_round)
 
