@@ -16,14 +16,15 @@ from torch.nn import functional
 MIN_CLIENTS = 4
 """Fewer are not judged: the median would be one of two or three, any of which may lie."""
 
-# Median cosine of the moves, at least, for there to be a direction that all have in common.
-_MIN_COSINE = 0.2
 # How far a client may always be from the median one. Honest clients of a round moved up to 1.9
-# times as far, had come up to 1.4 times as far, and had cosines up to 0.3 lower.
+# times as far where the spread was small, and had come up to 1.4 times as far.
 _MAX_RATIO = 2.0
-_MAX_COSINE_GAP = 0.35
 # The same in standard deviations, where clients differ more.
 _MAX_DEVIATIONS = 4.0
+# Median cosine of the moves, at least, for there to be a direction that all have in common; and
+# how far against it a client may go, as a part of it: a small group may have nothing of it.
+_MIN_COSINE = 0.2
+_MAX_AGAINST = 0.5
 # Standard deviation of a normal distribution in units of its median absolute deviation.
 _DEVIATIONS_PER_MAD = 1.4826
 
@@ -50,12 +51,12 @@ def unusual(
     ways = torch.stack([(position - initial).double().norm() for position in positions])
     cosines = cosines_with_others(moves)
     reasons = {}
-    for row in _beyond(-cosines, _MAX_COSINE_GAP):
-        # A small group has less in common with the others than they have, but is not against them.
-        if cosines.median() >= _MIN_COSINE and cosines[row] < 0:
+    usual = float(cosines.median())
+    if usual >= _MIN_COSINE:
+        for row in _beyond(-cosines, (1 + _MAX_AGAINST) * usual):
             reasons[row] = (
                 f"the cosine of its move with the others' is {cosines[row]:.2f}, that of the "
-                f"median client's {cosines.median():.2f}"
+                f"median client's {usual:.2f}"
             )
     for what, sizes in (("came", ways), ("moved", lengths)):
         if sizes.median() > 0:
