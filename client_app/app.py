@@ -1,6 +1,7 @@
 """The ClientApp: trains and judges what the server sends, on the data of its own site."""
 
 import time
+from collections.abc import Mapping, Sequence
 from logging import ERROR
 from typing import cast
 
@@ -15,14 +16,19 @@ from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import class_prior
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import StateDict, copy_of
+from pfedgpa_app.privacy import Ledger, require_opacus, secure_uniform, seeded_uniform
 from pfedgpa_app.randomness import make_generator, resolve_device
 
 app = ClientApp()
 
 MEMORY = "memory"
 """The record of Flower's state of a client in which its method keeps what it keeps."""
+PRIVACY = "privacy"
+"""The record of this state with the client's ledger: what its uploads told of its data so far."""
 EXTRAS = "extras"
 """The record of a message with what a strategy and its clients exchange beside the model."""
+BUDGET_SPENT = "budget-spent"
+"""The metric of a reply by a client that did not train, since that would exceed its budget."""
 
 
 @app.query()
@@ -35,12 +41,23 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train_message(message: Message, context: Context) -> Message:
-    """Train the received model, and judge it on the client's test set before and after."""
+    """Train the received model, and judge it on the client's test set before and after.
+
+    Who has spent its privacy budget replies without parameters.
+    """
     begin = time.monotonic()
     task, method = prepare(message, context)
-    data = task.data
+    data, privacy = task.data, task.config.privacy
+    if not task.may_train():
+        spent: dict[str, MetricRecordValues] = {
+            "num-examples": len(data.train_labels),
+            "epsilon": task.ledger.epsilon(privacy.delta),
+            BUDGET_SPENT: 1,
+        }
+        return Message(RecordDict({"metrics": MetricRecord(spent)}), reply_to=message)
     before = task.judge(method.personal_model(task))
     trained = method.train(task)
+    state = task.keep_private(trained.state)
     after = task.judge(method.personal_model(task))
     if task.memory:
         context.state[MEMORY] = ArrayRecord(copy_of(task.memory))
@@ -51,13 +68,18 @@ def train_message(message: Message, context: Context) -> Message:
         "accuracy-after": after.accuracy,
         "loss-after": after.loss,
         "seconds": time.monotonic() - begin,
-        # What a model needs to be used elsewhere, and its client alone knows.
-        "image-mean": data.stats.mean.tolist(),
-        "image-std": data.stats.std.tolist(),
     }
-    if "data-path" not in context.node_config:
+    has_own_data = "data-path" in context.node_config
+    if not (privacy.is_on and has_own_data):
+        # What a model needs to be used elsewhere, and its client alone knows.
+        metrics["image-mean"] = data.stats.mean.tolist()
+        metrics["image-std"] = data.stats.std.tolist()
+    if not has_own_data:
         metrics["partition"] = list(node_partition(context) or ())
-    content = RecordDict({"arrays": ArrayRecord(trained.state), "metrics": MetricRecord(metrics)})
+    if privacy.is_on:
+        context.state[PRIVACY] = MetricRecord({**task.ledger.columns()})
+        metrics["epsilon"] = task.ledger.epsilon(privacy.delta)
+    content = RecordDict({"arrays": ArrayRecord(state), "metrics": MetricRecord(metrics)})
     if trained.extras:
         content[EXTRAS] = ArrayRecord(copy_of(trained.extras))
     return Message(content, reply_to=message)
@@ -109,6 +131,7 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     """
     try:
         config = Config.from_flat(context.run_config)
+        require_opacus(config.privacy)
         partition = node_partition(context)
         data = load_data(config, context)
     except (ConfigError, DataError) as error:
@@ -126,6 +149,8 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     server_round = cast(int, message.content.config_records["config"]["server-round"])
     # A simulation's node ids are random, those of registered SuperNodes stay.
     client = partition[0] if partition else context.node_id
+    told = cast(Mapping[str, Sequence[float]], context.state.metric_records.get(PRIVACY, {}))
+    noise = make_generator(config.seed, "noise", client, server_round)
     prior = class_prior(data.train_labels, data.info.num_classes)
     task = Task(
         model=model.to(device),
@@ -136,6 +161,8 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         offset=(prior if config.client.class_prior else torch.zeros_like(prior)).to(device),
         memory=_to(device, kept.to_torch_state_dict() if kept else {}),
         generator=make_generator(config.seed, "local", client, server_round),
+        ledger=Ledger.of(told),
+        uniform=seeded_uniform(noise) if config.privacy.seeded_noise else secure_uniform,
     )
     return task, METHODS.get(config.strategy, Method)()
 

@@ -41,6 +41,10 @@ SITES = "sites"
 """The data set of which every site brings its own part."""
 
 
+# Strategies whose clients train by plain SGD and upload their parameters alone.
+PRIVATE_STRATEGIES = ("pfedgpa", "local", "fedavg", "fedavg-ft")
+
+
 class DatasetInfo(NamedTuple):
     """What a model must know of a data set: ``(channels, height, width)`` and its classes."""
 
@@ -279,6 +283,24 @@ class IFCAConfig(Section):
     num_clusters: Count = 2
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of what clients upload."""
+
+    mode: Literal["none", "update", "example"] = "none"
+    epsilon: NonNegative = 0.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    clip_norm: Positive = 1.0
+    sensitivity: NonNegative = 0.0
+    noise_multiplier: Positive = 1.0
+    max_grad_norm: Positive = 1.0
+    seeded_noise: bool = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether uploads are to be private."""
+        return self.mode != "none"
+
+
 class CheckpointConfig(Section):
     """What the server writes down so that a run can go on after its end."""
 
@@ -299,6 +321,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     onboarding: OnboardingConfig = OnboardingConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     fedprox: FedProxConfig = FedProxConfig()
     fedrep: FedRepConfig = FedRepConfig()
@@ -412,6 +435,8 @@ def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
         yield from _size_contradictions(config)
     yield from _diffusion_contradictions(config.diffusion)
     yield from _onboarding_contradictions(config)
+    if config.privacy.is_on:
+        yield from _privacy_contradictions(config)
 
 
 def _data_contradictions(data: DataConfig) -> Iterator[tuple[set[str], str]]:
@@ -542,6 +567,41 @@ def _onboarding_contradictions(config: Config) -> Iterator[tuple[set[str], str]]
             keys,
             f"onboarding.join-round = {join}: no client joins late; right would be "
             "onboarding.late-clients = 1 or more",
+        )
+
+
+def _privacy_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
+    privacy, client = config.privacy, config.client
+    mode = f'privacy.mode = "{privacy.mode}"'
+    if config.strategy not in PRIVATE_STRATEGIES:
+        yield (
+            {"privacy.mode", "strategy"},
+            f'strategy = "{config.strategy}": with {mode} right would be '
+            f"{', '.join(PRIVATE_STRATEGIES)}, whose clients train by plain SGD and upload nothing "
+            "but parameters",
+        )
+    if config.resume_from:
+        yield (
+            {"privacy.mode", "resume-from"},
+            f'resume-from = "{config.resume_from}": with {mode} a run cannot go on, since its '
+            "clients forget with the run how much they told",
+        )
+    if privacy.mode == "update" and not privacy.epsilon:
+        yield (
+            {"privacy.mode", "privacy.epsilon"},
+            f"privacy.epsilon = {privacy.epsilon}: with {mode} it decides about the noise on each "
+            "upload; right would be, for example, 1.0",
+        )
+    if privacy.mode == "example" and client.class_prior:
+        yield (
+            {"privacy.mode", "client.class-prior"},
+            f"client.class-prior = true: with {mode} the gradient of an image must not depend on "
+            "other images, whose labels are counted there; right would be false",
+        )
+    if privacy.mode == "example" and client.precision != "fp32":
+        yield (
+            {"privacy.mode", "client.precision"},
+            f'client.precision = "{client.precision}": with {mode} right would be "fp32"',
         )
 
 

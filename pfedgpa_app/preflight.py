@@ -6,6 +6,7 @@ from torch import nn
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.models import ModelError, build_model, head_of
 from pfedgpa_app.parameters import ParameterError, ParameterLayout
+from pfedgpa_app.privacy import require_opacus, unfit_layers
 from pfedgpa_app.randomness import resolve_device
 
 # Strategies that work on the features under a linear layer.
@@ -32,8 +33,17 @@ def preflight(config: Config) -> nn.Module:
         ]
         if config.strategy in _NEED_LINEAR_HEAD:
             head_of(model)
+        if config.privacy.is_on:
+            require_opacus(config.privacy)
+            problems += [
+                f'model.name = "{config.model.name}": with privacy.mode = "{config.privacy.mode}", '
+                + problem
+                for problem in unfit_layers(model, config.data.info, config.privacy)
+            ]
     except ModelError as error:
         problems.append(str(error))
+    except ConfigError as error:
+        problems += error.problems
     except ParameterError as error:
         patterns = config.diffusion.generated_layers
         problems.append(f'diffusion.generated-layers = "{patterns}": {error}')

@@ -18,6 +18,7 @@ from pfedgpa_app.state import sync_to_disk, writing
 Row = dict[str, Any]
 
 NO_REPLY = "no reply"
+BUDGET_SPENT = "privacy budget spent"
 TRAINING_METRICS = (
     "num-examples",
     "accuracy-before",
@@ -25,6 +26,7 @@ TRAINING_METRICS = (
     "accuracy-after",
     "loss-after",
     "seconds",
+    "epsilon",
 )
 
 
@@ -67,6 +69,10 @@ class RoundRecord:
         self._row(client).update({"status": "ok", **known})
         self.bytes_up += num_bytes
 
+    def spent(self, client: int, epsilon: float) -> None:
+        """Note that a client did not train, since that would exceed its privacy budget."""
+        self._row(client).update({"status": BUDGET_SPENT, "epsilon": epsilon})
+
     def unusual(self, client: int, reason: str) -> None:
         """Note why others do not learn from a client in this round."""
         self._row(client)["unusual"] = reason
@@ -93,7 +99,8 @@ class RoundRecord:
     @property
     def num_failures(self) -> int:
         """Number of clients that were asked to train and gave nothing that could be used."""
-        return sum(row.get("status", "ok") != "ok" for row in self.clients.values())
+        fine = ("ok", BUDGET_SPENT)
+        return sum(row.get("status", "ok") not in fine for row in self.clients.values())
 
     def column(self, name: str) -> list[float]:
         """Return what the clients have under a name, by client."""
@@ -118,6 +125,7 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "num-nodes": record.num_nodes,
         "num-clients": record.num_trained,
         "num-failures": record.num_failures,
+        "epsilon": max(record.column("epsilon"), default=None),
         "seconds-clients": round(record.seconds_clients, 3),
         "seconds-diffusion": round(record.seconds_diffusion, 3),
         "seconds-round": round(seconds_round, 3),

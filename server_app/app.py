@@ -1,7 +1,7 @@
 """The ServerApp: one run, from its settings to its folder."""
 
 import time
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from typing import Any
 
 from flwr.app import ArrayRecord, Context
@@ -37,6 +37,12 @@ def main(grid: Grid, context: Context) -> None:
     except (ConfigError, ResumeError) as error:
         log(ERROR, "%s", error)
         raise
+    if config.privacy.is_on and config.privacy.seeded_noise:
+        log(
+            WARNING,
+            "privacy.seeded-noise = true: the noise follows from the seed and protects nobody; "
+            "right would be false, outside of experiments",
+        )
     path = config.output_path / str(context.run_id)
     guarded: Any = GuardedGrid(grid, max_bytes(strategy.layout, strategy.extras_layout))
     try:
@@ -135,7 +141,7 @@ class RoundEnd:
         """Tell whether it is time for a checkpoint, or has been since the last one was written."""
         every = self.config.checkpoint.every
         # Nobody could go on from what the server has alone.
-        if not every or self.strategy.clients_keep_parts:
+        if not every or self.strategy.clients_keep_parts or self.config.privacy.is_on:
             return False
         last = self.checkpointed
         return last is None or is_last or completed // every > last // every
@@ -146,7 +152,7 @@ class RoundEnd:
         log(
             INFO,
             "Round %d/%d: personalized accuracy %s (worst client %s), after local training %s; "
-            "%d clients, %.1f s (clients %.1f, diffusion %.1f)",
+            "%d clients, %.1f s (clients %.1f, diffusion %.1f)%s",
             record.server_round,
             self.config.num_server_rounds,
             *(
@@ -161,6 +167,7 @@ class RoundEnd:
             row["seconds-round"],
             row["seconds-clients"],
             row["seconds-diffusion"],
+            "" if row["epsilon"] is None else f"; epsilon {row['epsilon']:.3g}",
         )
         self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
 

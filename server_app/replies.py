@@ -26,6 +26,8 @@ _GONE = (
 )
 # The record of a message with what a strategy and its clients exchange beside the model.
 EXTRAS = "extras"
+# The metric of a reply by a client that did not train, since that would exceed its privacy budget.
+BUDGET_SPENT = "budget-spent"
 # More clients than anyone shares a data set out to; whoever does later must come to an end.
 MAX_PARTITIONS = 100_000
 # Whole numbers beyond are not exact as floats.
@@ -87,6 +89,21 @@ def read_upload(
     state = _read_state(next(iter(records.values())), layout)
     site = _read_site(next(iter(message.content.metric_records.values())))
     return Upload(state, int(metrics[weighted_by_key]), metrics, site, extras)
+
+
+def read_spent(message: Message, weighted_by_key: str) -> float | None:
+    """Return the epsilon of a client that has spent its privacy budget; None if it has trained.
+
+    Raises
+    ------
+    ReplyError
+        If it says so and its metrics cannot be used.
+    """
+    if message.has_error() or message.content.array_records:
+        return None
+    if not any(BUDGET_SPENT in record for record in message.content.metric_records.values()):
+        return None
+    return read_metrics(message, weighted_by_key).get("epsilon", 0.0)
 
 
 def max_bytes(*layouts: ParameterLayout | None) -> int:

@@ -1,6 +1,6 @@
 """What a client does with the model that it is sent: plain local training, by default."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,14 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData
 from pfedgpa_app.evaluation import Evaluation, evaluate
 from pfedgpa_app.parameters import StateDict, copy_of
+from pfedgpa_app.privacy import (
+    Ledger,
+    Uniform,
+    private_update,
+    sampling_plan,
+    secure_uniform,
+    update_deviation,
+)
 
 
 @dataclass
@@ -35,6 +43,10 @@ class Task:
         What the method kept in earlier messages; what it writes is there in the next ones.
     generator
         On the CPU; fixed by seed, client and round.
+    ledger
+        What the client's uploads have told so far of its data, where they are private.
+    uniform
+        Draws what makes them private.
     """
 
     model: nn.Module
@@ -45,6 +57,8 @@ class Task:
     offset: Tensor
     memory: StateDict
     generator: torch.Generator
+    ledger: Ledger = field(default_factory=Ledger)
+    uniform: Uniform = secure_uniform
 
     def fit(
         self,
@@ -60,15 +74,41 @@ class Task:
         data, client = self.data, self.config.client
         given = {"local_epochs": epochs, "learning_rate": learning_rate}
         client = client.model_copy(update={k: v for k, v in given.items() if v is not None})
-        train(
-            model,
-            data.train_images,
-            data.train_labels,
-            data.stats,
-            client,
-            self.generator,
-            loss=loss or cross_entropy(self.offset),
+        loss = loss or cross_entropy(self.offset)
+        sample = (data.train_images, data.train_labels, data.stats)
+        privacy = self.config.privacy
+        if privacy.mode != "example":
+            train(model, *sample, client, self.generator, loss=loss)
+            return
+        from client_app.dp_sgd import train_privately  # a package that only privacy needs
+
+        self.ledger = self.ledger.after(
+            privacy.noise_multiplier, *sampling_plan(len(data.train_labels), client)
         )
+        train_privately(model, *sample, client, privacy, self.uniform, self.generator, loss=loss)
+
+    def may_train(self) -> bool:
+        """Tell whether another training leaves the client within its privacy budget."""
+        privacy, client = self.config.privacy, self.config.client
+        if privacy.mode != "example" or not privacy.epsilon:
+            return True
+        plan = sampling_plan(len(self.data.train_labels), client)
+        after = self.ledger.after(privacy.noise_multiplier, *plan)
+        return after.epsilon(privacy.delta) <= privacy.epsilon
+
+    def keep_private(self, state: StateDict) -> StateDict:
+        """Return an upload as it may leave the client, with noise where the settings want it.
+
+        The model has the parameters of it from then on, so that nothing tells of others.
+        """
+        privacy = self.config.privacy
+        if privacy.mode != "update":
+            return state
+        deviation = update_deviation(privacy)
+        self.ledger = self.ledger.after(deviation / (2 * privacy.clip_norm), sample_rate=1.0)
+        private = private_update(state, copy_of(self.received), privacy, self.uniform)
+        self.model.load_state_dict(private)
+        return private
 
     def judge(self, model: nn.Module) -> Evaluation:
         """Return accuracy and loss on this client's test set."""

@@ -19,9 +19,13 @@ class PFedGPA(Method):
     """FedAvg's client; when asked, it trains twice more, on each half of its images apart."""
 
     def train(self, task: Task) -> Trained:
-        """Train, and upload with the parameters what was asked for."""
+        """Train, and upload with the parameters what was asked for.
+
+        Where uploads are private the halves stay untold: they would need noise of their own.
+        """
         trained = super().train(task)
-        extras = {HALVES: half_moves(task)} if COMMON in task.extras else {}
+        tells = COMMON in task.extras and not task.config.privacy.is_on
+        extras = {HALVES: half_moves(task)} if tells else {}
         return Trained(trained.state, extras)
 
 

@@ -28,7 +28,14 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.report import RoundRecord
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.momentum import Momentum
-from server_app.replies import EXTRAS, ReplyError, Upload, read_metrics, read_upload
+from server_app.replies import (
+    EXTRAS,
+    ReplyError,
+    Upload,
+    read_metrics,
+    read_spent,
+    read_upload,
+)
 from server_app.roster import Roster, by_addressee
 
 # Clients differ in how much data they have and how far they move, but not by orders of magnitude.
@@ -256,7 +263,7 @@ class ClientwiseFedAvg(FedAvg):
             self.record.num_failures,
         )
         if not uploads:
-            log(WARNING, "aggregate_train: No client replied; all parameters stay as they are")
+            log(WARNING, "aggregate_train: No client trained; all parameters stay as they are")
             return None, None
         self.sites |= {client: upload.site for client, upload in uploads.items() if upload.site}
         self.unusual = self.judge(uploads)
@@ -379,6 +386,11 @@ class ClientwiseFedAvg(FedAvg):
         num_bytes: dict[int, int] = {}
         for client, reply in self._by_client(replies):
             try:
+                epsilon = read_spent(reply, self.weighted_by_key)
+                if epsilon is not None:
+                    log(INFO, "Client %d does not train: its privacy budget is spent", client)
+                    self.record.spent(client, epsilon)
+                    continue
                 upload = read_upload(
                     reply,
                     self.layout,

@@ -97,10 +97,16 @@ class PFedGPA(ClientwiseFedAvg):
 
     @classmethod
     def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
+        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`.
+
+        Clients whose uploads are private tell nothing of halves, so that uploads alone decide.
+        """
+        diffusion = config.diffusion
+        if config.privacy.is_on:
+            diffusion = diffusion.model_copy(update={"sharing": "kin"})
         return cls(
             seed=config.seed,
-            diffusion=config.diffusion,
+            diffusion=diffusion,
             onboarding=config.onboarding,
             momentum=config.server.momentum,
             **kwargs,

@@ -1,0 +1,93 @@
+"""DP-SGD (arXiv 1607.00133): local training that tells little of any one image, by Opacus."""
+
+from typing import Any, cast
+
+import torch
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from client_app.training import Loss, dropout_from
+from pfedgpa_app.config import ClientConfig, PrivacyConfig
+from pfedgpa_app.data import ImageStats, normalize
+from pfedgpa_app.privacy import Uniform, gaussian, quiet_opacus, sampling_plan
+
+
+class _Optimizer(DPOptimizer):
+    """Opacus' optimizer, which clips the gradient of each image, with noise of a given source.
+
+    Its own noise comes from a torch generator, whose 32 bits of seed can be tried out.
+    """
+
+    uniform: Uniform
+
+    def add_noise(self) -> None:
+        """Add noise to the sum of the clipped gradients."""
+        for parameter in cast(list[Any], self.params):
+            summed: Tensor = parameter.summed_grad
+            noise = gaussian(summed, self.uniform)
+            noised = summed + self.noise_multiplier * self.max_grad_norm * noise
+            parameter.grad = noised.view_as(parameter)
+
+
+def train_privately(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    stats: ImageStats,
+    config: ClientConfig,
+    privacy: PrivacyConfig,
+    uniform: Uniform,
+    generator: torch.Generator,
+    *,
+    loss: Loss,
+) -> None:
+    """Train a model in place by the steps of `sampling_plan`.
+
+    Parameters
+    ----------
+    model
+        On the device of the images; of layers that `unfit_layers` has nothing against.
+    images
+        As the data set has them, ``(num_examples, channels, height, width)``; every batch is
+        normalized with ``stats``.
+    labels
+        ``(num_examples,)``.
+    stats
+        Mean and deviation of each channel.
+    config
+        Epochs, batch size and the optimizer's settings.
+    privacy
+        Length to which the gradient of each image is clipped, and the noise on their sum.
+    uniform
+        Draws the examples of each step, each of them on its own, and the noise.
+    generator
+        For layers such as dropout.
+    loss
+        A mean over images, of which each has a part of its own.
+    """
+    sample_rate, num_steps = sampling_plan(len(images), config)
+    model.train()
+    wrapped = GradSampleModule(model)
+    optimizer = _Optimizer(
+        torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        ),
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        expected_batch_size=max(1, int(len(images) * sample_rate)),
+    )
+    optimizer.uniform = uniform
+    try:
+        with dropout_from(generator, images.device), quiet_opacus():
+            for _ in range(num_steps):
+                drawn = uniform(len(images)) < sample_rate
+                rows = drawn.nonzero()[:, 0].to(images.device)
+                optimizer.zero_grad()
+                loss(wrapped, normalize(images[rows], stats), labels[rows]).backward()
+                optimizer.step()
+    finally:
+        wrapped.to_standard_module()

@@ -1,0 +1,216 @@
+"""Differential privacy of what clients upload: noise, and the account of what it tells of them."""
+
+import copy
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pfedgpa_app.config import ClientConfig, ConfigError, DatasetInfo, PrivacyConfig
+from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.randomness import initialized_by, make_generator
+
+Uniform = Callable[[int], Tensor]
+"""Called with a number of draws: returns them, float64, between 0 and 1 and never either."""
+
+# As many as leave room for a half, so that no draw is rounded to 1.
+_RANDOM_BITS = 52
+
+
+def secure_uniform(size: int) -> Tensor:
+    """Draw from the system's randomness, which nobody can know or repeat."""
+    words = torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64)
+    return _between(words & (2**_RANDOM_BITS - 1))
+
+
+def seeded_uniform(generator: torch.Generator) -> Uniform:
+    """Return draws that whoever knows the seed can repeat: for experiments, they protect nobody."""
+    return lambda size: _between(torch.randint(2**_RANDOM_BITS, (size,), generator=generator))
+
+
+def gaussian(like: Tensor, uniform: Uniform) -> Tensor:
+    """Return standard normal noise of a tensor's shape, type and device."""
+    noise: Tensor = torch.special.ndtri(uniform(like.numel()))
+    return noise.reshape(like.shape).to(like)
+
+
+def update_deviation(config: PrivacyConfig) -> float:
+    """Return the standard deviation of an update's noise, as Flower's `LocalDpMod` has it.
+
+    That is ``sensitivity sqrt(2 log(1.25 / delta)) / epsilon``.
+    """
+    sensitivity = config.sensitivity or 2 * config.clip_norm
+    return sensitivity * math.sqrt(2 * math.log(1.25 / config.delta)) / config.epsilon
+
+
+def private_update(
+    state: Mapping[str, Tensor],
+    received: Mapping[str, Tensor],
+    config: PrivacyConfig,
+    uniform: Uniform,
+) -> StateDict:
+    """Return an upload whose update is clipped and noised (`LocalDpMod` of Flower).
+
+    The update ``state - received`` is shortened to the length ``clip_norm`` where it is longer, and
+    noise of `update_deviation` is added to each entry. An update that is not finite counts as 0.
+    What is counted in whole numbers stays as it was received.
+    """
+    moves = {
+        name: tensor.double() - received[name].double()
+        for name, tensor in state.items()
+        if tensor.is_floating_point()
+    }
+    norm = math.hypot(*(float(move.norm()) for move in moves.values()))
+    deviation = update_deviation(config)
+    private = dict(received)
+    for name, move in moves.items():
+        kept = move * min(1.0, config.clip_norm / max(norm, 1e-300))
+        kept = kept if math.isfinite(norm) else torch.zeros_like(move)
+        noised = received[name].double() + kept + deviation * gaussian(move, uniform)
+        private[name] = noised.to(state[name].dtype)
+    return private
+
+
+def sampling_plan(num_examples: int, config: ClientConfig) -> tuple[float, int]:
+    """Return the part of the examples that a step of DP-SGD draws, and the number of steps.
+
+    Each step draws every example with this probability, so that a batch has about
+    ``batch_size`` of them.
+    """
+    steps_per_epoch = math.ceil(num_examples / config.batch_size)
+    return 1 / steps_per_epoch, config.local_epochs * steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a client has told of its data so far, as steps of the Gaussian mechanism.
+
+    Attributes
+    ----------
+    entries
+        Of equal steps one after the other: the noise's standard deviation in units of what one
+        client or example can change, the part of the examples that was drawn, the number of steps.
+    """
+
+    entries: tuple[tuple[float, float, int], ...] = ()
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Sequence[float]]) -> "Ledger":
+        """Return the ledger of what `columns` returned, or an empty one of nothing."""
+        rows = zip(
+            columns.get("noise-multipliers", ()),
+            columns.get("sample-rates", ()),
+            columns.get("steps", ()),
+            strict=True,
+        )
+        return cls(tuple((float(noise), float(rate), int(steps)) for noise, rate, steps in rows))
+
+    def columns(self) -> dict[str, list[float]]:
+        """Return the entries as lists of numbers by their names."""
+        names = ("noise-multipliers", "sample-rates", "steps")
+        return {
+            name: [float(entry[column]) for entry in self.entries]
+            for column, name in enumerate(names)
+        }
+
+    def after(self, noise_multiplier: float, sample_rate: float, steps: int = 1) -> "Ledger":
+        """Return the ledger after some more steps."""
+        last = self.entries[-1:]
+        if last and last[0][:2] == (noise_multiplier, sample_rate):
+            merged = (noise_multiplier, sample_rate, last[0][2] + steps)
+            return Ledger((*self.entries[:-1], merged))
+        return Ledger((*self.entries, (noise_multiplier, sample_rate, steps)))
+
+    def epsilon(self, delta: float) -> float:
+        """Return the epsilon of all steps together, by Rényi differential privacy (Opacus)."""
+        from opacus.accountants import RDPAccountant  # a package that only privacy needs
+
+        accountant = RDPAccountant()
+        accountant.history = list(self.entries)
+        with quiet_opacus():
+            return float(accountant.get_epsilon(delta))
+
+
+@contextmanager
+def quiet_opacus() -> Iterator[None]:
+    """Leave out warnings that say nothing here.
+
+    The bound on epsilon holds although the best order is at the end of those that are tried, and
+    images need no gradient.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Optimal order is the")
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        yield
+
+
+def require_opacus(config: PrivacyConfig) -> None:
+    """See to it that Opacus is installed where it is needed.
+
+    Raises
+    ------
+    ConfigError
+        If it is not.
+    """
+    if config.is_on and importlib.util.find_spec("opacus") is None:
+        raise ConfigError(
+            [
+                f'privacy.mode = "{config.mode}": the package opacus is not installed; right would '
+                'be pip install ".[privacy]"'
+            ]
+        )
+
+
+def unfit_layers(model: nn.Module, info: DatasetInfo, config: PrivacyConfig) -> list[str]:
+    """Say which layers of a model cannot be trained, or uploaded, with differential privacy."""
+    mixing = [
+        f"{name or 'the model'} ({type(layer).__name__})"
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) or getattr(layer, "track_running_stats", False)
+    ]
+    if mixing:
+        return [
+            f"layers that mix or remember the images of a batch are out: {', '.join(mixing)}; "
+            "right would be torch.nn.GroupNorm or LayerNorm"
+        ]
+    if config.mode != "example":
+        return []
+    return _refused_by_opacus(model) or _without_gradients(model, info)
+
+
+def _refused_by_opacus(model: nn.Module) -> list[str]:
+    from opacus.validators import ModuleValidator
+
+    errors = ModuleValidator.validate(copy.deepcopy(model).train())
+    return list(dict.fromkeys(f"Opacus cannot train it: {error}" for error in errors))
+
+
+def _without_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
+    """Try a step on two blank images: every parameter needs the gradient of each of them."""
+    from opacus import GradSampleModule
+
+    try:
+        with initialized_by(make_generator(0, "trial")), quiet_opacus():
+            trial = GradSampleModule(copy.deepcopy(model).train())
+            logits = trial(torch.zeros(2, *info.image_shape))
+            functional.cross_entropy(logits, torch.zeros(2, dtype=torch.long)).backward()
+    except Exception as error:  # Opacus and the user's model raise whatever they like
+        return [f"Opacus cannot train it: {error}"]
+    return [
+        f"{name.removeprefix('_module.')} gets no gradient of each image apart; right would be "
+        "layers of torch.nn, each of whose parameters has a part in the logits"
+        for name, parameter in trial.named_parameters()
+        if parameter.requires_grad and getattr(parameter, "grad_sample", None) is None
+    ]
+
+
+def _between(bits: Tensor) -> Tensor:
+    return (bits.double() + 0.5) * 2.0**-_RANDOM_BITS
