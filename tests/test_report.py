@@ -71,6 +71,7 @@ def test_a_round_is_summarized_over_its_clients():
         "num-nodes": 6,
         "num-clients": 2,
         "num-failures": 2,
+        "epsilon": None,
         "seconds-clients": 1.235,
         "seconds-diffusion": 0.5,
         "seconds-round": 3.142,
@@ -88,6 +89,7 @@ def test_a_round_without_clients_has_no_means():
         "personalized-accuracy-std",
         "finetuned-accuracy",
         "finetuned-loss",
+        "epsilon",
     }
     assert summary["num-clients"] == summary["num-failures"] == summary["bytes-up"] == 0
 
