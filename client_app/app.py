@@ -16,7 +16,13 @@ from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import class_prior
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import StateDict, copy_of
-from pfedgpa_app.privacy import Ledger, require_opacus, secure_uniform, seeded_uniform
+from pfedgpa_app.privacy import (
+    Ledger,
+    cost_of_round,
+    require_opacus,
+    secure_uniform,
+    seeded_uniform,
+)
 from pfedgpa_app.randomness import make_generator, resolve_device
 
 app = ClientApp()
@@ -33,8 +39,12 @@ BUDGET_SPENT = "budget-spent"
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Tell which partition this node has, which the server sorts the clients by."""
+    """Tell which partition this node has, which the server sorts the clients by.
+
+    New nodes are asked, so that from here on this one keeps an account of what it tells.
+    """
     partition = node_partition(context)
+    context.state.setdefault(PRIVACY, MetricRecord())
     told: dict[str, MetricRecordValues] = {"partition-id": partition[0]} if partition else {}
     return Message(RecordDict({"metrics": MetricRecord(told)}), reply_to=message)
 
@@ -149,7 +159,6 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     server_round = cast(int, message.content.config_records["config"]["server-round"])
     # A simulation's node ids are random, those of registered SuperNodes stay.
     client = partition[0] if partition else context.node_id
-    told = cast(Mapping[str, Sequence[float]], context.state.metric_records.get(PRIVACY, {}))
     noise = make_generator(config.seed, "noise", client, server_round)
     prior = class_prior(data.train_labels, data.info.num_classes)
     task = Task(
@@ -161,10 +170,27 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         offset=(prior if config.client.class_prior else torch.zeros_like(prior)).to(device),
         memory=_to(device, kept.to_torch_state_dict() if kept else {}),
         generator=make_generator(config.seed, "local", client, server_round),
-        ledger=Ledger.of(told),
+        ledger=kept_ledger(context, config, len(data.train_labels), server_round),
         uniform=seeded_uniform(noise) if config.privacy.seeded_noise else secure_uniform,
     )
     return task, METHODS.get(config.strategy, Method)()
+
+
+def kept_ledger(context: Context, config: Config, num_examples: int, server_round: int) -> Ledger:
+    """Return what a client has told of its data before a round.
+
+    Flower's state of a client is lost when its SuperNode is restarted. A client without any account
+    may have trained in each of the rounds before, and counts them all.
+    """
+    kept = context.state.metric_records.get(PRIVACY)
+    if kept is not None:
+        return Ledger.of(cast(Mapping[str, Sequence[float]], kept))
+    if server_round == 1 or not config.privacy.is_on:
+        return Ledger()
+    noise_multiplier, sample_rate, steps = cost_of_round(
+        config.privacy, config.client, num_examples
+    )
+    return Ledger().after(noise_multiplier, sample_rate, (server_round - 1) * steps)
 
 
 def _to(device: torch.device, tensors: StateDict) -> StateDict:

@@ -89,6 +89,16 @@ def sampling_plan(num_examples: int, config: ClientConfig) -> tuple[float, int]:
     return 1 / steps_per_epoch, config.local_epochs * steps_per_epoch
 
 
+def cost_of_round(
+    privacy: PrivacyConfig, client: ClientConfig, num_examples: int
+) -> tuple[float, float, int]:
+    """Return what an upload tells of a client's data, as an entry of a `Ledger`."""
+    if privacy.mode == "update":
+        # Whatever the settings take for its sensitivity: two updates can be so far apart.
+        return update_deviation(privacy) / (2 * privacy.clip_norm), 1.0, 1
+    return privacy.noise_multiplier, *sampling_plan(num_examples, client)
+
+
 @dataclass(frozen=True)
 class Ledger:
     """What a client has told of its data so far, as steps of the Gaussian mechanism.

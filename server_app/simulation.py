@@ -23,7 +23,7 @@ from pfedgpa_app.data import client_data
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import RoundRecord, Row, summarize
 from server_app.app import make_strategy
-from server_app.roster import Roster
+from server_app.roster import PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg
 
 
@@ -111,7 +111,8 @@ def simulate(
     """
     num_rounds = num_rounds or config.num_server_rounds
     strategy = strategy or make_strategy(config)
-    strategy.roster = Roster()
+    # Asked for their partitions, clients begin to keep account of what they tell.
+    strategy.roster = PartitionRoster() if config.privacy.is_on else Roster()
     fraction_evaluate = strategy.fraction_evaluate
     rows: list[Row] = []
     begins = [time.monotonic()]

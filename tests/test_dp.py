@@ -16,7 +16,7 @@ from scipy import optimize, stats
 from small_task import IMAGES, LABELS, PLAIN_SGD, small_task
 from torch import nn
 
-from client_app.app import evaluate_message, train_message
+from client_app.app import evaluate_message, query, train_message
 from pfedgpa_app import preflight
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError, PrivacyConfig
 from pfedgpa_app.data import client_data
@@ -291,6 +291,20 @@ def test_a_client_adds_up_what_it_tells_over_the_rounds():
             "sample-rates": [rate],
             "steps": [3.0 * steps],
         }
+
+
+@pytest.mark.parametrize("settings", [UPDATE, EXAMPLE])
+def test_who_has_forgotten_its_account_counts_all_rounds_before(settings: dict):
+    """As after the restart of a SuperNode; a node that is new to the run is asked, and counts 0."""
+    steady, restarted, new = context(settings), context(settings), context(settings)
+    for server_round in (1, 2, 3):
+        told = trained(steady, server_round)["metrics"]["epsilon"]
+    assert trained(restarted, 3)["metrics"]["epsilon"] == pytest.approx(told)
+    query(message(MessageType.QUERY), new)
+    first = trained(context(settings), 1)["metrics"]["epsilon"]
+    assert trained(new, 3)["metrics"]["epsilon"] == pytest.approx(first)
+    query(message(MessageType.QUERY), steady)  # asked again, it forgets nothing
+    assert trained(steady, 4)["metrics"]["epsilon"] > told
 
 
 def test_a_plain_client_tells_no_epsilon_and_keeps_no_account():

@@ -11,14 +11,7 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData
 from pfedgpa_app.evaluation import Evaluation, evaluate
 from pfedgpa_app.parameters import StateDict, copy_of
-from pfedgpa_app.privacy import (
-    Ledger,
-    Uniform,
-    private_update,
-    sampling_plan,
-    secure_uniform,
-    update_deviation,
-)
+from pfedgpa_app.privacy import Ledger, Uniform, cost_of_round, private_update, secure_uniform
 
 
 @dataclass
@@ -82,9 +75,7 @@ class Task:
             return
         from client_app.dp_sgd import train_privately  # a package that only privacy needs
 
-        self.ledger = self.ledger.after(
-            privacy.noise_multiplier, *sampling_plan(len(data.train_labels), client)
-        )
+        self.ledger = self.ledger.after(*cost_of_round(privacy, client, len(data.train_labels)))
         train_privately(model, *sample, client, privacy, self.uniform, self.generator, loss=loss)
 
     def may_train(self) -> bool:
@@ -92,8 +83,7 @@ class Task:
         privacy, client = self.config.privacy, self.config.client
         if privacy.mode != "example" or not privacy.epsilon:
             return True
-        plan = sampling_plan(len(self.data.train_labels), client)
-        after = self.ledger.after(privacy.noise_multiplier, *plan)
+        after = self.ledger.after(*cost_of_round(privacy, client, len(self.data.train_labels)))
         return after.epsilon(privacy.delta) <= privacy.epsilon
 
     def keep_private(self, state: StateDict) -> StateDict:
@@ -104,8 +94,8 @@ class Task:
         privacy = self.config.privacy
         if privacy.mode != "update":
             return state
-        deviation = update_deviation(privacy)
-        self.ledger = self.ledger.after(deviation / (2 * privacy.clip_norm), sample_rate=1.0)
+        cost = cost_of_round(privacy, self.config.client, len(self.data.train_labels))
+        self.ledger = self.ledger.after(*cost)
         private = private_update(state, copy_of(self.received), privacy, self.uniform)
         self.model.load_state_dict(private)
         return private

@@ -1,0 +1,99 @@
+"""Accuracy against epsilon: what differential privacy on the clients costs.
+
+    python -m benchmarks.dp
+    python -m benchmarks.dp --mode update
+
+20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. In mode example a column is the epsilon that
+a client has spent after the last round; without noise there is none, and training is plain. In mode
+update it is what the noise of each upload is measured by, and all rounds together tell more.
+"""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+import typer
+from opacus.accountants.utils import get_noise_multiplier
+
+from benchmarks.onboarding import SMALL_IMAGES
+from pfedgpa_app.config import ClientConfig
+from pfedgpa_app.privacy import quiet_opacus, sampling_plan
+from pfedgpa_app.report import mean_and_spread
+from pfedgpa_app.tables import Cell, Table
+from server_app.simulation import read_config, simulate
+
+CLIENTS = 20
+JUDGED_ROUNDS = 3
+STRATEGIES = ("pfedgpa", "fedavg-ft", "local")
+DELTA = 1e-4  # below 1 / 600, the number of a client's images
+# Larger batches drown less in their noise; plain training has the same settings.
+CLIENT: dict[str, Any] = {
+    "client.local-epochs": 2,
+    "client.batch-size": 120,
+    "client.learning-rate": 0.2,
+    "client.momentum": 0.0,
+}
+EPSILONS = {"example": (10.0, 3.0, 1.0), "update": (1000.0, 300.0, 100.0)}
+
+
+def settings(mode: str, epsilon: float | None, rounds: int, num_examples: int) -> dict[str, Any]:
+    """Return the settings of a column; None is training without privacy."""
+    if epsilon is None:
+        return {}
+    private = {"privacy.mode": mode, "privacy.delta": DELTA, "privacy.seeded-noise": True}
+    if mode == "update":
+        return {**private, "privacy.epsilon": epsilon, "privacy.clip-norm": 0.5}
+    plan = ClientConfig(
+        local_epochs=CLIENT["client.local-epochs"], batch_size=CLIENT["client.batch-size"]
+    )
+    sample_rate, steps = sampling_plan(num_examples, plan)
+    with quiet_opacus():
+        noise = get_noise_multiplier(
+            target_epsilon=epsilon,
+            target_delta=DELTA,
+            sample_rate=sample_rate,
+            steps=rounds * steps,
+            accountant="rdp",
+        )
+    return {**private, "privacy.noise-multiplier": noise}
+
+
+def main(
+    file: Path = Path("conf/fashion-mnist-20.toml"),
+    mode: Annotated[str, typer.Option(help="example or update.")] = "example",
+    rounds: int = 10,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+) -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    columns = (None, *EPSILONS[mode])
+    spent: list[float] = []
+    cells: dict[str, list[Cell]] = {}
+    for strategy in STRATEGIES:
+        cells[strategy] = []
+        for epsilon in columns:
+            accuracies = []
+            for seed in seeds.split(","):
+                overrides = {"strategy": strategy, "seed": int(seed), "num-server-rounds": rounds}
+                base = read_config(file, {**SMALL_IMAGES, **CLIENT, **overrides})
+                private = settings(mode, epsilon, rounds, base.data.train_samples)
+                config = read_config(file, {**base.to_flat(), **private})
+                _, rows = simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS)
+                accuracies.append(
+                    fmean(row["personalized-accuracy"] for row in rows[-JUDGED_ROUNDS:])
+                )
+                if epsilon is not None:
+                    spent.append(rows[-1]["epsilon"])
+            cells[strategy].append(Cell(mean_and_spread(accuracies)))
+            print(strategy, epsilon, cells[strategy][-1].text, *spent[-1:], sep=", ", flush=True)
+    headings = ["no privacy", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS[mode])]
+    note = (
+        f"delta = {DELTA:g}, {rounds} rounds, means over the last {JUDGED_ROUNDS}: "
+        f"python -m benchmarks.dp --mode {mode} --seeds {seeds}"
+    )
+    print(Table(f"Accuracy with privacy.mode = {mode}", headings, cells, note).markdown())
+
+
+if __name__ == "__main__":
+    typer.run(main)
