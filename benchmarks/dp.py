@@ -31,7 +31,7 @@ DELTA = 1e-4  # below 1 / 600, the number of a client's images
 CLIENT: dict[str, Any] = {
     "client.local-epochs": 2,
     "client.batch-size": 120,
-    "client.learning-rate": 0.2,
+    "client.learning-rate": 0.5,
     "client.momentum": 0.0,
 }
 EPSILONS = {"example": (10.0, 3.0, 1.0), "update": (1000.0, 300.0, 100.0)}
