@@ -16,6 +16,7 @@ from scipy import optimize, stats
 from small_task import IMAGES, LABELS, PLAIN_SGD, small_task
 from torch import nn
 
+from benchmarks import dp
 from client_app.app import evaluate_message, query, train_message
 from pfedgpa_app import preflight
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError, PrivacyConfig
@@ -24,6 +25,7 @@ from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import copy_of
 from pfedgpa_app.privacy import (
     Ledger,
+    cost_of_round,
     gaussian,
     private_update,
     sampling_plan,
@@ -33,7 +35,7 @@ from pfedgpa_app.privacy import (
 )
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.report import RunFolder
-from server_app.app import RoundEnd, make_strategy
+from server_app.app import RoundEnd, RunError, make_strategy
 from server_app.simulation import simulate
 
 SETTINGS = {"client.local-epochs": 2, "client.device": "cpu", "privacy.seeded-noise": True}
@@ -561,6 +563,24 @@ def test_a_plan_has_as_many_steps_as_plain_training():
     assert sampling_plan(30, ClientConfig(batch_size=10, local_epochs=5)) == (1 / 3, 15)
     assert sampling_plan(31, ClientConfig(batch_size=10, local_epochs=1)) == (1 / 4, 4)
     assert sampling_plan(3, ClientConfig(batch_size=10, local_epochs=2)) == (1.0, 2)
+
+
+def test_a_budget_that_is_too_small_for_one_round_ends_the_run(tmp_path: Path):
+    config = Config.from_flat({**EXAMPLE, "privacy.epsilon": 0.1})
+    strategy = make_strategy(config)
+    strategy.record.server_round = 1
+    strategy.record.spent(0, 0.0)
+    end = RoundEnd(strategy, RunFolder(tmp_path / "run", config), config)
+    with pytest.raises(RunError, match="privacy budget spent"):
+        end(1, ArrayRecord())
+
+
+@pytest.mark.parametrize("epsilon", dp.EPSILONS["example"])
+def test_columns_of_the_benchmark_spend_the_epsilon_of_their_headings(epsilon: float):
+    config = Config.from_flat({**dp.CLIENT, **dp.settings("example", epsilon, 10, 600)})
+    noise, rate, steps = cost_of_round(config.privacy, config.client, 600)
+    spent = Ledger().after(noise, rate, 10 * steps).epsilon(config.privacy.delta)
+    assert 0.98 * epsilon <= spent <= epsilon
 
 
 def test_a_round_tells_the_largest_epsilon_in_its_log(monkeypatch, caplog, tmp_path: Path):
