@@ -49,7 +49,7 @@ def check(file: FileArgument = None, config: Overrides = None) -> None:
 
     Run it in the project's folder.
     """
-    sys.path.append(os.getcwd())  # where own modules are, as `flwr run` packs it
+    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
     settings = _load(file, config or [])
     try:
         preflight(settings)
@@ -101,7 +101,7 @@ def export(
     from pfedgpa_app.exported import ExportedModel
 
     if trust:
-        sys.path.append(os.getcwd())
+        sys.path.insert(0, os.getcwd())
     try:
         model = ExportedModel.load(_find_run(run, output_dir).model_file(client), trusted=trust)
         model = model.with_class_counts(_counts(class_counts))
@@ -145,7 +145,7 @@ def predict(
     if test_set and class_counts:
         fail("--class-counts: the test set comes with its training set, which is counted")
     if trust:
-        sys.path.append(os.getcwd())
+        sys.path.insert(0, os.getcwd())
     try:
         exported = ExportedModel.load(model, trusted=trust)
         if class_counts:

@@ -65,7 +65,7 @@ def bench(
 
     from server_app.bench import Suite, SuiteError, execute, num_processes
 
-    sys.path.append(os.getcwd())  # where own modules are, as `flwr run` packs it
+    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, (os.environ.get("PYTHONPATH"), os.getcwd()))
     )

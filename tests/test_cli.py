@@ -107,6 +107,21 @@ def test_own_functions_are_found_in_the_current_folder(
     assert result.exit_code == 0, result.stderr
 
 
+def test_own_modules_win_over_installed_packages_of_their_name(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Opacus installs a package that is called benchmarks."""
+    for folder, source in (("installed", ""), ("own", "from torch import nn\n")):
+        (tmp_path / folder / "name_of_both").mkdir(parents=True)
+        (tmp_path / folder / "name_of_both" / "__init__.py").write_text(source)
+    with (tmp_path / "own" / "name_of_both" / "__init__.py").open("a") as file:
+        file.write("def model(info): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), *sys.path])
+    monkeypatch.chdir(tmp_path / "own")
+    result = runner.invoke(cli.app, ["config", "check", "-c", 'model.name="name_of_both:model"'])
+    assert result.exit_code == 0, result.output
+
+
 def test_an_empty_folder_has_no_runs(runner: CliRunner, tmp_path: Path):
     result = runner.invoke(cli.app, ["runs", "--output-dir", str(tmp_path)])
     assert result.exit_code == 0
