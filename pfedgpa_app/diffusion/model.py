@@ -285,9 +285,9 @@ def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
 def withheld(weights: Tensor, min_kin: int, own: int | None = None) -> Tensor:
     """Return by how much the weights of a mixture are too large for the privacy of others.
 
-    Who knows its own part of a mixture knows the rest of it. So no one of the others may have more
-    than ``1 / (min_kin - 1)`` of their weight: at least ``min_kin`` clients have a part then, who
-    gets it included. The largest are cut down to where that holds.
+    Who knows its own part of a mixture knows the rest of it. So none of the others may have more
+    than ``1 / (min_kin - 1)`` of their weight. Where one has, the largest are cut down to the
+    ``(min_kin - 1)``-th largest, so that as many others have the largest part.
 
     Parameters
     ----------
@@ -303,17 +303,15 @@ def withheld(weights: Tensor, min_kin: int, own: int | None = None) -> Tensor:
     Tensor
         What is to be taken from the weights, ``(num_clients,)``, 0 for most.
     """
+    if min_kin < 3:
+        return torch.zeros_like(weights)
     sizes = weights.abs()
     if own is not None:
         sizes[own] = 0
     ordered = sizes.sort(descending=True).values
-    cap = torch.inf
-    for num_cut in range(min_kin - 1):
-        # With so many cut down to the cap, it is 1 / (min_kin - 1) of what is left then.
-        rest = ordered[num_cut:]
-        cap = float(rest.sum()) / (min_kin - 1 - num_cut)
-        if not len(rest) or rest[0] <= cap:
-            break
+    if ordered[0] * (min_kin - 1) <= ordered.sum():
+        return torch.zeros_like(weights)
+    cap = float(ordered[min_kin - 2]) if min_kin - 2 < len(ordered) else 0.0
     return weights.sign() * (sizes - cap).clamp(min=0)
 
 
