@@ -27,9 +27,9 @@ CLIENTS = 20
 JUDGED_ROUNDS = 3
 STRATEGIES = ("pfedgpa", "fedavg-ft", "local")
 DELTA = 1e-4  # below 1 / 600, the number of a client's images
-# Larger batches drown less in their noise.
-# Clipped gradients are shorter, and take longer steps.
+# Clipped gradients are shorter, and take longer steps. Rates were chosen on seed 0.
 DP_SGD_RATE = 0.5
+# Larger batches drown less in their noise.
 CLIENT: dict[str, Any] = {
     "client.local-epochs": 2,
     "client.batch-size": 120,
@@ -65,7 +65,7 @@ def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
     mode: Annotated[str, typer.Option(help="example or update.")] = "example",
     rounds: int = 10,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,3",
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)
