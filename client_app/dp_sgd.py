@@ -42,21 +42,12 @@ def train_privately(
     *,
     loss: Loss,
 ) -> None:
-    """Train a model in place by the steps of `sampling_plan`.
+    """Train a model in place by the steps of `sampling_plan`, with the arguments of `train`.
 
     Parameters
     ----------
     model
-        On the device of the images; of layers that `unfit_layers` has nothing against.
-    images
-        As the data set has them, ``(num_examples, channels, height, width)``; every batch is
-        normalized with ``stats``.
-    labels
-        ``(num_examples,)``.
-    stats
-        Mean and deviation of each channel.
-    config
-        Epochs, batch size and the optimizer's settings.
+        Of layers that `unfit_layers` has nothing against.
     privacy
         Length to which the gradient of each image is clipped, and the noise on their sum.
     uniform

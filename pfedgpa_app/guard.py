@@ -16,8 +16,7 @@ from torch.nn import functional
 MIN_CLIENTS = 4
 """Fewer are not judged: the median would be one of two or three, any of which may lie."""
 
-# How far a client may always be from the median one. Honest clients of a round moved up to 1.9
-# times as far where the spread was small, and had come up to 1.4 times as far.
+# How far a client may always be from the median one: docs/attacks.md says how it was chosen.
 _MAX_RATIO = 2.0
 # The same in standard deviations, where clients differ more.
 _MAX_DEVIATIONS = 4.0

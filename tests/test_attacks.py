@@ -10,6 +10,7 @@ from benchmarks.lying_client import TARGET, falsified, with_trigger
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.randomness import make_generator
 from server_app.replies import Upload
 from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
@@ -95,7 +96,8 @@ def test_falsified_data_are_what_the_attack_says(poison: str):
 
 
 def test_robust_rules_take_the_place_of_the_average():
-    states: list[StateDict] = [{"weight": torch.randn(3, 2)} for _ in range(8)]
+    generator = make_generator(0)
+    states: list[StateDict] = [{"weight": torch.randn(3, 2, generator=generator)} for _ in range(8)]
     every = np.stack([state["weight"].numpy() for state in states])
     given = [Upload(state, 10, {}, {}, {}) for state in states]
     config = Config.from_flat({"strategy": "fedavg-ft"})

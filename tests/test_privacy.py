@@ -65,7 +65,10 @@ def test_of_a_group_of_two_each_keeps_its_own_and_of_three_they_share():
 @pytest.mark.parametrize("sharing", ["kin", "measured"])
 def test_two_clients_alone_are_sent_nothing_of_each_other(sharing: str):
     uploads = torch.randn(2, DIM, generator=make_generator(5))
-    halves = [sketches(uploads + 0.1 * torch.randn(2, DIM)) for _ in range(2)]
+    halves = [
+        sketches(uploads + 0.1 * torch.randn(2, DIM, generator=make_generator(seed)))
+        for seed in (6, 7)
+    ]
     aggregator = fitted(uploads, halves, sharing=sharing, rank=1)
     for client in range(2):
         torch.testing.assert_close(aggregator.personalize(client), uploads[client])
