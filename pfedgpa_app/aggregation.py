@@ -22,7 +22,7 @@ from pfedgpa_app.diffusion import (
 from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
 from pfedgpa_app.state import below, load_state, save_state, under
 
-STATE_KIND = "pfedgpa-aggregator-5"
+STATE_KIND = "pfedgpa-aggregator-6"
 
 WHOLE = (slice(None),)
 """All parameters as one block."""
@@ -34,9 +34,9 @@ MAX_DIVERGENCE = 0.5
 # Agreement of those who ask for the same: members of one group have 1, of others less than 0.4.
 MIN_AGREEMENT = 0.5
 # Rounds after which others do not learn from a client's last upload any more. Where clients take
-# part seldom it is as many times the median member's rounds since its last upload.
+# part seldom it is as many times the median member's rounds between its last two uploads.
 MAX_AGE = 20
-_MAX_MEDIAN_AGES = 5
+_MAX_INTERVALS = 5
 
 
 class GenerativeAggregator:
@@ -54,6 +54,8 @@ class GenerativeAggregator:
         The settings of guided denoising.
     seed
         Fixes, with the round, all that is drawn at random.
+    is_noised
+        Whether clients add independent noise to all that they upload, as for their privacy.
 
     Attributes
     ----------
@@ -65,6 +67,8 @@ class GenerativeAggregator:
         was generated for a newcomer, the last upload of a member.
     rounds
         The round of each member's last upload.
+    intervals
+        The rounds between the last two uploads of each member that made two.
     secluded
         Whose upload is its model as it is, until it is observed again.
     halves
@@ -82,14 +86,17 @@ class GenerativeAggregator:
         onboarding: OnboardingConfig | None = None,
         *,
         seed: int = 0,
+        is_noised: bool = False,
     ) -> None:
         self.config = config
         self.onboarding = onboarding or OnboardingConfig()
         self.seed = seed
+        self.is_noised = is_noised
         self.device = resolve_device(config.device)
         self.bank: dict[int, Tensor] = {}
         self.guests: dict[int, Tensor] = {}
         self.rounds: dict[int, int] = {}
+        self.intervals: dict[int, int] = {}
         self.secluded: set[int] = set()
         self.halves: dict[int, Tensor] = {}
         self.average: Tensor | None = None
@@ -211,6 +218,7 @@ class GenerativeAggregator:
             **under("guests", self.guests),
             **under("halves", self.halves),
             **under("rounds", {client: torch.tensor(n) for client, n in self.rounds.items()}),
+            **under("intervals", {c: torch.tensor(n) for c, n in self.intervals.items()}),
             "secluded": torch.tensor(sorted(self.secluded)),
         }
         if self.average is not None:
@@ -240,7 +248,10 @@ class GenerativeAggregator:
                 parts = below(f"model.{number}", tensors)
                 model = BlockDiffusion.of(self.config, parts, self.device) if parts else None
                 models.append(model)
-            rounds = {int(client): int(n) for client, n in below("rounds", tensors).items()}
+            rounds, intervals = (
+                {int(client): int(n) for client, n in below(name, tensors).items()}
+                for name in ("rounds", "intervals")
+            )
             secluded = {int(client) for client in tensors["secluded"]}
             alike = tensors["alike"].tolist()
             if len(alike) != len(self.blocks):
@@ -248,7 +259,7 @@ class GenerativeAggregator:
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
         self.bank, self.guests, self.halves = bank, guests, halves
-        self.rounds, self.secluded = rounds, secluded
+        self.rounds, self.intervals, self.secluded = rounds, intervals, secluded
         self.models, self.alike = models, alike
         self.average, self.initial = tensors.get("average"), tensors.get("initial")
         self._fresh = {}
@@ -296,7 +307,7 @@ class GenerativeAggregator:
         vectors = self._vectors(block)
         if len(vectors) < 2:
             return None
-        spectrum = Spectrum.of(vectors)
+        spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
         is_measured = self._is_measured()
         is_flat = (
             not is_measured
@@ -317,10 +328,15 @@ class GenerativeAggregator:
     def _take_in(self, server_round: int) -> None:
         """Sort the uploads of a round, and the members that were not heard of for long."""
         known = self.bank | self.guests | self._fresh
+        again = self._fresh.keys() & self.rounds.keys()
+        self.intervals |= {client: server_round - self.rounds[client] for client in again}
         self.rounds |= dict.fromkeys(self._fresh, server_round)
         ages = {client: server_round - last for client, last in self.rounds.items()}
-        usual = statistics.median(ages.values()) if ages else 0
-        max_age = max(MAX_AGE, _MAX_MEDIAN_AGES * usual)
+        # Of who made one upload, its age is all there is. Ages alone would let nobody go where most
+        # are gone.
+        intervals = ages | self.intervals
+        usual = statistics.median(intervals.values()) if intervals else 0
+        max_age = max(MAX_AGE, _MAX_INTERVALS * usual)
         members = {client for client, age in ages.items() if age <= max_age} - self.secluded
         self.bank = {client: known[client] for client in known if client in members}
         self.guests = {client: known[client] for client in known if client not in members}

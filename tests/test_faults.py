@@ -16,6 +16,7 @@ import pytest
 import torch
 from flwr.common.config import parse_config_args
 from network import read_lines, wait_until
+from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.faults import (
@@ -51,14 +52,26 @@ LEARNED = re.compile(r"[1-9]\d* dimensions from timestep")
 
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the digits of every client."""
+    """Write the digits of every client, those of the first one as pictures."""
     folder = tmp_path_factory.mktemp("sites")
     for client in range(CLIENTS):
         data = client_data(DataConfig(), 0, client, CLIENTS)
+        if client == 0:
+            write_pictures(folder / "0.npz" / "train", data.train_images, data.train_labels)
+            write_pictures(folder / "0.npz" / "test", data.test_images, data.test_labels)
+            continue
         images = torch.cat([data.train_images, data.test_images])
         labels = torch.cat([data.train_labels, data.test_labels])
         np.savez(folder / f"{client}.npz", x=images, y=labels)
     return folder
+
+
+def write_pictures(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Write a picture an image, in a folder a class."""
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        file = folder / str(label) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(file)
 
 
 def undisturbed(
@@ -291,6 +304,8 @@ REASONS = (
     },
 )
 HONEST = CLIENTS - len(REASONS[0])
+# And one more, whose data are not where its operator said.
+NOWHERE = CLIENTS
 
 
 @pytest.fixture(scope="module")
@@ -303,14 +318,14 @@ def open_federation(tmp_path_factory: pytest.TempPathFactory, sites: Path) -> It
         started.start_superlink("--database", ":flwr-in-memory:")
         for client, faults in enumerate(zip(*REASONS, strict=True), HONEST):
             started.start_client(client, f"fault='{','.join(faults)}'")
-        started.start_clients(*range(HONEST))
+        started.start_clients(*range(HONEST), NOWHERE)
         yield started
 
 
 @pytest.fixture(scope="module")
 def falsified_run(open_federation: Federation) -> Path:
     """Return the folder of a run among honest and faulty clients."""
-    settings = {**QUICK, "num-server-rounds": 2, "server.min-available-nodes": CLIENTS}
+    settings = {**QUICK, "num-server-rounds": 2, "server.min-available-nodes": CLIENTS + 1}
     open_federation.start_run("run", **settings)
     return open_federation.wait_for_end()
 
@@ -326,6 +341,18 @@ def test_a_falsified_reply_costs_its_sender_the_round(
     client = HONEST + list(reasons).index(fault)
     rows = read_lines(falsified_run, "clients.jsonl")
     assert reasons[fault] in statuses(rows, client)[server_round]
+
+
+def test_a_site_without_its_data_is_told_and_so_is_the_server(
+    open_federation: Federation, falsified_run: Path
+):
+    said = f"{open_federation.sites}/{NOWHERE}.npz: no such folder of images or .npz file"
+    assert f"This node cannot take part: {said}" in open_federation.log(f"client-{NOWHERE}")
+    assert "This node cannot take part" not in open_federation.log("client-0")
+    failed = statuses(read_lines(falsified_run, "clients.jsonl"), NOWHERE)
+    assert failed.keys() == {1, 2}
+    assert all(said in status for status in failed.values())
+    assert said in open_federation.log("run")
 
 
 def test_honest_clients_get_the_digits_of_a_run_without_the_faulty_ones(

@@ -171,18 +171,30 @@ def test_where_all_take_part_seldom_old_uploads_are_no_exception():
     assert len(aggregator.bank) == 30
 
 
+def test_where_most_are_gone_the_rest_do_not_wait_for_them_forever():
+    aggregator = fitted(torch.ones(DIM))
+    for server_round in range(2, 4 + MAX_AGE):
+        for client in range(8 if server_round == 2 else 2):
+            aggregator.observe(client, torch.full((DIM,), float(server_round + client)))
+        aggregator.fit(server_round)
+    assert sorted(aggregator.bank) == [0, 1]
+
+
 def test_the_restored_state_knows_who_is_secluded_and_how_old_uploads_are():
     aggregator = fitted(torch.ones(DIM))
+    aggregator.seclude(7, torch.ones(DIM))
+    aggregator.fit(2)
     restored = GenerativeAggregator(DiffusionConfig(train_steps=5))
     restored.begin(torch.zeros(DIM))
     restored.restore(aggregator.state())
     assert restored.secluded == {7}
-    assert restored.rounds == dict.fromkeys(range(8), 1)
+    assert restored.rounds == dict.fromkeys(range(7), 1) | {7: 2}
+    assert restored.intervals == {7: 1}
     uploads = {client: vector + 1 for client, vector in aggregator.bank.items()}
     for one in (aggregator, restored):
         for client, vector in uploads.items():
             one.observe(client, vector)
-        one.fit(2)
+        one.fit(3)
     for client in range(8):
         assert torch.equal(aggregator.personalize(client), restored.personalize(client))
 

@@ -1,5 +1,6 @@
 """The affine subspace of a bank of vectors, where diffusion costs little and loses nothing."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,9 @@ _RELATIVE_TOLERANCE = 1e-8
 _MIN_GAP = 3
 # Clouds without groups seldom exceed it, and the fewer vectors the more often: the tests count.
 _MIN_NEARNESS = 5
+# Where noise was added, the lowest eigenvalue is at least this part of what it would be if there
+# were no other; without any it is below half of the median.
+_FLAT = 0.9
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,17 @@ class Spectrum:
         Variances along all principal axes, descending, float64, ``(min(num_vectors - 1, d),)``.
     eigenvectors
         Of the Gram matrix, as columns, float64, ``(num_vectors, min(num_vectors - 1, d))``.
+    is_noised
+        Whether independent noise was added to all entries of all vectors.
     """
 
     mean: Tensor
     eigenvalues: Tensor
     eigenvectors: Tensor
+    is_noised: bool = False
 
     @classmethod
-    def of(cls, vectors: Sequence[Tensor]) -> "Spectrum":
+    def of(cls, vectors: Sequence[Tensor], *, is_noised: bool = False) -> "Spectrum":
         """Analyze vectors ``(d,)`` by their Gram matrix, in float64 and one pass over them."""
         mean = torch.empty_like(vectors[0])
         gram = mean.new_zeros(len(vectors), len(vectors), dtype=torch.float64)
@@ -54,7 +61,7 @@ class Spectrum:
         eigenvectors = eigenvectors.flip(1)[:, :num_axes]
         farthest = eigenvectors.abs().argmax(dim=0, keepdim=True)
         eigenvectors = eigenvectors * eigenvectors.gather(0, farthest).sign()
-        return cls(mean, eigenvalues.clamp(min=0) / len(vectors), eigenvectors)
+        return cls(mean, eigenvalues.clamp(min=0) / len(vectors), eigenvectors, is_noised)
 
     @property
     def floor(self) -> float:
@@ -72,9 +79,13 @@ class Spectrum:
         """Return how much noise makes vectors look alike that differ by no more than the floor.
 
         In ``rank`` dimensions their squared distance is ``2 rank floor`` on average, in units of
-        the mean variance of these axes.
+        the mean variance of these axes. Where the floor is the noise that was added, there is no
+        doubt about its distribution: two vectors differ by ``2 floor`` of it along each axis.
         """
-        return 2 * rank * self.floor / float(self.eigenvalues[:rank].mean()) if rank else 0.0
+        if not rank:
+            return 0.0
+        num_axes = 1 if self.is_drowned else rank
+        return 2 * num_axes * self.floor / float(self.eigenvalues[:rank].mean())
 
     def shrinkage(self, rank: int) -> Tensor:
         """Return ``lambda / (lambda + floor)`` of the first axes, ``(rank,)``, float64.
@@ -92,11 +103,33 @@ class Spectrum:
         for an unknown noise level, in the limit of far fewer vectors than dimensions. If neither
         the eigenvalues have a gap nor most vectors have kin, each is different from all others:
         what is above the threshold then tells no groups apart, and there is none.
+
+        Noise that was added has no eigenvalues above the edge of its known distribution, which is
+        much nearer, and what is above it is signal. It tells who is alike if it is, on average, as
+        strong as the noise.
         """
+        if self.is_drowned:
+            edge = self.floor * (1 + self._noise_width) ** 2
+            above = self.eigenvalues[self.eigenvalues > edge]
+            return len(above) if len(above) and above.mean() >= 1.5 * self.floor else 0
         num_above = min(self.max_rank, int((self.eigenvalues > 2 * self.floor).sum()))
         gaps = self.eigenvalues[:num_above] >= _MIN_GAP * self.eigenvalues[1 : num_above + 1]
         is_grouped = bool(gaps.any()) or self.nearness(num_above) > _MIN_NEARNESS
         return num_above if is_grouped else 0
+
+    @property
+    def is_drowned(self) -> bool:
+        """Whether what was added drowns all other noise, so that the floor is flat.
+
+        The eigenvalues of ``n`` vectors of independent noise in ``d`` dimensions are within
+        ``(1 +- sqrt(n / d))^2`` of their median (Marchenko and Pastur), for n far below d.
+        """
+        lowest = float(self.eigenvalues[-1]) if len(self.eigenvalues) else 0.0
+        return self.is_noised and lowest > _FLAT * self.floor * (1 - self._noise_width) ** 2
+
+    @property
+    def _noise_width(self) -> float:
+        return math.sqrt(len(self.eigenvectors) / len(self.mean))
 
     def nearness(self, rank: int) -> float:
         """Return how much nearer vectors have their nearest than in a cloud without groups.

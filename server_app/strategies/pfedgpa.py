@@ -49,6 +49,9 @@ class PFedGPA(ClientwiseFedAvg):
         Settings of newcomers' rounds.
     momentum : float (default: 0.0)
         Part of its last step by which each client's model goes on.
+    noised : bool (default: False)
+        Whether clients add noise to their uploads for their privacy. They then tell nothing of
+        halves, so that uploads alone decide what is shared.
     **kwargs : Any
         The arguments of Flower's `FedAvg`, such as ``fraction_train``.
 
@@ -77,9 +80,12 @@ class PFedGPA(ClientwiseFedAvg):
         diffusion: DiffusionConfig | None = None,
         onboarding: OnboardingConfig | None = None,
         momentum: float = 0.0,
+        noised: bool = False,
         **kwargs: Any,
     ) -> None:
         diffusion = diffusion or DiffusionConfig()
+        if noised:
+            diffusion = diffusion.model_copy(update={"sharing": "kin"})
         onboarding = onboarding or OnboardingConfig()
         super().__init__(
             generated_layers=diffusion.patterns,
@@ -89,7 +95,7 @@ class PFedGPA(ClientwiseFedAvg):
             join_round=onboarding.join_round,
             **kwargs,
         )
-        self.aggregator = GenerativeAggregator(diffusion, onboarding, seed=seed)
+        self.aggregator = GenerativeAggregator(diffusion, onboarding, seed=seed, is_noised=noised)
         self.rounds_onboarded: dict[int, int] = {}
         self.rounds_measured: dict[int, int] = {}
         self.measures = False
@@ -97,18 +103,13 @@ class PFedGPA(ClientwiseFedAvg):
 
     @classmethod
     def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`.
-
-        Clients whose uploads are private tell nothing of halves, so that uploads alone decide.
-        """
-        diffusion = config.diffusion
-        if config.privacy.is_on:
-            diffusion = diffusion.model_copy(update={"sharing": "kin"})
+        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
         return cls(
             seed=config.seed,
-            diffusion=diffusion,
+            diffusion=config.diffusion,
             onboarding=config.onboarding,
             momentum=config.server.momentum,
+            noised=config.privacy.is_on,
             **kwargs,
         )
 
