@@ -1,13 +1,15 @@
 """The app as users run it: `flwr run` on a SuperLink with Flower's simulation engine."""
 
+import contextlib
 import json
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from network import Network, read_lines, wait_until
+from network import Network, free_port, read_lines, wait_until, with_descendants
 
 from pfedgpa_app.config import Config
 from server_app.simulation import simulate
@@ -24,10 +26,13 @@ class SuperLink(Network):
         super().__init__(folder)
         self.start_superlink("--simulation")
 
-    def simulation_command(self, clients: int, workers: int, **settings: object) -> list[str]:
+    def simulation_command(
+        self, clients: int, workers: int | None = None, **settings: object
+    ) -> list[str]:
         """Return the command that runs the app with simulated clients."""
-        federation = f"num-supernodes={clients} client-resources-num-cpus=1"
-        federation += f" init-args-num-cpus={workers} {self.resources}"
+        federation = f"num-supernodes={clients} client-resources-num-cpus=1 {self.resources}"
+        if workers is not None:
+            federation += f" init-args-num-cpus={workers}"
         return [*self.run_command(**settings), "--federation-config", federation]
 
     def run(
@@ -56,6 +61,36 @@ class SuperLink(Network):
         folder = self.run_folder()
         assert folder is not None
         return folder
+
+
+class Cluster(SuperLink):
+    """Two Ray nodes with a processor each, and a SuperLink that simulates on them."""
+
+    def __init__(self, folder: Path, ray_folder: Path) -> None:
+        self.address, self.ray_folder = f"127.0.0.1:{free_port()}", ray_folder
+        super().__init__(folder)
+
+    def start_superlink(self, *options: str | Path) -> subprocess.Popen[bytes]:
+        """Start the Ray nodes, and a SuperLink that knows where they are."""
+        self.env["RAY_ADDRESS"] = self.address
+        node = ("ray", "start", "--block", "--num-cpus=1", "--num-gpus=0", "--disable-usage-stats")
+        port = self.address.split(":")[1]
+        head = (f"--port={port}", f"--temp-dir={self.ray_folder}", "--include-dashboard=false")
+        self.start("head", *node, "--head", *head)
+        wait_until(lambda: "Ray runtime started" in self.log("head"))
+        self.start("worker", *node, f"--address={self.address}")
+        wait_until(lambda: "Ray runtime started" in self.log("worker"))
+        return super().start_superlink(*options)
+
+    def clients(self) -> set[str]:
+        """Return the Ray nodes on which clients are answering now or wait for a message."""
+        found = set()
+        for name in ("head", "worker"):
+            for process in with_descendants(self.processes[name].pid):
+                with contextlib.suppress(OSError):
+                    if "ClientAppActor" in Path(f"/proc/{process}/cmdline").read_text():
+                        found.add(name)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +156,23 @@ def test_two_workers_and_a_kill_between_give_the_same_digits(
     kept = [row for row in resumed if row in begun]
     assert len(kept) >= len(begun) - 1
     assert f"Going on after round {len(kept)}" in log
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    # Ray's sockets are below its folder, and their paths must be short.
+    with tempfile.TemporaryDirectory() as short, Cluster(tmp_path, Path(short)) as started:
+        yield started
+
+
+def test_a_cluster_of_two_machines_gives_the_digits_of_one(
+    cluster: Cluster, one_worker: tuple[str, list[dict], Path]
+):
+    _, expected, _ = one_worker
+    cluster.start("run", *cluster.simulation_command(4, **QUICK))
+    wait_until(lambda: cluster.clients() == {"head", "worker"}, 240)
+    wait_until(lambda: cluster.processes["run"].poll() is not None, 240)
+    assert without_seconds(read_lines(cluster.run_folder())) == without_seconds(expected)
 
 
 def test_a_baseline_runs_on_the_same_settings_by_clients_that_share_a_gpu(
