@@ -1,5 +1,6 @@
 """Generative aggregation: the server's side of pFedGPA (Algorithm 1 of arXiv 2409.05701)."""
 
+import contextlib
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -20,7 +21,8 @@ from pfedgpa_app.diffusion import (
     normalized,
 )
 from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
-from pfedgpa_app.state import below, load_state, save_state, under
+from pfedgpa_app.state import WriteError, below, load_state, save_state, under
+from pfedgpa_app.vault import MemoryVault, Vault
 
 STATE_KIND = "pfedgpa-aggregator-6"
 
@@ -56,15 +58,19 @@ class GenerativeAggregator:
         Fixes, with the round, all that is drawn at random.
     is_noised
         Whether clients add independent noise to all that they upload, as for their privacy.
-
     Attributes
     ----------
     bank
         The last upload of each member, ``(d,)``, brought up to date. A member of which nothing was
         heard for more than `MAX_AGE` rounds, or that is secluded, is not in it.
     guests
-        The model of everyone else of whom something is known, ``(d,)``, brought up to date: what
-        was generated for a newcomer, the last upload of a member.
+        The model of others of whom something is known, ``(d,)``, brought up to date: what was
+        generated for a newcomer, the last upload of a member.
+    retired
+        What would be in the bank or among the guests, ``(d,)``, if there were not ``max_members``
+        of whom was heard later. Nothing is done with it until it is asked for.
+    seen
+        The round in which something came from each client last.
     rounds
         The round of each member's last upload.
     intervals
@@ -95,12 +101,15 @@ class GenerativeAggregator:
         self.device = resolve_device(config.device)
         self.bank: dict[int, Tensor] = {}
         self.guests: dict[int, Tensor] = {}
+        self.retired: Vault = MemoryVault()
+        self.seen: dict[int, int] = {}
         self.rounds: dict[int, int] = {}
         self.intervals: dict[int, int] = {}
         self.secluded: set[int] = set()
         self.halves: dict[int, Tensor] = {}
         self.average: Tensor | None = None
         self._fresh: dict[int, Tensor] = {}
+        self._round = 0
         self.begin(None)
 
     def begin(self, initial: Tensor | None, blocks: Sequence[slice] = WHOLE) -> None:
@@ -139,6 +148,7 @@ class GenerativeAggregator:
         FloatingPointError
             If the training diverged; everyone then keeps its upload.
         """
+        self._round = server_round
         with single_thread():
             self._bring_up_to_date(average)
             self.average = average
@@ -159,6 +169,9 @@ class GenerativeAggregator:
         """
         if client in self.guests:
             return self.guests[client]
+        if client in self.retired:
+            with single_thread():
+                return self._brought_back(client)
         upload = self.bank[client]
         row = sorted(self.bank).index(client)
         with single_thread():
@@ -188,20 +201,10 @@ class GenerativeAggregator:
         otherwise it goes through guided denoising. Its local training took it from ``previous`` to
         ``current``, both ``(d,)``; they do not get into the bank.
         """
-        kin: Tensor | None = None
+        self.retired.pop(client, None)
         with single_thread():
-            if self._is_measured() and client in self.halves:
-                members = torch.stack([self._told(member) for member in sorted(self.bank)])
-                kin = (agreement(self.halves[client], members) - MIN_AGREEMENT).clamp(min=0)
-            pieces = [
-                model.onboard(
-                    current[block], previous[block], self.onboarding, self._vectors(block), kin
-                )
-                if model
-                else current[block]
-                for block, model in self._learned()
-            ]
-        self.guests[client] = torch.cat(pieces)
+            self.guests[client] = self._welcomed(current, previous, self._kin(client))
+        self.seen[client] = self._round
 
     def describe(self) -> str:
         """Say what the last `fit` found, block by block."""
@@ -216,9 +219,11 @@ class GenerativeAggregator:
         tensors = {
             **under("bank", self.bank),
             **under("guests", self.guests),
+            **under("retired", self.retired.state()),
             **under("halves", self.halves),
             **under("rounds", {client: torch.tensor(n) for client, n in self.rounds.items()}),
             **under("intervals", {c: torch.tensor(n) for c, n in self.intervals.items()}),
+            **under("seen", {client: torch.tensor(n) for client, n in self.seen.items()}),
             "secluded": torch.tensor(sorted(self.secluded)),
         }
         if self.average is not None:
@@ -248,18 +253,20 @@ class GenerativeAggregator:
                 parts = below(f"model.{number}", tensors)
                 model = BlockDiffusion.of(self.config, parts, self.device) if parts else None
                 models.append(model)
-            rounds, intervals = (
+            rounds, intervals, seen = (
                 {int(client): int(n) for client, n in below(name, tensors).items()}
-                for name in ("rounds", "intervals")
+                for name in ("rounds", "intervals", "seen")
             )
             secluded = {int(client) for client in tensors["secluded"]}
             alike = tensors["alike"].tolist()
             if len(alike) != len(self.blocks):
                 raise KeyError("alike")
+            self.retired.restore(below("retired", tensors))
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
         self.bank, self.guests, self.halves = bank, guests, halves
-        self.rounds, self.intervals, self.secluded = rounds, intervals, secluded
+        self.rounds, self.intervals, self.seen = rounds, intervals, seen
+        self.secluded = secluded
         self.models, self.alike = models, alike
         self.average, self.initial = tensors.get("average"), tensors.get("initial")
         self._fresh = {}
@@ -277,6 +284,35 @@ class GenerativeAggregator:
             If the file is missing, damaged or none of `save`; the state is then as it was.
         """
         self.restore(load_state(file, STATE_KIND)[0])
+
+    def _welcomed(self, current: Tensor, previous: Tensor, kin: Tensor | None) -> Tensor:
+        pieces = [
+            model.onboard(
+                current[block], previous[block], self.onboarding, self._vectors(block), kin
+            )
+            if model
+            else current[block]
+            for block, model in self._learned()
+        ]
+        return torch.cat(pieces)
+
+    def _kin(self, client: int) -> Tensor | None:
+        """Return how far the members ask for the same as a client, ``(num_members,)``, if known."""
+        if not self._is_measured() or client not in self.halves:
+            return None
+        members = torch.stack([self._told(member) for member in sorted(self.bank)])
+        return (agreement(self.halves[client], members) - MIN_AGREEMENT).clamp(min=0)
+
+    def _brought_back(self, client: int) -> Tensor:
+        """Return what is given to a client that is retired, ``(d,)``.
+
+        Its own model is of long ago: it is given what those members are given that ask for the
+        same. Where nobody does, or it is not known, it is its own.
+        """
+        last, kin = self.retired[client], self._kin(client)
+        if client in self.secluded or kin is None or not bool(kin.any()):
+            return last
+        return self._welcomed(last, last, kin)
 
     def _learned(self) -> Iterator[tuple[slice, BlockDiffusion | None]]:
         return zip(self.blocks, self.models, strict=True)
@@ -331,6 +367,9 @@ class GenerativeAggregator:
         again = self._fresh.keys() & self.rounds.keys()
         self.intervals |= {client: server_round - self.rounds[client] for client in again}
         self.rounds |= dict.fromkeys(self._fresh, server_round)
+        self.seen |= dict.fromkeys(self._fresh, server_round)
+        for client in self._fresh:
+            self.retired.pop(client, None)
         ages = {client: server_round - last for client, last in self.rounds.items()}
         # Of who made one upload, its age is all there is. Ages alone would let nobody go where most
         # are gone.
@@ -340,7 +379,14 @@ class GenerativeAggregator:
         members = {client for client, age in ages.items() if age <= max_age} - self.secluded
         self.bank = {client: known[client] for client in known if client in members}
         self.guests = {client: known[client] for client in known if client not in members}
+        most = max(self.config.max_members, len(self._fresh))
         self._fresh = {}
+        for some in (self.bank, self.guests):
+            latest = sorted(some, key=lambda client: (-self.seen[client], client))
+            for client in latest[most:]:
+                with contextlib.suppress(WriteError):  # it stays then, until there is room
+                    self.retired[client] = some[client]
+                    del some[client]
 
     def _bring_up_to_date(self, average: Tensor | None) -> None:
         """Move who was not in the round by how far others have come since it was.

@@ -175,6 +175,7 @@ class ServerConfig(Section):
     round_timeout: Positive = 3600.0
     join_timeout: Positive = 3600.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bank: Literal["memory", "disk"] = "memory"
 
 
 class DiffusionConfig(Section):
@@ -188,6 +189,7 @@ class DiffusionConfig(Section):
     measure_every: Count = 20
     guard: bool = True
     min_kin: Count = 3
+    max_members: Annotated[int, Field(ge=2)] = 300
     old_uploads: Literal["kin", "deviation", "as-uploaded"] = "kin"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
@@ -371,6 +373,13 @@ class Config(Section):
         if self.output_dir:
             return below_home(self.output_dir)
         return xdg_folder("XDG_DATA_HOME", ".local/share") / "runs"
+
+    @property
+    def earlier_path(self) -> Path | None:
+        """The folder of the run to go on from, absolute; None if there is none."""
+        if not self.resume_from:
+            return None
+        return self.output_path / Path(self.resume_from).expanduser()
 
     @property
     def decisive(self) -> dict[str, Scalar]:

@@ -30,6 +30,9 @@ def main(grid: Grid, context: Context) -> None:
         initial, earlier = preflight(config).state_dict(), None
         strategy = make_strategy(config)
         strategy.roster.ids_stay = not isinstance(grid, InMemoryGrid)
+        path = config.output_path / str(context.run_id)
+        if config.server.bank == "disk":
+            strategy.store_below(path, config.earlier_path)
         if config.resume_from:
             earlier, initial = resume(config, strategy, initial)
         else:
@@ -43,7 +46,6 @@ def main(grid: Grid, context: Context) -> None:
             "privacy.seeded-noise = true: the noise follows from the seed and protects nobody; "
             "right would be false, outside of experiments",
         )
-    path = config.output_path / str(context.run_id)
     guarded: Any = GuardedGrid(grid, max_bytes(strategy.layout, strategy.extras_layout))
     try:
         folder = RunFolder(path, config)
@@ -126,6 +128,8 @@ class RoundEnd:
             if self._is_due(completed, is_last):
                 write_checkpoint(self.folder.path, self.strategy)
                 self.checkpointed = completed
+            if self.checkpointed in (None, completed):
+                self.strategy.sweep()
         except WriteError as error:
             if server_round == 0 or is_last:
                 raise

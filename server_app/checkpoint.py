@@ -53,7 +53,8 @@ def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tu
             f'resume-from = "{config.resume_from}": the clients of {config.strategy} keep parts of '
             "their models, which end with their run; right would be a new run"
         )
-    path = config.output_path / Path(config.resume_from).expanduser()
+    path = config.earlier_path
+    assert path is not None, "there is a run to go on from"
     try:
         run = Run.read(path)
         tensors, facts = load_state(path / CHECKPOINT, CHECKPOINT_KIND)

@@ -155,6 +155,22 @@ def test_killed_between_checkpoints_a_run_goes_on_after_the_last(
     assert load_state(tmp_path / "3" / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == ROUNDS
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_models_on_disk_are_those_that_the_checkpoint_counts_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+):
+    few = {"diffusion.max-members": 2, "server.fraction-train": 0.34, "checkpoint.every": every}
+    expected = run_app(tmp_path, 1, **few)
+    few["server.bank"] = "disk"
+    with monkeypatch.context() as patch:
+        kill_at(patch, RunFolder, "add_round", 4)
+        with pytest.raises(Killed):
+            run_app(tmp_path, 2, **few)
+    assert any((tmp_path / "2" / "bank").iterdir())
+    assert_same_results(run_app(tmp_path, 3, **few, **{"resume-from": "2"}), expected)
+    assert len(list((tmp_path / "3" / "bank").iterdir())) <= 4
+
+
 def test_a_resumed_run_that_is_killed_at_once_is_resumed_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path
 ):

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -211,6 +212,15 @@ class ClientwiseFedAvg(FedAvg):
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in the uploads of a round by client; the average is up to date already."""
+
+    def store_below(self, folder: Path, earlier: Path | None) -> None:
+        """Keep what is seldom needed in files below a run's folder; by default there is nothing.
+
+        ``earlier`` is the folder of the run to go on from.
+        """
+
+    def sweep(self) -> None:
+        """Remove such files that no checkpoint counts on any more."""
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from logging import INFO, WARNING
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from pfedgpa_app.diffusion import SKETCH
 from pfedgpa_app.guard import unusual
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.state import below, under
+from pfedgpa_app.vault import DiskVault
 from server_app.momentum import ClientMomentum
 from server_app.replies import Upload
 from server_app.roster import Roster
@@ -20,6 +22,8 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 
 COMMON = "common"
 """What a client is sent beside its parameters to be asked for `HALVES`."""
+BANK = "bank"
+"""The folder of models that are not in memory."""
 HALVES = "halves"
 """What a client may tell then: how two halves of its images move what is `COMMON`."""
 
@@ -158,7 +162,10 @@ class PFedGPA(ClientwiseFedAvg):
         return ParameterLayout.of({HALVES: torch.empty(2, SKETCH)}) if self.measures else None
 
     def _is_known(self, client: int) -> bool:
-        return client in self.aggregator.bank or client in self.aggregator.guests
+        aggregator = self.aggregator
+        return any(
+            client in some for some in (aggregator.bank, aggregator.guests, aggregator.retired)
+        )
 
     def counts(self, client: int) -> bool:
         """Tell whether a client is a member, as all of the first round are, and is not unusual."""
@@ -233,6 +240,14 @@ class PFedGPA(ClientwiseFedAvg):
             {int(client): int(number) for client, number in below(name, tensors).items()}
             for name in ("rounds-onboarded", "rounds-measured")
         )
+
+    def store_below(self, folder: Path, earlier: Path | None) -> None:
+        """Keep the models of those beyond ``diffusion.max-members`` in files."""
+        self.aggregator.retired = DiskVault(folder / BANK, earlier and earlier / BANK)
+
+    def sweep(self) -> None:
+        """Remove their files that no checkpoint counts on any more."""
+        self.aggregator.retired.sweep()
 
     def training_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""

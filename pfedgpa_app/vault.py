@@ -1,0 +1,145 @@
+"""Vectors of clients that are seldom needed, in memory or on disk."""
+
+import os
+import shutil
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.state import load_state, save_state
+
+VECTOR_KIND = "pfedgpa-vector-1"
+
+
+class MemoryVault(dict[int, Tensor]):
+    """A vector ``(d,)`` a client, all of them in memory."""
+
+    def state(self) -> dict[int, Tensor]:
+        """Return the vectors."""
+        return dict(self)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` returned."""
+        self.clear()
+        self.update({int(client): vector for client, vector in tensors.items()})
+
+    def sweep(self) -> None:
+        """Do nothing: there are no files."""
+
+
+class DiskVault(MutableMapping[int, Tensor]):
+    """A vector ``(d,)`` a client, each in a safetensors file of its own.
+
+    A file is never written again: what a client is given anew goes to a new one, and what the last
+    checkpoint counts on stays until `sweep` is called after the next.
+
+    Parameters
+    ----------
+    folder
+        Of the files, ``<client>-<version>.safetensors``. It is made with the first one.
+    earlier
+        Where `restore` finds them; ``folder`` by default.
+
+    Attributes
+    ----------
+    versions
+        The number of each client's file.
+    """
+
+    def __init__(self, folder: Path, earlier: Path | None = None) -> None:
+        self.folder, self.earlier = folder, earlier or folder
+        self.versions: dict[int, int] = {}
+        self._next = 1
+
+    def file(self, client: int) -> Path:
+        """Return the file of a client's vector."""
+        return self.folder / f"{client}-{self.versions[client]}.safetensors"
+
+    def state(self) -> dict[int, Tensor]:
+        """Return the number of each client's file, ``()``."""
+        return {client: torch.tensor(version) for client, version in self.versions.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` returned, and the files, which stay where they are as well.
+
+        Raises
+        ------
+        ValueError
+            If one is missing or damaged.
+        """
+        before, self.versions = self.versions, {int(c): int(n) for c, n in tensors.items()}
+        try:
+            for client in self:
+                file = self.file(client)
+                load_state(self.earlier / file.name, VECTOR_KIND)
+                if self.earlier != self.folder:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    _copy(self.earlier / file.name, file)
+        except ValueError:
+            self.versions = before
+            raise
+        self._next = max(self.versions.values(), default=0) + 1
+
+    def sweep(self) -> None:
+        """Remove the files that nothing counts on any more."""
+        counted_on = {self.file(client).name for client in self}
+        for file in self.folder.iterdir() if self.folder.is_dir() else ():
+            if file.name not in counted_on:
+                file.unlink()
+
+    def __setitem__(self, client: int, vector: Tensor) -> None:
+        """Write a vector.
+
+        Raises
+        ------
+        WriteError
+            If that fails; the client then has what it had.
+        """
+        before = self.versions.get(client)
+        self.versions[client] = self._next
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_state(self.file(client), VECTOR_KIND, {"vector": vector})
+        except OSError:
+            del self.versions[client]
+            if before is not None:
+                self.versions[client] = before
+            raise
+        self._next += 1
+
+    def __getitem__(self, client: int) -> Tensor:
+        """Read a vector.
+
+        Raises
+        ------
+        KeyError
+            If the client has none.
+        ValueError
+            If its file is missing or damaged.
+        """
+        return load_state(self.file(client), VECTOR_KIND)[0]["vector"]
+
+    def __delitem__(self, client: int) -> None:
+        """Forget a vector; its file stays until `sweep`."""
+        del self.versions[client]
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the clients."""
+        return iter(self.versions)
+
+    def __len__(self) -> int:
+        """Return the number of clients."""
+        return len(self.versions)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Give a file another name, without a copy of its content where the disk can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+Vault = MemoryVault | DiskVault

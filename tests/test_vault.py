@@ -1,0 +1,206 @@
+"""Who is beyond the members that others learn from: kept in memory or on disk, and brought back."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pfedgpa_app import vault
+from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.config import DiffusionConfig
+from pfedgpa_app.diffusion import sketched
+from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.state import WriteError
+from pfedgpa_app.vault import DiskVault, MemoryVault, Vault
+
+DIM = 300
+CLIENTS = 12
+
+
+def vector(value: float) -> Tensor:
+    return torch.full((3,), value)
+
+
+@pytest.fixture(params=["memory", "disk"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Vault:
+    return MemoryVault() if request.param == "memory" else DiskVault(tmp_path / "bank")
+
+
+def test_a_vault_is_a_dictionary(kept: Vault):
+    kept[7], kept[2] = vector(7), vector(2)
+    kept[7] = vector(8)
+    assert (sorted(kept), len(kept), 7 in kept, 3 in kept) == ([2, 7], 2, True, False)
+    assert torch.equal(kept[7], vector(8))
+    assert torch.equal(kept.pop(2), vector(2))
+    assert kept.pop(2, None) is None
+    with pytest.raises(KeyError):
+        kept[2]
+    kept.sweep()
+    assert torch.equal(kept[7], vector(8))
+
+
+def files(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def test_files_that_the_last_checkpoint_counts_on_stay_until_the_next(tmp_path: Path):
+    kept = DiskVault(tmp_path)
+    kept[1], kept[2] = vector(1), vector(2)
+    checkpoint = {str(client): version for client, version in kept.state().items()}
+    kept[1] = vector(3)
+    del kept[2]
+    then = DiskVault(tmp_path)
+    then.restore(checkpoint)
+    assert torch.equal(then[1], vector(1))
+    assert torch.equal(then[2], vector(2))
+    assert len(files(tmp_path)) == 3
+    kept.sweep()
+    assert files(tmp_path) == {kept.file(1).name}
+    assert torch.equal(kept[1], vector(3))
+
+
+def test_another_run_goes_on_with_files_of_its_own(tmp_path: Path):
+    first = DiskVault(tmp_path / "first")
+    first[1], first[2] = vector(1), vector(2)
+    second = DiskVault(tmp_path / "second", earlier=tmp_path / "first")
+    second.restore({str(client): version for client, version in first.state().items()})
+    second[1] = vector(5)
+    del second[2]
+    second.sweep()
+    assert torch.equal(first[1], vector(1))
+    assert torch.equal(first[2], vector(2))
+    assert torch.equal(second[1], vector(5))
+    assert len(second) == 1
+
+
+def test_a_damaged_file_is_no_state_to_go_on_from(tmp_path: Path):
+    first = DiskVault(tmp_path / "first")
+    first[1] = vector(1)
+    first.file(1).write_bytes(b"nothing")
+    second = DiskVault(tmp_path / "second", earlier=tmp_path / "first")
+    with pytest.raises(ValueError, match=r"1-1\.safetensors is missing or damaged"):
+        second.restore({"1": torch.tensor(1)})
+    assert not second
+
+
+def full_disk(file: Path, *args: object) -> None:
+    raise WriteError(f"{file} cannot be written: the disk is full")
+
+
+def test_on_a_full_disk_a_client_has_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kept = DiskVault(tmp_path)
+    kept[1] = vector(1)
+    monkeypatch.setattr(vault, "save_state", full_disk)
+    for client in (1, 2):
+        with pytest.raises(WriteError):
+            kept[client] = vector(9)
+    assert dict(kept).keys() == {1}
+    assert torch.equal(kept[1], vector(1))
+
+
+# The aggregator
+
+
+def uploads() -> Tensor:
+    """Three groups, client i in group i % 3, with a little noise."""
+    centres = torch.randn(3, DIM, generator=make_generator(1))
+    noise = torch.randn(CLIENTS, DIM, generator=make_generator(2))
+    return centres[torch.arange(CLIENTS) % 3] + 0.1 * noise
+
+
+def fitted(kept: Vault, rounds: int = 2, **settings: object) -> GenerativeAggregator:
+    """Half of the clients in round 1, the others in round 2, and so on, with six members."""
+    config = DiffusionConfig(**{"train_steps": 5, "max_members": 6, "min_kin": 1} | settings)
+    aggregator = GenerativeAggregator(config, seed=1)
+    aggregator.retired = kept
+    aggregator.begin(torch.zeros(DIM))
+    for server_round in range(1, rounds + 1):
+        observe(aggregator, server_round)
+    return aggregator
+
+
+def observe(aggregator: GenerativeAggregator, server_round: int) -> None:
+    first = 6 * ((server_round + 1) % 2)
+    for client in range(first, first + 6):
+        aggregator.observe(client, uploads()[client])
+        halves = uploads()[client] + 0.1 * torch.randn(2, DIM, generator=make_generator(client))
+        aggregator.compare(client, torch.stack([sketched(half) for half in halves]))
+    aggregator.fit(server_round)
+
+
+def test_members_are_those_heard_of_last(kept: Vault):
+    aggregator = fitted(kept)
+    assert sorted(aggregator.bank) == [6, 7, 8, 9, 10, 11]
+    assert sorted(aggregator.retired) == [0, 1, 2, 3, 4, 5]
+    observe(aggregator, 3)
+    assert sorted(aggregator.bank) == [0, 1, 2, 3, 4, 5]
+    assert sorted(aggregator.retired) == [6, 7, 8, 9, 10, 11]
+
+
+def test_everyone_of_a_round_is_a_member(kept: Vault):
+    aggregator = fitted(kept, max_members=2)
+    assert sorted(aggregator.bank) == [6, 7, 8, 9, 10, 11]
+
+
+def test_who_is_retired_is_given_what_its_like_are_given(kept: Vault):
+    aggregator = fitted(kept)
+    for client in range(6):
+        (like, _) = (
+            aggregator.personalize(other) for other in range(6, 12) if other % 3 == client % 3
+        )
+        torch.testing.assert_close(aggregator.personalize(client), like, rtol=0, atol=0.2)
+        assert not torch.equal(aggregator.personalize(client), uploads()[client])
+
+
+def test_who_is_retired_and_like_nobody_has_its_own(kept: Vault):
+    aggregator = fitted(kept)
+    other = torch.randn(DIM, generator=make_generator(9))
+    aggregator.compare(0, torch.stack([sketched(other)] * 2))
+    assert torch.equal(aggregator.personalize(0), uploads()[0])
+    by_uploads = fitted(MemoryVault(), sharing="kin")
+    assert torch.equal(by_uploads.personalize(0), uploads()[0])
+
+
+def test_newcomers_retire_as_well(kept: Vault):
+    aggregator = fitted(kept, rounds=1)
+    for server_round in (2, 3):
+        observe(aggregator, server_round)
+        for client in range(100 * server_round, 100 * server_round + 4):
+            aggregator.onboard(client, uploads()[0], uploads()[1])
+    aggregator.fit(4)
+    assert sorted(aggregator.guests) == [200, 201, 300, 301, 302, 303]
+    assert {202, 203} <= set(aggregator.retired)
+
+
+def test_on_a_full_disk_nobody_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vault, "save_state", full_disk)
+    aggregator = fitted(DiskVault(tmp_path))
+    assert sorted(aggregator.bank) == list(range(12))
+    monkeypatch.undo()
+    observe(aggregator, 3)
+    assert sorted(aggregator.bank) == [0, 1, 2, 3, 4, 5]
+    assert sorted(aggregator.retired) == [6, 7, 8, 9, 10, 11]
+
+
+def test_memory_and_disk_give_the_same_and_go_on_as_without_a_break(tmp_path: Path):
+    memory, disk = fitted(MemoryVault()), fitted(DiskVault(tmp_path / "first"))
+    memory.save(tmp_path / "memory.safetensors")
+    disk.save(tmp_path / "disk.safetensors")
+    assert (tmp_path / "disk.safetensors").stat().st_size < (
+        tmp_path / "memory.safetensors"
+    ).stat().st_size
+    resumed = []
+    for name in ("memory", "disk"):
+        aggregator = GenerativeAggregator(memory.config, seed=1)
+        if name == "disk":
+            aggregator.retired = DiskVault(tmp_path / "second", earlier=tmp_path / "first")
+        aggregator.begin(torch.zeros(DIM))
+        aggregator.load(tmp_path / f"{name}.safetensors")
+        resumed.append(aggregator)
+    for server_round in (3, 4):
+        for aggregator in (memory, disk, *resumed):
+            observe(aggregator, server_round)
+        for client in range(CLIENTS):
+            expected = memory.personalize(client)
+            assert all(torch.equal(one.personalize(client), expected) for one in (disk, *resumed))
