@@ -1,0 +1,150 @@
+"""What the diffusion model costs the server, by the number of clients.
+
+    python -m benchmarks.many_clients
+
+Clients in five groups; their parameters are drawn, not trained, since only their number matters
+here. In each round 100 of them upload, who are sent their models before. Each row is measured in a
+process of its own.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.config import DiffusionConfig
+from pfedgpa_app.diffusion import SKETCH
+from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.vault import DiskVault, MemoryVault
+
+GROUPS = 5
+UPLOADS = 100
+ROUNDS = 3
+DIM = 117_066  # of the CNN for Fashion-MNIST
+MEMBERS = DiffusionConfig().max_members
+# Number of clients, of members at most, and where the others are.
+ROWS = ((100, MEMBERS, "memory"), (1_000, 1_000, "memory"))
+ROWS += tuple(
+    (clients, MEMBERS, bank) for clients in (1_000, 10_000) for bank in ("memory", "disk")
+)
+MEGA = 2**20
+
+
+def measure(clients: int, members: int, bank: str, dim: int = DIM) -> dict[str, float]:
+    """Measure one row, in a process of its own.
+
+    Returns
+    -------
+    dict[str, float]
+        Means over the rounds: ``fit``, ``model`` and ``checkpoint``, seconds for learning, for each
+        model sent and for the checkpoint; ``megabytes`` of the checkpoint; ``memory``, the peak of
+        the process in megabytes; ``error`` of the models, as a part of the distance of an upload
+        from the centre of its group.
+    """
+    row = [f"--clients={clients}", f"--members={members}", f"--bank={bank}", f"--dim={dim}"]
+    command = [sys.executable, "-m", "benchmarks.many_clients", *row]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def main(
+    clients: Annotated[int, typer.Option(help="Measure one row and print JSON.")] = 0,
+    members: int = MEMBERS,
+    bank: str = "memory",
+    dim: int = DIM,
+) -> None:
+    """Print the table."""
+    if clients:
+        print(json.dumps(_measure(clients, members, bank, dim)))
+        return
+    headings = ("clients", "members at most", "bank", "seconds to learn", "to make a model")
+    headings += ("to write a checkpoint", "checkpoint, MB", "peak memory, MB")
+    print(f"| {' | '.join(headings)} |\n|{' --- |' * len(headings)}")
+    for row in ROWS:
+        found = measure(*row, dim)
+        print(
+            f"| {row[0]:,} | {row[1]:,} | {row[2]} | {found['fit']:.1f} | {found['model']:.3f} | "
+            f"{found['checkpoint']:.1f} | {found['megabytes']:,.0f} | {found['memory']:,.0f} |",
+            flush=True,
+        )
+
+
+class Clients:
+    """Draws what clients upload and tell."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.centres = [torch.randn(dim, generator=make_generator(0, g)) for g in range(GROUPS)]
+
+    def upload(self, client: int) -> Tensor:
+        """Return the parameters of a client, ``(d,)``."""
+        noise = torch.randn(self.dim, generator=make_generator(1, client))
+        return noise.mul_(0.5).add_(self.centres[client % GROUPS])
+
+    def halves(self, client: int) -> Tensor:
+        """Return what it tells of its halves, ``(2, SKETCH)``."""
+        noise = torch.randn(2, SKETCH, generator=make_generator(2, client))
+        return 0.5 * noise + torch.randn(SKETCH, generator=make_generator(3, client % GROUPS))
+
+    def error(self, client: int, model: Tensor) -> float:
+        """Return how far a model is from the centre, in units of the upload's distance."""
+        centre = self.centres[client % GROUPS]
+        return float((model - centre).norm() / (self.upload(client) - centre).norm())
+
+
+def _measure(num_clients: int, members: int, bank: str, dim: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    clients = Clients(dim)
+    aggregator = GenerativeAggregator(DiffusionConfig(device="cpu", max_members=members))
+    aggregator.begin(torch.zeros(dim))
+    with tempfile.TemporaryDirectory() as folder:
+        aggregator.retired = DiskVault(Path(folder, "bank")) if bank == "disk" else MemoryVault()
+        first_member = max(0, num_clients - members)
+        for client in range(num_clients):
+            aggregator.compare(client, clients.halves(client))
+            if client >= first_member:
+                aggregator.observe(client, clients.upload(client))
+                continue
+            # As if it had been in a round of long ago.
+            aggregator.retired[client] = clients.upload(client)
+            aggregator.rounds[client] = aggregator.seen[client] = 0
+        aggregator.fit(1)
+        found: dict[str, list[float]] = {"fit": [], "model": [], "checkpoint": [], "error": []}
+        checkpoint = Path(folder, "checkpoint.safetensors")
+        for number in range(ROUNDS):
+            chosen = [(number * UPLOADS + place) % num_clients for place in range(UPLOADS)]
+            begin = time.perf_counter()
+            for client in chosen:
+                aggregator.personalize(client)
+            found["model"].append((time.perf_counter() - begin) / UPLOADS)
+            found["error"] += [clients.error(c, aggregator.personalize(c)) for c in chosen[::10]]
+            for client in chosen:
+                aggregator.observe(client, clients.upload(client))
+            begin = time.perf_counter()
+            aggregator.fit(2 + number)
+            found["fit"].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            aggregator.save(checkpoint)
+            aggregator.retired.sweep()
+            found["checkpoint"].append(time.perf_counter() - begin)
+        megabytes = checkpoint.stat().st_size / MEGA
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA
+    means = {name: fmean(values) for name, values in found.items()}
+    return {**means, "megabytes": megabytes, "memory": memory}
+
+
+if __name__ == "__main__":
+    typer.run(main)

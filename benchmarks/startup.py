@@ -1,0 +1,59 @@
+"""Where the seconds go from `flwr run` to the end of the first round.
+
+    python -m benchmarks.startup
+
+The first run of the README, ten simulated clients on two workers, on a SuperLink that is up and
+one that is not. Seconds are those at which a line appears in the log, to a tenth.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+from tests.network import Network
+
+# What the log says, and what has been done when it does.
+LINES = {
+    "Successfully started run": "the app is packed and sent to the SuperLink",
+    "Starting Flower": "the ServerApp's process has imported what it needs",
+    "[ROUND 1/": "Ray and the simulation are up, the clients are counted",
+    "aggregate_train: Received": "clients have imported what they need, and trained",
+    "configure_evaluate": "the server has learned",
+    "Round 1/": "the models are judged",
+}
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as folder, Network(Path(folder)) as network:
+        begin = time.monotonic()
+        network.start_superlink("--simulation")
+        print("| seconds | since the step before | |\n| --- | --- | --- |")
+        print(f"| | {time.monotonic() - begin:.1f} | the SuperLink is up |")
+        before = 0.0
+        for seconds, done in steps(network):
+            print(f"| {seconds:.1f} | {seconds - before:.1f} | {done} |", flush=True)
+            before = seconds
+
+
+def steps(network: Network) -> Iterator[tuple[float, str]]:
+    """Run the app, and yield what it has done after how many seconds."""
+    begin = time.monotonic()
+    federation = "num-supernodes=10 client-resources-num-cpus=1"
+    command = [*network.run_command(), "--federation-config", federation]
+    process = network.start("run", *command)
+    expected = dict(LINES)
+    while process.poll() is None:
+        log = network.log("run")
+        while expected and next(iter(expected)) in log:
+            line = next(iter(expected))
+            yield time.monotonic() - begin, expected.pop(line)
+        time.sleep(0.05)
+    yield time.monotonic() - begin, "the run is over: all rounds, models and figure"
+
+
+if __name__ == "__main__":
+    typer.run(main)
