@@ -171,6 +171,7 @@ class ServerConfig(Section):
 
     fraction_train: Fraction = 1.0
     fraction_evaluate: UnitInterval = 1.0
+    evaluate_every: OptionalCount = 1
     min_available_nodes: Count = 2
     round_timeout: Positive = 3600.0
     join_timeout: Positive = 3600.0
@@ -385,8 +386,9 @@ class Config(Section):
     def decisive(self) -> dict[str, Scalar]:
         """The settings that decide about results, as a flat run config.
 
-        Where the output goes, how far the run goes, what it goes on from and how long it waits for
-        clients are not among them, nor are the settings of strategies that the run does not have.
+        Where the output goes, how far the run goes, what it goes on from, how long it waits for
+        clients and when it judges are not among them, nor are the settings of strategies that the
+        run does not have.
         """
         free = {
             "output-dir",
@@ -396,6 +398,7 @@ class Config(Section):
             "server.min-available-nodes",
             "server.round-timeout",
             "server.join-timeout",
+            "server.evaluate-every",
         }
         if self.strategy == "floco":  # the round of its projection is a part of all
             free.remove("num-server-rounds")

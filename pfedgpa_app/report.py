@@ -19,6 +19,11 @@ Row = dict[str, Any]
 
 NO_REPLY = "no reply"
 BUDGET_SPENT = "privacy budget spent"
+CURVES = {
+    "personalized-accuracy": ("-", "personalized"),
+    "received-accuracy": (":", "as sent for training"),
+    "finetuned-accuracy": ("--", "after local training"),
+}
 TRAINING_METRICS = (
     "num-examples",
     "accuracy-before",
@@ -120,6 +125,7 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "personalized-loss": _mean(record.column("personalized-loss")),
         "personalized-accuracy-worst": min(accuracies, default=None),
         "personalized-accuracy-std": statistics.pstdev(accuracies) if accuracies else None,
+        "received-accuracy": _mean(record.column("accuracy-before")),
         "finetuned-accuracy": _mean(record.column("accuracy-after")),
         "finetuned-loss": _mean(record.column("loss-after")),
         "num-nodes": record.num_nodes,
@@ -308,7 +314,8 @@ def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
 def draw_accuracy(groups: Mapping[str, list[Run]], file: Path) -> None:
     """Draw accuracy over rounds, a colour a group, the mean over its runs and their range.
 
-    The personalized accuracy is a line, the accuracy after local training a dashed one.
+    The personalized accuracy is a line, the accuracy after local training a dashed one. Where not
+    every round was judged, a dotted one has the models of the round before, as they were sent.
     """
     # matplotlib takes a second to import, which only figures need.
     from matplotlib.figure import Figure
@@ -317,11 +324,11 @@ def draw_accuracy(groups: Mapping[str, list[Run]], file: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for number, (label, runs) in enumerate(groups.items()):
-        for name, style in (("personalized-accuracy", "-"), ("finetuned-accuracy", "--")):
+        for name, (style, what) in CURVES.items():
             rounds, rows = _curves(runs, name)
-            if not rounds:
+            is_judged = all(run.config.server.evaluate_every == 1 for run in runs)
+            if not rounds or (name == "received-accuracy" and is_judged):
                 continue
-            what = "personalized" if style == "-" else "after local training"
             means = [statistics.fmean(row) for row in rows]
             axes.plot(rounds, means, style, color=f"C{number}", label=f"{label}, {what}")
             axes.fill_between(

@@ -83,6 +83,7 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
         roster=PartitionRoster(),
         fraction_train=config.server.fraction_train,
         fraction_evaluate=config.server.fraction_evaluate,
+        evaluate_every=config.server.evaluate_every,
         min_train_nodes=1,
         min_evaluate_nodes=1,
         min_available_nodes=config.server.min_available_nodes,
@@ -155,7 +156,8 @@ class RoundEnd:
         row = summarize(record, self.config.strategy, seconds)
         log(
             INFO,
-            "Round %d/%d: personalized accuracy %s (worst client %s), after local training %s; "
+            "Round %d/%d: personalized accuracy %s (worst client %s), as sent %s, after local "
+            "training %s; "
             "%d clients, %.1f s (clients %.1f, diffusion %.1f)%s",
             record.server_round,
             self.config.num_server_rounds,
@@ -164,6 +166,7 @@ class RoundEnd:
                 for name in (
                     "personalized-accuracy",
                     "personalized-accuracy-worst",
+                    "received-accuracy",
                     "finetuned-accuracy",
                 )
             ),

@@ -210,6 +210,8 @@ class Suite(Section):
             )
         if config.server.fraction_evaluate < 1:
             yield "server.fraction-evaluate: a judged number is of all clients; right would be 1.0"
+        if config.server.evaluate_every != 1:
+            yield "server.evaluate-every: the judged rounds are the last ones; right would be 1"
 
     def _judged(self, config: Config) -> int:
         return config.num_server_rounds if self.curve else self.judged_rounds

@@ -47,8 +47,10 @@ def hand_made_record() -> RoundRecord:
         2, seconds_clients=1.23456, seconds_diffusion=0.5, num_nodes=6, bytes_down=400
     )
     record.expect([3, 2, 1, 0], [33, 32, 31, 30])
-    record.trained(2, {"accuracy-after": 0.75, "loss-after": 1.0, "num-examples": 9}, 100)
-    record.trained(0, {"accuracy-after": 0.25, "loss-after": 2.0, "num-examples": 8}, 110)
+    metrics = {"accuracy-before": 0.5, "accuracy-after": 0.75, "loss-after": 1.0}
+    record.trained(2, {**metrics, "num-examples": 9}, 100)
+    metrics = {"accuracy-before": 0.2, "accuracy-after": 0.25, "loss-after": 2.0}
+    record.trained(0, {**metrics, "num-examples": 8}, 110)
     record.failed(1, "0.weight has values that are not finite")
     record.evaluated(0, {"accuracy": 0.5, "loss": 0.7, "num-examples": 4})
     record.evaluated(2, {"accuracy": 1.0, "loss": 0.1, "num-examples": 4})
@@ -66,6 +68,7 @@ def test_a_round_is_summarized_over_its_clients():
         "personalized-accuracy-worst": 0.5,
         # mean 0.7, deviations -0.2, 0.3 and -0.1
         "personalized-accuracy-std": pytest.approx(math.sqrt((0.04 + 0.09 + 0.01) / 3)),
+        "received-accuracy": pytest.approx(0.35),
         "finetuned-accuracy": 0.5,
         "finetuned-loss": 1.5,
         "num-nodes": 6,
@@ -87,6 +90,7 @@ def test_a_round_without_clients_has_no_means():
         "personalized-loss",
         "personalized-accuracy-worst",
         "personalized-accuracy-std",
+        "received-accuracy",
         "finetuned-accuracy",
         "finetuned-loss",
         "epsilon",
@@ -101,6 +105,7 @@ def test_a_client_has_a_row_with_all_that_is_known_of_it():
         "client": 2,
         "node-id": "32",
         "status": "ok",
+        "accuracy-before": 0.5,
         "accuracy-after": 0.75,
         "loss-after": 1.0,
         "num-examples": 9,

@@ -15,9 +15,10 @@ from flwr.app import (
 )
 from simulated_grid import SimulatedGrid, upload, weights
 
-from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
+from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from server_app import roster as roster_module
 from server_app.roster import JoinTimeoutError, PartitionRoster, Roster
+from server_app.simulation import simulate
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, Local, PFedGPA
 
 Node = Callable[[Message], RecordDict | Error | None]
@@ -493,3 +494,22 @@ def test_a_run_gives_up_on_nodes_that_never_come():
     strategy = ClientwiseFedAvg(min_available_nodes=3, join_timeout=0.1)
     with pytest.raises(JoinTimeoutError, match=r"2 of at least 3 nodes are connected; right would"):
         start(strategy, SimulatedGrid({1: site(1.0), 2: site(1.0)}))
+
+
+@pytest.mark.parametrize(("every", "judged"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (0, [5])])
+def test_models_are_judged_as_often_as_asked_for_and_in_the_last_round(
+    every: int, judged: list[int]
+):
+    settings = {"client.local-epochs": 1, "diffusion.train-steps": 5, "num-server-rounds": 5}
+    settings |= {"server.evaluate-every": every, "client.device": "cpu"}
+    _, rows = simulate(Config.from_flat(settings), 3, num_processes=0)
+    assert [row["round"] for row in rows if row["personalized-accuracy"] is not None] == judged
+    _, plain = simulate(Config.from_flat({**settings, "server.evaluate-every": 1}), 3)
+    # Who trains judges what it is sent, which is what was generated in the round before.
+    for before, row, each in zip(plain, rows[1:], plain[1:], strict=False):
+        assert row["received-accuracy"] == before["personalized-accuracy"]
+        assert row["finetuned-accuracy"] == each["finetuned-accuracy"]
+    if not every:
+        assert sum(row["bytes-down"] for row in rows[:4]) * 2 == pytest.approx(
+            sum(row["bytes-down"] for row in plain[:4]), rel=0.01
+        )

@@ -20,7 +20,7 @@ from flwr.app import (
 )
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from pfedgpa_app.config import Config
@@ -71,6 +71,9 @@ class ClientwiseFedAvg(FedAvg):
         Part of its last step by which the average goes on (FedAvgM, https://arxiv.org/abs/1909.06335).
     join_timeout : float (default: inf)
         Seconds to wait for ``min_available_nodes``.
+    evaluate_every : int (default: 1)
+        Rounds from one in which models are evaluated to the next. The last round is always one; 0:
+        it alone. Who trains judges what it is sent in every round.
     **kwargs : Any
         The arguments of Flower's `FedAvg`.
 
@@ -108,9 +111,12 @@ class ClientwiseFedAvg(FedAvg):
         join_round: int = 0,
         momentum: float = 0.0,
         join_timeout: float = math.inf,
+        evaluate_every: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.evaluate_every = evaluate_every
+        self._last_round = 0
         self.join_timeout = join_timeout
         self.momentum = Momentum(momentum)
         self.late_clients = late_clients
@@ -139,6 +145,28 @@ class ClientwiseFedAvg(FedAvg):
             join_round=late.join_round,
             momentum=config.server.momentum,
             **kwargs,
+        )
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run all rounds, as Flower's `FedAvg` does."""
+        self._last_round = self.completed_rounds + num_rounds
+        return super().start(
+            grid,
+            initial_arrays,
+            num_rounds,
+            timeout,
+            train_config,
+            evaluate_config,
+            evaluate_fn,
         )
 
     def begin(self, state: StateDict) -> None:
@@ -292,7 +320,9 @@ class ClientwiseFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample clients and send each its personalized model."""
-        if self.fraction_evaluate == 0.0:
+        completed = self.record.server_round
+        is_due = self.evaluate_every and completed % self.evaluate_every == 0
+        if self.fraction_evaluate == 0.0 or not (is_due or completed == self._last_round):
             return []
         clients = self._sample(
             grid,
