@@ -2,10 +2,15 @@
 
     python -m benchmarks.startup
 
-The first run of the README, ten simulated clients on two workers, on a SuperLink that is up and
-one that is not. Seconds are those at which a line appears in the log, to a tenth.
+The first run of the README, ten simulated clients, on a SuperLink that is up. Seconds are those at
+which a line appears in the log, to a tenth. And what the process costs that answers a message of a
+SuperNode, before it trains: the first time that a data set is shared out on a machine, and later.
 """
 
+import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,8 +31,20 @@ LINES = {
 }
 
 
+CLIENT = """
+import client_app.app
+from pfedgpa_app.config import Config
+from pfedgpa_app.data import client_data
+client_data(Config().data, 0, 0, 10)
+"""
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, later = (seconds_of_client(folder) for _ in range(2))
+    print("| processor seconds before a client trains | |\n| --- | --- |")
+    print(f"| {first:.1f} | for the first time |\n| {later:.1f} | later |\n")
     with tempfile.TemporaryDirectory() as folder, Network(Path(folder)) as network:
         begin = time.monotonic()
         network.start_superlink("--simulation")
@@ -37,6 +54,15 @@ def main() -> None:
         for seconds, done in steps(network):
             print(f"| {seconds:.1f} | {seconds - before:.1f} | {done} |", flush=True)
             before = seconds
+
+
+def seconds_of_client(folder: str) -> float:
+    """Return the processor seconds of a client's process until it has its data."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    env = {**os.environ, "XDG_CACHE_HOME": folder}
+    subprocess.run([sys.executable, "-c", CLIENT], env=env, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def steps(network: Network) -> Iterator[tuple[float, str]]:

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from pfedgpa_app.config import DataConfig
-from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset
+from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, partitions
 from pfedgpa_app.data.clients import _shared_out
 from pfedgpa_app.data.partitions import partition
+
+FILES = pytest.mark.fashion_mnist
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,43 @@ def test_a_process_loads_once_for_all_its_clients(monkeypatch):
     assert len(calls) == 1
     client_data(config, 1, 0, 4)
     assert len(calls) == 2
+
+
+def nothing(*args, **kwargs):
+    raise AssertionError("it was shared out before")
+
+
+@pytest.mark.parametrize("dataset", ["digits", pytest.param("fashion-mnist", marks=FILES)])
+def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str):
+    config = DataConfig(dataset=dataset, partition="dirichlet")
+    before = [client_data(config, 3, partition_id, 5) for partition_id in range(5)]
+    _shared_out.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(partitions, "partition", nothing)
+        for partition_id, client in enumerate(before):
+            again = client_data(config, 3, partition_id, 5)
+            assert all(map(torch.equal, again[:4], client[:4]))
+            assert all(map(torch.equal, again.stats, client.stats))
+        for other in ((config, 3, 0, 6), (config, 4, 0, 5), (DataConfig(dataset=dataset), 3, 0, 5)):
+            with pytest.raises(AssertionError):
+                client_data(*other)
+
+
+@pytest.mark.parametrize("state", ["damaged", "folder that may not be written"])
+def test_what_cannot_be_kept_or_read_is_shared_out_again(own_home, monkeypatch, state: str):
+    config = DataConfig(dataset="digits")
+    folder = own_home / ".cache" / "pfedgpa" / "splits"
+    if state == "damaged":
+        expected = client_data(config, 0, 1, 4)
+        (file,) = folder.iterdir()
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        folder.parent.mkdir(parents=True)
+        folder.write_text("in the way")
+        expected = client_data(config, 0, 1, 4)
+        assert folder.is_file()
+    _shared_out.cache_clear()
+    assert torch.equal(client_data(config, 0, 1, 4).train_images, expected.train_images)
 
 
 def test_what_a_client_does_to_its_data_stays_with_it():

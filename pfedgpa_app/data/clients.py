@@ -1,17 +1,15 @@
 """What one client works with: its training and its test samples."""
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pfedgpa_app.config import DataConfig, DatasetInfo
+from pfedgpa_app.data.cache import Indices, SplitFile
 from pfedgpa_app.data.shifts import shifted
 from pfedgpa_app.data.sources import DataError, Dataset, ImageStats, image_stats, load_dataset
-
-if TYPE_CHECKING:
-    from pfedgpa_app.data.partitions import ClientIndices
 
 
 class ClientData(NamedTuple):
@@ -65,10 +63,18 @@ def client_data(
 @lru_cache(maxsize=1)  # more than one data set may not fit into memory
 def _shared_out(
     config: DataConfig, seed: int, num_partitions: int
-) -> tuple[Dataset, ImageStats, list["ClientIndices"]]:
+) -> tuple[Dataset, ImageStats, Indices]:
+    file = SplitFile(config, seed, num_partitions)
+    kept = file.read()
+    if kept is not None:
+        small, indices = kept
+        dataset = load_dataset(config, seed) if small is None else small
+        return dataset, image_stats(dataset), indices
     # A process that shares nothing out is spared the seconds that the partitioners take to import.
     from pfedgpa_app.data.partitions import partition
 
     dataset = load_dataset(config, seed)
-    indices = partition(dataset.labels, dataset.is_test, config, num_partitions, seed)
+    parts = partition(dataset.labels, dataset.is_test, config, num_partitions, seed)
+    indices = [(part.train, part.test) for part in parts]
+    file.write(dataset, indices)
     return dataset, image_stats(dataset), indices

@@ -1,0 +1,76 @@
+"""Data sets that were shared out before, so that a process need not do it again.
+
+Flower starts a process for each message of a SuperNode, and the packages that load and share out a
+data set take longer to import than all others together.
+"""
+
+import contextlib
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.config import DATASETS, DataConfig, xdg_folder
+from pfedgpa_app.data.sources import Dataset
+from pfedgpa_app.state import load_state, save_state
+
+SPLIT_KIND = "pfedgpa-split-1"
+# What decides about who gets what, beside the settings.
+_PACKAGES = ("flwr-datasets", "numpy", "scikit-learn")
+_MODULES = ("partitions.py", "sources.py")
+
+# Larger data sets are files already.
+_MAX_ENTRIES = 2**20
+
+Indices = list[tuple[Tensor, Tensor]]
+"""Of each client the samples for training and for testing, int64."""
+
+
+class SplitFile:
+    """The file of one way to share out a data set that never changes.
+
+    Only what the package knows by name is kept; data of one's own may change under their name.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, num_partitions: int) -> None:
+        self.is_kept = config.dataset in DATASETS
+        settings = config.model_dump(by_alias=True, exclude={"root"})
+        packages = [version(name) for name in _PACKAGES]
+        key = json.dumps([settings, seed, num_partitions, packages], sort_keys=True)
+        digest = hashlib.sha256(key.encode())
+        for module in _MODULES:
+            digest.update(Path(__file__).with_name(module).read_bytes())
+        folder = xdg_folder("XDG_CACHE_HOME", ".cache")
+        self.path: Path = folder / "splits" / f"{digest.hexdigest()[:32]}.safetensors"
+
+    def read(self) -> tuple[Dataset | None, Indices] | None:
+        """Return the data set, if it is a small one, and the indices; None if they are not kept."""
+        if not self.is_kept:
+            return None
+        try:
+            tensors, _ = load_state(self.path, SPLIT_KIND)
+        except ValueError:  # it is the first time, or something is wrong with the file
+            return None
+        dataset = None
+        if "images" in tensors:
+            dataset = Dataset(tensors["images"], tensors["labels"], tensors["is_test"].bool())
+        parts = [
+            tensors[name].split(tensors[f"{name}_sizes"].tolist()) for name in ("train", "test")
+        ]
+        return dataset, list(zip(*parts, strict=True))
+
+    def write(self, dataset: Dataset, indices: Indices) -> None:
+        """Keep the indices, and a small data set; where that is not possible, nothing."""
+        if not self.is_kept:
+            return
+        is_small = dataset.images.numel() <= _MAX_ENTRIES
+        tensors: dict[str, Tensor] = dataset._asdict() if is_small else {}
+        for name, part in zip(("train", "test"), zip(*indices, strict=True), strict=True):
+            tensors[name] = torch.cat(part)
+            tensors[f"{name}_sizes"] = torch.tensor([len(one) for one in part])
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_state(self.path, SPLIT_KIND, tensors)
