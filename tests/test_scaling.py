@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks import many_clients
 from benchmarks.scaling import measure
 
 
@@ -12,3 +13,11 @@ def test_twenty_resnets_take_less_than_three_times_the_memory_of_their_bank(mode
     assert result["memory"] < 3
     # Four clients a group: their mean has half of the noise's deviation.
     assert result["error"] < 0.6
+
+
+def test_what_is_on_disk_is_in_no_checkpoint_and_models_are_those_of_the_group():
+    result = many_clients.measure(clients=300, members=100, bank="disk", dim=20_000)
+    # 100 members, as many newly retired on disk alone, and sketches of 16 KB a client.
+    assert result["megabytes"] * 2**20 < 100 * 20_000 * 4 * 1.5 + 300 * 2**14
+    # Twenty members a group: their mean has less than a quarter of the noise's deviation.
+    assert result["error"] < 0.3
