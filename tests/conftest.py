@@ -13,7 +13,11 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what this machine lacks; in CI only a GPU may be missing."""
+    """Leave out what this machine lacks; in CI only a GPU may be missing.
+
+    Tests that wait for processes come first, so that others use the processors meanwhile.
+    """
+    items.sort(key=lambda item: "processes" not in item.keywords)
     missing = {}
     if not torch.cuda.is_available():
         missing["cuda"] = "no CUDA device"

@@ -496,20 +496,21 @@ def test_a_run_gives_up_on_nodes_that_never_come():
         start(strategy, SimulatedGrid({1: site(1.0), 2: site(1.0)}))
 
 
-@pytest.mark.parametrize(("every", "judged"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (0, [5])])
-def test_models_are_judged_as_often_as_asked_for_and_in_the_last_round(
-    every: int, judged: list[int]
-):
+def judged_every(rounds: int) -> list[dict]:
+    """Return the metrics of a run of five rounds with three clients."""
     settings = {"client.local-epochs": 1, "diffusion.train-steps": 5, "num-server-rounds": 5}
-    settings |= {"server.evaluate-every": every, "client.device": "cpu"}
-    _, rows = simulate(Config.from_flat(settings), 3, num_processes=0)
-    assert [row["round"] for row in rows if row["personalized-accuracy"] is not None] == judged
-    _, plain = simulate(Config.from_flat({**settings, "server.evaluate-every": 1}), 3)
-    # Who trains judges what it is sent, which is what was generated in the round before.
-    for before, row, each in zip(plain, rows[1:], plain[1:], strict=False):
-        assert row["received-accuracy"] == before["personalized-accuracy"]
-        assert row["finetuned-accuracy"] == each["finetuned-accuracy"]
-    if not every:
-        assert sum(row["bytes-down"] for row in rows[:4]) * 2 == pytest.approx(
-            sum(row["bytes-down"] for row in plain[:4]), rel=0.01
-        )
+    settings |= {"server.evaluate-every": rounds, "client.device": "cpu"}
+    return simulate(Config.from_flat(settings), 3, num_processes=0)[1]
+
+
+def test_models_are_judged_as_often_as_asked_for_and_in_the_last_round():
+    plain, sometimes, once = map(judged_every, (1, 2, 0))
+    for rows, judged in ((plain, [1, 2, 3, 4, 5]), (sometimes, [2, 4, 5]), (once, [5])):
+        assert [row["round"] for row in rows if row["personalized-accuracy"] is not None] == judged
+        # Who trains judges what it is sent, which is what was generated in the round before.
+        for before, row, each in zip(plain, rows[1:], plain[1:], strict=False):
+            assert row["received-accuracy"] == before["personalized-accuracy"]
+            assert row["finetuned-accuracy"] == each["finetuned-accuracy"]
+    assert sum(row["bytes-down"] for row in once[:4]) * 2 == pytest.approx(
+        sum(row["bytes-down"] for row in plain[:4]), rel=0.01
+    )

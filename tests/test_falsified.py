@@ -1,0 +1,110 @@
+"""Replies are falsified, and sites are not what they should be: everyone else loses nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from digit_sites import CLIENTS, LEARNED, QUICK, statuses, undisturbed, without, write_sites
+from network import read_lines, wait_until
+from safetensors.torch import load_file
+
+from benchmarks.faults import FAULTY_CLIENT, PATIENCE, Federation, copy_app
+
+pytestmark = pytest.mark.processes
+
+# In the first round it is what replies say, in the second the objects that Flower makes of it, so
+# that its own decoding stumbles.
+REASONS = (
+    {
+        "nan": "not finite",
+        "shape": "instead of float32",
+        "names": "no tensor",
+        "size": "bytes, and should have about",
+        "record": "records",
+    },
+    {
+        "json": "cannot be read: JSONDecodeError",
+        "nesting": "cannot be read: RecursionError",
+        "missing": "cannot be read: KeyError",
+        "repeat": "cannot be read: ReplyError: its arrays have more than",
+        "address": "answers another message",
+    },
+)
+HONEST = CLIENTS - len(REASONS[0])
+# And one more, whose data are not where its operator said.
+NOWHERE = CLIENTS
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """Start honest SuperNodes and faulty ones, none of them registered."""
+    sites = write_sites(tmp_path_factory.mktemp("sites"))
+    folder = tmp_path_factory.mktemp("open")
+    app = copy_app(folder / "app", FAULTY_CLIENT)
+    with Federation(folder, CLIENTS, app, sites) as started:
+        # A reply is lost where an object waits for more than 5 s for the lock of a database file.
+        started.start_superlink("--database", ":flwr-in-memory:")
+        for client, faults in enumerate(zip(*REASONS, strict=True), HONEST):
+            started.start_client(client, f"fault='{','.join(faults)}'")
+        started.start_clients(*range(HONEST), NOWHERE)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def falsified_run(federation: Federation) -> Path:
+    """Return the folder of a run among honest and faulty clients."""
+    settings = {**QUICK, "num-server-rounds": 2, "server.min-available-nodes": CLIENTS + 1}
+    federation.start_run("run", **settings)
+    return federation.wait_for_end()
+
+
+@pytest.mark.parametrize(
+    ("server_round", "fault"),
+    [(number, fault) for number, reasons in enumerate(REASONS, 1) for fault in reasons],
+)
+def test_a_falsified_reply_costs_its_sender_the_round(
+    falsified_run: Path, server_round: int, fault: str
+):
+    reasons = REASONS[server_round - 1]
+    client = HONEST + list(reasons).index(fault)
+    rows = read_lines(falsified_run, "clients.jsonl")
+    assert reasons[fault] in statuses(rows, client)[server_round]
+
+
+def test_a_site_without_its_data_is_told_and_so_is_the_server(
+    federation: Federation, falsified_run: Path
+):
+    said = f"{federation.sites}/{NOWHERE}.npz: no such folder of images or .npz file"
+    assert f"This node cannot take part: {said}" in federation.log(f"client-{NOWHERE}")
+    assert "This node cannot take part" not in federation.log("client-0")
+    failed = statuses(read_lines(falsified_run, "clients.jsonl"), NOWHERE)
+    assert failed.keys() == {1, 2}
+    assert all(said in status for status in failed.values())
+    assert said in federation.log("run")
+
+
+def test_honest_clients_get_the_digits_of_a_run_without_the_faulty_ones(
+    federation: Federation, falsified_run: Path
+):
+    strategy, expected = undisturbed(federation, HONEST, rounds=2)
+    clients = read_lines(falsified_run, "clients.jsonl")
+    last = [row for row in clients if row["round"] == 2 and row["client"] < HONEST]
+    assert without(last, "node-id") == without(list(strategy.record.clients.values()), "node-id")
+    counts = ("num-nodes", "num-failures", "bytes-down")
+    assert without(read_lines(falsified_run), *counts) == without(expected, *counts)
+    for client in range(HONEST):
+        model = load_file(falsified_run / "models" / f"client-{client}.safetensors")
+        for name, tensor in strategy.evaluation_state(client).items():
+            assert torch.equal(model[name], tensor)
+    assert LEARNED.search(federation.log("run"))
+
+
+def test_a_client_that_is_not_registered_is_a_new_one_when_it_is_back(
+    federation: Federation, falsified_run: Path
+):
+    federation.kill("client-0")
+    federation.start_client(0)
+    wait_until(lambda: len(federation.node_ids("client-0")) == 2, PATIENCE)
+    before, after = federation.node_ids("client-0")
+    assert before != after
