@@ -146,7 +146,7 @@ class RunFolder:
     Raises
     ------
     WriteError
-        If the folder cannot be made, or is there already.
+        If the folder cannot be made, or is one of a run already.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
@@ -154,8 +154,10 @@ class RunFolder:
         self.config = config
         self._unwritten: dict[str, list[Row]] = {"clients.jsonl": [], "metrics.jsonl": []}
         with writing(path):
-            path.mkdir(parents=True, exist_ok=False)
-            (path / "config.json").write_text(json.dumps(config.to_flat(), indent=2) + "\n")
+            # What a run goes on with from an earlier one may be there already.
+            path.mkdir(parents=True, exist_ok=True)
+            with (path / "config.json").open("x") as file:
+                file.write(json.dumps(config.to_flat(), indent=2) + "\n")
             sync_to_disk(path / "config.json")
 
     def add_round(self, row: Row, clients: Iterable[Row]) -> None:

@@ -163,10 +163,11 @@ def test_models_on_disk_are_those_that_the_checkpoint_counts_on(
     expected = run_app(tmp_path, 1, **few)
     few["server.bank"] = "disk"
     with monkeypatch.context() as patch:
-        kill_at(patch, RunFolder, "add_round", 4)
+        kill_at(patch, RunFolder, "add_round", 5)
         with pytest.raises(Killed):
             run_app(tmp_path, 2, **few)
-    assert any((tmp_path / "2" / "bank").iterdir())
+    checkpoint = load_state(tmp_path / "2" / CHECKPOINT, CHECKPOINT_KIND)[0]
+    assert any(name.startswith("aggregator.retired.") for name in checkpoint)
     assert_same_results(run_app(tmp_path, 3, **few, **{"resume-from": "2"}), expected)
     assert len(list((tmp_path / "3" / "bank").iterdir())) <= 4
 
