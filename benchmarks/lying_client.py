@@ -10,7 +10,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-import client_app.app as honest
+from client_app import messages
+from client_app.app import app as honest
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData
 
@@ -24,20 +25,20 @@ app = ClientApp()
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Answer as the honest client does."""
-    return honest.app(message, context)
+    return honest(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Answer as the honest client does."""
-    return honest.app(message, context)
+    return honest(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train as the honest client does, on other data."""
-    with mock.patch.object(honest, "load_data", _load_falsified):
-        return honest.app(message, context)
+    with mock.patch.object(messages, "load_data", _load_falsified):
+        return honest(message, context)
 
 
 def with_trigger(images: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def falsified(data: ClientData, poison: str) -> ClientData:
     raise ValueError(f'poison = "{poison}"')
 
 
-_load = honest.load_data
+_load = messages.load_data
 
 
 def _load_falsified(config: Config, context: Context) -> ClientData:

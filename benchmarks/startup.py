@@ -32,7 +32,7 @@ LINES = {
 
 
 CLIENT = """
-import client_app.app
+import client_app.messages
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 client_data(Config().data, 0, 0, 10)

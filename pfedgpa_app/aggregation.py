@@ -58,6 +58,7 @@ class GenerativeAggregator:
         Fixes, with the round, all that is drawn at random.
     is_noised
         Whether clients add independent noise to all that they upload, as for their privacy.
+
     Attributes
     ----------
     bank
@@ -201,7 +202,7 @@ class GenerativeAggregator:
         otherwise it goes through guided denoising. Its local training took it from ``previous`` to
         ``current``, both ``(d,)``; they do not get into the bank.
         """
-        self.retired.pop(client, None)
+        self._unretire(client)
         with single_thread():
             self.guests[client] = self._welcomed(current, previous, self._kin(client))
         self.seen[client] = self._round
@@ -303,13 +304,24 @@ class GenerativeAggregator:
         members = torch.stack([self._told(member) for member in sorted(self.bank)])
         return (agreement(self.halves[client], members) - MIN_AGREEMENT).clamp(min=0)
 
+    def _unretire(self, client: int) -> None:
+        if client in self.retired:  # pop would read it
+            del self.retired[client]
+
     def _brought_back(self, client: int) -> Tensor:
         """Return what is given to a client that is retired, ``(d,)``.
 
         Its own model is of long ago: it is given what those members are given that ask for the
-        same. Where nobody does, or it is not known, it is its own.
+        same. Where nobody does, or it is not known, it is its own. Whose file was damaged is given
+        what one may expect of whom nothing is known.
         """
-        last, kin = self.retired[client], self._kin(client)
+        kin = self._kin(client)
+        try:
+            last = self.retired[client]
+        except ValueError:
+            if self.initial is None:
+                raise
+            last = self.expect(self.initial)
         if client in self.secluded or kin is None or not bool(kin.any()):
             return last
         return self._welcomed(last, last, kin)
@@ -369,11 +381,10 @@ class GenerativeAggregator:
         self.rounds |= dict.fromkeys(self._fresh, server_round)
         self.seen |= dict.fromkeys(self._fresh, server_round)
         for client in self._fresh:
-            self.retired.pop(client, None)
+            self._unretire(client)
         ages = {client: server_round - last for client, last in self.rounds.items()}
-        # Of who made one upload, its age is all there is. Ages alone would let nobody go where most
-        # are gone.
-        intervals = ages | self.intervals
+        # Ages would let nobody go where most are gone; they are all there is at first.
+        intervals = self.intervals or ages
         usual = statistics.median(intervals.values()) if intervals else 0
         max_age = max(MAX_AGE, _MAX_INTERVALS * usual)
         members = {client for client, age in ages.items() if age <= max_age} - self.secluded

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pfedgpa_app.state import load_state, save_state
+from pfedgpa_app.state import load_state, save_state, sync_to_disk, writing
 
 VECTOR_KIND = "pfedgpa-vector-1"
 
@@ -72,22 +72,33 @@ class DiskVault(MutableMapping[int, Tensor]):
         before, self.versions = self.versions, {int(c): int(n) for c, n in tensors.items()}
         try:
             for client in self:
-                file = self.file(client)
-                load_state(self.earlier / file.name, VECTOR_KIND)
-                if self.earlier != self.folder:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    _copy(self.earlier / file.name, file)
-        except ValueError:
+                load_state(self.earlier / self.file(client).name, VECTOR_KIND)
+            if self.versions and self.earlier != self.folder:
+                self._take_over()
+        except (OSError, ValueError) as error:
             self.versions = before
-            raise
+            raise ValueError(str(error)) from error
         self._next = max(self.versions.values(), default=0) + 1
 
     def sweep(self) -> None:
-        """Remove the files that nothing counts on any more."""
+        """Remove the files that nothing counts on any more.
+
+        Raises
+        ------
+        WriteError
+            If that fails.
+        """
         counted_on = {self.file(client).name for client in self}
-        for file in self.folder.iterdir() if self.folder.is_dir() else ():
-            if file.name not in counted_on:
-                file.unlink()
+        with writing(self.folder):
+            for file in self.folder.iterdir() if self.folder.is_dir() else ():
+                if file.name not in counted_on:
+                    file.unlink()
+
+    def _take_over(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for client in self:
+            _copy(self.earlier / self.file(client).name, self.file(client))
+        sync_to_disk(self.folder)
 
     def __setitem__(self, client: int, vector: Tensor) -> None:
         """Write a vector.
@@ -100,7 +111,8 @@ class DiskVault(MutableMapping[int, Tensor]):
         before = self.versions.get(client)
         self.versions[client] = self._next
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             save_state(self.file(client), VECTOR_KIND, {"vector": vector})
         except OSError:
             del self.versions[client]
@@ -125,6 +137,10 @@ class DiskVault(MutableMapping[int, Tensor]):
         """Forget a vector; its file stays until `sweep`."""
         del self.versions[client]
 
+    def __contains__(self, client: object) -> bool:
+        """Tell whether a client has a vector, without reading it."""
+        return client in self.versions
+
     def __iter__(self) -> Iterator[int]:
         """Iterate over the clients."""
         return iter(self.versions)
@@ -140,6 +156,7 @@ def _copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+        sync_to_disk(target)
 
 
 Vault = MemoryVault | DiskVault

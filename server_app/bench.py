@@ -212,6 +212,8 @@ class Suite(Section):
             yield "server.fraction-evaluate: a judged number is of all clients; right would be 1.0"
         if config.server.evaluate_every != 1:
             yield "server.evaluate-every: the judged rounds are the last ones; right would be 1"
+        if config.server.bank != "memory":
+            yield 'server.bank: a bench has no folders for it; right would be "memory"'
 
     def _judged(self, config: Config) -> int:
         return config.num_server_rounds if self.curve else self.judged_rounds
@@ -381,7 +383,7 @@ def execute(
             advance(run)
         return failed
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["server_app.bench", "client_app.app"])
+    context.set_forkserver_preload(["server_app.bench", "client_app.messages"])
     waiting = list(reversed(runs))
     alive: dict[int, tuple[Any, BenchRun]] = {}
     try:

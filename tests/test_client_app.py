@@ -8,7 +8,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client_app.app import evaluate_message, query, train_message
+from client_app import messages
+from client_app.app import query
+from client_app.messages import evaluate_message, train_message
+from client_app.node import NodeError
 from client_app.training import train
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError
 from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, site_data
@@ -119,7 +122,7 @@ def test_sites_without_a_partition_draw_by_their_node_ids(tmp_path: Path):
 
 def test_a_site_without_its_data_says_so_to_its_operator(tmp_path: Path, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("client_app.app.log", lambda level, text, *args: said.append(text % args))
+    monkeypatch.setattr(messages, "log", lambda level, text, *args: said.append(text % args))
     context = own_site(tmp_path)
     (tmp_path / "own.npz").unlink()
     with pytest.raises(DataError, match="no such folder"):
@@ -238,5 +241,5 @@ def test_a_last_batch_of_one_goes_with_the_one_before():
     "node", [{}, {"partition-id": 0}, {"partition-id": "a", "num-partitions": 2}]
 )
 def test_a_node_without_partition_is_told_how_to_start(node: dict):
-    with pytest.raises(DataError, match="--node-config"):
+    with pytest.raises(NodeError, match="--node-config"):
         query(message(MessageType.QUERY), Context(1, 2, node, RecordDict(), SETTINGS))

@@ -23,7 +23,7 @@ from small_task import (
 from test_client_app import MODEL, context, message, same, trained
 from torch import nn
 
-from client_app.app import evaluate_message, train_message
+from client_app.messages import evaluate_message, train_message
 from client_app.methods import METHODS, Method, Task
 from pfedgpa_app.config import Config, DittoConfig, FedProxConfig, FedRepConfig, StrategyName
 from pfedgpa_app.data import client_data

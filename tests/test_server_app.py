@@ -10,7 +10,7 @@ from simulated_grid import Answer, SimulatedGrid, learning_grid, weights
 from torch import nn
 from typer.testing import CliRunner
 
-from client_app.app import evaluate_message, train_message
+from client_app.messages import evaluate_message, train_message
 from pfedgpa_app import cli
 from pfedgpa_app.exported import ExportedModel
 from server_app import app

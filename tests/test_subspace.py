@@ -173,6 +173,14 @@ def test_what_is_far_below_the_noise_that_was_added_tells_no_groups(seed: int, b
     assert Spectrum.of(grouped(between, seed), is_noised=True).signal_rank == 0
 
 
+@pytest.mark.parametrize(("num", "dim"), [(3, 500), (4, 500), (10, 10), (64, 64)])
+def test_few_vectors_or_dimensions_tell_nothing_of_noise_that_was_added(num: int, dim: int):
+    for seed in range(5):
+        vectors = normal(num, dim, seed=seed) * torch.logspace(-1, 0.5, num)[:, None]
+        noised, plain = Spectrum.of(vectors, is_noised=True), Spectrum.of(vectors)
+        assert noised.signal_rank == plain.signal_rank
+
+
 def test_noise_that_drowns_nothing_changes_nothing():
     own = normal(20, 5000) * torch.logspace(-1, 0.5, 20)[:, None]
     vectors = own + 0.01 * normal(20, 5000, seed=1)

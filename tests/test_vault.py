@@ -82,6 +82,15 @@ def test_a_damaged_file_is_no_state_to_go_on_from(tmp_path: Path):
     with pytest.raises(ValueError, match=r"1-1\.safetensors is missing or damaged"):
         second.restore({"1": torch.tensor(1)})
     assert not second
+    assert not second.folder.exists()
+
+
+def test_where_no_folder_can_be_made_a_client_has_what_it_had(tmp_path: Path):
+    (tmp_path / "bank").write_text("in the way")
+    kept = DiskVault(tmp_path / "bank")
+    with pytest.raises(WriteError, match="bank cannot be written"):
+        kept[1] = vector(1)
+    assert not kept
 
 
 def full_disk(file: Path, *args: object) -> None:
@@ -160,6 +169,16 @@ def test_who_is_retired_and_like_nobody_has_its_own(kept: Vault):
     assert torch.equal(aggregator.personalize(0), uploads()[0])
     by_uploads = fitted(MemoryVault(), sharing="kin")
     assert torch.equal(by_uploads.personalize(0), uploads()[0])
+
+
+def test_a_damaged_file_costs_its_client_what_is_in_it(tmp_path: Path):
+    aggregator = fitted(DiskVault(tmp_path), sharing="kin")
+    for client in range(6):
+        aggregator.retired.file(client).write_bytes(b"nothing")
+    expected = aggregator.expect(torch.zeros(DIM))
+    assert torch.equal(aggregator.personalize(0), expected)
+    observe(aggregator, 3)  # all of them are back
+    assert sorted(aggregator.bank) == [0, 1, 2, 3, 4, 5]
 
 
 def test_newcomers_retire_as_well(kept: Vault):

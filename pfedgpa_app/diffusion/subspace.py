@@ -20,6 +20,7 @@ _MIN_NEARNESS = 5
 # Where noise was added, the lowest eigenvalue is at least this part of what it would be if there
 # were no other; without any it is below half of the median.
 _FLAT = 0.9
+_MIN_AXES = 4
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,12 @@ class Spectrum:
         """Whether what was added drowns all other noise, so that the floor is flat.
 
         The eigenvalues of ``n`` vectors of independent noise in ``d`` dimensions are within
-        ``(1 +- sqrt(n / d))^2`` of their median (Marchenko and Pastur), for n far below d.
+        ``(1 +- sqrt(n / d))^2`` of their median (Marchenko and Pastur), for n far below d. Few say
+        nothing about how flat they are.
         """
-        lowest = float(self.eigenvalues[-1]) if len(self.eigenvalues) else 0.0
-        return self.is_noised and lowest > _FLAT * self.floor * (1 - self._noise_width) ** 2
+        if not self.is_noised or len(self.eigenvalues) < _MIN_AXES or self._noise_width > 0.5:
+            return False
+        return float(self.eigenvalues[-1]) > _FLAT * self.floor * (1 - self._noise_width) ** 2
 
     @property
     def _noise_width(self) -> float:

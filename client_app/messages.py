@@ -1,0 +1,172 @@
+"""Training and judging what the server sends, on the data of the client's own site."""
+
+import time
+from collections.abc import Mapping, Sequence
+from logging import ERROR
+from typing import cast
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.common import log
+
+from client_app.methods import METHODS, Method, Task
+from client_app.node import PRIVACY, NodeError, node_partition
+from pfedgpa_app.config import Config, ConfigError, below_home
+from pfedgpa_app.data import ClientData, DataError, client_data, site_data
+from pfedgpa_app.evaluation import class_prior
+from pfedgpa_app.models import build_model
+from pfedgpa_app.parameters import StateDict, copy_of
+from pfedgpa_app.privacy import (
+    Ledger,
+    cost_of_round,
+    require_opacus,
+    secure_uniform,
+    seeded_uniform,
+)
+from pfedgpa_app.randomness import make_generator, resolve_device
+
+MEMORY = "memory"
+"""The record of Flower's state of a client in which its method keeps what it keeps."""
+EXTRAS = "extras"
+"""The record of a message with what a strategy and its clients exchange beside the model."""
+BUDGET_SPENT = "budget-spent"
+"""The metric of a reply by a client that did not train, since that would exceed its budget."""
+
+
+def train_message(message: Message, context: Context) -> Message:
+    """Train the received model, and judge it on the client's test set before and after.
+
+    Who has spent its privacy budget replies without parameters.
+    """
+    begin = time.monotonic()
+    task, method = prepare(message, context)
+    data, privacy = task.data, task.config.privacy
+    if not task.may_train():
+        spent: dict[str, MetricRecordValues] = {
+            "num-examples": len(data.train_labels),
+            "epsilon": task.ledger.epsilon(privacy.delta),
+            BUDGET_SPENT: 1,
+        }
+        return Message(RecordDict({"metrics": MetricRecord(spent)}), reply_to=message)
+    before = task.judge(method.personal_model(task))
+    trained = method.train(task)
+    state = task.keep_private(trained.state)
+    after = task.judge(method.personal_model(task))
+    if task.memory:
+        context.state[MEMORY] = ArrayRecord(copy_of(task.memory))
+    metrics: dict[str, MetricRecordValues] = {
+        "num-examples": len(data.train_labels),
+        "accuracy-before": before.accuracy,
+        "loss-before": before.loss,
+        "accuracy-after": after.accuracy,
+        "loss-after": after.loss,
+        "seconds": time.monotonic() - begin,
+    }
+    has_own_data = "data-path" in context.node_config
+    if not (privacy.is_on and has_own_data):
+        # What a model needs to be used elsewhere, and its client alone knows.
+        metrics["image-mean"] = data.stats.mean.tolist()
+        metrics["image-std"] = data.stats.std.tolist()
+    if not has_own_data:
+        metrics["partition"] = list(node_partition(context) or ())
+    if privacy.is_on:
+        context.state[PRIVACY] = MetricRecord({**task.ledger.columns()})
+        metrics["epsilon"] = task.ledger.epsilon(privacy.delta)
+    content = RecordDict({"arrays": ArrayRecord(state), "metrics": MetricRecord(metrics)})
+    if trained.extras:
+        content[EXTRAS] = ArrayRecord(copy_of(trained.extras))
+    return Message(content, reply_to=message)
+
+
+def evaluate_message(message: Message, context: Context) -> Message:
+    """Judge the client's model, of which the received one is a part or all, on its test set."""
+    task, method = prepare(message, context)
+    result = task.judge(method.personal_model(task))
+    metrics: dict[str, MetricRecordValues] = {
+        "num-examples": len(task.data.test_labels),
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+    }
+    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+def prepare(message: Message, context: Context) -> tuple[Task, Method]:
+    """Load data and model of a message, and what the client does with them.
+
+    Raises
+    ------
+    ConfigError, DataError, NodeError
+        If settings, data or the node's own are wrong, which is logged for the node's operator.
+    """
+    try:
+        config = Config.from_flat(context.run_config)
+        require_opacus(config.privacy)
+        partition = node_partition(context)
+        data = load_data(config, context)
+    except (ConfigError, DataError, NodeError) as error:
+        log(ERROR, "This node cannot take part: %s", error)
+        raise
+    if config.client.torch_threads:
+        torch.set_num_threads(config.client.torch_threads)
+    device = resolve_device(config.client.device)
+    model = build_model(config.model.name, config.data.info, config.seed)
+    records = message.content.array_records
+    received = records["arrays"].to_torch_state_dict()
+    model.load_state_dict(received, strict=True)
+    extras = records[EXTRAS].to_torch_state_dict() if EXTRAS in records else {}
+    kept = context.state.array_records.get(MEMORY)
+    server_round = cast(int, message.content.config_records["config"]["server-round"])
+    # A simulation's node ids are random, those of registered SuperNodes stay.
+    client = partition[0] if partition else context.node_id
+    noise = make_generator(config.seed, "noise", client, server_round)
+    prior = class_prior(data.train_labels, data.info.num_classes)
+    task = Task(
+        model=model.to(device),
+        received=_to(device, received),
+        extras=_to(device, extras),
+        data=data.to(device),
+        config=config,
+        offset=(prior if config.client.class_prior else torch.zeros_like(prior)).to(device),
+        memory=_to(device, kept.to_torch_state_dict() if kept else {}),
+        generator=make_generator(config.seed, "local", client, server_round),
+        ledger=kept_ledger(context, config, len(data.train_labels), server_round),
+        uniform=seeded_uniform(noise) if config.privacy.seeded_noise else secure_uniform,
+    )
+    return task, METHODS.get(config.strategy, Method)()
+
+
+def kept_ledger(context: Context, config: Config, num_examples: int, server_round: int) -> Ledger:
+    """Return what a client has told of its data before a round.
+
+    Flower's state of a client is lost when its SuperNode is restarted. A client without any account
+    may have trained in each of the rounds before, and counts them all.
+    """
+    kept = context.state.metric_records.get(PRIVACY)
+    if kept is not None:
+        return Ledger.of(cast(Mapping[str, Sequence[float]], kept))
+    if server_round == 1 or not config.privacy.is_on:
+        return Ledger()
+    noise_multiplier, sample_rate, steps = cost_of_round(
+        config.privacy, config.client, num_examples
+    )
+    return Ledger().after(noise_multiplier, sample_rate, (server_round - 1) * steps)
+
+
+def _to(device: torch.device, tensors: StateDict) -> StateDict:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def load_data(config: Config, context: Context) -> ClientData:
+    """Return the data that this node's operator gave it, or its partition of the data set.
+
+    Raises
+    ------
+    DataError
+        If there is none, or it is not what the settings say.
+    """
+    path = context.node_config.get("data-path")
+    if path is not None:
+        return site_data(below_home(str(path)), config.data, config.seed)
+    partition = node_partition(context)
+    assert partition is not None  # only a node with a data-path may have none
+    return client_data(config.data, config.seed, *partition)

@@ -1,0 +1,33 @@
+"""What a node knows of itself, without the data and without torch."""
+
+from flwr.app import Context
+
+PRIVACY = "privacy"
+"""The record of Flower's state of a client with its ledger: what its uploads told of its data."""
+
+
+class NodeError(ValueError):
+    """A node config that is wrong; the message says what would be right."""
+
+
+def node_partition(context: Context) -> tuple[int, int] | None:
+    """Return partition-id and num-partitions of this node's configuration.
+
+    A node that has data of its own (``data-path``) may have none.
+
+    Raises
+    ------
+    NodeError
+        If one of them is missing or no whole number.
+    """
+    node_config = context.node_config
+    values = [node_config.get(key) for key in ("partition-id", "num-partitions")]
+    match values:
+        case [int(partition_id), int(num_partitions)]:
+            return partition_id, num_partitions
+        case [None, None] if "data-path" in node_config:
+            return None
+    raise NodeError(
+        f"node config {node_config}: right would be a SuperNode started with, for example, "
+        '--node-config "partition-id=0 num-partitions=2"'
+    )
