@@ -16,6 +16,9 @@ from server_app.simulation import simulate
 
 pytestmark = pytest.mark.processes
 
+# Seconds to wait for what takes less than a minute on a machine with nothing else to do.
+PATIENCE = 900
+
 
 class SuperLink(Network):
     """A SuperLink in simulation mode."""
@@ -45,7 +48,7 @@ class SuperLink(Network):
             env=self.env,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
             check=False,
         )
         folders = set(self.output.glob("*")) - before
@@ -56,7 +59,7 @@ class SuperLink(Network):
     def run_until_killed(self, rounds: int, clients: int, workers: int, **settings: object) -> Path:
         """Kill all processes a moment after the app has completed rounds; return its folder."""
         self.start("run", *self.simulation_command(clients, workers, **settings))
-        wait_until(lambda: len(read_lines(self.run_folder())) >= rounds, 240)
+        wait_until(lambda: len(read_lines(self.run_folder())) >= rounds, PATIENCE)
         time.sleep(0.2)
         folder = self.run_folder()
         assert folder is not None
@@ -170,8 +173,8 @@ def test_a_cluster_of_two_machines_gives_the_digits_of_one(
 ):
     _, expected, _ = one_worker
     cluster.start("run", *cluster.simulation_command(4, **QUICK))
-    wait_until(lambda: cluster.clients() == {"head", "worker"}, 240)
-    wait_until(lambda: cluster.processes["run"].poll() is not None, 240)
+    wait_until(lambda: cluster.clients() == {"head", "worker"}, PATIENCE)
+    wait_until(lambda: cluster.processes["run"].poll() is not None, PATIENCE)
     assert without_seconds(read_lines(cluster.run_folder())) == without_seconds(expected)
 
 
