@@ -328,8 +328,7 @@ def draw_accuracy(groups: Mapping[str, list[Run]], file: Path) -> None:
     for number, (label, runs) in enumerate(groups.items()):
         for name, (style, what) in CURVES.items():
             rounds, rows = _curves(runs, name)
-            is_judged = all(run.config.server.evaluate_every == 1 for run in runs)
-            if not rounds or (name == "received-accuracy" and is_judged):
+            if not rounds or (name == "received-accuracy" and _are_all_judged(runs)):
                 continue
             means = [statistics.fmean(row) for row in rows]
             axes.plot(rounds, means, style, color=f"C{number}", label=f"{label}, {what}")
@@ -347,6 +346,10 @@ def draw_accuracy(groups: Mapping[str, list[Run]], file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=150)
+
+
+def _are_all_judged(runs: Iterable[Run]) -> bool:
+    return all(run.config.server.evaluate_every == 1 for run in runs)
 
 
 def _curves(runs: Iterable[Run], name: str) -> tuple[list[int], list[list[float]]]:

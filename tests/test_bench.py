@@ -208,8 +208,8 @@ def test_a_bench_that_is_terminated_leaves_no_process(suite: Path, tmp_path: Pat
         wait_until(lambda: len(descendants(bench.pid)) >= 4, 300)
         below = descendants(bench.pid)
         bench.terminate()
-        assert bench.wait(300) != 0
-    wait_until(lambda: not any(map(is_alive, below)), 120)
+        assert bench.wait(60) != 0
+    wait_until(lambda: not any(map(is_alive, below)), 30)
 
 
 def test_a_client_without_a_number_fails_the_run(suite: Path, tmp_path: Path):

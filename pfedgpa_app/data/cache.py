@@ -36,7 +36,9 @@ class SplitFile:
     """
 
     def __init__(self, config: DataConfig, seed: int, num_partitions: int) -> None:
-        self.is_kept = config.dataset in DATASETS
+        self.path: Path | None = None
+        if config.dataset not in DATASETS:
+            return
         settings = config.model_dump(by_alias=True, exclude={"root"})
         packages = [version(name) for name in _PACKAGES]
         key = json.dumps([settings, seed, num_partitions, packages], sort_keys=True)
@@ -44,11 +46,11 @@ class SplitFile:
         for module in _MODULES:
             digest.update(Path(__file__).with_name(module).read_bytes())
         folder = xdg_folder("XDG_CACHE_HOME", ".cache")
-        self.path: Path = folder / "splits" / f"{digest.hexdigest()[:32]}.safetensors"
+        self.path = folder / "splits" / f"{digest.hexdigest()[:32]}.safetensors"
 
     def read(self) -> tuple[Dataset | None, Indices] | None:
         """Return the data set, if it is a small one, and the indices; None if they are not kept."""
-        if not self.is_kept:
+        if self.path is None:
             return None
         try:
             tensors, _ = load_state(self.path, SPLIT_KIND)
@@ -64,7 +66,7 @@ class SplitFile:
 
     def write(self, dataset: Dataset, indices: Indices) -> None:
         """Keep the indices, and a small data set; where that is not possible, nothing."""
-        if not self.is_kept:
+        if self.path is None:
             return
         is_small = dataset.images.numel() <= _MAX_ENTRIES
         tensors: dict[str, Tensor] = dataset._asdict() if is_small else {}

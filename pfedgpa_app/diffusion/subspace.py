@@ -21,6 +21,9 @@ _MIN_NEARNESS = 5
 # were no other; without any it is below half of the median.
 _FLAT = 0.9
 _MIN_AXES = 4
+# Mean variance of the axes above such noise in units of its own, for them to tell who is alike.
+# With less, whole groups were mixed up in runs with the seed 100.
+_MIN_ABOVE = 1.5
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,13 @@ class Spectrum:
         what is above the threshold then tells no groups apart, and there is none.
 
         Noise that was added has no eigenvalues above the edge of its known distribution, which is
-        much nearer, and what is above it is signal. It tells who is alike if it is, on average, as
-        strong as the noise.
+        much nearer, and what is above it is signal. It tells who is alike if it is, on average, at
+        least half as strong as the noise.
         """
         if self.is_drowned:
             edge = self.floor * (1 + self._noise_width) ** 2
             above = self.eigenvalues[self.eigenvalues > edge]
-            return len(above) if len(above) and above.mean() >= 1.5 * self.floor else 0
+            return len(above) if len(above) and above.mean() >= _MIN_ABOVE * self.floor else 0
         num_above = min(self.max_rank, int((self.eigenvalues > 2 * self.floor).sum()))
         gaps = self.eigenvalues[:num_above] >= _MIN_GAP * self.eigenvalues[1 : num_above + 1]
         is_grouped = bool(gaps.any()) or self.nearness(num_above) > _MIN_NEARNESS
