@@ -2,9 +2,13 @@
 
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from pfedgpa_app.data.sources import DEBIAN_FASHION_MNIST
 
@@ -39,3 +43,14 @@ def own_home(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     return home
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fork off the apps' processes of tests that start Flower from one that has its packages."""
+    own = (item for item in request.session.items if item.path == request.path)
+    with pytest.MonkeyPatch.context() as patch:
+        if any("processes" in item.keywords for item in own):
+            path = (warm.commands(), Path(sys.executable).parent, os.environ["PATH"])
+            patch.setenv("PATH", os.pathsep.join(map(str, path)))
+        yield

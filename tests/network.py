@@ -99,6 +99,7 @@ class Network:
 
 def flower_environment(folder: Path) -> dict[str, str]:
     """Return the environment of processes that keep to ``folder`` and to this machine."""
+    path = os.environ["PATH"]
     return {
         **os.environ,
         "HOME": str(folder),
@@ -107,7 +108,7 @@ def flower_environment(folder: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PYTHONUNBUFFERED": "1",
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PATH": path if str(BIN) in path.split(os.pathsep) else f"{BIN}{os.pathsep}{path}",
     }
 
 
