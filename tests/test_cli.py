@@ -238,7 +238,7 @@ def test_a_model_that_an_older_version_wrote_is_not_exported(runner: CliRunner, 
     command = ["export", "111", "--client", "0", "-o", str(tmp_path / "new")]
     result = runner.invoke(cli.app, [*command, "--output-dir", str(tmp_path)])
     assert result.exit_code == 1
-    assert "client-0.safetensors is no pfedgpa-model" in result.stderr
+    assert "right would be 'pfedgpa-model-1'" in result.stderr
 
 
 def test_class_counts_travel_from_export_to_predict(
@@ -341,7 +341,7 @@ def test_the_clients_own_test_set_is_judged(runner: CliRunner, model_file: Path)
         (b"", "damaged"),
         (b"\x80\x04K\x01.", "damaged"),
         (None, "missing"),
-        ("foreign", "is no pfedgpa-model"),
+        ("foreign", "right would be 'pfedgpa-model-1'"),
         ("cut", "damaged"),
     ],
 )

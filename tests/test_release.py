@@ -1,0 +1,63 @@
+"""What is published: the wheel, and the app as Flower packs it."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from flwr.cli.app_cmd.publish import _collect_file_paths, _validate_files
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.constant import FAB_MAX_SIZE
+
+PROJECT = Path(__file__).parents[1]
+PACKAGES = ("pfedgpa_app", "client_app", "server_app")
+VERSION = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel with the build backend alone, which this environment must have."""
+    folder = tmp_path_factory.mktemp("wheel")
+    program = f"import hatchling.build; hatchling.build.build_wheel({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=PROJECT, check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def test_flower_accepts_the_number_and_size_of_the_files_for_publication():
+    with contextlib.redirect_stdout(io.StringIO()):
+        files = _collect_file_paths(PROJECT)
+    _validate_files(files)
+    assert PROJECT / "server_app" / "strategies" / "pfedgpa.py" in files
+
+
+def test_what_flower_packs_has_all_of_the_app_and_leaves_room_for_own_modules():
+    fab = build_fab_from_disk(PROJECT)
+    assert len(fab) < FAB_MAX_SIZE / 4
+    names = set(zipfile.ZipFile(io.BytesIO(fab)).namelist())
+    for package in PACKAGES:
+        modules = (PROJECT / package).rglob("*.py")
+        assert {str(file.relative_to(PROJECT)) for file in modules} <= names
+
+
+def test_the_wheel_has_the_packages_with_their_types_and_nothing_else(wheel: Path):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package in PACKAGES:
+        modules = {str(file.relative_to(PROJECT)) for file in (PROJECT / package).rglob("*.py")}
+        assert modules | {f"{package}/py.typed"} <= names
+    folders = {name.split("/")[0] for name in names}
+    assert folders == {*PACKAGES, f"pfedgpa-{VERSION}.dist-info"}
+
+
+def test_citation_and_changelog_are_of_this_version():
+    citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
+    assert citation["version"] == VERSION
+    first = re.search(r"^## (\S+)", (PROJECT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert first is not None
+    assert first[1] in (VERSION, "Unreleased")
