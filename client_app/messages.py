@@ -9,11 +9,11 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordValues, RecordDict
 from flwr.common import log
 
-from client_app.methods import METHODS, Method, Task
+from client_app.methods import METHODS, Method, Task, Trained
 from client_app.node import PRIVACY, NodeError, node_partition
 from pfedgpa_app.config import Config, ConfigError, below_home
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
-from pfedgpa_app.evaluation import class_prior
+from pfedgpa_app.evaluation import Evaluation, class_prior
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import StateDict, copy_of
 from pfedgpa_app.privacy import (
@@ -49,7 +49,24 @@ def train_message(message: Message, context: Context) -> Message:
         }
         return Message(RecordDict({"metrics": MetricRecord(spent)}), reply_to=message)
     before = task.judge(method.personal_model(task))
-    trained = method.train(task)
+    reply = training_reply(message, context, task, method, before, method.train(task))
+    reply.content.metric_records["metrics"]["seconds"] = time.monotonic() - begin
+    return reply
+
+
+def training_reply(
+    message: Message,
+    context: Context,
+    task: Task,
+    method: Method,
+    before: Evaluation,
+    trained: Trained,
+) -> Message:
+    """Return the reply of a client that has trained, and keep what is for its next message.
+
+    ``before`` is what its model was worth before the training. How long it took is not told.
+    """
+    data, privacy = task.data, task.config.privacy
     state = task.keep_private(trained.state)
     after = task.judge(method.personal_model(task))
     if task.memory:
@@ -60,7 +77,6 @@ def train_message(message: Message, context: Context) -> Message:
         "loss-before": before.loss,
         "accuracy-after": after.accuracy,
         "loss-after": after.loss,
-        "seconds": time.monotonic() - begin,
     }
     has_own_data = "data-path" in context.node_config
     if not (privacy.is_on and has_own_data):

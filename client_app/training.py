@@ -13,7 +13,7 @@ from pfedgpa_app.data import ImageStats, normalize
 from pfedgpa_app.evaluation import autocast
 
 Momenta = dict[str, Tensor | None]
-"""What momentum has added up, by the parameters' names."""
+"""What momentum has added up, by the parameters' names; none before the first step."""
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Called with a model, normalized images ``(n, channels, height, width)`` and labels ``(n,)``."""
 
@@ -83,27 +83,31 @@ def train(
     momenta: Momenta = {}
     model.train()
     with dropout_from(generator, images.device):
-        for _ in range(config.local_epochs):
-            order = torch.randperm(len(images), generator=generator).to(images.device)
-            for rows in _batches(order, config.batch_size):
-                model.zero_grad()
-                with autocast(images.device, config.precision):
-                    value = loss(model, normalize(images[rows], stats), labels[rows])
-                value.backward()
-                _step(model, momenta, config)
+        for rows in batches(len(images), config, generator, images.device):
+            model.zero_grad()
+            with autocast(images.device, config.precision):
+                value = loss(model, normalize(images[rows], stats), labels[rows])
+            value.backward()
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            step(dict(model.named_parameters()), gradients, momenta, config)
 
 
-def _step(model: nn.Module, momenta: Momenta, config: ClientConfig) -> None:
-    """Move the parameters along their gradients, by what `torch.optim.SGD` calls itself.
+def step(
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    momenta: Momenta,
+    config: ClientConfig,
+) -> None:
+    """Move those parameters that have gradients, by what `torch.optim.SGD` calls itself.
 
     The class imports torch's compiler, 2 s of CPU, and on a network each message has a new process.
+    Parameters and ``momenta`` are changed in place.
     """
-    moving = [(name, p, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    buffers = [momenta.get(name) for name, _, _ in moving]
+    buffers = [momenta.get(name) for name in gradients]
     with torch.no_grad():
         sgd(
-            [parameter for _, parameter, _ in moving],
-            [gradient for _, _, gradient in moving],
+            [parameters[name] for name in gradients],
+            list(gradients.values()),
             buffers,
             lr=config.learning_rate,
             momentum=config.momentum,
@@ -112,7 +116,7 @@ def _step(model: nn.Module, momenta: Momenta, config: ClientConfig) -> None:
             nesterov=False,
             maximize=False,
         )
-    momenta.update({name: buffer for (name, _, _), buffer in zip(moving, buffers, strict=True)})
+    momenta.update(zip(gradients, buffers, strict=True))
 
 
 @contextmanager
@@ -124,9 +128,16 @@ def dropout_from(generator: torch.Generator, device: torch.device) -> Iterator[N
         yield
 
 
-def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
-    """Split an order; batch normalization fails on one example, so the last batch takes it in."""
-    batches = list(torch.split(order, batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
+def batches(
+    num_examples: int, config: ClientConfig, generator: torch.Generator, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield the rows of the examples of each step of all local epochs.
+
+    Batch normalization fails on one example, so the batch before takes in a last one alone.
+    """
+    for _ in range(config.local_epochs):
+        order = torch.randperm(num_examples, generator=generator).to(device)
+        split = list(torch.split(order, config.batch_size))
+        if len(split) > 1 and len(split[-1]) == 1:
+            split[-2:] = [torch.cat(split[-2:])]
+        yield from split

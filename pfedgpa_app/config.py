@@ -42,7 +42,7 @@ SITES = "sites"
 
 
 # Strategies whose clients train by plain SGD and upload their parameters alone.
-PRIVATE_STRATEGIES = ("pfedgpa", "local", "fedavg", "fedavg-ft")
+PLAIN_STRATEGIES = ("pfedgpa", "local", "fedavg", "fedavg-ft")
 
 
 class DatasetInfo(NamedTuple):
@@ -163,6 +163,7 @@ class ClientConfig(Section):
     class_prior: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Device = "auto"
+    engine: Literal["loop", "vmap"] = "loop"
     torch_threads: OptionalCount = 1
 
 
@@ -449,6 +450,8 @@ def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
     yield from _onboarding_contradictions(config)
     if config.privacy.is_on:
         yield from _privacy_contradictions(config)
+    if config.client.engine == "vmap":
+        yield from _engine_contradictions(config)
 
 
 def _data_contradictions(data: DataConfig) -> Iterator[tuple[set[str], str]]:
@@ -585,11 +588,11 @@ def _onboarding_contradictions(config: Config) -> Iterator[tuple[set[str], str]]
 def _privacy_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
     privacy, client = config.privacy, config.client
     mode = f'privacy.mode = "{privacy.mode}"'
-    if config.strategy not in PRIVATE_STRATEGIES:
+    if config.strategy not in PLAIN_STRATEGIES:
         yield (
             {"privacy.mode", "strategy"},
             f'strategy = "{config.strategy}": with {mode} right would be '
-            f"{', '.join(PRIVATE_STRATEGIES)}, whose clients train by plain SGD and upload nothing "
+            f"{', '.join(PLAIN_STRATEGIES)}, whose clients train by plain SGD and upload nothing "
             "but parameters",
         )
     if config.resume_from:
@@ -614,6 +617,28 @@ def _privacy_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
         yield (
             {"privacy.mode", "client.precision"},
             f'client.precision = "{client.precision}": with {mode} right would be "fp32"',
+        )
+
+
+def _engine_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
+    engine = 'client.engine = "vmap"'
+    if config.strategy not in PLAIN_STRATEGIES:
+        yield (
+            {"client.engine", "strategy"},
+            f'{engine}: with strategy = "{config.strategy}" right would be "loop"; only the '
+            f"clients of {', '.join(PLAIN_STRATEGIES)} train by plain SGD, as one graph",
+        )
+    if config.privacy.mode == "example":
+        yield (
+            {"client.engine", "privacy.mode"},
+            f'{engine}: with privacy.mode = "example" right would be "loop"; Opacus trains one '
+            "model at a time",
+        )
+    if config.client.precision != "fp32":
+        yield (
+            {"client.engine", "client.precision"},
+            f'{engine}: with client.precision = "{config.client.precision}" right would be "loop"; '
+            "models that train as one graph do so in fp32",
         )
 
 

@@ -1,11 +1,15 @@
 """The models that clients train. Every one maps ``(batch, channels, height, width)`` to logits."""
 
+import copy
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from pfedgpa_app.config import DatasetInfo
 from pfedgpa_app.parameters import head_names
@@ -137,6 +141,54 @@ def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
             f'model.name = "{name}": two images of shape {info.image_shape} gave an output of '
             f"shape {shape}; right would be {(2, info.num_classes)}, a logit a class"
         )
+
+
+def mixing_layers(model: nn.Module) -> list[str]:
+    """Return the layers that mix or remember the images of a batch, with their types."""
+    return [
+        _named(name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) or getattr(layer, "track_running_stats", False)
+    ]
+
+
+def unfit_for_vmap(model: nn.Module, info: DatasetInfo) -> list[str]:
+    """Say why many such models cannot be trained as one graph, as ``client.engine = "vmap"`` does.
+
+    Beside layers that are known not to go with it, a step of two models on blank images is tried.
+    """
+    if mixing := mixing_layers(model):
+        return [f"layers that mix or remember the images of a batch are out: {', '.join(mixing)}"]
+    drawing = [
+        _named(name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, _DropoutNd) and layer.p > 0
+    ]
+    if drawing:
+        return [f"layers that draw at random are out: {', '.join(drawing)}"]
+    trials = [copy.deepcopy(model).train() for _ in range(2)]
+    images = torch.zeros(2, 2, *info.image_shape)
+    parameters, buffers = stack_module_state(trials)
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        logits: Tensor = functional_call(trials[0], (parameters, buffers), (images,))
+        return logits.float().sum()
+
+    try:
+        with torch.no_grad():
+            trials[1](images[1])
+        changed = [n for n, b in trials[1].named_buffers() if not torch.equal(b, buffers[n][1])]
+        if changed:
+            return [f"buffers that change in training are out: {', '.join(changed)}"]
+        vmap(grad(loss))(parameters, buffers, images)
+    except Exception as error:  # torch and the user's model raise whatever they like
+        reason = str(error).partition("\n")[0]
+        return [f"torch.func.vmap cannot train it: {reason}"]
+    return []
+
+
+def _named(name: str, layer: nn.Module) -> str:
+    return f"{name or 'the model'} ({type(layer).__name__})"
 
 
 def head_of(model: nn.Module) -> nn.Linear:

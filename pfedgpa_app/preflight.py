@@ -4,17 +4,24 @@ import torch
 from torch import nn
 
 from pfedgpa_app.config import Config, ConfigError
-from pfedgpa_app.models import ModelError, build_model, head_of
+from pfedgpa_app.models import ModelError, build_model, head_of, unfit_for_vmap
 from pfedgpa_app.parameters import ParameterError, ParameterLayout
 from pfedgpa_app.privacy import require_opacus, unfit_layers
 from pfedgpa_app.randomness import resolve_device
 
 # Strategies that work on the features under a linear layer.
 _NEED_LINEAR_HEAD = ("fedrod", "fedpac", "floco")
+ENGINE_ON_FLOWER = (
+    'client.engine = "vmap": is for `pfedgpa bench`, whose clients train in one process; '
+    '`flwr run` gives each a process of its own, and right would be "loop"'
+)
 
 
-def preflight(config: Config) -> nn.Module:
+def preflight(config: Config, *, one_process: bool = False) -> nn.Module:
     """Build the model of a run, and try whatever else would only fail in its middle.
+
+    ``one_process`` says that all clients train in one process, as in `pfedgpa bench`. Elsewhere
+    there is nothing for ``client.engine = "vmap"`` to put together.
 
     Raises
     ------
@@ -40,6 +47,12 @@ def preflight(config: Config) -> nn.Module:
                 + problem
                 for problem in unfit_layers(model, config.data.info, config.privacy)
             ]
+        if config.client.engine == "vmap":
+            problems += [
+                f'model.name = "{config.model.name}": with client.engine = "vmap", {problem}; '
+                'right would be client.engine = "loop"'
+                for problem in unfit_for_vmap(model, config.data.info)
+            ]
     except ModelError as error:
         problems.append(str(error))
     except ConfigError as error:
@@ -47,6 +60,8 @@ def preflight(config: Config) -> nn.Module:
     except ParameterError as error:
         patterns = config.diffusion.generated_layers
         problems.append(f'diffusion.generated-layers = "{patterns}": {error}')
+    if config.client.engine == "vmap" and not one_process:
+        problems.append(ENGINE_ON_FLOWER)
     try:
         resolve_device(config.diffusion.device)
     except RuntimeError as error:

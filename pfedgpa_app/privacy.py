@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pfedgpa_app.config import ClientConfig, ConfigError, DatasetInfo, PrivacyConfig
+from pfedgpa_app.models import mixing_layers
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
 
@@ -181,12 +181,7 @@ def require_opacus(config: PrivacyConfig) -> None:
 
 def unfit_layers(model: nn.Module, info: DatasetInfo, config: PrivacyConfig) -> list[str]:
     """Say which layers of a model cannot be trained, or uploaded, with differential privacy."""
-    mixing = [
-        f"{name or 'the model'} ({type(layer).__name__})"
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) or getattr(layer, "track_running_stats", False)
-    ]
-    if mixing:
+    if mixing := mixing_layers(model):
         return [
             f"layers that mix or remember the images of a batch are out: {', '.join(mixing)}; "
             "right would be torch.nn.GroupNorm or LayerNorm"

@@ -184,7 +184,7 @@ class Suite(Section):
                     try:
                         config = Config.from_flat(flat)
                         if seed == self.seeds[0]:
-                            preflight(config)
+                            preflight(config, one_process=True)
                             problems += [f"{name}: {each}" for each in self._contradictions(config)]
                         runs.append(BenchRun(case, row, config, clients, self._judged(config)))
                     except ConfigError as error:

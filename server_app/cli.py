@@ -63,6 +63,7 @@ def bench(
     # They import torch and Flower, which other commands are spared.
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+    from pfedgpa_app.preflight import ENGINE_ON_FLOWER
     from server_app.bench import Suite, SuiteError, execute, num_processes
 
     sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
@@ -78,6 +79,8 @@ def bench(
         }
         suite = suite.model_copy(update=changed)
         runs = suite.runs()
+        if superlink and any(run.config.client.engine == "vmap" for run in runs):
+            raise ValueError(ENGINE_ON_FLOWER)
     except (SuiteError, ValueError) as error:
         fail(str(error) if str(file) in str(error) else f"{file}: {error}")
     if superlink not in ("", "local"):

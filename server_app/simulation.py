@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.supercore.task_identity import TaskIdentity
@@ -30,8 +30,9 @@ from server_app.strategies import ClientwiseFedAvg
 class PoolGrid:
     """Flower's Grid, whose nodes 0 .. num_clients - 1 are served by a pool of processes.
 
-    Without processes they are served by this one, so that a debugger sees what they do. What
-    Flower keeps for a client between its messages is kept here.
+    Without processes they are served by this one, so that a debugger sees what they do, and so they
+    are with ``client.engine = "vmap"``, which trains all of them at once. What Flower keeps for a
+    client between its messages is kept here.
 
     Attributes
     ----------
@@ -39,9 +40,12 @@ class PoolGrid:
         The nodes that are not connected now.
     client_app
         The module of the ClientApp.
+    batched
+        The module that answers the training messages of all nodes at once.
     """
 
     client_app: ClassVar[str] = "client_app.app"
+    batched: ClassVar[str] = "client_app.batched"
 
     def __init__(self, config: Config, num_clients: int, num_processes: int) -> None:
         self.run_config = config.to_flat()
@@ -53,7 +57,9 @@ class PoolGrid:
         if config.data.dataset != "sites":  # once, before the processes fork
             client_data(config.data, config.seed, 0, num_clients)
         context = multiprocessing.get_context("fork")
-        self._pool = context.Pool(num_processes, _identify) if num_processes else None
+        self._is_batched = config.client.engine == "vmap"
+        has_pool = num_processes and not self._is_batched
+        self._pool = context.Pool(num_processes, _identify) if has_pool else None
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the connected nodes, which are the numbers of their partitions."""
@@ -66,19 +72,22 @@ class PoolGrid:
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Let the nodes answer messages."""
-        tasks = []
+        """Let the nodes answer messages, which are all of one type."""
+        messages, contexts = list(messages), []
         for message in messages:
             self._num_sent += 1
             message.metadata.__dict__["_message_id"] = str(self._num_sent)
             node = message.metadata.dst_node_id
-            given = (self.node_config(node), self.run_config, self.states[node])
-            tasks.append((self.client_app, message, *given))
-        answers = (
-            self._pool.starmap(_answer, tasks, chunksize=1)
-            if self._pool
-            else [_answer(*task) for task in tasks]
-        )
+            given = (self.node_config(node), self.states[node], self.run_config)
+            contexts.append(Context(1, node, *given))
+        types = {message.metadata.message_type for message in messages}
+        tasks = [(self.client_app, *each) for each in zip(messages, contexts, strict=True)]
+        if self._is_batched and types == {MessageType.TRAIN}:
+            answers = _answer_together(self.batched, messages, contexts)
+        elif self._pool:
+            answers = self._pool.starmap(_answer, tasks, chunksize=1)
+        else:
+            answers = [_answer(*task) for task in tasks]
         for reply, state in answers:
             self.states[reply.metadata.src_node_id] = state
         return [reply for reply, _ in answers]
@@ -133,7 +142,7 @@ def simulate(
     try:
         strategy.start(
             grid,
-            initial_arrays=ArrayRecord(preflight(config).state_dict()),
+            initial_arrays=ArrayRecord(preflight(config, one_process=True).state_dict()),
             num_rounds=num_rounds,
             evaluate_fn=end_round,
         )
@@ -155,16 +164,16 @@ def _identify() -> None:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
 
 
-def _answer(
-    module: str,
-    message: Message,
-    node_config: dict[str, Any],
-    run_config: dict[str, Any],
-    state: RecordDict,
-) -> tuple[Message, RecordDict]:
+def _answer(module: str, message: Message, context: Context) -> tuple[Message, RecordDict]:
     """Return a node's reply, and what is kept for its next message."""
     # By its name, as Flower loads it: server and client know each other by messages alone.
     client_app: ClientApp = importlib.import_module(module).app
-    node = message.metadata.dst_node_id
-    context = Context(1, node, node_config, state, run_config)
     return client_app(message, context), context.state
+
+
+def _answer_together(
+    module: str, messages: list[Message], contexts: list[Context]
+) -> list[tuple[Message, RecordDict]]:
+    """Return what `_answer` returns, of all nodes."""
+    replies = importlib.import_module(module).train_messages(messages, contexts)
+    return [(reply, each.state) for reply, each in zip(replies, contexts, strict=True)]

@@ -408,3 +408,12 @@ def test_runs_on_a_superlink_give_the_same_kind_of_result(
     assert result.exit_code == 1
     assert "ditto, seed 1: 2 SuperNodes; right would be 3" in result.output
     assert len(results(tmp_path / "results")) == 3
+
+
+def test_runs_on_a_superlink_do_not_train_as_one_graph(suite: Path, tmp_path: Path):
+    suite.write_text(SUITE.replace("[rows.local]", "[rows.local]\nclient.engine = 'vmap'"))
+    assert len(Suite.read(suite).runs()) == 4
+    result = invoke(suite, "--superlink", "site", "--results", tmp_path / "results")
+    assert result.exit_code == 1
+    assert 'client.engine = "vmap": is for `pfedgpa bench`' in result.stderr
+    assert not (tmp_path / "results").exists()

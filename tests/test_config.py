@@ -1,5 +1,6 @@
 """Settings: the defaults, what is refused and with what words, and where things are kept."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,26 @@ def test_flat_settings_survive_the_round_trip(
     config = Config.from_flat(given_settings)
     assert config.to_flat() == Config().to_flat() | given_settings
     assert Config.from_flat(config.to_flat()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"strategy": "fedprox"}, r'strategy = "fedprox" right would be "loop"; .* fedavg-ft'),
+        (
+            {"privacy.mode": "example", "privacy.epsilon": 1.0},
+            r'privacy\.mode = "example" right would be "loop"; Opacus',
+        ),
+        (
+            {"client.precision": "bf16"},
+            r'client\.precision = "bf16" right would be "loop"; .* fp32',
+        ),
+    ],
+)
+def test_what_clients_cannot_do_as_one_graph_is_refused(settings: dict[str, Any], reason: str):
+    Config.from_flat(settings)
+    problem = the_problem({**settings, "client.engine": "vmap"})
+    assert re.fullmatch(rf'client\.engine = "vmap": with {reason}.*', problem)
 
 
 def test_the_underscores_of_python_are_not_keys():

@@ -1,11 +1,14 @@
 """What is tried before a run begins."""
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from pfedgpa_app import preflight
-from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.config import ClientConfig, Config, ConfigError
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64])
@@ -33,3 +36,91 @@ def test_methods_of_heads_need_a_model_that_ends_in_one(
         ConfigError, match=r"1, is BatchNorm1d; right would be .* torch\.nn\.Linear"
     ):
         preflight.preflight(config)
+
+
+VMAP = Config(client=ClientConfig(engine="vmap"))
+
+
+class Own(nn.Module):
+    """A linear model of a user's, with something before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.before(images.flatten(1)))
+
+    def before(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+
+class Draws(Own):
+    def before(self, inputs: Tensor) -> Tensor:
+        return functional.dropout(inputs, 0.5, self.training)
+
+
+class Counts(Own):
+    def before(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.seen = self.seen + len(inputs)
+        return inputs
+
+
+class Branches(Own):
+    def before(self, inputs: Tensor) -> Tensor:
+        return inputs if bool(inputs.sum() > 0) else -inputs
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)),
+            r"mix or remember .* 1 \(BatchNorm2d",
+        ),
+        (
+            nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), nn.Linear(8, 10)),
+            r"0 \(InstanceNorm2d\)",
+        ),
+        (
+            nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10)),
+            r"draw at random are out: 1 \(Dropout\)",
+        ),
+        (Draws(), "torch.func.vmap cannot train it: .*random"),
+        (Counts(), "buffers that change in training are out: seen"),
+        (Branches(), "torch.func.vmap cannot train it: .*data-dependent"),
+    ],
+)
+def test_models_that_cannot_train_as_one_graph_are_refused(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, reason: str
+):
+    monkeypatch.setattr(preflight, "build_model", lambda *arguments: model)
+    with pytest.raises(ConfigError, match=f'"vmap", .*{reason}.*; right would be .* = "loop"'):
+        preflight.preflight(VMAP, one_process=True)
+    preflight.preflight(Config())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Own(),
+        nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(64, 10)),
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 10)),
+    ],
+)
+def test_other_models_of_a_user_s_train_as_one_graph(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module
+):
+    monkeypatch.setattr(preflight, "build_model", lambda *arguments: model)
+    before = copy.deepcopy(model.state_dict())
+    state = preflight.preflight(VMAP, one_process=True).state_dict()
+    assert all(torch.equal(state[name], before[name]) for name in before)
+
+
+def test_where_each_client_has_a_process_none_are_put_together():
+    with pytest.raises(
+        ConfigError, match=r"`flwr run` gives each a process of its own, .*\"loop\""
+    ):
+        preflight.preflight(VMAP)

@@ -13,8 +13,7 @@ from small_task import EPOCHS, IMAGES, LABELS, PLAIN_SGD, RATE, small_task
 from test_strategies import Node, received, site, start
 from torch import Tensor
 
-from client_app.methods import METHODS, Method
-from client_app.methods.pfedgpa import half_moves
+from client_app.methods import METHODS, Method, Task
 from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import (
@@ -374,6 +373,11 @@ def test_a_client_trains_on_both_halves_apart_when_it_is_asked():
             weight, bias = weight - RATE * error.T @ inputs, bias - RATE * error.sum(dim=0)
         expected = torch.cat([(weight - before[0]).flatten(), bias - before[1]])
         torch.testing.assert_close(move, sketched(expected), atol=1e-6, rtol=1e-5)
+
+
+def half_moves(task: Task) -> Tensor:
+    """Return what a client tells of its halves."""
+    return METHODS["pfedgpa"]().train(task).extras["halves"]
 
 
 def test_halves_start_from_what_was_received_where_nothing_else_came():

@@ -9,7 +9,7 @@ from client_app.methods.fedrep import FedRep
 from client_app.methods.fedrod import FedRoD
 from client_app.methods.floco import Floco
 from client_app.methods.ifca import IFCA
-from client_app.methods.method import Method, Task, Trained
+from client_app.methods.method import Fit, Method, Task, Trained
 from client_app.methods.pfedgpa import PFedGPA
 
 METHODS: dict[str, type[Method]] = {
@@ -25,4 +25,4 @@ METHODS: dict[str, type[Method]] = {
     "pfedgpa": PFedGPA,
 }
 
-__all__ = ["METHODS", "Method", "Task", "Trained"]
+__all__ = ["METHODS", "Fit", "Method", "Task", "Trained"]

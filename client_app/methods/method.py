@@ -1,5 +1,6 @@
 """What a client does with the model that it is sent: plain local training, by default."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -115,17 +116,37 @@ class Trained(NamedTuple):
     extras: StateDict
 
 
+class Fit(NamedTuple):
+    """A plain training: of a model, in place, as the task says by default."""
+
+    task: Task
+    model: nn.Module
+
+
 class Method:
     """FedAvg's client (arXiv 1602.05629): SGD from the received model, all of which is uploaded.
 
-    Subclasses say what else a client trains, uploads, keeps and is judged by.
+    Subclasses say what else a client trains, uploads, keeps and is judged by. Those whose trainings
+    are plain and do not depend on each other's results leave `train` as it is, so that the
+    trainings of many clients can be done together (`client_app.batched`).
     """
 
     def personal_model(self, task: Task) -> nn.Module:
         """Return the model that this client uses, before or after its training."""
         return task.model
 
+    def fits(self, task: Task) -> Iterator[Fit]:
+        """Yield what is trained, in the order in which it draws from the task's generator."""
+        yield Fit(task, task.model)
+
+    def upload(self, task: Task, models: Sequence[nn.Module]) -> Trained:
+        """Return what is uploaded when the models of `fits` are trained."""
+        return Trained(copy_of(models[0].state_dict()), {})
+
     def train(self, task: Task) -> Trained:
         """Train, and return what is uploaded."""
-        task.fit(task.model)
-        return Trained(copy_of(task.model.state_dict()), {})
+        models = []
+        for fit in self.fits(task):
+            fit.task.fit(fit.model)
+            models.append(fit.model)
+        return self.upload(task, models)

@@ -1,12 +1,13 @@
 """pFedGPA's clients: FedAvg's, who tell now and then how far two halves of their images agree."""
 
 import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from client_app.methods.method import Method, Task, Trained
+from client_app.methods.method import Fit, Method, Task, Trained
 from pfedgpa_app.diffusion import SKETCH, sketched
 from pfedgpa_app.parameters import ParameterLayout
 from pfedgpa_app.randomness import make_generator
@@ -18,38 +19,36 @@ HALVES = "halves"
 class PFedGPA(Method):
     """FedAvg's client; when asked, it trains twice more, on each half of its images apart."""
 
-    def train(self, task: Task) -> Trained:
-        """Train, and upload with the parameters what was asked for.
+    def fits(self, task: Task) -> Iterator[Fit]:
+        """Yield the training, and that of both halves if the client is to tell of them."""
+        yield from super().fits(task)
+        if _tells(task):
+            yield from _halves(task)
 
-        Where uploads are private the halves stay untold: they would need noise of their own.
-        """
-        trained = super().train(task)
-        tells = COMMON in task.extras and not task.config.privacy.is_on
-        extras = {HALVES: half_moves(task)} if tells else {}
-        return Trained(trained.state, extras)
+    def upload(self, task: Task, models: Sequence[nn.Module]) -> Trained:
+        """Return the parameters, and with them what was asked for."""
+        trained = super().upload(task, models)
+        extras = {HALVES: _half_moves(task, models[1:])} if _tells(task) else {}
+        return trained._replace(extras=extras)
 
 
-def half_moves(task: Task) -> Tensor:
-    """Return how training on two random halves moves what all have in common.
+def _tells(task: Task) -> bool:
+    """Tell whether halves are asked for; private uploads would need noise of their own for them."""
+    return COMMON in task.extras and not task.config.privacy.is_on
+
+
+def _halves(task: Task) -> Iterator[Fit]:
+    """Yield the training on each of two random halves; none of fewer than four images.
 
     Both start from the parameters that came for it, ``(d,)``, or from the received ones if none
-    did. Moves that say nothing are 0: those of fewer than four images, and those of a training that
-    diverged.
-
-    Returns
-    -------
-    Tensor
-        Sketches, ``(2, SKETCH)``.
+    did.
     """
-    layout = ParameterLayout.of(task.received, task.config.diffusion.patterns)
-    received, rest = layout.split(task.received)
-    start = task.extras[COMMON] if len(task.extras[COMMON]) else received
-    nothing = torch.zeros(2, SKETCH)
+    layout, start = _start(task)
+    _, rest = layout.split(task.received)
     data = task.data
     order = torch.randperm(len(data.train_labels), generator=task.generator)
     if len(order) < 4:
-        return nothing
-    moves = []
+        return
     for number, rows in enumerate(order.to(data.train_labels.device).tensor_split(2)):
         model = copy.deepcopy(task.model)
         model.load_state_dict(layout.merge(start, rest))
@@ -58,7 +57,27 @@ def half_moves(task: Task) -> Tensor:
         )
         # Of its own, so that dropout does not leave out the same for both.
         generator = make_generator(task.generator.initial_seed(), "half", number)
-        replace(task, data=half, generator=generator).fit(model)
-        moves.append(sketched((layout.split(model.state_dict())[0] - start).cpu()))
-    both = torch.stack(moves)
-    return both if bool(torch.isfinite(both).all()) else nothing
+        yield Fit(replace(task, data=half, generator=generator), model)
+
+
+def _half_moves(task: Task, models: Sequence[nn.Module]) -> Tensor:
+    """Return how training on the halves moved what all have in common.
+
+    Moves that say nothing are 0: those without halves, and those of a training that diverged.
+
+    Returns
+    -------
+    Tensor
+        Sketches, ``(2, SKETCH)``.
+    """
+    layout, start = _start(task)
+    moves = [sketched((layout.split(model.state_dict())[0] - start).cpu()) for model in models]
+    both = torch.stack(moves) if moves else torch.zeros(2, SKETCH)
+    return both if bool(torch.isfinite(both).all()) else torch.zeros(2, SKETCH)
+
+
+def _start(task: Task) -> tuple[ParameterLayout, Tensor]:
+    """Return the layout of the generated parameters, and those from which the halves start."""
+    layout = ParameterLayout.of(task.received, task.config.diffusion.patterns)
+    common = task.extras[COMMON]
+    return layout, common if len(common) else layout.split(task.received)[0]

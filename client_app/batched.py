@@ -1,0 +1,193 @@
+"""Local training of many clients at once, for simulations in one process.
+
+The clients' models have one shape: their parameters are stacked, and every step is one graph over
+all of them, where `client_app.training` trains one client after the other. Many small computations
+become a few large ones. The digits differ by rounding alone: every client takes the same steps, on
+the same batches, in the same order.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from flwr.app import Context, Message
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from client_app.messages import prepare, training_reply
+from client_app.methods import Fit, Task
+from client_app.training import Momenta, batches, step
+from pfedgpa_app.data import ImageStats, normalize
+from pfedgpa_app.parameters import StateDict
+
+
+def train_messages(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """Answer a training message of each of many clients, as `train_message` answers one.
+
+    The settings of the run are those that ``client.engine = "vmap"`` goes with, so that all
+    trainings are plain. The seconds of a reply are the client's part of those of all.
+    """
+    begin = time.monotonic()
+    prepared = [prepare(*each) for each in zip(messages, contexts, strict=True)]
+    before = [task.judge(method.personal_model(task)) for task, method in prepared]
+    trainings = [draw(method.fits(task)) for task, method in prepared]
+    train(list(chain(*trainings)))
+    replies = []
+    for message, context, (task, method), judged, own in zip(
+        messages, contexts, prepared, before, trainings, strict=True
+    ):
+        trained = method.upload(task, [each.model for each in own])
+        replies.append(training_reply(message, context, task, method, judged, trained))
+    seconds = (time.monotonic() - begin) / len(replies)
+    for reply in replies:
+        reply.content.metric_records["metrics"]["seconds"] = seconds
+    return replies
+
+
+class Training(NamedTuple):
+    """A plain training, and the rows of the examples of each of its steps, on the CPU."""
+
+    task: Task
+    model: nn.Module
+    batches: list[Tensor]
+
+
+def draw(fits: Iterable[Fit]) -> list[Training]:
+    """Draw the batches of a client's trainings, each before the next one is asked for.
+
+    So its generator is drawn from in the same order as where every training is done at once.
+    """
+    trainings = []
+    for task, model in fits:
+        num_examples, settings = len(task.data.train_labels), task.config.client
+        drawn = batches(num_examples, settings, task.generator, torch.device("cpu"))
+        trainings.append(Training(task, model, list(drawn)))
+    return trainings
+
+
+def train(trainings: Sequence[Training]) -> None:
+    """Do the trainings of a run together, and leave each model as its training alone would.
+
+    Parameters
+    ----------
+    trainings
+        Of models of one shape, on one device, in which `unfit_for_vmap` finds nothing. They may
+        have different numbers of examples, and so of steps.
+    """
+    # Those that are not at their end are then always the first ones, and a slice is no copy.
+    trainings = sorted(trainings, key=lambda each: len(each.batches), reverse=True)
+    models = [each.model.train() for each in trainings]
+    samples = _Samples.of([each.task for each in trainings])
+    parameters, buffers = stack_module_state(models)
+    fixed = {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+    moving = {name: fixed.pop(name) for name in _learning(trainings[0])}
+    gradients_of = _gradients(models[0])
+    momenta: Momenta = {}
+    with _repeatable():
+        for rows, weights in _steps(trainings, samples.labels.device):
+            first = slice(len(rows))
+            state = _part(moving, first)
+            gradients = gradients_of(state, _part(fixed, first), *samples.at(rows), weights)
+            momenta = {name: m[first] for name, m in momenta.items() if m is not None}
+            step(state, gradients, momenta, trainings[0].task.config.client)
+    with torch.no_grad():
+        for place, model in enumerate(models):
+            for name, stacked in moving.items():
+                model.get_parameter(name).copy_(stacked[place])
+
+
+class _Samples(NamedTuple):
+    """The examples of all trainings, one after the other, and what is added to each's logits."""
+
+    images: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task]) -> "_Samples":
+        images = torch.cat([task.data.train_images for task in tasks])
+        return cls(
+            images,
+            torch.cat([task.data.train_labels for task in tasks]),
+            torch.stack([task.data.stats.mean for task in tasks]).to(images.device),
+            torch.stack([task.data.stats.std for task in tasks]).to(images.device),
+            torch.stack([task.offset for task in tasks]),
+        )
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor, ImageStats, Tensor]:
+        """Return the batches of the first trainings, ``(trainings, batch)`` rows."""
+        stats = ImageStats(self.mean[: len(rows)], self.std[: len(rows)])
+        return self.images[rows], self.labels[rows], stats, self.offsets[: len(rows)]
+
+
+def _gradients(model: nn.Module) -> Callable[..., StateDict]:
+    """Return the gradients of the loss of `client_app.training`, of stacked models at once.
+
+    It takes stacks of what ``loss`` takes; the mean over a batch is a sum with ``weights``.
+    """
+
+    def loss(
+        moving: StateDict,
+        fixed: StateDict,
+        images: Tensor,
+        labels: Tensor,
+        stats: ImageStats,
+        offset: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        logits = functional_call(model, {**moving, **fixed}, (normalize(images, stats),))
+        losses = functional.cross_entropy(logits.float() + offset, labels, reduction="none")
+        return (weights * losses).sum()
+
+    return vmap(grad(loss))
+
+
+def _steps(trainings: Sequence[Training], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows and weights of each step, ``(trainings, batch)``, of those not at their end.
+
+    Rows are those of `_Samples`. A batch smaller than others is filled up with its own first row,
+    so that nothing can come from outside of it, at a weight of 0.
+    """
+    num_steps = len(trainings[0].batches)
+    width = max(len(rows) for each in trainings for rows in each.batches)
+    table = torch.zeros(num_steps, len(trainings), width, dtype=torch.int64)
+    sizes = torch.zeros(num_steps, len(trainings), dtype=torch.int64)
+    begin = 0
+    for place, (task, _, drawn) in enumerate(trainings):
+        padded = pad_sequence(drawn, batch_first=True, padding_value=-1)
+        filled = torch.where(padded < 0, padded[:, :1], padded)
+        table[: len(drawn), place] = begin + filled[:, :1]
+        table[: len(drawn), place, : filled.shape[1]] = begin + filled
+        sizes[: len(drawn), place] = torch.tensor([len(rows) for rows in drawn])
+        begin += len(task.data.train_labels)
+    weights = (torch.arange(width) < sizes[..., None]) / sizes[..., None].clamp(min=1)
+    table, weights = table.to(device), weights.to(device)
+    num_going, widths = (sizes > 0).sum(dim=1).tolist(), sizes.amax(dim=1).tolist()
+    for number, (going, wide) in enumerate(zip(num_going, widths, strict=True)):
+        yield table[number, :going, :wide], weights[number, :going, :wide]
+
+
+def _learning(training: Training) -> list[str]:
+    """Return the names of the parameters that SGD moves: the others have no part in the logits."""
+    task, model = training.task, training.model
+    model(normalize(task.data.train_images[:1], task.data.stats)).sum().backward()
+    names = [name for name, each in model.named_parameters() if each.grad is not None]
+    model.zero_grad()
+    return names
+
+
+def _part(tensors: StateDict, first: slice) -> StateDict:
+    return {name: tensor[first] for name, tensor in tensors.items()}
+
+
+def _repeatable() -> AbstractContextManager[None]:
+    """Have cuDNN choose among those algorithms that give the same digits each time."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=cudnn.allow_tf32)
