@@ -21,11 +21,10 @@ from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, Count, Section, flatten
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import RoundRecord, mean_and_spread, summarize
+from pfedgpa_app.report import JUDGED, RoundRecord, mean_and_spread, summarize
 from pfedgpa_app.tables import Cell, Table, compare, partial_cell
 from server_app.simulation import simulate
 
-JUDGED = "personalized-accuracy"
 BYTES_A_RUN = 2 * 2**30
 """What a run with a small model takes, torch included."""
 

@@ -571,7 +571,7 @@ def test_a_budget_that_is_too_small_for_one_round_ends_the_run(tmp_path: Path):
     strategy = make_strategy(config)
     strategy.record.server_round = 1
     strategy.record.spent(0, 0.0)
-    end = RoundEnd(strategy, RunFolder(tmp_path / "run", config), config)
+    end = RoundEnd(strategy, RunFolder(tmp_path / "run", config))
     with pytest.raises(RunError, match="privacy budget spent"):
         end(1, ArrayRecord())
 
@@ -590,7 +590,7 @@ def test_a_round_tells_the_largest_epsilon_in_its_log(monkeypatch, caplog, tmp_p
     strategy.record.server_round = 1
     strategy.record.trained(0, {"num-examples": 3, "epsilon": 1.5}, 10)
     strategy.record.spent(1, 2.25)
-    end = RoundEnd(strategy, RunFolder(tmp_path / "run", config), config)
+    end = RoundEnd(strategy, RunFolder(tmp_path / "run", config))
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="flwr"):
         end._write_rows(1.0)
