@@ -369,6 +369,12 @@ class Config(Section):
         return dict(flatten(self.model_dump(by_alias=True)))
 
     @property
+    def changed(self) -> dict[str, Scalar]:
+        """The settings that differ from the defaults, as a flat run config."""
+        defaults = Config().to_flat()
+        return {key: value for key, value in self.to_flat().items() if value != defaults[key]}
+
+    @property
     def output_path(self) -> Path:
         """The folder of the runs, absolute."""
         if self.output_dir:

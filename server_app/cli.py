@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pfedgpa_app.cli import app, fail
+from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
+from pfedgpa_app.console import fail
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
