@@ -318,6 +318,7 @@ class Config(Section):
     num_server_rounds: Count = 10
     output_dir: str = ""
     resume_from: str = ""
+    tracking: Literal["", "tensorboard", "mlflow"] = ""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     client: ClientConfig = ClientConfig()
@@ -392,14 +393,15 @@ class Config(Section):
     def decisive(self) -> dict[str, Scalar]:
         """The settings that decide about results, as a flat run config.
 
-        Where the output goes, how far the run goes, what it goes on from, how long it waits for
-        clients and when it judges are not among them, nor are the settings of strategies that the
-        run does not have.
+        Where the output goes, who else is told, how far the run goes, what it goes on from, how
+        long it waits for clients and when it judges are not among them, nor are the settings of
+        strategies that the run does not have.
         """
         free = {
             "output-dir",
             "num-server-rounds",
             "resume-from",
+            "tracking",
             "checkpoint.every",
             "server.min-available-nodes",
             "server.round-timeout",

@@ -12,7 +12,7 @@ from flwr.superlink.grid import InMemoryGrid
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import NO_REPLY, RunFolder, summarize
+from pfedgpa_app.report import NO_REPLY, Run, RunFolder, summarize
 from pfedgpa_app.runs import CHECKPOINT
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, resume, settle_earlier, write_checkpoint
@@ -20,6 +20,7 @@ from server_app.grid import GuardedGrid
 from server_app.replies import max_bytes
 from server_app.roster import JoinTimeoutError, PartitionRoster
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
+from server_app.tracking import Tracking
 
 app = ServerApp()
 
@@ -49,13 +50,15 @@ def main(grid: Grid, context: Context) -> None:
             "right would be false, outside of experiments",
         )
     try:
-        with RunFolder(path, config) as folder:
+        with RunFolder(path, config) as folder, Tracking(folder) as tracking:
             name = f"{folder.name} ({context.run_id})"
             log(INFO, "Run %s begins: %s", name, path)
             try:
                 if earlier is not None:
                     folder.go_on_from(earlier, strategy.completed_rounds)
-                _run(grid, strategy, folder, initial)
+                    for row in Run.read(path).metrics:
+                        tracking.add_round(row)
+                _run(grid, strategy, folder, tracking, initial)
             finally:
                 log(INFO, "Run %s: %s", name, path)
     except (WriteError, JoinTimeoutError) as error:
@@ -64,7 +67,13 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _run(grid: Grid, strategy: ClientwiseFedAvg, folder: RunFolder, initial: StateDict) -> None:
+def _run(
+    grid: Grid,
+    strategy: ClientwiseFedAvg,
+    folder: RunFolder,
+    tracking: Tracking,
+    initial: StateDict,
+) -> None:
     """Do the rounds that are left, and write models and figure."""
     config = folder.config
     guarded: Any = GuardedGrid(grid, max_bytes(strategy.layout, strategy.extras_layout))
@@ -73,7 +82,7 @@ def _run(grid: Grid, strategy: ClientwiseFedAvg, folder: RunFolder, initial: Sta
         initial_arrays=ArrayRecord(initial),
         num_rounds=config.num_server_rounds - strategy.completed_rounds,
         timeout=config.server.round_timeout,
-        evaluate_fn=RoundEnd(strategy, folder),
+        evaluate_fn=RoundEnd(strategy, folder, tracking),
     )
     for client in [] if strategy.clients_keep_parts else sorted(strategy.roster.clients.values()):
         folder.save_model(
@@ -107,9 +116,10 @@ class RunError(RuntimeError):
 class RoundEnd:
     """Called by Flower when a round is over: writes and logs what came of it."""
 
-    def __init__(self, strategy: ClientwiseFedAvg, folder: RunFolder) -> None:
+    def __init__(self, strategy: ClientwiseFedAvg, folder: RunFolder, tracking: Tracking) -> None:
         self.strategy = strategy
         self.folder = folder
+        self.tracking = tracking
         self.config = folder.config
         self.clock = time.monotonic()
         self.checkpointed: int | None = None
@@ -185,6 +195,7 @@ class RoundEnd:
             row["seconds-diffusion"],
             "" if row["epsilon"] is None else f"; epsilon {row['epsilon']:.3g}",
         )
+        self.tracking.add_round(row)
         self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
 
     def _stop_if_hopeless(self) -> None:

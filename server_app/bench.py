@@ -213,6 +213,8 @@ class Suite(Section):
             yield "server.evaluate-every: the judged rounds are the last ones; right would be 1"
         if config.server.bank != "memory":
             yield 'server.bank: a bench has no folders for it; right would be "memory"'
+        if config.tracking:
+            yield 'tracking: the results of a bench are its tables; right would be ""'
 
     def _judged(self, config: Config) -> int:
         return config.num_server_rounds if self.curve else self.judged_rounds

@@ -33,3 +33,13 @@ def test_methods_of_heads_need_a_model_that_ends_in_one(
         ConfigError, match=r"1, is BatchNorm1d; right would be .* torch\.nn\.Linear"
     ):
         preflight.preflight(config)
+
+
+@pytest.mark.parametrize("tracking", ["tensorboard", "mlflow"])
+def test_the_package_of_a_tracker_is_asked_for(monkeypatch: pytest.MonkeyPatch, tracking: str):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    preflight.preflight(Config())
+    with pytest.raises(ConfigError, match=rf'"{tracking}": the package is .* ".\[{tracking}\]"'):
+        preflight.preflight(Config(tracking=tracking))
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name == tracking or None)
+    preflight.preflight(Config(tracking=tracking))
