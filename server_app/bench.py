@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 import time
 import tomllib
 import traceback
@@ -22,6 +23,7 @@ from pydantic import Field, ValidationError
 from pfedgpa_app.config import Config, ConfigError, Count, Section, flatten
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import JUDGED, RoundRecord, mean_and_spread, summarize
+from pfedgpa_app.state import writing
 from pfedgpa_app.tables import Cell, Table, compare, partial_cell
 from server_app.simulation import simulate
 
@@ -314,6 +316,8 @@ class BenchRun:
             If a client has none in a round that is judged, as when its loss was not finite.
         RuntimeError
             If no client could train in a round.
+        WriteError
+            If the result cannot be written.
         """
         for row in rows:
             if not row["num-clients"]:
@@ -340,10 +344,14 @@ class BenchRun:
             },
         }
         file = self.file(folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(result))
-        part.replace(file)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_text(json.dumps(result))
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
 
     def outcome(self, folder: Path) -> str:
         """Say how it ended: its last accuracy and its seconds."""
@@ -413,15 +421,21 @@ def _execute(run: BenchRun, folder: Path) -> None:
     file.unlink(missing_ok=True)
     try:
         run.execute(folder)
-    except Exception:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(traceback.format_exc())
+    except Exception as error:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(traceback.format_exc())
+        except OSError:  # as on a full disk
+            file.unlink(missing_ok=True)
+            print(f"{run.name}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
 def _why(exit_code: int, file: Path) -> str:
-    if exit_code < 0 or not file.exists():
+    if exit_code < 0:
         return f"its process ended with {exit_code}; -9 may be a lack of memory"
+    if not file.exists():
+        return "see its error above; its traceback could not be written"
     return f"{file.read_text().strip().splitlines()[-1]}\n    (traceback: {file})"
 
 
