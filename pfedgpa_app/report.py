@@ -146,6 +146,24 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
     }
 
 
+def describe(row: Row, num_rounds: int) -> str:
+    """Say in a line what a line of metrics.jsonl has of a round."""
+    judged, worst, received, trained = accuracies(row)
+    epsilon = "" if row["epsilon"] is None else f"; epsilon {row['epsilon']:.3g}"
+    return (
+        f"Round {row['round']}/{num_rounds}: personalized accuracy {judged} (worst client "
+        f"{worst}), as sent {received}, after local training {trained}; {row['num-clients']} "
+        f"clients, {row['seconds-round']:.1f} s (clients {row['seconds-clients']:.1f}, diffusion "
+        f"{row['seconds-diffusion']:.1f}){epsilon}"
+    )
+
+
+def accuracies(row: Row) -> list[str]:
+    """Return personalized accuracy, worst client, as sent and after training; a dash for none."""
+    names = (JUDGED, f"{JUDGED}-worst", "received-accuracy", "finetuned-accuracy")
+    return ["-" if row[name] is None else f"{row[name]:.4f}" for name in names]
+
+
 class RunFolder:
     """Writes ``<output-dir>/<run id>/`` while a run goes on, which is until it is closed.
 

@@ -12,7 +12,7 @@ from flwr.superlink.grid import InMemoryGrid
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import NO_REPLY, Run, RunFolder, summarize
+from pfedgpa_app.report import NO_REPLY, Run, RunFolder, describe, summarize
 from pfedgpa_app.runs import CHECKPOINT
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, resume, settle_earlier, write_checkpoint
@@ -173,28 +173,7 @@ class RoundEnd:
     def _write_rows(self, seconds: float) -> None:
         record = self.strategy.record
         row = summarize(record, self.config.strategy, seconds)
-        log(
-            INFO,
-            "Round %d/%d: personalized accuracy %s (worst client %s), as sent %s, after local "
-            "training %s; "
-            "%d clients, %.1f s (clients %.1f, diffusion %.1f)%s",
-            record.server_round,
-            self.config.num_server_rounds,
-            *(
-                "-" if row[name] is None else f"{row[name]:.4f}"
-                for name in (
-                    "personalized-accuracy",
-                    "personalized-accuracy-worst",
-                    "received-accuracy",
-                    "finetuned-accuracy",
-                )
-            ),
-            row["num-clients"],
-            row["seconds-round"],
-            row["seconds-clients"],
-            row["seconds-diffusion"],
-            "" if row["epsilon"] is None else f"; epsilon {row['epsilon']:.3g}",
-        )
+        log(INFO, "%s", describe(row, self.config.num_server_rounds))
         self.tracking.add_round(row)
         self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
 
