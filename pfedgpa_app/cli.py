@@ -104,7 +104,7 @@ def export(
         if output.exists() and not force:
             fail(f"{output} exists; --force writes in its place")
         model.save(output)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         fail(str(error))
     config = model.config
     print(
@@ -146,7 +146,7 @@ def predict(
             _print_classes(exported, images, as_json)
         else:
             _print_evaluation(exported, as_json)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         fail(str(error))
 
 

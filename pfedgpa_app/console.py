@@ -35,6 +35,8 @@ _RIGHT = {
     errno.EDQUOT: "free space in your quota",
     errno.EACCES: "one that you may read, and write where something is written",
     errno.EPERM: "one that you may read, and write where something is written",
+    errno.ENOTDIR: "a folder",
+    errno.EISDIR: "a file",
     errno.EROFS: "one on a disk that may be written",
 }
 

@@ -109,16 +109,20 @@ class Followed:
         return new
 
     def seconds_since(self, now: float) -> float:
-        """Return how long ago the last round, or the run, began to be written; ``now`` as well."""
+        """Return how long ago the last round, or before the first the settings, were written."""
         files = [self.run.path / name for name in ("metrics.jsonl", "config.json")]
-        return max(0.0, now - next(file.stat().st_mtime for file in files if file.exists()))
+        written = next((file.stat().st_mtime for file in files if file.exists()), now)
+        return max(0.0, now - written)
 
     def seconds_left(self, now: float) -> float | None:
         """Return about how long the rest takes; None before the first round."""
-        last = [row["seconds-round"] for row in list(self.rounds.values())[-_ROUNDS_JUDGED:]]
+        last: list[float] = [
+            row["seconds-round"] for row in list(self.rounds.values())[-_ROUNDS_JUDGED:]
+        ]
         if not last:
             return None
-        whole = (self.num_rounds - self.last_round) * statistics.fmean(last)
+        # Of the first round, most may be start-up.
+        whole = (self.num_rounds - self.last_round) * statistics.median(last)
         return max(0.0, whole - self.seconds_since(now))
 
 

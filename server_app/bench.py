@@ -108,15 +108,15 @@ class Suite(Section):
         ------
         SuiteError
             If it is not one, with everything that is wrong.
+        OSError
+            If it, or ``base``, cannot be read.
         """
         try:
-            suite = cls.model_validate(tomllib.loads(file.read_text()))
-            base = tomllib.loads((file.parent / suite.base).read_text()) if suite.base else {}
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SuiteError(f"{file}: {error}") from error
+            suite = cls.model_validate(_read_toml(file))
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise SuiteError("\n  ".join([f"{file} is no suite:", *wrong])) from error
+        base = _read_toml(file.parent / suite.base) if suite.base else {}
         if (suite.targets or suite.horizons) and not suite.curve:
             raise SuiteError(
                 f"{file}: targets and horizons need every round; right would be curve = true"
@@ -232,6 +232,13 @@ class Suite(Section):
             for case in self.cases
             for end in self.horizons
         }
+
+
+def _read_toml(file: Path) -> Settings:
+    try:
+        return tomllib.loads(file.read_text())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SuiteError(f"{file} is not TOML: {error}; right would be as in conf/") from error
 
 
 @dataclass(frozen=True)

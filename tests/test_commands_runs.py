@@ -74,7 +74,8 @@ def test_a_list_in_json_has_what_the_table_has(tmp_path: Path):
 def test_an_output_folder_that_is_a_file_is_said_in_a_line(tmp_path: Path):
     (tmp_path / "file").touch()
     result = invoke(tmp_path / "file", "runs")
-    assert (result.exit_code, result.stderr) == (1, f"{tmp_path}/file: Not a directory\n")
+    assert result.exit_code == 1
+    assert result.stderr == f"{tmp_path}/file: Not a directory; right would be a folder\n"
 
 
 CLIENTS = [
