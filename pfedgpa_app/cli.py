@@ -4,25 +4,28 @@ import json
 import os
 import sys
 import tomllib
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from pfedgpa_app.commands_runs import runs_app
 from pfedgpa_app.config import Config, ConfigError, flatten
+from pfedgpa_app.console import OneLineErrors, OutputDir, RunArgument, fail, read_run
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import Run, read_runs
+from pfedgpa_app.watch import watch
 
 if TYPE_CHECKING:
     from pfedgpa_app.exported import ExportedModel
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False)
 config_app = typer.Typer(help="Settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(runs_app, name="runs")
+app.command()(watch)
 
 FileArgument = Annotated[
     Path | None, typer.Argument(help="Overrides of pyproject.toml's defaults, as in conf/.")
@@ -38,9 +41,21 @@ ClassCounts = Annotated[
         "trained with client.class-prior predicts with them."
     ),
 ]
-OutputDir = Annotated[
-    str, typer.Option(help="Folder of the runs, relative to the home folder; '' is the default.")
-]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"pfedgpa {version('pfedgpa')}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Take what concerns no command."""
 
 
 @config_app.command()
@@ -55,38 +70,15 @@ def check(file: FileArgument = None, config: Overrides = None) -> None:
         preflight(settings)
     except ConfigError as error:
         fail(str(error))
-    defaults = Config().to_flat()
-    changed = {key: value for key, value in settings.to_flat().items() if defaults[key] != value}
+    changed = settings.changed
     print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
     for key, value in changed.items():
         print(f"  {key} = {value!r}")
 
 
 @app.command()
-def runs(output_dir: OutputDir = "") -> None:
-    """List the runs, oldest first, with their last accuracy."""
-    folder = Config(output_dir=output_dir).output_path
-    found = read_runs(folder)
-    if not found:
-        print(f"No runs in {folder}")
-        return
-    table = Table("run", "strategy", "data", "seed", "rounds", "personalized", "after training")
-    for run in found:
-        table.add_row(
-            run.path.name,
-            run.config.strategy,
-            run.config.data.dataset,
-            str(run.config.seed),
-            f"{len(run.metrics)}/{run.config.num_server_rounds}",
-            _percent(run.last("personalized-accuracy")),
-            _percent(run.last("finetuned-accuracy")),
-        )
-    Console().print(f"Runs in {folder}", table, sep="\n", soft_wrap=True)
-
-
-@app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="A run's id below the output folder, or its folder.")],
+    run: RunArgument,
     client: Annotated[int, typer.Option(min=0, help="Number of the client.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (safetensors).")],
     force: Annotated[bool, typer.Option(help="Write in place of a file that exists.")] = False,
@@ -103,7 +95,7 @@ def export(
     if trust:
         sys.path.insert(0, os.getcwd())
     try:
-        model = ExportedModel.load(_find_run(run, output_dir).model_file(client), trusted=trust)
+        model = ExportedModel.load(read_run(run, output_dir).model_file(client), trusted=trust)
         model = model.with_class_counts(_counts(class_counts))
         if not output.parent.is_dir():
             fail(f"{output.parent} is no folder; right would be one that exists")
@@ -112,7 +104,7 @@ def export(
         if output.exists() and not force:
             fail(f"{output} exists; --force writes in its place")
         model.save(output)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         fail(str(error))
     config = model.config
     print(
@@ -154,7 +146,7 @@ def predict(
             _print_classes(exported, images, as_json)
         else:
             _print_evaluation(exported, as_json)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         fail(str(error))
 
 
@@ -165,15 +157,6 @@ def _counts(text: str) -> list[int] | None:
         return [int(number) for number in text.split(",")]
     except ValueError:
         fail(f'--class-counts {text}: right would be whole numbers, such as "12,0,30"')
-
-
-def _find_run(run: str, output_dir: str) -> Run:
-    """Read a run below the output folder or, for a path, from here."""
-    path = Path(run).expanduser()
-    below = Config(output_dir=output_dir).output_path / path
-    if not below.is_dir() and not path.is_dir():
-        fail(f"There is no run {below}; pfedgpa runs lists those there are")
-    return Run.read(below if below.is_dir() else path)
 
 
 def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> None:
@@ -214,15 +197,5 @@ def _load(file: Path | None, overrides: list[str]) -> Config:
         return Config.from_flat(flat)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')
-    except (OSError, ConfigError) as error:
+    except ConfigError as error:
         fail(str(error))
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def fail(message: str) -> NoReturn:
-    """End the command with a message."""
-    print(message, file=sys.stderr)
-    raise typer.Exit(1)

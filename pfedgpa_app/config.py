@@ -319,6 +319,7 @@ class Config(Section):
     num_server_rounds: Count = 10
     output_dir: str = ""
     resume_from: str = ""
+    tracking: Literal["", "tensorboard", "mlflow"] = ""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     client: ClientConfig = ClientConfig()
@@ -370,6 +371,12 @@ class Config(Section):
         return dict(flatten(self.model_dump(by_alias=True)))
 
     @property
+    def changed(self) -> dict[str, Scalar]:
+        """The settings that differ from the defaults, as a flat run config."""
+        defaults = Config().to_flat()
+        return {key: value for key, value in self.to_flat().items() if value != defaults[key]}
+
+    @property
     def output_path(self) -> Path:
         """The folder of the runs, absolute."""
         if self.output_dir:
@@ -387,14 +394,15 @@ class Config(Section):
     def decisive(self) -> dict[str, Scalar]:
         """The settings that decide about results, as a flat run config.
 
-        Where the output goes, how far the run goes, what it goes on from, how long it waits for
-        clients and when it judges are not among them, nor are the settings of strategies that the
-        run does not have.
+        Where the output goes, who else is told, how far the run goes, what it goes on from, how
+        long it waits for clients and when it judges are not among them, nor are the settings of
+        strategies that the run does not have.
         """
         free = {
             "output-dir",
             "num-server-rounds",
             "resume-from",
+            "tracking",
             "checkpoint.every",
             "server.min-available-nodes",
             "server.round-timeout",

@@ -1,4 +1,6 @@
-"""What can be wrong with right settings: models, layers and devices that are not there."""
+"""What can be wrong with right settings: models, layers, devices, packages that are not there."""
+
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -66,6 +68,11 @@ def preflight(config: Config, *, one_process: bool = False) -> nn.Module:
         resolve_device(config.diffusion.device)
     except RuntimeError as error:
         problems.append(f"diffusion.{error}")
+    if config.tracking and find_spec(config.tracking) is None:
+        problems.append(
+            f'tracking = "{config.tracking}": the package is not installed; right would be '
+            f'pip install ".[{config.tracking}]" where the ServerApp runs'
+        )
     if problems:
         raise ConfigError(problems)
     return model

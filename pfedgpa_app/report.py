@@ -7,16 +7,18 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.runs import is_going_on, name_of, register, run_folders
 from pfedgpa_app.state import sync_to_disk, writing
 
 Row = dict[str, Any]
 
+JUDGED = "personalized-accuracy"
 NO_REPLY = "no reply"
 BUDGET_SPENT = "privacy budget spent"
 CURVES = {
@@ -104,8 +106,7 @@ class RoundRecord:
     @property
     def num_failures(self) -> int:
         """Number of clients that were asked to train and gave nothing that could be used."""
-        fine = ("ok", BUDGET_SPENT)
-        return sum(row.get("status", "ok") not in fine for row in self.clients.values())
+        return sum(map(has_failed, self.clients.values()))
 
     def column(self, name: str) -> list[float]:
         """Return what the clients have under a name, by client."""
@@ -113,6 +114,11 @@ class RoundRecord:
 
     def _row(self, client: int) -> Row:
         return self.clients.setdefault(client, {"round": self.server_round, "client": client})
+
+
+def has_failed(row: Row) -> bool:
+    """Tell whether a client was asked to train and gave nothing that could be used."""
+    return row.get("status", "ok") not in ("ok", BUDGET_SPENT)
 
 
 def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
@@ -140,8 +146,31 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
     }
 
 
+def describe(row: Row, num_rounds: int) -> str:
+    """Say in a line what a line of metrics.jsonl has of a round."""
+    judged, worst, received, trained = accuracies(row)
+    epsilon = "" if row["epsilon"] is None else f"; epsilon {row['epsilon']:.3g}"
+    return (
+        f"Round {row['round']}/{num_rounds}: personalized accuracy {judged} (worst client "
+        f"{worst}), as sent {received}, after local training {trained}; {row['num-clients']} "
+        f"clients, {row['seconds-round']:.1f} s (clients {row['seconds-clients']:.1f}, diffusion "
+        f"{row['seconds-diffusion']:.1f}){epsilon}"
+    )
+
+
+def accuracies(row: Row) -> list[str]:
+    """Return personalized accuracy, worst client, as sent and after training; a dash for none."""
+    names = (JUDGED, f"{JUDGED}-worst", "received-accuracy", "finetuned-accuracy")
+    return ["-" if row[name] is None else f"{row[name]:.4f}" for name in names]
+
+
 class RunFolder:
-    """Writes ``<output-dir>/<run id>/`` while a run goes on.
+    """Writes ``<output-dir>/<run id>/`` while a run goes on, which is until it is closed.
+
+    Attributes
+    ----------
+    name
+        What the run is called, as no other below the output folder.
 
     Raises
     ------
@@ -153,12 +182,22 @@ class RunFolder:
         self.path = path
         self.config = config
         self._unwritten: dict[str, list[Row]] = {"clients.jsonl": [], "metrics.jsonl": []}
-        with writing(path):
+        with writing(path), contextlib.ExitStack() as undone:
             # What a run goes on with from an earlier one may be there already.
             path.mkdir(parents=True, exist_ok=True)
+            # First of all: a folder with settings is a run, and then has its name and its lock.
+            self.name, self._lock = register(path, config)
+            undone.callback(self._lock.close)
             with (path / "config.json").open("x") as file:
                 file.write(json.dumps(config.to_flat(), indent=2) + "\n")
             sync_to_disk(path / "config.json")
+            undone.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
 
     def add_round(self, row: Row, clients: Iterable[Row]) -> None:
         """Append a round to metrics.jsonl and its clients to clients.jsonl.
@@ -246,6 +285,18 @@ class Run:
             raise ValueError(f"{path} is not the folder of a run: {error}") from error
 
     @property
+    def name(self) -> str:
+        """What it is called; its id, if an older version wrote it."""
+        return name_of(self.path)
+
+    @property
+    def state(self) -> str:
+        """``running``, ``complete`` or ``stopped``: over, with rounds missing."""
+        if is_going_on(self.path):
+            return "running"
+        return "complete" if self.is_complete else "stopped"
+
+    @property
     def clients(self) -> list[Row]:
         """The rows of the clients in all rounds."""
         return _read_rows(self.path / "clients.jsonl")
@@ -291,17 +342,18 @@ class Run:
         return same_length and not self.config.differences(config)
 
     def last(self, name: str) -> float | None:
-        """Return a metric of the last round, None if there is none."""
-        value: float | None = self.metrics[-1].get(name) if self.metrics else None
-        return value
+        """Return a metric of the last round that has it, None if none has."""
+        return next(
+            (row[name] for row in reversed(self.metrics) if row.get(name) is not None), None
+        )
 
 
 def read_runs(folder: Path) -> list[Run]:
     """Return the runs below an output folder, oldest first; other folders are passed over."""
     runs = []
-    for file in sorted(folder.glob("*/config.json"), key=lambda file: file.stat().st_mtime):
+    for path in run_folders(folder):
         with contextlib.suppress(ValueError):
-            runs.append(Run.read(file.parent))
+            runs.append(Run.read(path))
     return runs
 
 

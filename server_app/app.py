@@ -10,14 +10,17 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import NO_REPLY, RunFolder, summarize
+from pfedgpa_app.report import NO_REPLY, Run, RunFolder, describe, summarize
+from pfedgpa_app.runs import CHECKPOINT
 from pfedgpa_app.state import WriteError
-from server_app.checkpoint import CHECKPOINT, ResumeError, resume, write_checkpoint
+from server_app.checkpoint import ResumeError, resume, settle_earlier, write_checkpoint
 from server_app.grid import GuardedGrid
 from server_app.replies import max_bytes
 from server_app.roster import JoinTimeoutError, PartitionRoster
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
+from server_app.tracking import Tracking
 
 app = ServerApp()
 
@@ -26,7 +29,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the configured strategy and leave a folder with all that came of it."""
     try:
-        config = Config.from_flat(context.run_config)
+        config = settle_earlier(Config.from_flat(context.run_config))
         initial, earlier = preflight(config).state_dict(), None
         strategy = make_strategy(config)
         strategy.roster.ids_stay = not isinstance(grid, InMemoryGrid)
@@ -46,34 +49,49 @@ def main(grid: Grid, context: Context) -> None:
             "privacy.seeded-noise = true: the noise follows from the seed and protects nobody; "
             "right would be false, outside of experiments",
         )
-    guarded: Any = GuardedGrid(grid, max_bytes(strategy.layout, strategy.extras_layout))
     try:
-        folder = RunFolder(path, config)
-        if earlier is not None:
-            folder.go_on_from(earlier, strategy.completed_rounds)
-        strategy.start(
-            guarded,
-            initial_arrays=ArrayRecord(initial),
-            num_rounds=config.num_server_rounds - strategy.completed_rounds,
-            timeout=config.server.round_timeout,
-            evaluate_fn=RoundEnd(strategy, folder, config),
-        )
-        for client in (
-            [] if strategy.clients_keep_parts else sorted(strategy.roster.clients.values())
-        ):
-            folder.save_model(
-                client,
-                strategy.evaluation_state(client),
-                strategy.record.server_round,
-                strategy.sites.get(client, {}),
-            )
-        folder.draw()
+        with RunFolder(path, config) as folder, Tracking(folder) as tracking:
+            name = f"{folder.name} ({context.run_id})"
+            log(INFO, "Run %s begins: %s", name, path)
+            try:
+                if earlier is not None:
+                    folder.go_on_from(earlier, strategy.completed_rounds)
+                    for row in Run.read(path).metrics:
+                        tracking.add_round(row)
+                _run(grid, strategy, folder, tracking, initial)
+            finally:
+                log(INFO, "Run %s: %s", name, path)
     except (WriteError, JoinTimeoutError) as error:
         go_on = f'. Then resume-from="{context.run_id}" goes on from its last checkpoint'
         log(ERROR, "%s%s", error, go_on if (path / CHECKPOINT).exists() else "")
         raise
-    finally:
-        log(INFO, "Run %s: %s", context.run_id, path)
+
+
+def _run(
+    grid: Grid,
+    strategy: ClientwiseFedAvg,
+    folder: RunFolder,
+    tracking: Tracking,
+    initial: StateDict,
+) -> None:
+    """Do the rounds that are left, and write models and figure."""
+    config = folder.config
+    guarded: Any = GuardedGrid(grid, max_bytes(strategy.layout, strategy.extras_layout))
+    strategy.start(
+        guarded,
+        initial_arrays=ArrayRecord(initial),
+        num_rounds=config.num_server_rounds - strategy.completed_rounds,
+        timeout=config.server.round_timeout,
+        evaluate_fn=RoundEnd(strategy, folder, tracking),
+    )
+    for client in [] if strategy.clients_keep_parts else sorted(strategy.roster.clients.values()):
+        folder.save_model(
+            client,
+            strategy.evaluation_state(client),
+            strategy.record.server_round,
+            strategy.sites.get(client, {}),
+        )
+    folder.draw()
 
 
 def make_strategy(config: Config) -> ClientwiseFedAvg:
@@ -98,10 +116,11 @@ class RunError(RuntimeError):
 class RoundEnd:
     """Called by Flower when a round is over: writes and logs what came of it."""
 
-    def __init__(self, strategy: ClientwiseFedAvg, folder: RunFolder, config: Config) -> None:
+    def __init__(self, strategy: ClientwiseFedAvg, folder: RunFolder, tracking: Tracking) -> None:
         self.strategy = strategy
         self.folder = folder
-        self.config = config
+        self.tracking = tracking
+        self.config = folder.config
         self.clock = time.monotonic()
         self.checkpointed: int | None = None
 
@@ -154,28 +173,8 @@ class RoundEnd:
     def _write_rows(self, seconds: float) -> None:
         record = self.strategy.record
         row = summarize(record, self.config.strategy, seconds)
-        log(
-            INFO,
-            "Round %d/%d: personalized accuracy %s (worst client %s), as sent %s, after local "
-            "training %s; "
-            "%d clients, %.1f s (clients %.1f, diffusion %.1f)%s",
-            record.server_round,
-            self.config.num_server_rounds,
-            *(
-                "-" if row[name] is None else f"{row[name]:.4f}"
-                for name in (
-                    "personalized-accuracy",
-                    "personalized-accuracy-worst",
-                    "received-accuracy",
-                    "finetuned-accuracy",
-                )
-            ),
-            row["num-clients"],
-            row["seconds-round"],
-            row["seconds-clients"],
-            row["seconds-diffusion"],
-            "" if row["epsilon"] is None else f"; epsilon {row['epsilon']:.3g}",
-        )
+        log(INFO, "%s", describe(row, self.config.num_server_rounds))
+        self.tracking.add_round(row)
         self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
 
     def _stop_if_hopeless(self) -> None:

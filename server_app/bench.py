@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 import time
 import tomllib
 import traceback
@@ -21,11 +22,11 @@ from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, Count, Section, flatten
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import RoundRecord, mean_and_spread, summarize
+from pfedgpa_app.report import JUDGED, RoundRecord, mean_and_spread, summarize
+from pfedgpa_app.state import writing
 from pfedgpa_app.tables import Cell, Table, compare, partial_cell
 from server_app.simulation import simulate
 
-JUDGED = "personalized-accuracy"
 BYTES_A_RUN = 2 * 2**30
 """What a run with a small model takes, torch included."""
 
@@ -107,15 +108,15 @@ class Suite(Section):
         ------
         SuiteError
             If it is not one, with everything that is wrong.
+        OSError
+            If it, or ``base``, cannot be read.
         """
         try:
-            suite = cls.model_validate(tomllib.loads(file.read_text()))
-            base = tomllib.loads((file.parent / suite.base).read_text()) if suite.base else {}
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SuiteError(f"{file}: {error}") from error
+            suite = cls.model_validate(_read_toml(file))
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise SuiteError("\n  ".join([f"{file} is no suite:", *wrong])) from error
+        base = _read_toml(file.parent / suite.base) if suite.base else {}
         if (suite.targets or suite.horizons) and not suite.curve:
             raise SuiteError(
                 f"{file}: targets and horizons need every round; right would be curve = true"
@@ -214,6 +215,8 @@ class Suite(Section):
             yield "server.evaluate-every: the judged rounds are the last ones; right would be 1"
         if config.server.bank != "memory":
             yield 'server.bank: a bench has no folders for it; right would be "memory"'
+        if config.tracking:
+            yield 'tracking: the results of a bench are its tables; right would be ""'
 
     def _judged(self, config: Config) -> int:
         return config.num_server_rounds if self.curve else self.judged_rounds
@@ -229,6 +232,13 @@ class Suite(Section):
             for case in self.cases
             for end in self.horizons
         }
+
+
+def _read_toml(file: Path) -> Settings:
+    try:
+        return tomllib.loads(file.read_text())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SuiteError(f"{file} is not TOML: {error}; right would be as in conf/") from error
 
 
 @dataclass(frozen=True)
@@ -313,6 +323,8 @@ class BenchRun:
             If a client has none in a round that is judged, as when its loss was not finite.
         RuntimeError
             If no client could train in a round.
+        WriteError
+            If the result cannot be written.
         """
         for row in rows:
             if not row["num-clients"]:
@@ -339,10 +351,14 @@ class BenchRun:
             },
         }
         file = self.file(folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(result))
-        part.replace(file)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_text(json.dumps(result))
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
 
     def outcome(self, folder: Path) -> str:
         """Say how it ended: its last accuracy and its seconds."""
@@ -412,15 +428,21 @@ def _execute(run: BenchRun, folder: Path) -> None:
     file.unlink(missing_ok=True)
     try:
         run.execute(folder)
-    except Exception:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(traceback.format_exc())
+    except Exception as error:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(traceback.format_exc())
+        except OSError:  # as on a full disk
+            file.unlink(missing_ok=True)
+            print(f"{run.name}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
 def _why(exit_code: int, file: Path) -> str:
-    if exit_code < 0 or not file.exists():
+    if exit_code < 0:
         return f"its process ended with {exit_code}; -9 may be a lack of memory"
+    if not file.exists():
+        return "see its error above; its traceback could not be written"
     return f"{file.read_text().strip().splitlines()[-1]}\n    (traceback: {file})"
 
 

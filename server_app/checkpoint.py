@@ -9,10 +9,10 @@ from pathlib import Path
 from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.report import RoundRecord, Run
+from pfedgpa_app.runs import CHECKPOINT, RunNotFoundError, find_run
 from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg
 
-CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_KIND = "pfedgpa-checkpoint-6"
 
 
@@ -32,8 +32,28 @@ def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
     )
 
 
+def settle_earlier(config: Config) -> Config:
+    """Return the settings with the id, or elsewhere the path, of the run to go on from.
+
+    It may be called by a name or as ``latest``, which another run is later.
+
+    Raises
+    ------
+    ResumeError
+        If no run is called so, or more than one.
+    """
+    if not config.resume_from:
+        return config
+    try:
+        path = find_run(config.resume_from, config.output_path)
+    except (RunNotFoundError, OSError) as error:
+        raise ResumeError(f'resume-from = "{config.resume_from}": {error}') from error
+    is_below = path.parent == config.output_path
+    return config.model_copy(update={"resume_from": path.name if is_below else str(path)})
+
+
 def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tuple[Run, StateDict]:
-    """Bring a strategy into the state of the run ``config.resume_from``.
+    """Bring a strategy into the state of the run ``config.resume_from``, which is settled.
 
     ``initial`` is the state_dict of the configured model.
 

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pfedgpa_app.cli import app, fail
+from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
+from pfedgpa_app.console import fail
+from pfedgpa_app.state import writing
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
@@ -148,11 +150,12 @@ def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> N
 
     formats = {"txt": "text", "md": "markdown", "tex": "latex", "csv": "csv"}
     found = tables(suite, runs, folder, shlex.join(["pfedgpa", "bench", *sys.argv[2:]]))
-    for suffix, form in formats.items():
-        head, between = (CSV_HEAD, "") if form == "csv" else ("", "\n")
-        written = head + between.join(getattr(table, form)() for table in found)
-        (folder / f"{name}.{suffix}").write_text(written)
-    draw(suite, runs, folder, folder / f"{name}.png")
+    with writing(folder / name):
+        for suffix, form in formats.items():
+            head, between = (CSV_HEAD, "") if form == "csv" else ("", "\n")
+            written = head + between.join(getattr(table, form)() for table in found)
+            (folder / f"{name}.{suffix}").write_text(written)
+        draw(suite, runs, folder, folder / f"{name}.png")
     print("\n" + "\n".join(table.text() for table in found))
     print(f"Tables and figure: {folder}/{name}.{{{','.join(formats)},png}}")
 

@@ -10,8 +10,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.cli import fail
 from pfedgpa_app.config import Config
+from pfedgpa_app.console import fail
 from pfedgpa_app.report import Run, read_runs
 
 

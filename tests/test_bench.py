@@ -1,6 +1,7 @@
 """Suites of whole runs, and the tables that come of them."""
 
 import csv
+import errno
 import json
 import re
 import subprocess
@@ -181,6 +182,32 @@ def test_a_failed_run_is_reported_and_the_others_go_on(suite: Path, tmp_path: Pa
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
+def test_a_run_says_why_it_failed_where_no_traceback_can_be_written(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    run = replace(Suite.read(suite).runs()[0], judged_rounds=0)
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(bench, "simulate", lambda *arguments, **keywords: (None, []))
+    with pytest.raises(SystemExit):
+        bench._execute(run, tmp_path)
+    assert "json cannot be written: the disk is full; right would be free" in capfd.readouterr().err
+    assert not list(tmp_path.glob("runs/*"))
+    assert bench._why(1, run.traceback_file(tmp_path)).startswith("see its error above")
+
+
+@pytest.mark.parametrize("where", ["file", "file/folder"])
+def test_results_that_cannot_be_written_end_with_a_line(suite: Path, tmp_path: Path, where: str):
+    (tmp_path / "file").touch()
+    result = invoke(suite, "--results", tmp_path / where)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"{tmp_path / where}: ")
+    assert result.stderr.count("\n") == 1
+
+
 def descendants(pid: int) -> set[int]:
     """Return the processes below one, as the system tells."""
     found: set[int] = set()
@@ -235,6 +262,17 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
     assert quick.title == "Two rivals (quick)"
 
 
+@pytest.mark.parametrize("name", ["none.toml", "wrong.toml"])
+def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: str):
+    (tmp_path / "wrong.toml").write_text("seed = ")
+    suite.write_text(SUITE.replace("clients = 3", f"clients = 3\nbase = '{name}'"))
+    result = invoke(suite, "--results", tmp_path / "results")
+    assert result.exit_code == 1
+    assert str(tmp_path / name) in result.stderr
+    assert "right would be" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
@@ -246,6 +284,7 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
         ("[rows.ditto]", "[rows.ditto]\nseed = 4", "rows.ditto must not set seed"),
         ("[settings]", "[settings]\nseed = 1", "settings must not have any of"),
         ("[settings]", "[settings]\nserver.fraction-evaluate = 0.5", "right would be 1.0"),
+        ("[settings]", "[settings]\ntracking = 'mlflow'", "tracking"),
         ("[settings]", "[cases.a]\nclients = 'x'\n[settings]", "clients = x; right would be"),
         ('rows = ["local"]', 'rows = ["x"]', "quick.rows has"),
         ("clients = 3", "clients = 3\ntargets = [0.5]", "right would be curve = true"),
@@ -253,7 +292,6 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
         ("clients = 3", "clients = 3\ncurve = true\nhorizons = [2, 1, 4]", r"has \[1, 4\]; .* = 2"),
         ('"bytes-up"', '"strategy"', r"measures has \['strategy'\]"),
         ("seeds = [0, 1]", "seeds = [0, 0]", r"seeds = \[0, 0\]; right would be each once"),
-        ("clients = 3", "clients = 3\nbase = 'none.toml'", "No such file"),
         ("clients = 3", "clients = ", "Invalid value"),
     ],
 )

@@ -1,8 +1,10 @@
 """The command pfedgpa, but for its bench."""
 
+import errno
 import json
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from pfedgpa_app.data import client_data, image_stats, load_dataset
 from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.models import build_model
 from pfedgpa_app.report import RunFolder
+from pfedgpa_app.state import WriteError
 
 
 @pytest.fixture
@@ -122,27 +125,32 @@ def test_own_modules_win_over_installed_packages_of_their_name(
     assert result.exit_code == 0, result.output
 
 
-def test_an_empty_folder_has_no_runs(runner: CliRunner, tmp_path: Path):
-    result = runner.invoke(cli.app, ["runs", "--output-dir", str(tmp_path)])
+def test_the_version_is_that_of_the_package(runner: CliRunner):
+    result = runner.invoke(cli.app, ["--version"])
     assert result.exit_code == 0
-    assert result.stdout == f"No runs in {tmp_path}\n"
+    assert result.stdout == f"pfedgpa {version('pfedgpa')}\n"
 
 
-def test_runs_are_listed_with_their_last_accuracy(runner: CliRunner, tmp_path: Path):
-    finish_run(tmp_path / "111", Config(strategy="local", num_server_rounds=2, seed=5), 0.625)
-    RunFolder(tmp_path / "222", Config())
-    result = runner.invoke(cli.app, ["runs", "--output-dir", str(tmp_path)])
-    assert result.exit_code == 0
-    assert f"Runs in {tmp_path}" in result.stdout
-    cells = {
-        row[0]: row[1:]
-        for line in result.stdout.splitlines()
-        if len(row := [cell.strip() for cell in line.strip("│").split("│")]) == 7
-    }
-    assert cells == {
-        "111": ["local", "digits", "5", "2/2", "0.6250", "0.3125"],
-        "222": ["pfedgpa", "digits", "0", "0/10", "-", "-"],
-    }
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "x/y"), "x/y: No space left; right would be free"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied; right"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "x"), "x: Not a directory"),
+        (WriteError("x cannot be written: why"), "x cannot be written: why"),
+    ],
+)
+def test_what_the_system_refuses_is_said_in_a_line(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, error: OSError, line: str
+):
+    def refuse(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "preflight", refuse)
+    result = runner.invoke(cli.app, ["config", "check"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(line)
+    assert result.stderr.count("\n") == 1
 
 
 DIGITS = load_dataset(Config().data, 0)

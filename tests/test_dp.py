@@ -38,6 +38,7 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.report import RunFolder
 from server_app.app import RoundEnd, RunError, make_strategy
 from server_app.simulation import simulate
+from server_app.tracking import Tracking
 
 SETTINGS = {"client.local-epochs": 2, "client.device": "cpu", "privacy.seeded-noise": True}
 UPDATE = {**SETTINGS, "privacy.mode": "update", "privacy.epsilon": 50.0, "privacy.clip-norm": 0.1}
@@ -571,7 +572,8 @@ def test_a_budget_that_is_too_small_for_one_round_ends_the_run(tmp_path: Path):
     strategy = make_strategy(config)
     strategy.record.server_round = 1
     strategy.record.spent(0, 0.0)
-    end = RoundEnd(strategy, RunFolder(tmp_path / "run", config), config)
+    folder = RunFolder(tmp_path / "run", config)
+    end = RoundEnd(strategy, folder, Tracking(folder))
     with pytest.raises(RunError, match="privacy budget spent"):
         end(1, ArrayRecord())
 
@@ -590,7 +592,8 @@ def test_a_round_tells_the_largest_epsilon_in_its_log(monkeypatch, caplog, tmp_p
     strategy.record.server_round = 1
     strategy.record.trained(0, {"num-examples": 3, "epsilon": 1.5}, 10)
     strategy.record.spent(1, 2.25)
-    end = RoundEnd(strategy, RunFolder(tmp_path / "run", config), config)
+    folder = RunFolder(tmp_path / "run", config)
+    end = RoundEnd(strategy, folder, Tracking(folder))
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="flwr"):
         end._write_rows(1.0)

@@ -122,6 +122,7 @@ def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[d
     log, _, folder = one_worker
     names = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
     assert names == {
+        "run.json",
         "config.json",
         "metrics.jsonl",
         "clients.jsonl",
@@ -129,7 +130,7 @@ def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[d
         "checkpoint.safetensors",
         *(f"models/client-{client}.safetensors" for client in range(4)),
     }
-    assert str(folder) in log
+    assert f"Run digits-pfedgpa-1 ({folder.name}): {folder}" in log
     clients = [json.loads(line) for line in (folder / "clients.jsonl").read_text().splitlines()]
     assert [(row["round"], row["client"]) for row in clients] == [
         (server_round, client) for server_round in (1, 2, 3) for client in range(4)

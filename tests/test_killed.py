@@ -297,7 +297,7 @@ def test_a_run_that_ends_on_a_full_disk_goes_on_from_its_last_checkpoint(
     assert 'the disk is full; right would be free space on it. Then resume-from="2"' in caplog.text
     folder = disk.path / "2"
     assert load_state(folder / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == complete
-    whole = {"config.json", "clients.jsonl", "metrics.jsonl", CHECKPOINT}
+    whole = {"run.json", "config.json", "clients.jsonl", "metrics.jsonl", CHECKPOINT}
     assert {path.name for path in folder.iterdir()} - {"models"} == whole
     for name in ("clients.jsonl", "metrics.jsonl"):
         assert rows(folder, name)[-1]["round"] >= complete

@@ -124,3 +124,13 @@ def test_where_each_client_has_a_process_none_are_put_together():
         ConfigError, match=r"`flwr run` gives each a process of its own, .*\"loop\""
     ):
         preflight.preflight(VMAP)
+
+
+@pytest.mark.parametrize("tracking", ["tensorboard", "mlflow"])
+def test_the_package_of_a_tracker_is_asked_for(monkeypatch: pytest.MonkeyPatch, tracking: str):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    preflight.preflight(Config())
+    with pytest.raises(ConfigError, match=rf'"{tracking}": the package is .* ".\[{tracking}\]"'):
+        preflight.preflight(Config(tracking=tracking))
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name == tracking or None)
+    preflight.preflight(Config(tracking=tracking))

@@ -1,0 +1,216 @@
+"""The commands ``pfedgpa runs``: list runs, look at one, remove one."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.console import (
+    OneLineErrors,
+    OutputDir,
+    RunArgument,
+    fail,
+    make_table,
+    print_table,
+    read_run,
+)
+from pfedgpa_app.report import JUDGED, Row, Run, has_failed, read_runs
+from pfedgpa_app.runs import CHECKPOINT
+
+runs_app = typer.Typer(
+    cls=OneLineErrors, invoke_without_command=True, help="List runs, look at one, remove one."
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_NUM_WORST = 5
+_ACCURACIES = {
+    JUDGED: "personalized",
+    "personalized-accuracy-worst": "worst client",
+    "personalized-accuracy-std": "deviation over clients",
+    "received-accuracy": "as sent for training",
+    "finetuned-accuracy": "after local training",
+    "epsilon": "epsilon spent",
+}
+
+
+@runs_app.callback()
+def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputDir = "") -> None:
+    """List the runs, oldest first, with their last accuracy."""
+    if context.invoked_subcommand is not None:
+        context.default_map = {context.invoked_subcommand: {"output_dir": output_dir}}
+        return
+    folder = Config(output_dir=output_dir).output_path
+    found = read_runs(folder)
+    if as_json:
+        print(json.dumps([_facts(run) for run in found], indent=2))
+        return
+    if not found:
+        print(f"No runs in {folder}")
+        return
+    table = make_table(
+        "run", "strategy", "data", "seed", "rounds", "state", "personalized", "after training"
+    )
+    for run in found:
+        table.add_row(
+            run.name,
+            run.config.strategy,
+            run.config.data.dataset,
+            str(run.config.seed),
+            _rounds(run),
+            run.state,
+            _number(run.last(JUDGED)),
+            _number(run.last("finetuned-accuracy")),
+        )
+    print(f"Runs in {folder}")
+    print_table(table)
+
+
+@runs_app.command()
+def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") -> None:
+    """Show a run: its settings, how far it is, accuracies, the worst clients, failures, files."""
+    found = read_run(run, output_dir)
+    facts = _facts(found) | {
+        "settings": found.config.changed,
+        "seconds": round(sum(row.get("seconds-round", 0.0) for row in found.metrics), 3),
+        "accuracies": {name: found.last(name) for name in _ACCURACIES},
+        "worst-clients": _worst(found),
+        "failures": _failures(found.clients),
+        "files": dict(_files(found.path)),
+    }
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(_described(facts)))
+
+
+@runs_app.command()
+def remove(
+    run: RunArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    output_dir: OutputDir = "",
+) -> None:
+    """Remove a run and all of its files."""
+    found = read_run(run, output_dir)
+    path, name = found.path, found.name
+    if found.state == "running":
+        fail(f"{name} is going on; right would be to end it first, with flwr stop {path.name}")
+    print(
+        f"{name} ({found.config.strategy}, {_rounds(found)} rounds, "
+        f"{_size(sum(dict(_files(path)).values()))}): {path}"
+    )
+    for other in read_runs(path.parent):
+        if other.config.earlier_path == path and not (other.path / CHECKPOINT).exists():
+            print(f"{other.name} goes on from it and has no checkpoint of its own")
+    if not yes:
+        typer.confirm("Remove it?", abort=True)
+    shutil.rmtree(path)
+    print(f"{name} is removed")
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """Return what is said of a run in a list."""
+    began = datetime.fromtimestamp((run.path / "config.json").stat().st_mtime, UTC)
+    return {
+        "name": run.name,
+        "id": run.path.name,
+        "path": str(run.path),
+        "began": began.isoformat(timespec="seconds"),
+        "state": run.state,
+        "strategy": run.config.strategy,
+        "dataset": run.config.data.dataset,
+        "seed": run.config.seed,
+        "rounds": len(run.metrics),
+        "num-server-rounds": run.config.num_server_rounds,
+        JUDGED: run.last(JUDGED),
+        "finetuned-accuracy": run.last("finetuned-accuracy"),
+    }
+
+
+def _worst(run: Run) -> list[Row]:
+    """Return the clients with the lowest accuracies in the last round that was judged."""
+    judged = [row for row in run.clients if JUDGED in row]
+    last = max((row["round"] for row in judged), default=0)
+    rows = sorted(
+        (row for row in judged if row["round"] == last),
+        key=lambda row: (row[JUDGED], row["client"]),
+    )
+    names = ("client", "round", JUDGED)
+    return [{name: row[name] for name in names} for row in rows[:_NUM_WORST]]
+
+
+def _failures(rows: list[Row]) -> list[Row]:
+    """Return who failed in how many rounds, and what was said of the last one, worst first."""
+    failed = {row["client"]: row for row in rows if has_failed(row)}
+    rounds = Counter(row["client"] for row in rows if has_failed(row))
+    return [
+        {
+            "client": client,
+            "rounds": number,
+            "last-round": failed[client]["round"],
+            "reason": failed[client]["status"],
+        }
+        for client, number in sorted(rounds.items(), key=lambda each: (-each[1], each[0]))
+    ]
+
+
+def _files(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield the names in a run's folder and their bytes, those of a folder together."""
+    for each in sorted(path.iterdir()):
+        if each.is_dir():
+            inner = [file for file in each.rglob("*") if file.is_file()]
+            yield f"{each.name}/", sum(file.stat().st_size for file in inner)
+        else:
+            yield each.name, each.stat().st_size
+
+
+def _described(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines that describe a run."""
+    yield f"{facts['name']} ({facts['id']}): {facts['state']}"
+    yield facts["path"]
+    took = timedelta(seconds=round(facts["seconds"]))
+    yield (
+        f"{facts['rounds']} of {facts['num-server-rounds']} rounds in {took} h, "
+        f"began {facts['began']}"
+    )
+    blocks = {
+        "Settings that differ from the defaults": [
+            f"{key} = {json.dumps(value)}" for key, value in facts["settings"].items()
+        ],
+        "Last accuracies": [
+            f"{what}: {value:.4f}"
+            for name, what in _ACCURACIES.items()
+            if (value := facts["accuracies"][name]) is not None
+        ],
+        "Worst clients": [
+            f"client {row['client']}: {row[JUDGED]:.4f} in round {row['round']}"
+            for row in facts["worst-clients"]
+        ],
+        "Failures": [
+            f"client {row['client']}: {row['rounds']} rounds, the last {row['last-round']}: "
+            f"{row['reason']}"
+            for row in facts["failures"]
+        ],
+        "Files": [f"{name}: {_size(size)}" for name, size in facts["files"].items()],
+    }
+    for title, lines in blocks.items():
+        yield f"\n{title}"
+        yield from (f"  {line}" for line in lines or ["none"])
+
+
+def _rounds(run: Run) -> str:
+    return f"{len(run.metrics)}/{run.config.num_server_rounds}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

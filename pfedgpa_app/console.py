@@ -1,0 +1,87 @@
+"""What the commands of ``pfedgpa`` have in common."""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.report import Run
+from pfedgpa_app.runs import find_run
+
+OutputDir = Annotated[
+    str, typer.Option(help="Folder of the runs, relative to the home folder; '' is the default.")
+]
+RunArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A run's name or id, the beginning of either, `latest`, or its folder.",
+        metavar="RUN",
+    ),
+]
+
+_WIDER_THAN_ANY = 10_000
+
+# What would be right where the system refuses something.
+_RIGHT = {
+    errno.ENOENT: "one that exists",
+    errno.ENOSPC: "free space on its disk",
+    errno.EDQUOT: "free space in your quota",
+    errno.EACCES: "one that you may read, and write where something is written",
+    errno.EPERM: "one that you may read, and write where something is written",
+    errno.ENOTDIR: "a folder",
+    errno.EISDIR: "a file",
+    errno.EROFS: "one on a disk that may be written",
+}
+
+
+class OneLineErrors(TyperGroup):
+    """Commands that end with a line where the system refuses a file: there is no bug to trace."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # whoever reads has seen enough
+            raise
+        except OSError as error:
+            fail(explain(error))
+
+
+def explain(error: OSError) -> str:
+    """Say in a line what the system refuses, and what would be right."""
+    if error.strerror is None:  # it has a text of ours
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    right = f"; right would be {_RIGHT[error.errno]}" if error.errno in _RIGHT else ""
+    return f"{where}{error.strerror}{right}"
+
+
+def read_run(run: str, output_dir: str) -> Run:
+    """Read a run below the output folder or, for a path, from here; or end the command."""
+    try:
+        return Run.read(find_run(run, Config(output_dir=output_dir).output_path, Path.cwd()))
+    except ValueError as error:
+        fail(str(error))
+
+
+def make_table(*columns: str) -> Table:
+    """Return a table without lines around its cells."""
+    return Table(*columns, box=None, pad_edge=False)
+
+
+def print_table(table: Table) -> None:
+    """Print a table with all that it holds: what is too wide for a terminal goes on below."""
+    Console(width=_WIDER_THAN_ANY, markup=False, emoji=False).print(table)
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with a message."""
+    print(message, file=sys.stderr)
+    raise typer.Exit(1)

@@ -1,0 +1,151 @@
+"""The runs below an output folder: their names, how they are found, and which of them go on."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+from pfedgpa_app.config import Config
+
+RUN_FILE = "run.json"
+CHECKPOINT = "checkpoint.safetensors"
+LATEST = "latest"
+_MAX_CANDIDATES = 10
+
+
+class RunNotFoundError(ValueError):
+    """No run, or more than one, is meant; the message lists those that may be."""
+
+
+def register(path: Path, config: Config) -> tuple[str, FileIO]:
+    """Name a run as no other below its output folder, ``<data set>-<strategy>-<number>``.
+
+    Returns
+    -------
+    tuple[str, FileIO]
+        The name, and the run's ``run.json``, which has it. The file is locked until it is closed or
+        the process is gone, however that ends: see `is_going_on`.
+
+    Raises
+    ------
+    OSError
+        If the file is there, or cannot be written.
+    """
+    data = re.sub(r"[^a-z0-9]+", "-", config.data.dataset.lower()).strip("-")
+    pattern = re.compile(rf"{data}-{config.strategy}-([0-9]+)")
+    # Whoever else names a run in this folder waits.
+    with _locked(path.parent):
+        names = [name_of(file.parent) for file in path.parent.glob(f"*/{RUN_FILE}")]
+        taken = [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
+        name = f"{data}-{config.strategy}-{max(taken, default=0) + 1}"
+        file = (path / RUN_FILE).open("xb", buffering=0)
+        try:
+            _lock(file.fileno(), fcntl.LOCK_EX)
+            file.write(json.dumps({"name": name}).encode() + b"\n")
+            os.fsync(file)
+        except OSError:
+            file.close()
+            raise
+    return name, file
+
+
+def name_of(path: Path) -> str:
+    """Return a run's name; one of an older version has none but its id."""
+    try:
+        name = json.loads((path / RUN_FILE).read_text())["name"]
+        return name if re.fullmatch("[a-z0-9-]+", name) else path.name
+    except (OSError, ValueError, TypeError, KeyError):
+        return path.name
+
+
+def is_going_on(path: Path) -> bool:
+    """Tell whether a process is at work on a run; if that cannot be told, it may be.
+
+    A run of an older version, which has no ``run.json``, counts as over.
+    """
+    try:
+        with (path / RUN_FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
+    """Return the folder of a run.
+
+    Parameters
+    ----------
+    run
+        Its name, its id, the beginning of either if no other begins so, ``latest``, or its folder.
+    folder
+        The output folder; a path may be relative to it.
+    here
+        What else a path may be relative to.
+
+    Raises
+    ------
+    RunNotFoundError
+        If there is none, or more than one.
+    OSError
+        If the output folder cannot be read.
+    """
+    path = Path(run).expanduser()
+    if (folder / path).is_dir():
+        return folder / path
+    runs = run_folders(folder)
+    if run == LATEST and runs:
+        return runs[-1]
+    names = {each: name_of(each) for each in runs}
+    found = [each for each, name in names.items() if run == name] or [
+        each for each, name in names.items() if name.startswith(run) or each.name.startswith(run)
+    ]
+    if len(found) > 1:
+        listed = [f"{names[each]} ({each.name})" for each in found[-_MAX_CANDIDATES:]]
+        if len(found) > len(listed):
+            listed.insert(0, f"{len(found) - len(listed)} older ones")
+        raise RunNotFoundError(
+            f'"{run}" may be {", ".join(listed)}; right would be one of these names or ids'
+        )
+    if found:
+        return found[0]
+    if here is not None and (here / path).is_dir():
+        return here / path
+    raise RunNotFoundError(f"There is no run {folder / path}; pfedgpa runs lists those there are")
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Return the folders below an output folder that have a ``config.json``, oldest first.
+
+    Raises
+    ------
+    OSError
+        If it is not a folder, or cannot be read.
+    """
+    found = []
+    for path in folder.iterdir() if folder.exists() else ():
+        with contextlib.suppress(OSError):  # it is none, or is being removed
+            found.append(((path / "config.json").stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found)]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, operation: int) -> None:
+    """Lock a file or folder, where the file system can: a run without is better than none."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, operation)

@@ -1,0 +1,184 @@
+"""The command ``pfedgpa watch``: follow a run by its files until it is over."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pfedgpa_app.console import OutputDir, RunArgument, fail, read_run
+from pfedgpa_app.report import Row, Run, accuracies, describe, has_failed
+from pfedgpa_app.runs import CHECKPOINT, LATEST, is_going_on
+
+_PAUSE = 1.0  # seconds between two looks
+_ROUNDS_SHOWN = 10
+_ROUNDS_JUDGED = 5  # how long they took tells how long the rest takes
+_FAILURES_SHOWN = 5
+_INTERRUPTED = 130  # what shells say of Ctrl-C
+
+
+def watch(run: RunArgument = LATEST, output_dir: OutputDir = "") -> None:
+    """Follow a run until it is over: a table on a terminal, otherwise a line a round.
+
+    The exit code is 0 if all rounds are complete then, 1 if not.
+    """
+    followed = Followed(read_run(run, output_dir))
+    console = Console()
+    try:
+        if console.is_terminal:
+            _show(followed, console)
+        else:
+            _print(followed)
+    except KeyboardInterrupt:
+        raise typer.Exit(_INTERRUPTED) from None
+    name, path = followed.run.name, followed.run.path
+    rounds = f"{followed.last_round} of {followed.num_rounds} rounds"
+    if followed.last_round < followed.num_rounds:
+        go_on = f'; right would be resume-from="{name}", which goes on from its last checkpoint'
+        fail(f"{name} stopped after {rounds}{go_on if (path / CHECKPOINT).exists() else ''}")
+    print(f"{name} is complete, {rounds}: {path}")
+
+
+class Tail:
+    """Reads what is appended to a file of JSON lines."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._offset = 0
+
+    def rows(self) -> list[Row]:
+        """Return the whole lines that are new.
+
+        Lines that a full disk made their writer take back come a second time.
+        """
+        if not self._file.exists():
+            return []
+        with self._file.open("rb") as stream:
+            self._offset = min(self._offset, os.fstat(stream.fileno()).st_size)
+            stream.seek(self._offset)
+            new = stream.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+class Followed:
+    """A run as far as its files tell.
+
+    Attributes
+    ----------
+    rounds
+        The rows of metrics.jsonl by round.
+    failures
+        By round and client, why it gave nothing that could be used.
+    is_over
+        Whether nobody is at work on it any more.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.num_rounds = run.config.num_server_rounds
+        self.rounds: dict[int, Row] = {}
+        self.failures: dict[int, dict[int, str]] = {}
+        self.is_over = False
+        self._metrics = Tail(run.path / "metrics.jsonl")
+        self._clients = Tail(run.path / "clients.jsonl")
+
+    @property
+    def last_round(self) -> int:
+        """The last round that is complete."""
+        return max(self.rounds, default=0)
+
+    def update(self) -> list[Row]:
+        """Read what is new, and return the rounds that are."""
+        # First, since whoever lets go of the lock has written all it had.
+        self.is_over = not is_going_on(self.run.path)
+        new = [row for row in self._metrics.rows() if row["round"] not in self.rounds]
+        self.rounds |= {row["round"]: row for row in new}
+        for row in self._clients.rows():  # they are written before their round's
+            if has_failed(row):
+                self.failures.setdefault(row["round"], {})[row["client"]] = row["status"]
+        return new
+
+    def seconds_since(self, now: float) -> float:
+        """Return how long ago the last round, or before the first the settings, were written."""
+        files = [self.run.path / name for name in ("metrics.jsonl", "config.json")]
+        written = next((file.stat().st_mtime for file in files if file.exists()), now)
+        return max(0.0, now - written)
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return about how long the rest takes; None before the first round."""
+        last: list[float] = [
+            row["seconds-round"] for row in list(self.rounds.values())[-_ROUNDS_JUDGED:]
+        ]
+        if not last:
+            return None
+        # Of the first round, most may be start-up.
+        whole = (self.num_rounds - self.last_round) * statistics.median(last)
+        return max(0.0, whole - self.seconds_since(now))
+
+
+def _print(followed: Followed) -> None:
+    """Print a line a round, and one for each client that failed in it."""
+    while True:
+        for row in followed.update():
+            print(describe(row, followed.num_rounds))
+            for failure in _failures(followed, row["round"]):
+                print(f"  {failure}")
+        print(end="", flush=True)
+        if followed.is_over:
+            return
+        time.sleep(_PAUSE)
+
+
+def _show(followed: Followed, console: Console) -> None:
+    """Keep a table of the last rounds on a terminal."""
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            followed.update()
+            live.update(_picture(followed, time.time()), refresh=True)
+            if followed.is_over:
+                return
+            time.sleep(_PAUSE)
+
+
+def _picture(followed: Followed, now: float) -> Group:
+    """Return the table, and where the run is ``now``, in seconds since 1970."""
+    table = Table(
+        "round", "personalized", "worst", "as sent", "trained", "clients", "missing", "seconds"
+    )
+    for server_round in sorted(followed.rounds)[-_ROUNDS_SHOWN:]:
+        row = followed.rounds[server_round]
+        table.add_row(
+            str(server_round),
+            *accuracies(row),
+            str(row["num-clients"]),
+            Text("\n".join(_failures(followed, server_round)) or "-"),
+            f"{row['seconds-round']:.1f}",
+        )
+    title = Text(f"{followed.run.name}: {followed.run.path}")
+    return Group(title, table, Text("" if followed.is_over else _progress(followed, now)))
+
+
+def _progress(followed: Followed, now: float) -> str:
+    since = timedelta(seconds=round(followed.seconds_since(now)))
+    if followed.last_round == followed.num_rounds:
+        return f"All rounds are complete; models and figure are written for {since} h"
+    left = followed.seconds_left(now)
+    about = "" if left is None else f", about {timedelta(seconds=round(left))} h left"
+    return f"Round {followed.last_round + 1} of {followed.num_rounds} for {since} h{about}"
+
+
+def _failures(followed: Followed, server_round: int) -> Iterator[str]:
+    failures = sorted(followed.failures.get(server_round, {}).items())
+    yield from (f"client {client}: {reason}" for client, reason in failures[:_FAILURES_SHOWN])
+    if more := failures[_FAILURES_SHOWN:]:
+        yield f"and {len(more)} more"

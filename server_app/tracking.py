@@ -1,0 +1,164 @@
+"""What a run tells TensorBoard or MLflow: its settings, and the numbers of metrics.jsonl."""
+
+import os
+from collections.abc import Mapping
+from logging import ERROR
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from flwr.common import log
+
+from pfedgpa_app.config import Scalar
+from pfedgpa_app.report import JUDGED, Row, RunFolder
+from server_app.replies import one_line
+
+EXPERIMENT = "pfedgpa"
+# A server that is away holds up every round: by the defaults of MLflow for minutes.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+class Tracker(Protocol):
+    """What is told; each call may fail, and is then made again."""
+
+    def write(self, row: Row) -> None:
+        """Tell a round's numbers, and before the first the run's settings."""
+
+    def close(self, is_whole: bool) -> None:
+        """Say that the run is over, and whether it came to its end."""
+
+
+class Tracking:
+    """Hands rounds on to the tracker of ``tracking``, if there is one, as long as the run goes on.
+
+    What is wrong with a tracker costs the run a line of its log: the rounds are in metrics.jsonl.
+    What it could not be told is told after the next round.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        config = folder.config
+        self._setting = config.tracking
+        self._tracker: Tracker | None = None
+        self._untold: list[Row] = []
+        if config.tracking == "tensorboard":
+            target = folder.path / "tensorboard" / folder.name
+            self._tracker = TensorBoard(target, config.to_flat())
+        elif config.tracking == "mlflow":
+            self._tracker = MLflow(folder.name, config.to_flat(), folder.path.parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._tracker is None:
+            return
+        try:
+            self._tracker.close(kind is None)
+        except Exception as problem:
+            log(
+                ERROR, 'tracking = "%s": the end of the run is not told: %s', self._setting, problem
+            )
+
+    def add_round(self, row: Row) -> None:
+        """Tell a round, and those before it that could not be told."""
+        if self._tracker is None:
+            return
+        self._untold.append(row)
+        try:
+            while self._untold:
+                self._tracker.write(self._untold[0])
+                self._untold.pop(0)
+        except Exception as problem:  # of a package that may raise anything
+            log(
+                ERROR,
+                'tracking = "%s": %d round(s) could not be told: %s. The run goes on, and tries '
+                "again after the next round",
+                self._setting,
+                len(self._untold),
+                one_line(str(problem)),
+            )
+
+
+class TensorBoard:
+    """Event files in a folder, by PyTorch's SummaryWriter."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Scalar]) -> None:
+        self.folder = folder
+        self.settings = dict(settings)
+        self._writer: Any = None
+
+    def write(self, row: Row) -> None:
+        """Write scalars, which are on the disk then."""
+        try:
+            writer = self._writer = self._writer or self._open()
+            for name, value in _numbers(row).items():
+                writer.add_scalar(name, value, row["round"])
+            writer.flush()
+        except Exception:
+            self._writer = None  # one that has failed writes nothing more
+            raise
+
+    def close(self, is_whole: bool) -> None:
+        """Close the event file; it cannot say how the run ended."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        writer: Any = SummaryWriter(str(self.folder))
+        # SummaryWriter.add_hparams would make a second run of them, with a point of its own.
+        for summary in hparams(self.settings, {JUDGED: 0.0}):
+            writer.file_writer.add_summary(summary)
+        return writer
+
+
+class MLflow:
+    """A run of MLflow, where its environment variables say.
+
+    Without ``MLFLOW_TRACKING_URI`` that is the file ``mlflow.db`` of the output folder.
+    """
+
+    def __init__(self, name: str, settings: Mapping[str, Scalar], folder: Path) -> None:
+        self.name = name
+        self.settings = settings
+        self.folder = folder
+        self._has_begun = False
+
+    def write(self, row: Row) -> None:
+        """Log metrics with the round as their step."""
+        import mlflow
+
+        if not self._has_begun:
+            self._begin()
+        mlflow.log_metrics(_numbers(row), step=row["round"])
+
+    def close(self, is_whole: bool) -> None:
+        """Set the run's status."""
+        import mlflow
+
+        if self._has_begun:
+            mlflow.end_run("FINISHED" if is_whole else "FAILED")
+
+    def _begin(self) -> None:
+        import mlflow
+
+        for variable, value in _PATIENCE.items():
+            os.environ.setdefault(variable, value)
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri(f"sqlite:///{self.folder}/mlflow.db")
+        if not os.environ.keys() & {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"}:
+            mlflow.set_experiment(EXPERIMENT)
+        if mlflow.active_run() is None:
+            mlflow.start_run(run_name=self.name)
+        mlflow.log_params(self.settings)
+        self._has_begun = True
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    """Return what is a number in a line of metrics.jsonl, the round aside."""
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if name != "round" and isinstance(value, int | float)
+    }

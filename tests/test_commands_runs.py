@@ -1,0 +1,231 @@
+"""The commands pfedgpa runs, pfedgpa runs show and pfedgpa runs remove."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pfedgpa_app import cli, console
+from pfedgpa_app.config import Config
+from pfedgpa_app.report import RunFolder
+
+
+def make_run(path: Path, num_rounds: int, clients: list[dict] | None = None, **flat: Any) -> None:
+    """Leave a run that is over, in whose last round accuracy was 0.625."""
+    with RunFolder(path, Config.from_flat(flat)) as folder:
+        for number in range(1, num_rounds + 1):
+            row = {"round": number, "seconds-round": 2.5}
+            accuracies = {"personalized-accuracy": 0.625, "finetuned-accuracy": 0.5}
+            rows = [each for each in clients or [] if each["round"] == number]
+            folder.add_round(row | (accuracies if number == num_rounds else {}), rows)
+
+
+def invoke(folder: Path, *command: str, answer: str = "") -> Result:
+    return CliRunner().invoke(cli.app, [*command, "--output-dir", str(folder)], input=answer)
+
+
+def test_an_empty_folder_has_no_runs(tmp_path: Path):
+    assert invoke(tmp_path, "runs").stdout == f"No runs in {tmp_path}\n"
+    assert json.loads(invoke(tmp_path, "runs", "--json").stdout) == []
+
+
+def test_runs_are_listed_in_full_however_narrow_the_terminal_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "20")
+    long = {"data.dataset": "emnist-byclass", "model.name": "cnn-28x28", "strategy": "fedavg-ft"}
+    make_run(tmp_path / "111", 2, seed=5, **{**long, "num-server-rounds": 2})
+    make_run(tmp_path / "12345678901234567890", 0)
+    (tmp_path / "12345678901234567890" / "run.json").unlink()
+    with RunFolder(tmp_path / "333", Config()):
+        lines = invoke(tmp_path, "runs").stdout.splitlines()
+    assert lines[0] == f"Runs in {tmp_path}"
+    assert [" ".join(line.split()) for line in lines[2:]] == [
+        "emnist-byclass-fedavg-ft-1 fedavg-ft emnist-byclass 5 2/2 complete 0.6250 0.5000",
+        "12345678901234567890 pfedgpa digits 0 0/10 stopped - -",
+        "digits-pfedgpa-1 pfedgpa digits 0 0/10 running - -",
+    ]
+
+
+def test_a_list_in_json_has_what_the_table_has(tmp_path: Path):
+    make_run(tmp_path / "111", 3, seed=5)
+    os.utime(tmp_path / "111" / "config.json", (0, 0))
+    assert json.loads(invoke(tmp_path, "runs", "--json").stdout) == [
+        {
+            "name": "digits-pfedgpa-1",
+            "id": "111",
+            "path": str(tmp_path / "111"),
+            "began": "1970-01-01T00:00:00+00:00",
+            "state": "stopped",
+            "strategy": "pfedgpa",
+            "dataset": "digits",
+            "seed": 5,
+            "rounds": 3,
+            "num-server-rounds": 10,
+            "personalized-accuracy": 0.625,
+            "finetuned-accuracy": 0.5,
+        }
+    ]
+
+
+def test_an_output_folder_that_is_a_file_is_said_in_a_line(tmp_path: Path):
+    (tmp_path / "file").touch()
+    result = invoke(tmp_path / "file", "runs")
+    assert result.exit_code == 1
+    assert result.stderr == f"{tmp_path}/file: Not a directory; right would be a folder\n"
+
+
+CLIENTS = [
+    {"round": 1, "client": 0, "status": "no reply"},
+    {"round": 1, "client": 1, "status": "ok", "personalized-accuracy": 0.1},
+    {"round": 2, "client": 0, "status": "the client failed: [red]no data"},
+    {"round": 2, "client": 1, "status": "ok", "personalized-accuracy": 0.75},
+    {"round": 2, "client": 2, "status": "ok", "personalized-accuracy": 0.5},
+    {"round": 2, "client": 3, "status": "privacy budget spent"},
+    {"round": 2, "client": 4, "personalized-accuracy": 0.875},
+    {"round": 3, "client": 2, "status": "no reply"},
+]
+
+
+def test_a_run_is_shown_with_all_that_is_known_of_it(tmp_path: Path):
+    make_run(tmp_path / "111", 3, CLIENTS, **{"seed": 5, "diffusion.fidelity": 0.5})
+    (tmp_path / "111" / "models").mkdir()
+    (tmp_path / "111" / "models" / "client-0.safetensors").write_bytes(bytes(12_345))
+    lines = invoke(tmp_path, "runs", "show", "digits").stdout.splitlines()
+    assert lines[:2] == ["digits-pfedgpa-1 (111): stopped", str(tmp_path / "111")]
+    assert lines[2].startswith("3 of 10 rounds in 0:00:08 h, began 20")
+    blocks = {
+        title: inner.split("\n  ")
+        for title, _, inner in (
+            block.partition("\n  ") for block in "\n".join(lines[4:]).split("\n\n")
+        )
+    }
+    sizes = dict(line.split(": ") for line in blocks.pop("Files"))
+    assert sizes.keys() == {
+        "clients.jsonl",
+        "config.json",
+        "metrics.jsonl",
+        "models/",
+        "run.json",
+    }
+    assert sizes["models/"] == "12.3 KB"
+    assert blocks == {
+        "Settings that differ from the defaults": ["seed = 5", "diffusion.fidelity = 0.5"],
+        "Last accuracies": ["personalized: 0.6250", "after local training: 0.5000"],
+        "Worst clients": [
+            "client 2: 0.5000 in round 2",
+            "client 1: 0.7500 in round 2",
+            "client 4: 0.8750 in round 2",
+        ],
+        "Failures": [
+            "client 0: 2 rounds, the last 2: the client failed: [red]no data",
+            "client 2: 1 rounds, the last 3: no reply",
+        ],
+    }
+
+
+def test_a_run_in_json_has_what_is_shown_of_it(tmp_path: Path):
+    make_run(tmp_path / "111", 3, CLIENTS, seed=5)
+    facts = json.loads(invoke(tmp_path, "runs", "show", "111", "--json").stdout)
+    (listed,) = json.loads(invoke(tmp_path, "runs", "--json").stdout)
+    assert facts.items() >= listed.items()
+    assert facts["settings"] == {"seed": 5}
+    assert facts["seconds"] == 7.5
+    assert facts["worst-clients"][0] == {"client": 2, "round": 2, "personalized-accuracy": 0.5}
+    assert facts["failures"][1] == {
+        "client": 2,
+        "rounds": 1,
+        "last-round": 3,
+        "reason": "no reply",
+    }
+    assert facts["files"]["run.json"] == (tmp_path / "111" / "run.json").stat().st_size
+
+
+def test_a_run_that_has_just_begun_is_shown(tmp_path: Path):
+    make_run(tmp_path / "111", 0)
+    result = invoke(tmp_path, "runs", "show", "latest")
+    assert result.exit_code == 0
+    assert result.stdout.count("\n  none\n") == 4
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_the_output_folder_may_be_named_before_the_command(tmp_path: Path, option: list[str]):
+    make_run(tmp_path / "111", 1)
+    command = ["runs", "--output-dir", str(tmp_path), "show", "111", *option]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+
+
+def test_a_run_is_removed_if_the_answer_is_yes(tmp_path: Path):
+    make_run(tmp_path / "111", 2)
+    make_run(tmp_path / "222", 2)
+    refused = invoke(tmp_path, "runs", "remove", "111", answer="n\n")
+    assert refused.exit_code == 1
+    assert (tmp_path / "111").exists()
+    result = invoke(tmp_path, "runs", "remove", "111", answer="y\n")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("digits-pfedgpa-1 (pfedgpa, 2/10 rounds, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["222"]
+
+
+def test_with_yes_nobody_is_asked(tmp_path: Path):
+    make_run(tmp_path / "111", 2)
+    result = invoke(tmp_path, "runs", "remove", "digits-pfedgpa-1", "--yes")
+    assert result.stdout.splitlines()[1:] == ["digits-pfedgpa-1 is removed"]
+    assert not (tmp_path / "111").exists()
+
+
+def test_a_run_that_goes_on_is_not_removed(tmp_path: Path):
+    with RunFolder(tmp_path / "111", Config()):
+        result = invoke(tmp_path, "runs", "remove", "111", "--yes")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "digits-pfedgpa-1 is going on; right would be to end it first, with flwr stop 111\n"
+    )
+    assert (tmp_path / "111" / "config.json").exists()
+
+
+def test_who_goes_on_from_a_run_and_has_no_checkpoint_is_named_before_it_is_removed(
+    tmp_path: Path,
+):
+    output = {"output-dir": str(tmp_path)}
+    make_run(tmp_path / "111", 2, **output)
+    make_run(tmp_path / "222", 2, **output, **{"resume-from": "111"})
+    make_run(tmp_path / "333", 2, **output, **{"resume-from": str(tmp_path / "111")})
+    (tmp_path / "333" / "checkpoint.safetensors").touch()
+    lines = invoke(tmp_path, "runs", "remove", "111", answer="n\n").stdout.splitlines()
+    assert lines[1] == "digits-pfedgpa-2 goes on from it and has no checkpoint of its own"
+    assert not any(line.startswith("digits-pfedgpa-3") for line in lines)
+
+
+def test_what_cannot_be_removed_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_run(tmp_path / "111", 2)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    result = invoke(tmp_path, "runs", "remove", "111", "--yes")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"{tmp_path}/111: Permission denied; right would be one that")
+
+
+@pytest.mark.parametrize("command", ["show", "remove"])
+def test_a_run_that_is_not_there_is_named(tmp_path: Path, command: str):
+    result = invoke(tmp_path, "runs", command, "no-such-run")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"There is no run {tmp_path}/no-such-run; pfedgpa runs lists those there are\n"
+    )
+
+
+def test_a_pipe_that_is_closed_early_is_no_error_of_the_system(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(console, "fail", lambda message: pytest.fail(message))
+
+    def close(*arguments: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "preflight", close)
+    assert CliRunner().invoke(cli.app, ["config", "check"]).exit_code == 1

@@ -1,0 +1,191 @@
+"""The command pfedgpa watch."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from pfedgpa_app import cli, watch
+from pfedgpa_app.config import Config
+from pfedgpa_app.report import RoundRecord, Row, Run, RunFolder, summarize
+from pfedgpa_app.watch import Followed, Tail
+
+NUM_ROUNDS = 3
+
+
+def end_round(folder: RunFolder, number: int, failures: dict[int, str] | None = None) -> None:
+    """Write a round of ten clients, of which some fail."""
+    record = RoundRecord(number, seconds_clients=1.5, seconds_diffusion=0.25)
+    record.expect(range(10), range(10))
+    for client in range(10):
+        record.trained(client, {"accuracy-before": 0.5, "accuracy-after": 0.75}, 100)
+        record.evaluated(client, {"accuracy": 0.8 + client / 100})
+    for client, reason in (failures or {}).items():
+        record.failed(client, reason)
+    folder.add_round(summarize(record, "pfedgpa", 2.0), record.clients.values())
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], None]) -> None:
+    """Let something happen each time that the command waits."""
+    left = iter(actions)
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: next(left)())
+
+
+def invoke(output: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["watch", *arguments, "--output-dir", str(output)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "111", Config(num_server_rounds=NUM_ROUNDS))
+
+
+def line(number: int, num_clients: int) -> str:
+    return (
+        f"Round {number}/3: personalized accuracy 0.8450 (worst client 0.8000), as sent 0.5000, "
+        f"after local training 0.7500; {num_clients} clients, 2.0 s (clients 1.5, diffusion 0.2)"
+    )
+
+
+def test_in_a_pipe_a_run_has_a_line_a_round_until_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder
+):
+    end_round(folder, 1)
+    meanwhile(
+        monkeypatch,
+        lambda: end_round(folder, 2, {7: "no reply", 3: "[red]its data are gone"}),
+        lambda: None,
+        lambda: end_round(folder, 3),
+        lambda: folder.__exit__(),
+    )
+    result = invoke(tmp_path)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        line(1, 10),
+        line(2, 8),
+        "  client 3: [red]its data are gone",
+        "  client 7: no reply",
+        line(3, 10),
+        f"digits-pfedgpa-1 is complete, 3 of 3 rounds: {tmp_path}/111",
+    ]
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_run_that_dies_is_told_with_what_would_be_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder, has_checkpoint: bool
+):
+    if has_checkpoint:
+        (tmp_path / "111" / "checkpoint.safetensors").touch()
+    meanwhile(monkeypatch, lambda: end_round(folder, 1), lambda: folder.__exit__())
+    result = invoke(tmp_path, "digits")
+    assert result.exit_code == 1
+    right = (
+        '; right would be resume-from="digits-pfedgpa-1", which goes on from its last checkpoint'
+    )
+    expected = "digits-pfedgpa-1 stopped after 1 of 3 rounds" + (right if has_checkpoint else "")
+    assert result.stderr == expected + "\n"
+
+
+def test_a_run_that_is_over_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder
+):
+    for number in (1, 2, 3):
+        end_round(folder, number)
+    folder.__exit__()
+    meanwhile(monkeypatch)
+    assert invoke(tmp_path).exit_code == 0
+
+
+def test_ctrl_c_is_neither_the_end_nor_a_failure_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder
+):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    meanwhile(monkeypatch, interrupt)
+    assert invoke(tmp_path).exit_code == 130
+
+
+def picture(run: Path, now: float) -> list[str]:
+    """Return what a terminal of 100 columns shows."""
+    followed = Followed(Run.read(run))
+    followed.update()
+    file = io.StringIO()
+    Console(file=file, width=100).print(watch._picture(followed, now))
+    return [text.rstrip() for text in file.getvalue().splitlines()]
+
+
+def test_on_a_terminal_the_last_rounds_are_a_table(tmp_path: Path):
+    folder = RunFolder(tmp_path / "111", Config(num_server_rounds=20))
+    failures = dict.fromkeys(range(7), "no reply")
+    for number in range(1, 14):
+        end_round(folder, number, failures if number == 13 else None)
+    os.utime(tmp_path / "111" / "metrics.jsonl", (1000, 1000))
+    title, *table, progress = picture(tmp_path / "111", now=1003.0)
+    assert title == f"digits-pfedgpa-1: {tmp_path}/111"
+    cells = [[cell.strip() for cell in row.strip("│┃").split("│")] for row in table if "│" in row]
+    assert [row[0] for row in cells if row[0]] == [str(number) for number in range(4, 14)]
+    assert cells[0] == ["4", "0.8450", "0.8000", "0.5000", "0.7500", "10", "-", "2.0"]
+    assert [row[6] for row in cells[9:]] == [
+        *(f"client {client}: no reply" for client in range(5)),
+        "and 2 more",
+    ]
+    # Seven rounds of 2 s, of which 3 s are over.
+    assert progress == "Round 14 of 20 for 0:00:03 h, about 0:00:11 h left"
+
+
+def test_before_the_first_round_nobody_knows_how_long_it_takes(tmp_path: Path, folder: RunFolder):
+    os.utime(tmp_path / "111" / "config.json", (1000, 1000))
+    assert picture(tmp_path / "111", 1007.0)[-1] == "Round 1 of 3 for 0:00:07 h"
+
+
+def test_after_the_last_round_models_are_written(tmp_path: Path, folder: RunFolder):
+    for number in (1, 2, 3):
+        end_round(folder, number)
+    assert picture(tmp_path / "111", 0.0)[-1].startswith("All rounds are complete; models and")
+    folder.__exit__()
+    assert picture(tmp_path / "111", 0.0)[-1] == ""
+
+
+def test_on_a_terminal_the_table_stays_until_the_run_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder
+):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=100)
+    monkeypatch.setattr(watch, "Console", lambda: console)
+    rounds = (lambda number=number: end_round(folder, number) for number in (1, 2, 3))
+    meanwhile(monkeypatch, *rounds, lambda: folder.__exit__())
+    result = invoke(tmp_path)
+    assert result.exit_code == 0
+    assert file.getvalue().count("Round 1 of 3") == 1
+    assert file.getvalue().count("All rounds are complete") == 1
+    assert result.stdout == f"digits-pfedgpa-1 is complete, 3 of 3 rounds: {tmp_path}/111\n"
+
+
+def test_a_tail_has_whole_lines_once(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    tail = Tail(file)
+    assert tail.rows() == []
+    file.write_text('{"round": 1}\n{"rou')
+    assert tail.rows() == [{"round": 1}]
+    assert tail.rows() == []
+    with file.open("a") as stream:
+        stream.write('nd": 2}\n')
+    assert tail.rows() == [{"round": 2}]
+
+
+def test_lines_that_are_taken_back_do_not_hide_those_in_their_place(tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    rows: list[Row] = [{"round": number} for number in (1, 2, 3)]
+    lines = ["{" + f'"round": {number}' + "}\n" for number in (1, 2, 3)]
+    tail = Tail(file)
+    file.write_text(lines[0] + lines[1])
+    assert tail.rows() == rows[:2]
+    os.truncate(file, len(lines[0]))
+    assert tail.rows() == []
+    file.write_text("".join(lines))
+    assert tail.rows() == rows[1:]
