@@ -34,7 +34,8 @@ MAX_PARTITIONS = 100_000
 MAX_WEIGHT = 2**53
 # What numpy's file format puts before the data, generously.
 _MAX_HEADER_BYTES = 4096
-_MAX_CHANNELS = 1024
+# Channels of images, or features of a table.
+_MAX_CHANNELS = 2**15
 # Room for headers, and for what a strategy asks for in some rounds alone.
 _SPARE_BYTES = 2**24
 
@@ -51,7 +52,8 @@ class Upload(NamedTuple):
     metrics: dict[str, float]
     site: StateDict
     """What a client may tell of its data: ``image-stats``, mean and standard deviation of each
-    channel, ``(2, channels)``, float32; ``partition``, its number and that of all, ``(2,)``."""
+    channel or feature, ``(2, channels)``, float32; ``partition``, its number and that of all,
+    ``(2,)``."""
     extras: StateDict
     """What the strategy asks for beside the parameters."""
 

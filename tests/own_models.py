@@ -7,12 +7,12 @@ from pfedgpa_app.config import DatasetInfo
 
 def linear(info: DatasetInfo) -> nn.Module:
     """Return a linear classifier."""
-    channels, height, width = info.image_shape
+    channels, height, width = info.shape
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, info.num_classes))
 
 
 def with_dropout(info: DatasetInfo) -> nn.Module:
     """Return a linear classifier behind dropout."""
-    channels, height, width = info.image_shape
+    channels, height, width = info.shape
     classify = nn.Linear(channels * height * width, info.num_classes)
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), classify)
