@@ -14,7 +14,7 @@ from torch import Tensor
 # Of an array; it is held in memory as a whole.
 MAX_BYTES = 8 * 2**30
 # What numpy's file format puts before the data, generously.
-_MAX_HEADER_BYTES = 4096
+MAX_HEADER_BYTES = 4096
 
 
 class FileError(ValueError):
@@ -67,6 +67,25 @@ def read_labels(file: Path) -> Tensor:
     )
 
 
+def read_header(beginning: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and dtype of a .npy file by its first bytes, without making its array.
+
+    Raises
+    ------
+    ValueError
+        If they are no header of at most `MAX_HEADER_BYTES`.
+    """
+    file = io.BytesIO(beginning)
+    version = np.lib.format.read_magic(file)
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read(file, max_header_size=MAX_HEADER_BYTES)
+    return tuple(shape), dtype
+
+
 def _read_array(
     file: Path, name: str, wanted: Sequence[int | str], kinds: tuple[type, ...], right: str
 ) -> np.ndarray[Any, Any]:
@@ -76,7 +95,7 @@ def _read_array(
         with zipfile.ZipFile(file) as archive:
             member = archive.getinfo(f"{name}.npy")
             with archive.open(member) as stream:
-                shape, dtype = _read_header(stream.read(_MAX_HEADER_BYTES))
+                shape, dtype = read_header(stream.read(MAX_HEADER_BYTES))
             problem = _problem(shape, dtype, member.file_size, wanted, kinds, right)
             if problem is None:
                 with archive.open(member) as stream:
@@ -86,19 +105,6 @@ def _read_array(
     if problem is not None:
         raise FileError(f"{file}: {name} {problem}")
     return array
-
-
-def _read_header(beginning: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return the shape and dtype of a .npy file by its first bytes."""
-    file = io.BytesIO(beginning)
-    version = np.lib.format.read_magic(file)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, _, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
-    return tuple(shape), dtype
 
 
 def _problem(
