@@ -25,7 +25,7 @@ from server_app.strategies import PFedGPA
 CLIENTS = 20
 SMALL_IMAGES = {
     "data.dataset": "benchmarks.small_images:fashion_mnist",
-    "data.image-shape": "1x14x14",
+    "data.shape": "1x14x14",
     "data.num-classes": 10,
     "model.name": "benchmarks.small_images:cnn",
     "server.min-available-nodes": 2,

@@ -44,6 +44,6 @@ def vision_transformer(info: DatasetInfo) -> nn.Module:
         mlp_dim=64,
         num_classes=info.num_classes,
     )
-    channels, _, _ = info.image_shape
+    channels, _, _ = info.shape
     model.conv_proj = nn.Conv2d(channels, 32, kernel_size=2, stride=2)
     return model

@@ -112,7 +112,7 @@ def _vectors(tasks: list[Task]) -> Tensor:
 def _task(name: str, device: torch.device, client: int, images: int, epochs: int) -> Task:
     size, generator = MODELS[name], make_generator(0, "images", client)
     info = DatasetInfo((1, size, size), NUM_CLASSES)
-    pictures = torch.randint(256, (images, *info.image_shape), generator=generator).byte()
+    pictures = torch.randint(256, (images, *info.shape), generator=generator).byte()
     labels = torch.randint(NUM_CLASSES, (images,), generator=generator)
     stats = ImageStats(torch.tensor([128.0]), torch.tensor([74.0]))
     data = ClientData(pictures, labels, pictures, labels, stats, info).to(device)

@@ -9,8 +9,9 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordValues, RecordDict
 from flwr.common import log
 
+from client_app.kept_model import check_model_path, keep_model
 from client_app.methods import METHODS, Method, Task, Trained
-from client_app.node import PRIVACY, NodeError, node_partition
+from client_app.node import PRIVACY, NodeError, client_number, node_partition
 from pfedgpa_app.config import Config, ConfigError, below_home
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import Evaluation, class_prior
@@ -40,6 +41,7 @@ def train_message(message: Message, context: Context) -> Message:
     """
     begin = time.monotonic()
     task, method = prepare(message, context)
+    keep_model(method, task, context, round_of(message) - 1)
     data, privacy = task.data, task.config.privacy
     if not task.may_train():
         spent: dict[str, MetricRecordValues] = {
@@ -79,7 +81,9 @@ def training_reply(
         "loss-after": after.loss,
     }
     has_own_data = "data-path" in context.node_config
-    if not (privacy.is_on and has_own_data):
+    is_table = len(data.info.shape) == 1
+    # Two numbers a feature tell of a site's patients what two a channel do not tell of pictures.
+    if not (has_own_data and (privacy.is_on or is_table)):
         # What a model needs to be used elsewhere, and its client alone knows.
         metrics["image-mean"] = data.stats.mean.tolist()
         metrics["image-std"] = data.stats.std.tolist()
@@ -97,6 +101,7 @@ def training_reply(
 def evaluate_message(message: Message, context: Context) -> Message:
     """Judge the client's model, of which the received one is a part or all, on its test set."""
     task, method = prepare(message, context)
+    keep_model(method, task, context, round_of(message))
     result = task.judge(method.personal_model(task))
     metrics: dict[str, MetricRecordValues] = {
         "num-examples": len(task.data.test_labels),
@@ -114,10 +119,11 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     ConfigError, DataError, NodeError
         If settings, data or the node's own are wrong, which is logged for the node's operator.
     """
+    check_model_path(context)
     try:
         config = Config.from_flat(context.run_config)
         require_opacus(config.privacy)
-        partition = node_partition(context)
+        client = client_number(context)
         data = load_data(config, context)
     except (ConfigError, DataError, NodeError) as error:
         log(ERROR, "This node cannot take part: %s", error)
@@ -131,9 +137,7 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     model.load_state_dict(received, strict=True)
     extras = records[EXTRAS].to_torch_state_dict() if EXTRAS in records else {}
     kept = context.state.array_records.get(MEMORY)
-    server_round = cast(int, message.content.config_records["config"]["server-round"])
-    # A simulation's node ids are random, those of registered SuperNodes stay.
-    client = partition[0] if partition else context.node_id
+    server_round = round_of(message)
     noise = make_generator(config.seed, "noise", client, server_round)
     prior = class_prior(data.train_labels, data.info.num_classes)
     task = Task(
@@ -149,6 +153,11 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         uniform=seeded_uniform(noise) if config.privacy.seeded_noise else secure_uniform,
     )
     return task, METHODS.get(config.strategy, Method)()
+
+
+def round_of(message: Message) -> int:
+    """Return the round that a message belongs to."""
+    return cast(int, message.content.config_records["config"]["server-round"])
 
 
 def kept_ledger(context: Context, config: Config, num_examples: int, server_round: int) -> Ledger:

@@ -27,7 +27,18 @@ def node_partition(context: Context) -> tuple[int, int] | None:
             return partition_id, num_partitions
         case [None, None] if "data-path" in node_config:
             return None
+    # What else is there, such as paths, is nothing for the server, which is sent the error.
     raise NodeError(
-        f"node config {node_config}: right would be a SuperNode started with, for example, "
+        f"node config with partition-id {values[0]!r} and num-partitions {values[1]!r}: "
+        "right would be a SuperNode started with, for example, "
         '--node-config "partition-id=0 num-partitions=2"'
     )
+
+
+def client_number(context: Context) -> int:
+    """Return what tells this client from others: its partition, or else its node id.
+
+    A simulation's node ids are random, those of registered SuperNodes stay.
+    """
+    partition = node_partition(context)
+    return partition[0] if partition else context.node_id

@@ -1,4 +1,4 @@
-"""Local training: SGD on the client's own images."""
+"""Local training: SGD on the client's own data."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from pfedgpa_app.evaluation import autocast
 Momenta = dict[str, Tensor | None]
 """What momentum has added up, by the parameters' names; none before the first step."""
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""Called with a model, normalized images ``(n, channels, height, width)`` and labels ``(n,)``."""
+"""Called with a model, normalized examples ``(n, *shape)`` and labels ``(n,)``."""
 
 
 def cross_entropy(offset: Tensor | float) -> Loss:
@@ -65,12 +65,12 @@ def train(
     model
         On the device of the images.
     images
-        As the data set has them, ``(num_examples, channels, height, width)``; every batch is
-        normalized with ``stats``.
+        As the data set has them, ``(num_examples, *shape)``; every batch is normalized with
+        ``stats``.
     labels
         ``(num_examples,)``.
     stats
-        Mean and deviation of each channel.
+        Mean and deviation of each channel or feature.
     config
         Epochs, batch size, precision and the optimizer's settings.
     generator
@@ -78,8 +78,9 @@ def train(
     loss
         What is minimized. Parameters that need no gradient stay as they are.
     """
-    # A third faster for small convolutions on a CPU.
-    model.to(memory_format=torch.channels_last)
+    if images.ndim == 4:
+        # A third faster for small convolutions on a CPU.
+        model.to(memory_format=torch.channels_last)
     momenta: Momenta = {}
     model.train()
     with dropout_from(generator, images.device):

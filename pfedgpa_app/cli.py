@@ -115,10 +115,13 @@ def export(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A file that export wrote.")],
+    model: Annotated[Path, typer.Argument(help="A file that export wrote, or a site keeps.")],
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="PNG or JPEG files, folders of them, or .npz files with an array x."),
+        typer.Argument(
+            help="PNG or JPEG files, folders of them, or .npz files with an array x, such as a "
+            "table (n, features)."
+        ),
     ] = None,
     test_set: Annotated[
         bool, typer.Option("--test-set", help="Judge the model on its client's own test set.")
@@ -129,7 +132,7 @@ def predict(
         bool, typer.Option("--trust", help="Call own functions that the file names, from here.")
     ] = False,
 ) -> None:
-    """Let a model that export wrote classify images: file, class and probability, a line each."""
+    """Let a model of a file classify images: file, class and probability, a line each."""
     from pfedgpa_app.exported import ExportedModel
 
     if test_set == bool(images):
@@ -164,7 +167,7 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
 
     data = model.config.data
     images = read_images(
-        find_files(paths), data.info.image_shape, lambda note: print(note, file=sys.stderr)
+        find_files(paths), data.info.shape, lambda note: print(note, file=sys.stderr)
     )
     while batch := list(islice(images, 256)):
         probabilities = model.predict(torch.stack([image for _, image in batch]))
@@ -183,7 +186,7 @@ def _print_evaluation(model: "ExportedModel", as_json: bool) -> None:
     if as_json:
         print(json.dumps({"num-examples": num_examples, "accuracy": accuracy, "loss": loss}))
     else:
-        print(f"accuracy {accuracy:.4f}, loss {loss:.4f} on {num_examples} images")
+        print(f"accuracy {accuracy:.4f}, loss {loss:.4f} on {num_examples} examples")
 
 
 def _load(file: Path | None, overrides: list[str]) -> Config:

@@ -46,10 +46,19 @@ PLAIN_STRATEGIES = ("pfedgpa", "local", "fedavg", "fedavg-ft")
 
 
 class DatasetInfo(NamedTuple):
-    """What a model must know of a data set: ``(channels, height, width)`` and its classes."""
+    """What a model must know of a data set: the shape of an example, and how many classes it has.
 
-    image_shape: tuple[int, int, int]
+    The shape is ``(channels, height, width)`` of images, ``(features,)`` of a table's rows,
+    ``(channels, length)`` of signals, or any other.
+    """
+
+    shape: tuple[int, ...]
     num_classes: int
+
+    @property
+    def is_image(self) -> bool:
+        """Whether an example is an image."""
+        return len(self.shape) == 3
 
 
 DATASETS: dict[str, DatasetInfo] = {
@@ -58,15 +67,20 @@ DATASETS: dict[str, DatasetInfo] = {
     "emnist-balanced": DatasetInfo((1, 28, 28), 47),
     "emnist-byclass": DatasetInfo((1, 28, 28), 62),
     "cifar10": DatasetInfo((3, 32, 32), 10),
+    "breast-cancer": DatasetInfo((30,), 2),
 }
 
-# The image sizes (height, width) that a model is made for; None takes any.
-MODEL_IMAGE_SIZES: dict[str, tuple[int, int] | None] = {
-    "cnn-8x8": (8, 8),
-    "cnn-28x28": (28, 28),
-    "cnn-cifar": (32, 32),
-    "resnet18": None,
+# The shapes that a model is made for; None is any size.
+MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
+    "cnn-8x8": (None, 8, 8),
+    "cnn-28x28": (None, 28, 28),
+    "cnn-cifar": (None, 32, 32),
+    "resnet18": (None, None, None),
+    "mlp": (None,),
 }
+
+# Settings that had another name in earlier versions, whose runs and models are there still.
+_RENAMED = {"data.image-shape": "data.shape"}
 
 
 class ConfigError(ValueError):
@@ -94,11 +108,19 @@ class DataConfig(Section):
     """Which data, and how the clients share it."""
 
     dataset: (
-        Literal["digits", "fashion-mnist", "emnist-balanced", "emnist-byclass", "cifar10", "sites"]
+        Literal[
+            "digits",
+            "fashion-mnist",
+            "emnist-balanced",
+            "emnist-byclass",
+            "cifar10",
+            "breast-cancer",
+            "sites",
+        ]
         | OwnFunction
     ) = "digits"
     root: str = ""
-    image_shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*x[1-9]\d*x[1-9]\d*$")] = ""
+    shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*(x[1-9]\d*)*$")] = ""
     num_classes: OptionalCount = 0
     class_names: str = ""
     partition: Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"] = (
@@ -118,17 +140,17 @@ class DataConfig(Section):
 
     @property
     def info(self) -> DatasetInfo:
-        """Image shape and number of classes, of the named data set or as given for an own one."""
+        """Shape and number of classes, of the named data set or as given for an own one."""
         if self.dataset in DATASETS:
             return DATASETS[self.dataset]
-        channels, height, width = (int(part) for part in self.image_shape.split("x"))
-        return DatasetInfo((channels, height, width), self.num_classes or len(self.named_classes))
+        shape = tuple(int(part) for part in self.shape.split("x"))
+        return DatasetInfo(shape, self.num_classes or len(self.named_classes))
 
     @property
     def is_known(self) -> bool:
         """Whether `info` can tell."""
         num_classes = self.num_classes or len(self.named_classes)
-        return self.dataset in DATASETS or (self.image_shape != "" and num_classes >= 2)
+        return self.dataset in DATASETS or (self.shape != "" and num_classes >= 2)
 
     @property
     def named_classes(self) -> tuple[str, ...]:
@@ -149,7 +171,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The model that every client trains."""
 
-    name: Literal["cnn-8x8", "cnn-28x28", "cnn-cifar", "resnet18"] | OwnFunction = "cnn-8x8"
+    name: Literal["cnn-8x8", "cnn-28x28", "cnn-cifar", "resnet18", "mlp"] | OwnFunction = "cnn-8x8"
 
 
 class ClientConfig(Section):
@@ -370,6 +392,17 @@ class Config(Section):
         """Return the settings as a flat run config, the inverse of `from_flat`."""
         return dict(flatten(self.model_dump(by_alias=True)))
 
+    @classmethod
+    def from_older(cls, flat: Mapping[str, Any]) -> "Config":
+        """Build the settings from what `to_flat` returned, perhaps in an earlier version.
+
+        Raises
+        ------
+        ConfigError
+            As `from_flat`, of settings that are no longer there too.
+        """
+        return cls.from_flat({_RENAMED.get(key, key): value for key, value in flat.items()})
+
     @property
     def changed(self) -> dict[str, Scalar]:
         """The settings that differ from the defaults, as a flat run config."""
@@ -465,11 +498,12 @@ def _contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
 def _data_contradictions(data: DataConfig) -> Iterator[tuple[set[str], str]]:
     own_data = data.dataset not in DATASETS
     names = data.named_classes
-    if own_data and not data.image_shape:
+    if own_data and not data.shape:
         yield (
-            {"data.dataset", "data.image-shape"},
-            f'data.image-shape = "": data.dataset = "{data.dataset}" is an own data set, say how '
-            'large its images are, for example "1x28x28" (channels x height x width)',
+            {"data.dataset", "data.shape"},
+            f'data.shape = "": data.dataset = "{data.dataset}" is an own data set, say how '
+            'large its examples are, for example "1x28x28" (channels x height x width) or "30" '
+            "(features of a table)",
         )
     if own_data and (data.num_classes or len(names)) < 2:
         yield (
@@ -520,17 +554,35 @@ def _size_contradictions(config: Config) -> Iterator[tuple[set[str], str]]:
             f"data.classes-per-client = {data.classes_per_client}: {data.dataset} has only "
             f"{num_classes} classes, so at most {num_classes}",
         )
-    size = MODEL_IMAGE_SIZES.get(config.model.name)
-    if size is not None and size != data.info.image_shape[1:]:
-        height, width = data.info.image_shape[1:]
-        fitting = [
-            name for name, fits in MODEL_IMAGE_SIZES.items() if fits in (None, (height, width))
-        ]
+    if data.shift in ("rotation", "contrast") and not data.info.is_image:
         yield (
-            {"model.name", "data.dataset", "data.image-shape"},
-            f'model.name = "{config.model.name}": takes images of {size[0]}x{size[1]} and '
-            f"{data.dataset} has {height}x{width}; right would be {' or '.join(fitting)}",
+            {"data.shift", "data.dataset", "data.shape"},
+            f'data.shift = "{data.shift}": is one of images, and {data.dataset} has the shape '
+            f'{by_x(data.info.shape)}; right would be "none" or "permuted-labels"',
         )
+    if not _takes(config.model.name, data.info.shape):
+        fitting = [name for name in MODEL_SHAPES if _takes(name, data.info.shape)]
+        own = "a function of your own, package.module:function"
+        yield (
+            {"model.name", "data.dataset", "data.shape"},
+            f'model.name = "{config.model.name}": takes {by_x(MODEL_SHAPES[config.model.name])} '
+            f"(* is any) and {data.dataset} has {by_x(data.info.shape)}; right would be "
+            f"{' or '.join(fitting) or own}",
+        )
+
+
+def _takes(model: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a model is made for a shape, as those of one's own are."""
+    sizes = MODEL_SHAPES.get(model)
+    return sizes is None or (
+        len(sizes) == len(shape)
+        and all(size in (None, given) for size, given in zip(sizes, shape, strict=True))
+    )
+
+
+def by_x(shape: Iterable[int | None]) -> str:
+    """Write a shape as ``data.shape`` has it, with * for any size."""
+    return "x".join("*" if size is None else str(size) for size in shape)
 
 
 def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[str], str]]:
@@ -694,7 +746,10 @@ def _wanted(item: Any) -> str:
         case "literal_error":
             return f"should be {item['ctx']['expected']}"
         case "string_pattern_mismatch" if "x[1-9]" in item["ctx"]["pattern"]:
-            return 'should read like "1x28x28" (channels x height x width)'
+            return (
+                'should read like "1x28x28" (channels x height x width) or "30" (features of a '
+                "table)"
+            )
         case "string_pattern_mismatch" if ":" not in item["ctx"]["pattern"]:
             return 'should be patterns of parameter names, such as "*" or "fc.*,head.*"'
         case "string_pattern_mismatch":

@@ -45,10 +45,9 @@ def logits_of(
     model
         On the device of the images; it is left in evaluation mode.
     images
-        As the data set has them, ``(num_examples, channels, height, width)``; they are normalized
-        with ``stats``.
+        As the data set has them, ``(num_examples, *shape)``; they are normalized with ``stats``.
     stats
-        Mean and deviation of each channel.
+        Mean and deviation of each channel or feature.
     precision
         As `autocast` takes it.
     batch_size

@@ -52,13 +52,14 @@ class ExportedModel:
     server_round
         The round after which it was written.
     stats
-        Mean and standard deviation of each channel of the client's images, ``(channels,)``. None
-        if the client did not tell.
+        Mean and standard deviation of each channel of the client's images, ``(channels,)``, or of
+        each feature of its table. None if the client did not tell.
     partition
         Which partition of the data the client has, and of how many. None if it did not tell.
     class_counts
-        How many images of each class the client trained on. Clients never tell; `with_class_counts`
-        counts where the data is at hand. A run with ``client.class-prior`` needs them to predict.
+        How many examples of each class the client trained on. Clients never tell the server;
+        `with_class_counts` counts where the data is at hand. A run with ``client.class-prior``
+        needs them to predict.
     trusted
         Whether own functions that the settings name may be imported and called. They are code of
         whoever wrote the file's settings.
@@ -85,7 +86,7 @@ class ExportedModel:
         state, raw = load_state(file, _KIND)
         try:
             facts = _Facts.model_validate(raw)
-            config = Config.from_flat(facts.config)
+            config = Config.from_older(facts.config)
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ExportError(f"{file} is damaged: {wrong}") from error
@@ -103,7 +104,7 @@ class ExportedModel:
         """Write a safetensors file of the state_dict, in place of an older file in one step.
 
         What is known beside the tensors is its metadata under ``facts``, in JSON: client, round,
-        partition-id, num-partitions, model, image-shape, num-classes, image-mean, image-std,
+        partition-id, num-partitions, model, shape, num-classes, image-mean, image-std,
         class-counts and config, the flat settings of the run. What is not known is null.
         """
         info = self.config.data.info
@@ -115,7 +116,7 @@ class ExportedModel:
             "partition-id": partition_id,
             "num-partitions": num_partitions,
             "model": self.config.model.name,
-            "image-shape": info.image_shape,
+            "shape": info.shape,
             "num-classes": info.num_classes,
             "image-mean": mean,
             "image-std": std,
@@ -130,28 +131,27 @@ class ExportedModel:
         Parameters
         ----------
         images
-            ``(num_examples, channels, height, width)``, uint8 or float32 like the data set that
-            the model was trained on.
+            ``(num_examples, *shape)``: images ``(channels, height, width)`` or another shape, uint8
+            or float32 like the data set that the model was trained on. A table may be of either.
 
         Raises
         ------
         ValueError
-            If the model does not take such images, its normalization is not known, or it cannot
+            If the model does not take such examples, their normalization is not known, or it cannot
             be built.
         """
-        shape = self.config.data.info.image_shape
+        shape = self.config.data.info.shape
         if tuple(images.shape[1:]) != shape:
-            raise ExportError(
-                f"images of shape {tuple(images.shape)}; right would be (n, {str(shape)[1:]}"
-            )
+            right = ", ".join(map(str, ("n", *shape)))
+            raise ExportError(f"examples of shape {tuple(images.shape)}; right would be ({right})")
         stats = self._known_stats
         # Float data counts as normalized, which no uint8 data is.
         is_float = not bool(stats.mean.any()) and bool((stats.std == 1).all())
         dtype = torch.float32 if is_float else torch.uint8
-        if images.dtype != dtype:
+        if len(shape) > 1 and images.dtype != dtype:
             raise ExportError(
-                f"images of {images.dtype}; right would be {dtype}, in the units of the data that "
-                "the model was trained on (an .npz file can hold both)"
+                f"examples of {images.dtype}; right would be {dtype}, in the units of the data "
+                "that the model was trained on (an .npz file can hold both)"
             )
         offset = self._offset
         logits = logits_of(self.module, images, stats, self.config.client.precision)
@@ -249,12 +249,12 @@ class ExportedModel:
     @property
     def _known_stats(self) -> ImageStats:
         if self.stats is None:
-            raise ExportError(f"client {self.client} did not tell how its images are normalized")
-        channels = self.config.data.info.image_shape[0]
-        if any(values.shape != (channels,) for values in self.stats):
+            raise ExportError(f"client {self.client} did not tell how its data is normalized")
+        size = self.config.data.info.shape[0]
+        if any(values.shape != (size,) for values in self.stats):
             raise ExportError(
-                f"client {self.client} told mean and deviation of {len(self.stats.mean)} channels; "
-                f"right would be {channels}"
+                f"client {self.client} told mean and deviation of {len(self.stats.mean)} channels "
+                f"or features; right would be {size}"
             )
         return self.stats
 

@@ -1,13 +1,14 @@
-"""Images from files, in the shape that a model takes."""
+"""Images from files, and what else models take, in their shape."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pfedgpa_app.arrays import FileError, check_regular, read_examples
 
 PICTURES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (*PICTURES, ".npz")
@@ -15,16 +16,12 @@ SUFFIXES = (*PICTURES, ".npz")
 MAX_PIXELS = 50_000_000
 
 
-class ImageError(ValueError):
-    """A file that holds no images for the model; the message names it."""
-
-
 def find_files(paths: Iterable[Path]) -> list[Path]:
     """Return files as they are, and in place of a folder its pictures by name.
 
     Raises
     ------
-    ImageError
+    FileError
         If there is no such file, its suffix tells of no images, or a folder has no pictures.
     """
     files: list[Path] = []
@@ -34,30 +31,31 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
         else:
             found = [path] if path.suffix.lower() in SUFFIXES else []
         if not path.exists():
-            raise ImageError(f"{path}: no such file")
+            raise FileError(f"{path}: no such file")
         if not found:
-            raise ImageError(f"{path}: no images; right would be {', '.join(SUFFIXES)}")
+            raise FileError(f"{path}: no images; right would be {', '.join(SUFFIXES)}")
         files += found
     return files
 
 
 def read_images(
-    files: Iterable[Path], image_shape: tuple[int, int, int], note: Callable[[str], None]
+    files: Iterable[Path], shape: tuple[int, ...], note: Callable[[str], None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield images ``(channels, height, width)`` with their names.
+    """Yield images ``(channels, height, width)``, or examples of another shape, with their names.
 
     Pictures are uint8, grey or RGB whatever their files have. The array ``x`` of an .npz file,
-    ``(n, channels, height, width)``, is uint8 or becomes float32. Images of another height or
-    width are resized, and ``note`` is told of the first.
+    ``(n, *shape)``, is uint8 or becomes float32. Images of another height or width are resized,
+    and ``note`` is told of the first.
 
     Raises
     ------
-    ImageError
-        If a file cannot be read, or there is no way to so many channels.
+    FileError
+        If a file cannot be read, there is no way to so many channels, or no picture has the shape.
     """
-    channels, *size = image_shape
+    is_image = len(shape) == 3
+    size = list(shape[1:])
     is_noted = False
-    for name, image in _read_all(files, channels):
+    for name, image in _read_all(files, (shape[0], "height", "width") if is_image else shape):
         given = list(image.shape[1:])
         if given != size and not is_noted:
             is_noted = True
@@ -65,13 +63,18 @@ def read_images(
         yield name, image if given == size else _resize(image, size)
 
 
-def _read_all(files: Iterable[Path], channels: int) -> Iterator[tuple[str, Tensor]]:
+def _read_all(files: Iterable[Path], shape: tuple[int | str, ...]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         if file.suffix.lower() == ".npz":
-            images = read_npz(file, channels)
+            images = read_examples(file, shape)
             yield from ((f"{file}[{row}]", image) for row, image in enumerate(images))
+        elif len(shape) == 3:
+            yield str(file), read_picture(file, int(shape[0]))
         else:
-            yield str(file), read_picture(file, channels)
+            raise FileError(
+                f"{file}: is a picture, and the model takes examples of shape {shape}; right would "
+                "be an .npz file with an array x of them"
+            )
 
 
 def _resize(image: Tensor, size: list[int]) -> Tensor:
@@ -93,18 +96,18 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
 
     Raises
     ------
-    ImageError
+    FileError
         If it cannot be read, has another size or too many pixels, or there is no way to so many
         channels.
     """
     from PIL import Image, ImageOps
 
     if channels not in (1, 3):
-        raise ImageError(
+        raise FileError(
             f"{file}: the model takes images of {channels} channels, and pictures have 1 or 3; "
             f"right would be an .npz file with an array x of shape (n, {channels}, height, width)"
         )
-    _check_regular(file)
+    check_regular(file)
     try:
         # Pillow has limits of its own: it warns of a size that is judged below, or gives up.
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
@@ -121,61 +124,19 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
             if picture.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off
                 picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
             pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
-    except ImageError:
+    except FileError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(
+        raise FileError(
             f"{file}: has more than {MAX_PIXELS:,} pixels; right would be a smaller picture"
         ) from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise ImageError(f"{file}: cannot be read ({error})") from error
+        raise FileError(f"{file}: cannot be read ({error})") from error
     return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
 
 
-def _size_error(file: Path, given: tuple[int, int], size: Sequence[int]) -> ImageError:
+def _size_error(file: Path, given: tuple[int, int], size: Sequence[int]) -> FileError:
     width, height = given
-    return ImageError(
+    return FileError(
         f"{file}: is {_by([height, width])}; right would be {_by(size)} (height x width)"
     )
-
-
-def _check_regular(file: Path) -> None:
-    """Refuse what may have no end, or never begin."""
-    if not file.is_file():
-        raise ImageError(
-            f"{file}: is a pipe, a device, a folder or a broken link; right would be a regular file"
-        )
-
-
-def read_npz(file: Path, channels: int) -> Tensor:
-    """Return the images of an .npz file, uint8 or float32, ``(n, channels, height, width)``.
-
-    Raises
-    ------
-    ImageError
-        If there is no such array x.
-    """
-    array = read_array(file, "x")
-    if array.ndim != 4 or array.shape[1] != channels or array.dtype.kind not in "uf":
-        raise ImageError(
-            f"{file}: x is {array.dtype} of shape {array.shape}; right would be uint8 or "
-            f"floating point of shape (n, {channels}, height, width)"
-        )
-    return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32))
-
-
-def read_array(file: Path, name: str) -> np.ndarray[Any, Any]:
-    """Return an array of an .npz file.
-
-    Raises
-    ------
-    ImageError
-        If there is none that can be read as data alone.
-    """
-    _check_regular(file)
-    try:
-        with np.load(file) as archive:  # which by default unpickles nothing
-            array: np.ndarray[Any, Any] = archive[name]
-    except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise ImageError(f"{file}: its array {name} cannot be read ({error})") from error
-    return array

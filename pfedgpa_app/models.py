@@ -1,4 +1,4 @@
-"""The models that clients train. Every one maps ``(batch, channels, height, width)`` to logits."""
+"""The models that clients train. Every one maps ``(batch, *shape)`` to logits."""
 
 import copy
 import importlib
@@ -15,6 +15,8 @@ from pfedgpa_app.config import DatasetInfo
 from pfedgpa_app.parameters import head_names
 from pfedgpa_app.randomness import initialized_by, make_generator
 
+_MLP_WIDTH = 64
+
 
 class ModelError(ValueError):
     """A model that cannot be built, or that does not fit the data."""
@@ -22,7 +24,7 @@ class ModelError(ValueError):
 
 def small_cnn(info: DatasetInfo) -> nn.Module:
     """Two 3x3 convolutions and two linear layers for 8x8 images; 13,706 parameters on digits."""
-    channels, _, _ = info.image_shape
+    channels, _, _ = info.shape
     convolutions = [
         nn.Conv2d(channels, 16, 3, padding=1),
         nn.Conv2d(16, 32, 3, padding=1),
@@ -32,14 +34,14 @@ def small_cnn(info: DatasetInfo) -> nn.Module:
 
 def cnn(info: DatasetInfo) -> nn.Module:
     """Return the CNN of the FedPAC line of work for 28x28 images; 117,066 parameters on MNIST."""
-    channels, _, _ = info.image_shape
+    channels, _, _ = info.shape
     convolutions = [nn.Conv2d(channels, 16, 5), nn.Conv2d(16, 32, 5, padding=1)]
     return _cnn(convolutions, [nn.Linear(32 * 5 * 5, 128), nn.Linear(128, info.num_classes)])
 
 
 def cifar_cnn(info: DatasetInfo) -> nn.Module:
     """Three 3x3 convolutions and two linear layers for 32x32 images; 156,074 parameters."""
-    channels, _, _ = info.image_shape
+    channels, _, _ = info.shape
     convolutions = [
         nn.Conv2d(channels, 16, 3, padding=1),
         nn.Conv2d(16, 32, 3, padding=1),
@@ -52,7 +54,7 @@ def resnet18(info: DatasetInfo) -> nn.Module:
     """torchvision's ResNet-18 for images of any size; small ones skip the first down-sampling."""
     import torchvision  # only where it is needed: it takes seconds
 
-    channels, height, width = info.image_shape
+    channels, height, width = info.shape
     model: nn.Module = torchvision.models.resnet18(num_classes=info.num_classes)
     if min(height, width) < 64:
         model.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
@@ -62,11 +64,26 @@ def resnet18(info: DatasetInfo) -> nn.Module:
     return model
 
 
+def mlp(info: DatasetInfo) -> nn.Module:
+    """Two hidden layers of 64 for the rows of a table; 6,274 parameters for 30 features."""
+    (features,) = info.shape
+    return nn.Sequential(
+        OrderedDict(
+            fc1=nn.Linear(features, _MLP_WIDTH),
+            activation1=nn.LeakyReLU(),
+            fc2=nn.Linear(_MLP_WIDTH, _MLP_WIDTH),
+            activation2=nn.LeakyReLU(),
+            fc3=nn.Linear(_MLP_WIDTH, info.num_classes),
+        )
+    )
+
+
 MODELS: dict[str, Callable[[DatasetInfo], nn.Module]] = {
     "cnn-8x8": small_cnn,
     "cnn-28x28": cnn,
     "cnn-cifar": cifar_cnn,
     "resnet18": resnet18,
+    "mlp": mlp,
 }
 
 
@@ -79,7 +96,7 @@ def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
     ------
     ModelError
         If the function cannot be found or fails, returns no module, or the module does not turn
-        images of ``info.image_shape`` into ``info.num_classes`` logits.
+        examples of ``info.shape`` into ``info.num_classes`` logits.
     """
     with initialized_by(make_generator(seed, "model")):
         try:
@@ -122,7 +139,7 @@ def _own_function(name: str) -> Callable[[DatasetInfo], nn.Module]:
 
 
 def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
-    """Send two blank images through the model, which must come out as two rows of logits."""
+    """Send two blank examples through the model, which must become two rows of logits."""
     if not isinstance(model, nn.Module):
         raise ModelError(
             f'model.name = "{name}": gave {type(model).__name__}, not a torch.nn.Module'
@@ -130,15 +147,15 @@ def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
     was_training = model.training
     try:
         with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(2, *info.image_shape)).shape)
+            shape = tuple(model.eval()(torch.zeros(2, *info.shape)).shape)
     except Exception as error:  # and so does a model of the user's
         raise ModelError(
-            f'model.name = "{name}": failed on images of shape {info.image_shape}: {error}'
+            f'model.name = "{name}": failed on examples of shape {info.shape}: {error}'
         ) from error
     model.train(was_training)
     if shape != (2, info.num_classes):
         raise ModelError(
-            f'model.name = "{name}": two images of shape {info.image_shape} gave an output of '
+            f'model.name = "{name}": two examples of shape {info.shape} gave an output of '
             f"shape {shape}; right would be {(2, info.num_classes)}, a logit a class"
         )
 
@@ -167,7 +184,7 @@ def unfit_for_vmap(model: nn.Module, info: DatasetInfo) -> list[str]:
     if drawing:
         return [f"layers that draw at random are out: {', '.join(drawing)}"]
     trials = [copy.deepcopy(model).train() for _ in range(2)]
-    images = torch.zeros(2, 2, *info.image_shape)
+    images = torch.zeros(2, 2, *info.shape)
     parameters, buffers = stack_module_state(trials)
 
     def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def _without_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
     try:
         with initialized_by(make_generator(0, "trial")), quiet_opacus():
             trial = GradSampleModule(copy.deepcopy(model).train())
-            logits = trial(torch.zeros(2, *info.image_shape))
+            logits = trial(torch.zeros(2, *info.shape))
             functional.cross_entropy(logits, torch.zeros(2, dtype=torch.long)).backward()
     except Exception as error:  # Opacus and the user's model raise whatever they like
         return [f"Opacus cannot train it: {error}"]

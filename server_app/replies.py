@@ -1,14 +1,13 @@
 """Reading replies of clients, none of which is trusted."""
 
-import io
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
+from pfedgpa_app.arrays import MAX_HEADER_BYTES, read_header
 from pfedgpa_app.parameters import (
     MAX_ABSOLUTE,
     Entry,
@@ -32,9 +31,8 @@ BUDGET_SPENT = "budget-spent"
 MAX_PARTITIONS = 100_000
 # Whole numbers beyond are not exact as floats.
 MAX_WEIGHT = 2**53
-# What numpy's file format puts before the data, generously.
-_MAX_HEADER_BYTES = 4096
-_MAX_CHANNELS = 1024
+# Channels of images, or features of a table.
+_MAX_CHANNELS = 2**15
 # Room for headers, and for what a strategy asks for in some rounds alone.
 _SPARE_BYTES = 2**24
 
@@ -51,7 +49,8 @@ class Upload(NamedTuple):
     metrics: dict[str, float]
     site: StateDict
     """What a client may tell of its data: ``image-stats``, mean and standard deviation of each
-    channel, ``(2, channels)``, float32; ``partition``, its number and that of all, ``(2,)``."""
+    channel or feature, ``(2, channels)``, float32; ``partition``, its number and that of all,
+    ``(2,)``."""
     extras: StateDict
     """What the strategy asks for beside the parameters."""
 
@@ -201,12 +200,12 @@ def _read_array(array: Array, entry: Entry) -> Tensor:
     """Deserialize an array whose header promises what ``entry`` says, and nothing larger."""
     expected = torch.empty(0, dtype=entry.dtype).numpy().dtype
     num_bytes = entry.numel * expected.itemsize
-    if not num_bytes <= len(array.data) <= num_bytes + _MAX_HEADER_BYTES:
+    if not num_bytes <= len(array.data) <= num_bytes + MAX_HEADER_BYTES:
         raise ParameterError(
             f"{entry.name} has {len(array.data)} bytes, and should have about {num_bytes}"
         )
     try:
-        shape, dtype = _read_header(array.data)
+        shape, dtype = read_header(array.data)
         matches = shape == entry.shape and dtype == expected
         tensor = torch.from_numpy(array.numpy()) if matches else None
     except Exception as error:  # the parser of the header raises whatever it stumbles over
@@ -214,16 +213,3 @@ def _read_array(array: Array, entry: Entry) -> Tensor:
     if tensor is None:
         raise ParameterError(f"{entry.name} is {dtype} {shape} instead of {expected} {entry.shape}")
     return tensor
-
-
-def _read_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return the shape and dtype of a .npy file without making its array."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, _, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
-    return tuple(shape), dtype

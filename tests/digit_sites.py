@@ -26,7 +26,7 @@ CLIENTS = 8
 # judged before it trains (accuracy-before) anyway.
 QUICK = {
     "data.dataset": "sites",
-    "data.image-shape": "1x8x8",
+    "data.shape": "1x8x8",
     "data.num-classes": 10,
     "client.local-epochs": 1,
     "diffusion.train-steps": 20,

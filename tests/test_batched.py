@@ -39,7 +39,7 @@ def make_task(number: int, device: str = "cpu", **settings) -> Task:
     """Return the task of a client with its own data, normalization, prior and parameters."""
     config = Config.from_flat({**SETTINGS, **settings})
     draw = make_generator(1, "data", number)
-    images = torch.randint(256, (SIZES[number], *DIGITS.image_shape), generator=draw).byte()
+    images = torch.randint(256, (SIZES[number], *DIGITS.shape), generator=draw).byte()
     labels = torch.randint(10, (SIZES[number],), generator=draw)
     stats = ImageStats(torch.tensor([120.0 + number]), torch.tensor([70.0 - number]))
     model = build_model(config.model.name, DIGITS, number).to(device)

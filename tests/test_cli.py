@@ -338,7 +338,7 @@ def test_the_clients_own_test_set_is_judged(runner: CliRunner, model_file: Path)
     accuracy, loss = evaluate(model, data.test_images, data.test_labels, data.stats)
     size = len(data.test_labels)
     result = runner.invoke(cli.app, ["predict", str(model_file), "--test-set"])
-    assert result.stdout == f"accuracy {accuracy:.4f}, loss {loss:.4f} on {size} images\n"
+    assert result.stdout == f"accuracy {accuracy:.4f}, loss {loss:.4f} on {size} examples\n"
     result = runner.invoke(cli.app, ["predict", str(model_file), "--test-set", "--json"])
     assert json.loads(result.stdout) == {"num-examples": size, "accuracy": accuracy, "loss": loss}
 

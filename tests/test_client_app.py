@@ -84,7 +84,7 @@ def test_training_tells_how_images_are_normalized_and_which_partition_this_is():
     assert metrics["partition"] == [2, 4]
 
 
-SITES = {"data.dataset": "sites", "data.image-shape": "1x8x8", "data.num-classes": 10}
+SITES = {"data.dataset": "sites", "data.shape": "1x8x8", "data.num-classes": 10}
 
 
 def own_site(folder: Path, node_id: int = 77, **node_config) -> Context:

@@ -48,9 +48,7 @@ def test_a_process_loads_once_for_all_its_clients(monkeypatch):
     monkeypatch.setitem(sys.modules, "own_data", module)
     for partition_id in range(4):
         # Each message brings its settings anew.
-        config = DataConfig(
-            dataset="own_data:load", image_shape="1x2x2", num_classes=3, partition="iid"
-        )
+        config = DataConfig(dataset="own_data:load", shape="1x2x2", num_classes=3, partition="iid")
         client_data(config, 0, partition_id, 4)
     assert len(calls) == 1
     client_data(config, 1, 0, 4)

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pfedgpa_app.config import DATASETS, MODEL_IMAGE_SIZES, Config, ConfigError, flatten
+from pfedgpa_app.config import DATASETS, MODEL_SHAPES, Config, ConfigError, by_x, flatten
 
 PROJECT = Path(__file__).parents[1]
 OWN_DATA = {"data.dataset": "my.package:load", "model.name": "my.package:net"}
-SITES = {"data.dataset": "sites", "data.image-shape": "1x28x28", "model.name": "cnn-28x28"}
+SITES = {"data.dataset": "sites", "data.shape": "1x28x28", "model.name": "cnn-28x28"}
+
+TABLE = {"data.dataset": "breast-cancer", "data.partition": "iid", "model.name": "mlp"}
 
 
 def problems(flat: dict[str, Any]) -> list[str]:
@@ -67,7 +69,8 @@ def test_flat_settings_survive_the_round_trip(
         "diffusion.rank": rank,
         "data.dataset": dataset,
         "data.root": root,
-        "model.name": "resnet18",
+        "data.partition": "iid",
+        "model.name": "mlp" if dataset == "breast-cancer" else "resnet18",
     }
     config = Config.from_flat(given_settings)
     assert config.to_flat() == Config().to_flat() | given_settings
@@ -127,8 +130,8 @@ def test_a_value_in_place_of_a_section_is_refused(section: str):
         ("strategy", "fedsgd", "\"fedsgd\": should be 'pfedgpa', 'local', 'fedavg', 'fedavg-ft'"),
         ("data.dataset", "mnist", 'should read like "package.module:function"'),
         ("model.name", "my-net:f", 'should read like "package.module:function"'),
-        ("data.image-shape", "28x28", '"28x28": should read like "1x28x28"'),
-        ("data.image-shape", "0x28x28", 'should read like "1x28x28"'),
+        ("data.shape", "28 x 28", '"28 x 28": should read like "1x28x28"'),
+        ("data.shape", "0x28x28", 'should read like "1x28x28"'),
         ("seed", -1, "-1: should be greater than or equal to 0"),
         ("seed", 2**31, "should be less than 2147483648"),
         ("num-server-rounds", 0, "0: should be greater than or equal to 1"),
@@ -192,18 +195,18 @@ def test_the_message_lists_the_problems_one_a_line():
     [
         (
             {**OWN_DATA, "data.num-classes": 10},
-            'data.image-shape = "": data.dataset = "my.package:load" is an own data set',
+            'data.shape = "": data.dataset = "my.package:load" is an own data set',
         ),
         (
-            {**OWN_DATA, "data.image-shape": "1x28x28"},
+            {**OWN_DATA, "data.shape": "1x28x28"},
             'data.num-classes = 0: data.dataset = "my.package:load" is an own data set',
         ),
         (
-            {**OWN_DATA, "data.image-shape": "1x28x28", "data.num-classes": 1},
+            {**OWN_DATA, "data.shape": "1x28x28", "data.num-classes": 1},
             "data.num-classes = 1: ",
         ),
         (
-            {**OWN_DATA, "data.image-shape": "1x28x28", "data.class-names": "one"},
+            {**OWN_DATA, "data.shape": "1x28x28", "data.class-names": "one"},
             'data.num-classes = 0: data.dataset = "my.package:load" is an own data set',
         ),
         (
@@ -228,8 +231,23 @@ def test_the_message_lists_the_problems_one_a_line():
         ),
         (
             {"data.dataset": "fashion-mnist"},
-            'model.name = "cnn-8x8": takes images of 8x8 and fashion-mnist has 28x28; '
+            'model.name = "cnn-8x8": takes *x8x8 (* is any) and fashion-mnist has 1x28x28; '
             "right would be cnn-28x28 or resnet18",
+        ),
+        (
+            {**TABLE, "model.name": "cnn-8x8"},
+            'model.name = "cnn-8x8": takes *x8x8 (* is any) and breast-cancer has 30; '
+            "right would be mlp",
+        ),
+        (
+            {**SITES, "data.num-classes": 2, "data.shape": "2x500"},
+            'model.name = "cnn-28x28": takes *x28x28 (* is any) and sites has 2x500; '
+            "right would be a function of your own, package.module:function",
+        ),
+        (
+            {**TABLE, "data.shift": "rotation"},
+            'data.shift = "rotation": is one of images, and breast-cancer has the shape 30; '
+            'right would be "none" or "permuted-labels"',
         ),
         (
             {"diffusion.start": 1000},
@@ -291,8 +309,8 @@ def test_what_just_fits_together_is_right(flat: dict[str, Any]):
         ({"diffusion.num-timesteps": 0, "diffusion.start": 2000}, "diffusion.num-timesteps"),
         ({"diffusion.beta-end": 2.0, "diffusion.beta-start": 0.5}, "diffusion.beta-end"),
         (
-            {**OWN_DATA, "data.image-shape": "28x28", "data.num-classes": 10},
-            "data.image-shape",
+            {**OWN_DATA, "data.shape": "28*28", "data.num-classes": 10},
+            "data.shape",
         ),
     ],
 )
@@ -303,8 +321,8 @@ def test_a_contradiction_with_a_wrong_value_is_not_reported_twice(flat: dict[str
 def test_an_incomplete_own_data_set_does_not_hide_other_contradictions():
     found = problems({**OWN_DATA, "diffusion.start": 5000, "diffusion.beta-start": 0.5})
     assert sorted(problem.partition(" = ")[0] for problem in found) == [
-        "data.image-shape",
         "data.num-classes",
+        "data.shape",
         "diffusion.beta-start",
         "diffusion.start",
     ]
@@ -324,16 +342,37 @@ def test_how_a_data_set_is_shared_out_does_not_concern_what_sites_bring():
         assert Config.from_flat(few).data.info.num_classes == 2
 
 
+@pytest.mark.parametrize(("written", "shape"), [("30", (30,)), ("2x500", (2, 500))])
+def test_an_example_may_have_any_shape(written: str, shape: tuple[int, ...]):
+    flat = {**OWN_DATA, "data.num-classes": 2, "data.shape": written, "data.partition": "iid"}
+    info = Config.from_flat({**flat, "data.shift": "permuted-labels"}).data.info
+    assert info == (shape, 2)
+    assert not info.is_image
+
+
+def test_a_setting_that_was_renamed_is_named_by_its_new_name():
+    assert the_problem({"data.image-shape": "1x28x28"}) == (
+        'data.image-shape = "1x28x28": no such setting, did you mean data.shape?'
+    )
+
+
+def test_settings_of_an_earlier_version_are_those_of_now():
+    flat = Config.from_flat({**SITES, "data.num-classes": 2}).to_flat()
+    older = {("data.image-shape" if key == "data.shape" else key): v for key, v in flat.items()}
+    assert Config.from_older(older) == Config.from_flat(flat)
+
+
 def test_an_own_data_set_is_as_its_settings_say():
-    config = Config.from_flat({**OWN_DATA, "data.image-shape": "3x64x48", "data.num-classes": 7})
+    config = Config.from_flat({**OWN_DATA, "data.shape": "3x64x48", "data.num-classes": 7})
     assert config.data.info == ((3, 64, 48), 7)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize("model", MODEL_IMAGE_SIZES)
+@pytest.mark.parametrize("model", MODEL_SHAPES)
 def test_a_model_is_right_exactly_for_data_of_its_size(dataset: str, model: str):
-    flat = {"data.dataset": dataset, "model.name": model}
-    if MODEL_IMAGE_SIZES[model] in (None, DATASETS[dataset].image_shape[1:]):
+    flat = {"data.dataset": dataset, "model.name": model, "data.partition": "iid"}
+    shape, sizes = by_x(DATASETS[dataset].shape), by_x(MODEL_SHAPES[model])
+    if re.fullmatch(sizes.replace("*", r"\d+"), shape):
         assert Config.from_flat(flat).data.info == DATASETS[dataset]
     else:
         assert the_problem(flat).startswith(f'model.name = "{model}"')

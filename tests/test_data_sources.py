@@ -40,9 +40,7 @@ def own(tmp_path, monkeypatch):
 
     def settings(result):
         module.load = lambda root: (module.__setattr__("root", root), result)[1]
-        return DataConfig(
-            dataset="own_data:load", image_shape="1x4x5", num_classes=3, root=str(tmp_path)
-        )
+        return DataConfig(dataset="own_data:load", shape="1x4x5", num_classes=3, root=str(tmp_path))
 
     return settings
 
@@ -237,11 +235,14 @@ def test_own_float_images_reach_the_model_unchanged(own):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (good_images(), r"returns ndarray, right would be \(images, labels\)"),
-        ((good_images().tolist(), good_labels()), "images are a list .*tensor or NumPy array"),
-        ((good_images().astype(str), good_labels()), "images are a ndarray of <U.*right would be"),
-        ((good_images()[:, 0], good_labels()), "images are 30x4x5, right would be nx1x4x5"),
-        ((good_images(), good_labels(29)), r"30 images .*\(29,\), right would be \(30,\)"),
+        (good_images(), r"returns ndarray, right would be \(examples, labels\)"),
+        ((good_images().tolist(), good_labels()), "examples are a list .*tensor or NumPy array"),
+        (
+            (good_images().astype(str), good_labels()),
+            "examples are a ndarray of <U",
+        ),
+        ((good_images()[:, 0], good_labels()), "examples are 30x4x5, right would be nx1x4x5"),
+        ((good_images(), good_labels(29)), r"30 examples .*\(29,\), right would be \(30,\)"),
         ((good_images(), good_labels()[:, None]), r"\(30, 1\), right would be \(30,\)"),
         ((good_images(0), good_labels(0)), "no sample"),
         ((good_images() / 255, good_labels()), "float64, right would be uint8 or float32"),

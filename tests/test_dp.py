@@ -441,7 +441,7 @@ def test_a_site_keeps_the_statistics_of_its_own_images(tmp_path: Path):
     data = client_data(Config().data, 5, 1, 4)
     x, y = data.train_images.numpy(), data.train_labels.numpy()
     np.savez(tmp_path / "own.npz", x=np.concatenate([x, x]), y=np.concatenate([y, y]))
-    own = {"data.dataset": "sites", "data.image-shape": "1x8x8", "data.num-classes": 10}
+    own = {"data.dataset": "sites", "data.shape": "1x8x8", "data.num-classes": 10}
     node = {"data-path": str(tmp_path / "own.npz")}
     for settings in (UPDATE, EXAMPLE):
         told = trained(context({**settings, **own}, node))["metrics"]

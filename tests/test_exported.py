@@ -19,7 +19,7 @@ from pfedgpa_app.models import build_model
 
 OWN_DATA = {
     "data.dataset": "own_data:load",
-    "data.image-shape": "1x8x8",
+    "data.shape": "1x8x8",
     "data.num-classes": 10,
 }
 DIGITS = load_dataset(Config().data, 0)
@@ -49,7 +49,7 @@ def test_what_a_client_did_not_tell_is_not_there(tmp_path: Path):
     loaded = ExportedModel.load(tmp_path / "model.safetensors")
     assert loaded.stats is None
     assert loaded.partition is None
-    with pytest.raises(ExportError, match="client 3 did not tell how its images are normalized"):
+    with pytest.raises(ExportError, match="client 3 did not tell how its data is normalized"):
         loaded.predict(DIGITS.images[:1])
     with pytest.raises(ExportError, match="client 3 did not tell which partition"):
         loaded.evaluate()
@@ -116,7 +116,7 @@ def test_a_model_of_float_data_takes_floats_alone():
 
 def test_a_normalization_of_other_channels_is_refused():
     model = replace(exported(), stats=ImageStats(torch.zeros(3), torch.ones(3)))
-    with pytest.raises(ExportError, match="3 channels; right would be 1"):
+    with pytest.raises(ExportError, match="3 channels or features; right would be 1"):
         model.predict(DIGITS.images[:1])
 
 
@@ -183,6 +183,15 @@ def test_a_file_with_damaged_metadata_is_refused(tmp_path: Path, facts: str | No
     save_file({"x": torch.ones(1)}, file, metadata)
     with pytest.raises(ValueError, match=r"model\.safetensors has damaged metadata"):
         ExportedModel.load(file)
+
+
+def test_a_file_of_an_earlier_version_is_loaded_with_its_meaning(tmp_path: Path):
+    """Its settings have the shape under the name that it had."""
+    file = tmp_path / "model.safetensors"
+    config = Config.from_flat(OWN_DATA)
+    older = {k.replace("data.shape", "data.image-shape"): v for k, v in config.to_flat().items()}
+    save_with(file, {"config": older, "shape": "gone", "image-shape": [1, 8, 8]})
+    assert ExportedModel.load(file).config == config
 
 
 PRIOR = {"client.class-prior": True}

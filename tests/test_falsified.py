@@ -10,6 +10,8 @@ from network import read_lines, wait_until
 from safetensors.torch import load_file
 
 from benchmarks.faults import FAULTY_CLIENT, PATIENCE, Federation, copy_app
+from pfedgpa_app.data import site_data
+from pfedgpa_app.exported import ExportedModel
 
 pytestmark = pytest.mark.processes
 
@@ -34,6 +36,8 @@ REASONS = (
 HONEST = CLIENTS - len(REASONS[0])
 # And one more, whose data are not where its operator said.
 NOWHERE = CLIENTS
+# An honest one that wants its model at its place.
+KEEPER, KEPT = 1, "kept.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         started.start_superlink("--database", ":flwr-in-memory:")
         for client, faults in enumerate(zip(*REASONS, strict=True), HONEST):
             started.start_client(client, f"fault='{','.join(faults)}'")
-        started.start_clients(*range(HONEST), NOWHERE)
+        started.start_client(KEEPER, f'model-path="{started.folder / KEPT}"')
+        started.start_clients(*(client for client in range(HONEST) if client != KEEPER), NOWHERE)
         yield started
 
 
@@ -98,6 +103,22 @@ def test_honest_clients_get_the_digits_of_a_run_without_the_faulty_ones(
         for name, tensor in strategy.evaluation_state(client).items():
             assert torch.equal(model[name], tensor)
     assert LEARNED.search(federation.log("run"))
+
+
+def test_a_site_has_the_model_that_it_was_sent_last(federation: Federation, falsified_run: Path):
+    """Nobody is evaluated, so that is the model after the first of two rounds."""
+    strategy, _ = undisturbed(federation, HONEST, rounds=1)
+    kept = ExportedModel.load(federation.folder / KEPT)
+    assert kept.server_round == 1
+    assert kept.state.keys() == strategy.evaluation_state(KEEPER).keys()
+    for name, tensor in strategy.evaluation_state(KEEPER).items():
+        assert torch.equal(kept.state[name], tensor)
+    data = site_data(federation.sites / f"{KEEPER}.npz", kept.config.data, kept.config.seed)
+    hits = kept.predict(data.test_images).argmax(1) == data.test_labels
+    rows = read_lines(falsified_run, "clients.jsonl")
+    (row,) = [row for row in rows if (row["round"], row["client"]) == (2, KEEPER)]
+    assert float(hits.double().mean()) == row["accuracy-before"]
+    assert KEPT not in federation.log("run") + federation.log("superlink")
 
 
 def test_a_client_that_is_not_registered_is_a_new_one_when_it_is_back(

@@ -9,14 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from pfedgpa_app.config import DATASETS, MODEL_IMAGE_SIZES, DatasetInfo
+from pfedgpa_app.config import DATASETS, MODEL_SHAPES, DatasetInfo
 from pfedgpa_app.models import MODELS, ModelError, build_model
+
+
+def fits(sizes: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
+    return len(sizes) == len(shape) and all(
+        size in (None, given) for size, given in zip(sizes, shape, strict=True)
+    )
+
 
 FITTING = [
     (model, dataset)
-    for model, size in MODEL_IMAGE_SIZES.items()
+    for model, sizes in MODEL_SHAPES.items()
     for dataset, info in DATASETS.items()
-    if size in (None, info.image_shape[1:])
+    if fits(sizes, info.shape)
 ]
 
 
@@ -25,7 +32,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def test_the_settings_name_every_model():
-    assert MODEL_IMAGE_SIZES.keys() == MODELS.keys()
+    assert MODEL_SHAPES.keys() == MODELS.keys()
 
 
 @pytest.mark.parametrize(
@@ -39,6 +46,7 @@ def test_the_settings_name_every_model():
             "cifar10",
             (9 * 3 + 1) * 16 + (9 * 16 + 1) * 32 + (9 * 32 + 1) * 64 + 1025 * 128 + 129 * 10,
         ),
+        ("mlp", "breast-cancer", 31 * 64 + 65 * 64 + 65 * 2),
     ],
 )
 def test_a_model_has_the_parameters_of_its_docstring(name: str, dataset: str, expected: int):
@@ -52,20 +60,20 @@ def test_a_model_gives_a_logit_a_class_for_each_dataset_that_fits(name: str, dat
     info = DATASETS[dataset]
     model = build_model(name, info, seed=0)
     assert model.training
-    assert model(torch.zeros(3, *info.image_shape)).shape == (3, info.num_classes)
+    assert model(torch.zeros(3, *info.shape)).shape == (3, info.num_classes)
 
 
 @pytest.mark.parametrize(
-    ("image_shape", "first_size"),
+    ("shape", "first_size"),
     [((1, 8, 8), 8), ((1, 28, 28), 28), ((3, 64, 64), 16), ((1, 96, 96), 24), ((3, 224, 224), 56)],
 )
-def test_resnet18_takes_images_of_any_size(image_shape: tuple[int, int, int], first_size: int):
+def test_resnet18_takes_images_of_any_size(shape: tuple[int, int, int], first_size: int):
     """Large images are four times smaller before the first block, small ones come as they are."""
-    model = build_model("resnet18", DatasetInfo(image_shape, 7), seed=0).eval()
+    model = build_model("resnet18", DatasetInfo(shape, 7), seed=0).eval()
     seen = []
     model.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     with torch.no_grad():
-        assert model(torch.zeros(1, *image_shape)).shape == (1, 7)
+        assert model(torch.zeros(1, *shape)).shape == (1, 7)
     assert seen == [(1, 64, first_size, first_size)]
 
 
@@ -103,7 +111,7 @@ def test_statistics_are_untouched_by_the_trial_with_blank_images():
 
 
 def test_a_model_for_other_images_is_refused_with_the_shape():
-    with pytest.raises(ModelError, match=r'"cnn-28x28": failed on images of shape \(1, 8, 8\)'):
+    with pytest.raises(ModelError, match=r'"cnn-28x28": failed on examples of shape \(1, 8, 8\)'):
         build_model("cnn-28x28", DATASETS["digits"], seed=0)
 
 
@@ -162,7 +170,7 @@ def test_an_own_model_comes_in_the_mode_it_was_built_in(own_module: Callable[...
         (lambda info: nn.Linear, "gave type, not a torch.nn.Module"),
         (
             lambda info: Raising(),
-            r"failed on images of shape \(1, 8, 8\): no images please",
+            r"failed on examples of shape \(1, 8, 8\): no images please",
         ),
         (
             lambda info: nn.Sequential(nn.Flatten(), nn.Linear(64, 9)),

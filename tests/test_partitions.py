@@ -29,7 +29,7 @@ def config(partition, num_classes=10, **kwargs):
     protocol |= {"uniform_fraction": 0.2}
     return DataConfig(
         dataset="own:load",
-        image_shape="1x1x1",
+        shape="1x1x1",
         num_classes=num_classes,
         partition=partition,
         **{**protocol, **kwargs},

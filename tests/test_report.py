@@ -179,7 +179,7 @@ def test_a_saved_model_says_how_to_use_it(tmp_path: Path):
         "partition-id": 2,
         "num-partitions": 5,
         "model": "cnn-8x8",
-        "image-shape": [1, 8, 8],
+        "shape": [1, 8, 8],
         "num-classes": 10,
         "class-counts": None,
     }
@@ -197,6 +197,15 @@ def test_the_model_of_a_client_is_found_and_those_there_are_named(tmp_path: Path
     assert run.model_file(10) == tmp_path / "run" / "models" / "client-10.safetensors"
     with pytest.raises(ValueError, match="no model of client 1; there are those of 2, 10"):
         run.model_file(1)
+
+
+def test_the_settings_of_a_run_of_an_earlier_version_are_read(tmp_path: Path):
+    """The shape of an example was that of an image."""
+    settings = {"data.dataset": "mine:load", "data.shape": "1x8x8", "data.num-classes": 10}
+    RunFolder(tmp_path / "run", Config.from_flat(settings))
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace("data.shape", "data.image-shape"))
+    assert Run.read(tmp_path / "run").config == Config.from_flat(settings)
 
 
 def test_a_run_that_has_just_begun_has_no_metrics(tmp_path: Path):

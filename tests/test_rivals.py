@@ -440,7 +440,10 @@ class TestFloco:
         assert not torch.equal(extras["endpoints"], endpoints)
         torch.testing.assert_close(uploaded["1.weight"], extras["endpoints"].mean(0))
         assert not torch.equal(uploaded["1.bias"], task.received["1.bias"])
-        assert not torch.equal(method.personal_model(task).eval()(IMAGES), before)
+        personal = method.personal_model(task).eval()(IMAGES)
+        assert not torch.equal(personal, before)
+        task.model.load_state_dict(method.personal_state(task))
+        torch.testing.assert_close(task.model(IMAGES), personal)
 
     def test_endpoints_are_averaged_by_examples_and_points_given_when_it_is_time(self):
         strategy = Floco(num_endpoints=2, projection_round=2)

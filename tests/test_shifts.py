@@ -125,6 +125,6 @@ def test_half_a_test_set_may_be_of_all_classes():
     "setting", [{"data.shift": "rotation"}, {"data.test-uniform-fraction": 0.5}]
 )
 def test_data_that_sites_bring_is_theirs(setting: dict):
-    sites = {"data.dataset": "sites", "data.image-shape": "1x8x8", "data.num-classes": 2}
+    sites = {"data.dataset": "sites", "data.shape": "1x8x8", "data.num-classes": 2}
     with pytest.raises(ConfigError, match=r'with data.dataset = "sites" right would be'):
         Config.from_flat(sites | setting)

@@ -13,7 +13,7 @@ from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data import DataError, image_stats, site_data
 from pfedgpa_app.data.sources import Dataset
 
-CONFIG = DataConfig(dataset="sites", image_shape="1x6x4", class_names="normal,benign,malignant")
+CONFIG = DataConfig(dataset="sites", shape="1x6x4", class_names="normal,benign,malignant")
 
 
 def pictures(folder: Path, number: int, first: int = 0) -> None:
@@ -84,7 +84,7 @@ def test_without_class_names_folders_are_called_after_labels(tmp_path: Path):
     config = DataConfig(dataset="digits")
     with pytest.raises(DataError, match="6x4; right would be 8x8"):
         site_data(tmp_path, config, 0)
-    config = DataConfig(dataset="sites", image_shape="1x6x4", num_classes=8)
+    config = DataConfig(dataset="sites", shape="1x6x4", num_classes=8)
     assert site_data(tmp_path, config, 0).train_labels.tolist() == [7, 7, 7]
 
 
@@ -100,7 +100,7 @@ def test_colours_are_read_as_the_settings_want_them(tmp_path: Path):
     folder.mkdir()
     for number in range(2):
         Image.new("RGB", (4, 6), (50 + number, 60, 70)).save(folder / f"{number}.JPG")
-    colour = CONFIG.model_copy(update={"image_shape": "3x6x4"})
+    colour = CONFIG.model_copy(update={"shape": "3x6x4"})
     assert site_data(tmp_path, CONFIG, 0).train_images.shape == (1, 1, 6, 4)
     assert site_data(tmp_path, colour, 0).train_images.shape == (1, 3, 6, 4)
 
@@ -200,11 +200,17 @@ X = np.zeros((4, 1, 6, 4), np.uint8)
 Y = np.zeros(4, np.int64)
 ARRAYS = {
     "no y": ({"x": X}, "its array y cannot be read"),
-    "objects": ({"x": X, "y": np.array([{}, 1, 2, 3])}, "its array y cannot be read"),
-    "fractions": ({"x": X, "y": Y / 3}, "y is float64; right would be whole numbers"),
-    "one y less": ({"x": X, "y": Y[1:]}, "4 images and labels"),
+    "objects": ({"x": X, "y": np.array([{}, 1, 2, 3])}, "y is object"),
+    "fractions": (
+        {"x": X, "y": Y / 3},
+        r"y is float64 .*right would be whole numbers of shape \(n,\)",
+    ),
+    "one y less": ({"x": X, "y": Y[1:]}, "4 examples and labels"),
     "other classes": ({"x": X, "y": Y + 3}, "labels go from 3 to 3, right would be 0 to 2"),
-    "other size": ({"x": X[:, :, 1:], "y": Y}, "right would be nx1x6x4"),
+    "other size": (
+        {"x": X[:, :, 1:], "y": Y},
+        r"x is uint8 of shape \(4, 1, 5, 4\); right would be .* \(n, 1, 6, 4\)",
+    ),
     "no images": ({"x": X[:0], "y": Y[:0]}, "no sample"),
 }
 

@@ -27,7 +27,7 @@ def without_network(config: DataConfig, seed: int) -> Dataset:
     info = DATASETS[config.dataset]
     labels = torch.arange(200 * info.num_classes) % info.num_classes
     images = torch.randint(
-        256, (len(labels), *info.image_shape), generator=make_generator(0), dtype=torch.uint8
+        256, (len(labels), *info.shape), generator=make_generator(0), dtype=torch.uint8
     )
     return Dataset(images, labels, torch.arange(len(labels)) >= len(labels) // 2)
 

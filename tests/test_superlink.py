@@ -93,7 +93,7 @@ def test_runs_are_simulated_with_as_many_clients_and_not_run_again(
 
 def test_sites_are_on_no_simulation(suite: Path):
     suite.write_text(
-        SUITE + 'data.dataset = "sites"\ndata.image-shape = "1x8x8"\ndata.num-classes = 10\n'
+        SUITE + 'data.dataset = "sites"\ndata.shape = "1x8x8"\ndata.num-classes = 10\n'
     )
     result = bench(suite)
     assert result.exit_code == 1

@@ -7,7 +7,7 @@ from torch.nn import functional
 from client_app.methods.heads import logits_and_features
 from client_app.methods.method import Method, Task, Trained
 from pfedgpa_app.models import head_of
-from pfedgpa_app.parameters import copy_of
+from pfedgpa_app.parameters import StateDict, copy_of, head_names
 
 
 class TwoHeads(nn.Module):
@@ -17,7 +17,9 @@ class TwoHeads(nn.Module):
         super().__init__()
         head = head_of(generic)
         self.generic = generic
-        self.personal = nn.Linear(head.in_features, head.out_features).to(head.weight.device)
+        has_bias = head.bias is not None
+        self.personal = nn.Linear(head.in_features, head.out_features, bias=has_bias)
+        self.personal.to(head.weight.device)
         for parameter in self.personal.parameters():
             nn.init.zeros_(parameter)
 
@@ -50,6 +52,14 @@ class FedRoD(Method):
         if task.memory:
             model.personal.load_state_dict(task.memory)
         return model
+
+    def personal_state(self, task: Task) -> StateDict:
+        """Return the model with one head, the sum of both."""
+        state = copy_of(task.model.state_dict())
+        prefix = head_names(state)[0].rpartition(".")[0]
+        for name, tensor in task.memory.items():
+            state[f"{prefix}.{name}" if prefix else name] += tensor.cpu()
+        return state
 
     def train(self, task: Task) -> Trained:
         """Train both heads and the features."""

@@ -6,7 +6,7 @@ from torch.func import functional_call
 
 from client_app.methods.method import Method, Task, Trained
 from pfedgpa_app.models import head_of
-from pfedgpa_app.parameters import copy_of, head_names
+from pfedgpa_app.parameters import StateDict, copy_of, head_names
 
 
 class Simplex(nn.Module):
@@ -50,6 +50,12 @@ class Simplex(nn.Module):
         logits: Tensor = functional_call(self.model, {self.weight_name: weight}, (images,))
         return logits
 
+    def state_at_center(self) -> StateDict:
+        """Return the model at the client's point, with one head."""
+        endpoints = self.endpoints.detach()
+        weight = torch.tensordot(self.center.to(endpoints), endpoints, dims=1)
+        return copy_of(self.model.state_dict() | {self.weight_name: weight})
+
     def _sample(self) -> Tensor:
         size = len(self.center)
         if self.radius is None:
@@ -79,14 +85,15 @@ class Floco(Method):
             )
         return self.simplex
 
+    def personal_state(self, task: Task) -> StateDict:
+        """Return the model at the client's point, with one head."""
+        simplex = self.personal_model(task)
+        assert isinstance(simplex, Simplex)
+        return simplex.state_at_center()
+
     def train(self, task: Task) -> Trained:
         """Train the body, the head's bias and all endpoints."""
         simplex = self.personal_model(task)
         assert isinstance(simplex, Simplex)
         task.fit(simplex)
-        endpoints = simplex.endpoints.detach()
-        state = copy_of(task.model.state_dict())
-        state[simplex.weight_name] = torch.tensordot(
-            simplex.center.to(endpoints), endpoints, dims=1
-        ).cpu()
-        return Trained(state, copy_of({"endpoints": endpoints}))
+        return Trained(simplex.state_at_center(), copy_of({"endpoints": simplex.endpoints}))

@@ -135,6 +135,10 @@ class Method:
         """Return the model that this client uses, before or after its training."""
         return task.model
 
+    def personal_state(self, task: Task) -> StateDict:
+        """Return this model as a state_dict of the configured one, which others can load."""
+        return copy_of(self.personal_model(task).state_dict())
+
     def fits(self, task: Task) -> Iterator[Fit]:
         """Yield what is trained, in the order in which it draws from the task's generator."""
         yield Fit(task, task.model)

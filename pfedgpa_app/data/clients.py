@@ -13,10 +13,13 @@ from pfedgpa_app.data.sources import DataError, Dataset, ImageStats, image_stats
 
 
 class ClientData(NamedTuple):
-    """The data of one client; `normalize` turns its images into what a model takes."""
+    """The data of one client; `normalize` turns its examples into what a model takes.
+
+    Most are images, and are called so whatever they are.
+    """
 
     train_images: Tensor
-    """``(n, channels, height, width)``, uint8 or float32 as in `Dataset`."""
+    """``(n, *shape)``, uint8 or float32 as in `Dataset`."""
     train_labels: Tensor
     """``(n,)``, int64."""
     test_images: Tensor

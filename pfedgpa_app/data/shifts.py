@@ -29,7 +29,7 @@ def shifted(
     Parameters
     ----------
     images : Tensor
-        ``(n, channels, height, width)``, uint8 or float32.
+        ``(n, channels, height, width)``, uint8 or float32; for ``permuted-labels`` of any shape.
     labels : Tensor
         ``(n,)``, int64.
     """

@@ -1,23 +1,24 @@
-"""A site's own data: a folder of images, or an .npz file."""
+"""A site's own data: a folder of images, or an .npz file of examples of any shape."""
 
 import os
 from pathlib import Path
 
 import torch
 
-from pfedgpa_app.config import DataConfig
+from pfedgpa_app.arrays import FileError, read_examples, read_labels
+from pfedgpa_app.config import DataConfig, by_x
 from pfedgpa_app.data.clients import ClientData
 from pfedgpa_app.data.sources import DataError, Part, assemble, image_stats
-from pfedgpa_app.images import PICTURES, ImageError, read_array, read_npz, read_picture
+from pfedgpa_app.images import PICTURES, read_picture
 
 
 def site_data(path: Path, config: DataConfig, seed: int) -> ClientData:
     """Return all data of a site, normalized by itself.
 
     A folder has ``train/`` and ``test/``, each with a folder of PNG or JPEG files for every class
-    (torchvision's ImageFolder layout), or the class folders alone. An .npz file has images ``x``,
-    ``(n, channels, height, width)``, and labels ``y``, ``(n,)``. Where nothing is set apart for
-    testing, ``test_fraction`` of each class is, drawn by the seed.
+    (torchvision's ImageFolder layout), or the class folders alone. An .npz file has examples
+    ``x``, ``(n, *shape)``, and labels ``y``, ``(n,)``. Where nothing is set apart for testing,
+    ``test_fraction`` of each class is, drawn by the seed.
 
     Raises
     ------
@@ -28,10 +29,10 @@ def site_data(path: Path, config: DataConfig, seed: int) -> ClientData:
         if path.is_dir():
             parts = _read_folder(path, config)
         elif path.suffix.lower() == ".npz" and path.is_file():
-            parts = [_read_npz(path, config)]
+            parts = [(read_examples(path, config.info.shape), read_labels(path))]
         else:
             raise DataError(f"{path}: no such folder of images or .npz file")
-    except (ImageError, OSError) as error:
+    except (FileError, OSError) as error:
         raise DataError(str(error)) from error
     dataset = assemble(parts, config, seed, str(path))
     train, test = ~dataset.is_test, dataset.is_test
@@ -46,6 +47,11 @@ def site_data(path: Path, config: DataConfig, seed: int) -> ClientData:
 
 
 def _read_folder(path: Path, config: DataConfig) -> list[Part]:
+    if not config.info.is_image:
+        raise DataError(
+            f"{path}: is a folder, of pictures, and data.shape is {by_x(config.info.shape)}; right "
+            "would be an .npz file with examples x and labels y"
+        )
     given = [name for name in ("train", "test") if (path / name).is_dir()]
     if len(given) == 1:
         raise DataError(f"{path}: has {given[0]}/ alone; right would be train/ and test/")
@@ -69,7 +75,7 @@ def _read_classes(folder: Path, config: DataConfig) -> Part:
     files = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
     if not files:
         raise DataError(f"{folder}: there are no images in its class folders")
-    channels, *size = config.info.image_shape
+    channels, *size = config.info.shape
     images = []
     for name, _ in files:
         if not name.lower().endswith(PICTURES):
@@ -86,14 +92,6 @@ def _refuse_linked_folders(folder: Path) -> None:
                 raise DataError(
                     f"{Path(root) / name}: is a link to a folder; right would be the folder itself"
                 )
-
-
-def _read_npz(path: Path, config: DataConfig) -> Part:
-    labels = read_array(path, "y")
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{path}: y is {labels.dtype}; right would be whole numbers")
-    images = read_npz(path, config.info.image_shape[0])
-    return images, torch.from_numpy(labels.astype("int64"))
 
 
 def _list(names: list[str] | tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The data sets: all images and labels of one, and which of them are only for testing."""
+"""The data sets: all examples and labels of one, and which of them are only for testing."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from pfedgpa_app.config import DATASETS, SITES, DataConfig, DatasetInfo
+from pfedgpa_app.config import DATASETS, SITES, DataConfig, DatasetInfo, by_x
 
 # Where Debian's package dataset-fashion-mnist puts the original files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -30,7 +30,8 @@ class Dataset(NamedTuple):
     """A data set in memory, the pools for training and for testing in one."""
 
     images: Tensor
-    """``(n, channels, height, width)``, uint8; float32 where an own data set is float32."""
+    """The examples, ``(n, *shape)``: images are ``(n, channels, height, width)``, uint8 but for
+    float32 of an own data set; tables are ``(n, features)``."""
     labels: Tensor
     """``(n,)``, int64."""
     is_test: Tensor
@@ -38,7 +39,10 @@ class Dataset(NamedTuple):
 
 
 class ImageStats(NamedTuple):
-    """Mean and standard deviation of each channel, ``(channels,)``, in units of the images."""
+    """Mean and standard deviation of each channel, ``(channels,)``, in units of the images.
+
+    Of a table, those of each feature.
+    """
 
     mean: Tensor
     std: Tensor
@@ -47,8 +51,8 @@ class ImageStats(NamedTuple):
 def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """Load the data set of the settings; `client_data` does it once a process.
 
-    The test pool is the official test set. The digits and own data sets have none: there it is
-    ``test_fraction`` of each class, drawn by the seed.
+    The test pool is the official test set. What scikit-learn has and own data sets have none: there
+    it is ``test_fraction`` of each class, drawn by the seed.
 
     Raises
     ------
@@ -61,8 +65,8 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
             f'data.dataset = "{SITES}": every site brings its own data; right would be a SuperNode '
             """started with, for example, --node-config 'data-path="/srv/scans"'"""
         )
-    if name == "digits":
-        parts = [_digits()]
+    if name in _EMBEDDED:
+        parts = [_EMBEDDED[name]()]
     elif name in DATASETS:
         parts = _torchvision(name, config.root_path)
     else:
@@ -90,8 +94,12 @@ def assemble(parts: list[Part], config: DataConfig, seed: int, name: str) -> Dat
 def image_stats(dataset: Dataset) -> ImageStats:
     """Compute what `normalize` needs, from the training pool.
 
-    Float images count as normalized already: mean 0, standard deviation 1.
+    A table's features each have a unit of their own, so that float tables are normalized like those
+    of bytes, feature by feature. Other floats count as normalized already: mean 0, standard
+    deviation 1.
     """
+    if dataset.images.ndim == 2:
+        return _feature_stats(dataset.images[~dataset.is_test])
     channels = dataset.images.shape[1]
     if dataset.images.is_floating_point():
         return ImageStats(torch.zeros(channels), torch.ones(channels))
@@ -109,9 +117,22 @@ def image_stats(dataset: Dataset) -> ImageStats:
     return ImageStats(mean.float(), torch.where(std > 0, std, 1.0).float())
 
 
+def _feature_stats(table: Tensor) -> ImageStats:
+    """Return the statistics of a table's features, ``(n, features)``; constant ones become 0."""
+    values = table.double()
+    # Rounding leaves equal values a deviation just above 0, by which others must not be divided.
+    is_constant = values.amax(0) == values.amin(0)
+    std = torch.where(is_constant, 1.0, values.std(0, correction=0))
+    return ImageStats(values.mean(0).float(), std.float())
+
+
 def normalize(images: Tensor, stats: ImageStats) -> Tensor:
-    """Return ``(n, channels, height, width)`` images as float32 of zero mean and unit variance."""
-    mean, std = (values.to(images.device)[:, None, None] for values in stats)
+    """Return examples ``(n, *shape)`` as float32 of zero mean and unit variance.
+
+    The statistics are those of the first dimension of the shape: channels, or a table's features.
+    """
+    each = (-1, *(1,) * (images.ndim - 2))
+    mean, std = (values.to(images.device).view(each) for values in stats)
     return (images.float() - mean) / std
 
 
@@ -121,6 +142,17 @@ def _digits() -> Part:
     digits = load_digits()
     images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
     return images[:, None], torch.from_numpy(digits.target)
+
+
+def _breast_cancer() -> Part:
+    from sklearn.datasets import load_breast_cancer
+
+    table = load_breast_cancer()
+    return torch.from_numpy(table.data.astype(np.float32)), torch.from_numpy(table.target)
+
+
+# What scikit-learn brings along.
+_EMBEDDED = {"digits": _digits, "breast-cancer": _breast_cancer}
 
 
 def _torchvision(name: str, root: Path) -> list[Part]:
@@ -197,9 +229,9 @@ def _own(name: str, root: Path) -> Part:
         ) from error
     pair = function(root)
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise DataError(f"{name}: returns {type(pair).__name__}, right would be (images, labels)")
+        raise DataError(f"{name}: returns {type(pair).__name__}, right would be (examples, labels)")
     tensors = []
-    for what, values in zip(("images", "labels"), pair, strict=True):
+    for what, values in zip(("examples", "labels"), pair, strict=True):
         if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
             values = torch.from_numpy(np.ascontiguousarray(values))
         if not isinstance(values, Tensor):
@@ -210,22 +242,22 @@ def _own(name: str, root: Path) -> Part:
 
 
 def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None:
-    """Raise a `DataError` unless these are images of that shape and labels of those classes."""
-    shape = "x".join(str(size) for size in images.shape)
-    wanted = "x".join(str(size) for size in info.image_shape)
-    if tuple(images.shape[1:]) != info.image_shape:
-        raise DataError(f"{name}: images are {shape}, right would be nx{wanted}")
+    """Raise a `DataError` unless these have that shape and labels of those classes."""
+    if tuple(images.shape[1:]) != info.shape:
+        raise DataError(
+            f"{name}: examples are {by_x(images.shape)}, right would be nx{by_x(info.shape)}"
+        )
     if labels.ndim != 1 or len(labels) != len(images):
         raise DataError(
-            f"{name}: {len(images)} images and labels of shape {tuple(labels.shape)}, "
+            f"{name}: {len(images)} examples and labels of shape {tuple(labels.shape)}, "
             f"right would be ({len(images)},)"
         )
     if len(images) == 0:
         raise DataError(f"{name}: there is no sample in it")
     if images.dtype not in (torch.uint8, torch.float32):
-        raise DataError(f"{name}: images are {images.dtype}, right would be uint8 or float32")
+        raise DataError(f"{name}: examples are {images.dtype}, right would be uint8 or float32")
     if images.is_floating_point() and not bool(torch.isfinite(images).all()):
-        raise DataError(f"{name}: images hold NaN or infinity, right would be finite numbers")
+        raise DataError(f"{name}: examples hold NaN or infinity, right would be finite numbers")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"{name}: labels are {labels.dtype}, right would be whole numbers (int64)")
     low, high = int(labels.min()), int(labels.max())

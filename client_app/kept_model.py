@@ -1,0 +1,85 @@
+"""The model that a site keeps for itself: the last one that it was sent, in a file at its place."""
+
+import os
+from logging import ERROR
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord, Context
+from flwr.common import log
+
+from client_app.methods import Method, Task
+from client_app.node import NodeError, client_number, node_partition
+from pfedgpa_app.config import below_home
+from pfedgpa_app.exported import ExportedModel
+from pfedgpa_app.state import WriteError
+
+MODEL_PATH = "model-path"
+"""The key of a node config with the file; and the record of Flower's state of a client that says
+that it was looked at."""
+
+
+def check_model_path(context: Context) -> None:
+    """See to it, before a node's first training, that its model can be written.
+
+    The path is for the node's operator, who finds it in the log; the error goes to the server too,
+    and does not have it. Later on the folder is not looked at: what cannot be written then is worth
+    no round.
+
+    Raises
+    ------
+    NodeError
+        If ``model-path`` names no file in a folder that can be written to.
+    """
+    file = _model_file(context)
+    if file is None or MODEL_PATH in context.state:
+        return
+    wrong = None
+    if file.is_dir():
+        wrong = "is a folder; right would be a file in it, such as model.safetensors"
+    elif not file.parent.is_dir():
+        wrong = "is in no folder that exists; right would be a file in one that does"
+    elif not os.access(file.parent, os.W_OK | os.X_OK):
+        wrong = "is in a folder that is read-only; right would be one that its user may write to"
+    if wrong is not None:
+        log(ERROR, "This node cannot take part: %s %s %s", MODEL_PATH, file, wrong)
+        raise NodeError(f"the {MODEL_PATH} of its node config {wrong}")
+    context.state[MODEL_PATH] = ConfigRecord()
+
+
+def keep_model(method: Method, task: Task, context: Context, server_round: int) -> None:
+    """Write the model that was sent after a round to ``model-path``, if the node config has one.
+
+    The file is what ``pfedgpa export`` would write, with all that the model's use takes. It stays
+    as it was where it cannot be written, which is logged, and before the first round is over: an
+    untrained model is worth less than that of an earlier run.
+    """
+    file = _model_file(context)
+    if file is None or server_round == 0:
+        return
+    labels, num_classes = task.data.train_labels, task.data.info.num_classes
+    has_prior = task.config.client.class_prior
+    counts = tuple(torch.bincount(labels, minlength=num_classes).tolist()) if has_prior else None
+    model = ExportedModel(
+        method.personal_state(task),
+        task.config,
+        client_number(context),
+        server_round,
+        task.data.stats,
+        None if "data-path" in context.node_config else node_partition(context),
+        counts,
+    )
+    try:
+        model.save(file)
+    except WriteError as error:
+        log(
+            ERROR,
+            "The model after round %d is not kept, and the run goes on: %s",
+            server_round,
+            error,
+        )
+
+
+def _model_file(context: Context) -> Path | None:
+    path = context.node_config.get(MODEL_PATH)
+    return None if path is None else below_home(str(path))
