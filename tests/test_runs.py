@@ -24,7 +24,7 @@ def begin(path: Path, **settings: object) -> str:
 
 
 def test_a_run_is_named_after_its_data_and_strategy_and_a_free_number(tmp_path: Path):
-    own = {"data.dataset": "My_Scans:load", "data.image-shape": "1x8x8", "data.num-classes": 10}
+    own = {"data.dataset": "My_Scans:load", "data.shape": "1x8x8", "data.num-classes": 10}
     names = [
         begin(tmp_path / "a"),
         begin(tmp_path / "b", strategy="fedavg"),
