@@ -176,7 +176,8 @@ class RoundEnd:
             row["seconds-diffusion"],
             "" if row["epsilon"] is None else f"; epsilon {row['epsilon']:.3g}",
         )
-        self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
+        clients = [record.clients[client] for client in sorted(record.clients)]
+        self.folder.add_round(row, clients, self.strategy.trace())
 
     def _stop_if_hopeless(self) -> None:
         """End a run in whose first round every client failed: it is the settings, not the clients.
