@@ -2,6 +2,7 @@
 
 import time
 from logging import ERROR, INFO, WARNING
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Context
@@ -11,7 +12,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import NO_REPLY, RunFolder, summarize
+from pfedgpa_app.report import NO_REPLY, REPORT, Run, RunFolder, summarize
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import CHECKPOINT, ResumeError, resume, write_checkpoint
 from server_app.grid import GuardedGrid
@@ -68,12 +69,26 @@ def main(grid: Grid, context: Context) -> None:
                 strategy.sites.get(client, {}),
             )
         folder.draw()
+        _write_report(path)
     except (WriteError, JoinTimeoutError) as error:
         go_on = f'. Then resume-from="{context.run_id}" goes on from its last checkpoint'
         log(ERROR, "%s%s", error, go_on if (path / CHECKPOINT).exists() else "")
         raise
     finally:
         log(INFO, "Run %s: %s", context.run_id, path)
+
+
+def _write_report(path: Path) -> None:
+    """Write the page to look at the run; whatever is wrong with it is no reason to fail."""
+    try:
+        # Only the end of a run needs plotly.
+        from pfedgpa_app.page import write_page
+        from pfedgpa_app.page.runs import page_of
+
+        write_page(path / REPORT, page_of([Run.read(path)]))
+    except Exception as error:
+        # As text: an error has the frames of the run, and with them all its models.
+        log(WARNING, "There is no %s: %s", REPORT, str(error))
 
 
 def make_strategy(config: Config) -> ClientwiseFedAvg:
