@@ -202,7 +202,8 @@ def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[S
         caption = (
             "A row is what a client is given, as parts of everyone's upload: those in it are the "
             "ones it is drawn towards. The scale ends at the largest part of anybody else. Clients "
-            "of a group stand together, or those that share most."
+            "of a group stand together, or those that share most; of those without a row the "
+            "server had nothing in that round."
         )
         shown.append(Shown("Who is drawn towards whom", caption, heat))
     caption = (
