@@ -83,6 +83,9 @@ class GenerativeAggregator:
         sketches ``(2, size)``.
     models
         The diffusion model of each block of parameters; None where nobody is like anybody else.
+    spectra
+        The spectrum of each block in the bank of the last `fit`; None where it had one client, and
+        after `restore`.
     alike
         Whether clients went together so far, block by block.
     """
@@ -118,6 +121,7 @@ class GenerativeAggregator:
         self.initial = initial
         self.blocks = tuple(blocks)
         self.models: list[BlockDiffusion | None] = [None] * len(self.blocks)
+        self.spectra: list[Spectrum | None] = [None] * len(self.blocks)
         self.alike = [True] * len(self.blocks)
 
     def observe(self, client: int, vector: Tensor) -> None:
@@ -155,6 +159,7 @@ class GenerativeAggregator:
             self.average = average
             self._take_in(server_round)
             self.models = [None] * len(self.blocks)
+            self.spectra = [None] * len(self.blocks)
             self.models = [
                 self._learn(number, partial(make_generator, self.seed, server_round, number))
                 for number in range(len(self.blocks))
@@ -355,7 +360,7 @@ class GenerativeAggregator:
         vectors = self._vectors(block)
         if len(vectors) < 2:
             return None
-        spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
+        self.spectra[number] = spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
         is_measured = self._is_measured()
         is_flat = (
             not is_measured

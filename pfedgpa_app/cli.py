@@ -97,12 +97,7 @@ def export(
     try:
         model = ExportedModel.load(read_run(run, output_dir).model_file(client), trusted=trust)
         model = model.with_class_counts(_counts(class_counts))
-        if not output.parent.is_dir():
-            fail(f"{output.parent} is no folder; right would be one that exists")
-        if output.is_dir():
-            fail(f"{output} is a folder; right would be a file such as {output}/model.safetensors")
-        if output.exists() and not force:
-            fail(f"{output} exists; --force writes in its place")
+        _check_output(output, "model.safetensors", force)
         model.save(output)
     except ValueError as error:
         fail(str(error))
@@ -151,6 +146,48 @@ def predict(
             _print_evaluation(exported, as_json)
     except ValueError as error:
         fail(str(error))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(help="Runs' names, ids or folders, or the results folder of a bench.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (HTML).")] = Path(
+        "report.html"
+    ),
+    force: Annotated[bool, typer.Option(help="Write in place of a file that exists.")] = False,
+    output_dir: OutputDir = "",
+) -> None:
+    """Write one HTML page to look at a run, to compare several, or of a bench."""
+    # plotly takes time to import, which other commands are spared.
+    from pfedgpa_app.page import write_page
+    from pfedgpa_app.page.bench import is_bench, page_of_bench
+    from pfedgpa_app.page.runs import page_of
+
+    _check_output(output, "report.html", force)
+    benches = [run for run in runs if is_bench(Path(run).expanduser())]
+    if benches and len(runs) > 1:
+        fail(f"{benches[0]} is a bench; right would be it alone, or runs")
+    try:
+        if benches:
+            page = page_of_bench(Path(runs[0]).expanduser())
+        else:
+            page = page_of([read_run(run, output_dir) for run in runs])
+        write_page(output, page)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    print(f"{output}: {len(page) / 1e6:.1f} MB, opens in a browser without a network")
+
+
+def _check_output(output: Path, example: str, force: bool) -> None:
+    """End the command if a file must not be written."""
+    if not output.parent.is_dir():
+        fail(f"{output.parent} is no folder; right would be one that exists")
+    if output.is_dir():
+        fail(f"{output} is a folder; right would be a file such as {output}/{example}")
+    if output.exists() and not force:
+        fail(f"{output} exists; --force writes in its place")
 
 
 def _counts(text: str) -> list[int] | None:

@@ -19,6 +19,8 @@ from pfedgpa_app.state import sync_to_disk, writing
 Row = dict[str, Any]
 
 JUDGED = "personalized-accuracy"
+ROWS = ("clients.jsonl", "method.jsonl", "metrics.jsonl")
+REPORT = "report.html"
 NO_REPLY = "no reply"
 BUDGET_SPENT = "privacy budget spent"
 CURVES = {
@@ -181,7 +183,8 @@ class RunFolder:
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
         self.config = config
-        self._unwritten: dict[str, list[Row]] = {"clients.jsonl": [], "metrics.jsonl": []}
+        # metrics.jsonl comes last: a round that is in it is complete.
+        self._unwritten: dict[str, list[Row]] = {name: [] for name in ROWS}
         with writing(path), contextlib.ExitStack() as undone:
             # What a run goes on with from an earlier one may be there already.
             path.mkdir(parents=True, exist_ok=True)
@@ -199,9 +202,10 @@ class RunFolder:
     def __exit__(self, *error: object) -> None:
         self._lock.close()
 
-    def add_round(self, row: Row, clients: Iterable[Row]) -> None:
+    def add_round(self, row: Row, clients: Iterable[Row], method: Row | None = None) -> None:
         """Append a round to metrics.jsonl and its clients to clients.jsonl.
 
+        ``method`` is what the server learned, for method.jsonl, where there is something to tell.
         What cannot be written is kept, and written with the next round.
 
         Raises
@@ -211,15 +215,17 @@ class RunFolder:
         """
         self._unwritten["clients.jsonl"] += clients
         self._unwritten["metrics.jsonl"].append(row)
+        if method:
+            self._unwritten["method.jsonl"].append({"round": row["round"], **method})
         for name, rows in self._unwritten.items():
             _append(self.path / name, rows)
             rows.clear()
 
     def go_on_from(self, run: "Run", completed_rounds: int) -> None:
         """Begin with the rows of an earlier run, as far as its checkpoint knows of them."""
-        for name in ("clients.jsonl", "metrics.jsonl"):
+        for name in ROWS:
             rows = _read_rows(run.path / name)
-            _append(self.path / name, (row for row in rows if row["round"] <= completed_rounds))
+            _append(self.path / name, [row for row in rows if row["round"] <= completed_rounds])
 
     def save_model(
         self, client: int, state: StateDict, server_round: int, site: Mapping[str, Tensor]
@@ -300,6 +306,11 @@ class Run:
     def clients(self) -> list[Row]:
         """The rows of the clients in all rounds."""
         return _read_rows(self.path / "clients.jsonl")
+
+    @property
+    def method(self) -> list[Row]:
+        """What the server learned, by round; not every strategy tells."""
+        return _read_rows(self.path / "method.jsonl")
 
     def model_file(self, client: int) -> Path:
         """Return the file of a client's personalized model.
@@ -421,7 +432,7 @@ def _read_rows(file: Path) -> list[Row]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _append(file: Path, rows: Iterable[Row]) -> None:
+def _append(file: Path, rows: Sequence[Row]) -> None:
     """Append rows, all of them or none.
 
     Raises
@@ -429,6 +440,8 @@ def _append(file: Path, rows: Iterable[Row]) -> None:
     WriteError
         If they cannot be written.
     """
+    if not rows:
+        return
     with writing(file):
         size = file.stat().st_size if file.exists() else 0
         try:

@@ -5,12 +5,15 @@ import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from scipy.stats import ttest_rel
 
 from pfedgpa_app.report import mean_and_spread
 
 SIGNIFICANCE = 0.05
+INDEX_KIND = "pfedgpa-bench-1"
+"""What a file of JSON says that has a bench's tables, and where its results are."""
 CSV_HEAD = "table,row,column,text,mark,seeds,mean,std,values\n"
 _LATEX = {character: "\\" + character for character in "&%_#${}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -95,6 +98,16 @@ class Table:
                 "",
             ]
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Return the table as what JSON takes, each cell as its text and its mark."""
+        rows = {name: [(cell.text, cell.mark) for cell in row] for name, row in self.rows.items()}
+        return {
+            "title": self.title,
+            "columns": list(self.columns),
+            "rows": rows,
+            "note": self.note,
+        }
 
     def csv(self) -> str:
         """Return the table as comma-separated values, a line a cell, without a head."""

@@ -2,6 +2,7 @@
 
 import time
 from logging import ERROR, INFO, WARNING
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Context
@@ -12,7 +13,7 @@ from flwr.superlink.grid import InMemoryGrid
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import NO_REPLY, Run, RunFolder, describe, summarize
+from pfedgpa_app.report import NO_REPLY, REPORT, Run, RunFolder, describe, summarize
 from pfedgpa_app.runs import CHECKPOINT
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, resume, settle_earlier, write_checkpoint
@@ -92,6 +93,20 @@ def _run(
             strategy.sites.get(client, {}),
         )
     folder.draw()
+    _write_report(folder.path)
+
+
+def _write_report(path: Path) -> None:
+    """Write the page to look at the run; whatever is wrong with it is no reason to fail."""
+    try:
+        # Only the end of a run needs plotly.
+        from pfedgpa_app.page import write_page
+        from pfedgpa_app.page.runs import page_of
+
+        write_page(path / REPORT, page_of([Run.read(path)]))
+    except Exception as error:
+        # As text: an error has the frames of the run, and with them all its models.
+        log(WARNING, "There is no %s: %s", REPORT, str(error))
 
 
 def make_strategy(config: Config) -> ClientwiseFedAvg:
@@ -175,7 +190,8 @@ class RoundEnd:
         row = summarize(record, self.config.strategy, seconds)
         log(INFO, "%s", describe(row, self.config.num_server_rounds))
         self.tracking.add_round(row)
-        self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
+        clients = [record.clients[client] for client in sorted(record.clients)]
+        self.folder.add_round(row, clients, self.strategy.trace())
 
     def _stop_if_hopeless(self) -> None:
         """End a run in whose first round every client failed: it is the settings, not the clients.

@@ -24,7 +24,7 @@ from pfedgpa_app.config import Config, ConfigError, Count, Section, flatten
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import JUDGED, RoundRecord, mean_and_spread, summarize
 from pfedgpa_app.state import writing
-from pfedgpa_app.tables import Cell, Table, compare, partial_cell
+from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
 from server_app.simulation import simulate
 
 BYTES_A_RUN = 2 * 2**30
@@ -515,6 +515,21 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
         )
         made.append(_table(suite, f"{suite.title}: until {target}", [*suite.cases], reached, note))
     return made
+
+
+def index_of(suite: Suite, runs: list[BenchRun], folder: Path, found: list[Table]) -> Result:
+    """Return what `pfedgpa report` reads of a bench: its tables, and where its results are."""
+    where = [
+        {
+            "case": run.case,
+            "row": run.row,
+            "seed": run.config.seed,
+            "file": str(run.file(folder).relative_to(folder)),
+        }
+        for run in runs
+    ]
+    tables = [table.facts() for table in found]
+    return {"kind": INDEX_KIND, "title": suite.title, "tables": tables, "runs": where}
 
 
 def _results(runs: list[BenchRun], folder: Path) -> dict[tuple[str, str], dict[int, Result]]:

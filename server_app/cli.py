@@ -1,5 +1,6 @@
 """The command ``pfedgpa`` as it is installed: what the app has, and the bench."""
 
+import json
 import os
 import re
 import shlex
@@ -146,7 +147,7 @@ def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dic
 def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> None:
     """Write tables and figure, and print the tables."""
     from pfedgpa_app.tables import CSV_HEAD
-    from server_app.bench import draw, tables
+    from server_app.bench import draw, index_of, tables
 
     formats = {"txt": "text", "md": "markdown", "tex": "latex", "csv": "csv"}
     found = tables(suite, runs, folder, shlex.join(["pfedgpa", "bench", *sys.argv[2:]]))
@@ -155,9 +156,12 @@ def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> N
             head, between = (CSV_HEAD, "") if form == "csv" else ("", "\n")
             written = head + between.join(getattr(table, form)() for table in found)
             (folder / f"{name}.{suffix}").write_text(written)
+        index = index_of(suite, runs, folder, found)
+        (folder / f"{name}.json").write_text(json.dumps(index, indent=1) + "\n")
         draw(suite, runs, folder, folder / f"{name}.png")
     print("\n" + "\n".join(table.text() for table in found))
     print(f"Tables and figure: {folder}/{name}.{{{','.join(formats)},png}}")
+    print(f"A page of them: {shlex.join(['pfedgpa', 'report', str(folder)])}")
 
 
 @contextmanager

@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing["fashion_mnist"] = "no Fashion-MNIST: apt-get install dataset-fashion-mnist"
     if not all(map(shutil.which, ("openssl", "ssh-keygen"))) and "CI" not in os.environ:
         missing["openssl"] = "no openssl or no ssh-keygen"
+    if not shutil.which("chromium") and "CI" not in os.environ:
+        missing["chromium"] = "no Chromium: apt-get install chromium"
     for item in items:
         for name, reason in missing.items():
             if name in item.keywords:

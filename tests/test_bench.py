@@ -16,6 +16,7 @@ from network import wait_until
 from typer.testing import CliRunner
 
 from pfedgpa_app.config import FedProxConfig
+from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table, compare, p_value
 from server_app import bench
@@ -103,6 +104,15 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
         assert float(rows[name]["std"]) == pytest.approx(np.std(seeds, ddof=1), abs=1e-6)
     assert "mean of the last 2 rounds of 3" in here.output
     assert (tmp_path / "here" / "suite.png").stat().st_size > 1000
+    page = page_of_bench(tmp_path / "here")
+    (figures,) = re.findall(r'id="figures">(.+?)</script>', page)
+    personalized = {
+        curve.get("name", "band"): curve["y"] for curve in json.loads(figures)[0]["data"]
+    }
+    for name in ("local", "ditto"):
+        rounds = [found[f"{name}, seed {seed}"]["rounds"][-2:] for seed in (0, 1)]
+        judged = [[row["personalized-accuracy"] for row in each] for each in rounds]
+        assert personalized[name] == pytest.approx(np.mean(judged, axis=0))
 
 
 def test_what_is_finished_is_not_run_again(

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from pfedgpa_app.config import DataConfig
-from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, partitions
+from pfedgpa_app.data import (
+    DataError,
+    class_counts,
+    client_data,
+    image_stats,
+    load_dataset,
+    partitions,
+)
 from pfedgpa_app.data.clients import _shared_out
 from pfedgpa_app.data.partitions import partition
 
@@ -73,6 +80,16 @@ def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str):
         for other in ((config, 3, 0, 6), (config, 4, 0, 5), (DataConfig(dataset=dataset), 3, 0, 5)):
             with pytest.raises(AssertionError):
                 client_data(*other)
+
+
+@FILES
+def test_class_counts_are_known_where_the_data_was_shared_out_and_only_there():
+    config = DataConfig(dataset="fashion-mnist", partition="dirichlet", train_samples=50)
+    assert class_counts(config, 3, 5) is None
+    labels = [client_data(config, 3, client, 5).train_labels for client in range(5)]
+    counts = class_counts(config, 3, 5)
+    assert torch.equal(counts, torch.stack([each.bincount(minlength=10) for each in labels]))
+    assert class_counts(config, 4, 5) is None
 
 
 @pytest.mark.parametrize("state", ["damaged", "folder that may not be written"])

@@ -126,7 +126,9 @@ def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[d
         "config.json",
         "metrics.jsonl",
         "clients.jsonl",
+        "method.jsonl",
         "accuracy.png",
+        "report.html",
         "checkpoint.safetensors",
         *(f"models/client-{client}.safetensors" for client in range(4)),
     }

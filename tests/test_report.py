@@ -138,6 +138,14 @@ def test_a_run_folder_holds_the_settings_and_a_json_line_a_round(tmp_path: Path)
     assert clients == list(record.clients.values())
 
 
+def test_what_the_server_learned_is_a_line_of_its_own_where_there_is_something(tmp_path: Path):
+    folder = RunFolder(tmp_path / "run", Config())
+    folder.add_round({"round": 1}, [])
+    assert not (tmp_path / "run" / "method.jsonl").exists()
+    folder.add_round({"round": 2}, [], {"members": 4})
+    assert Run.read(tmp_path / "run").method == [{"round": 2, "members": 4}]
+
+
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path):
     RunFolder(tmp_path / "run", Config(seed=1))
     with pytest.raises(WriteError, match=r"run cannot be written: .*exists"):

@@ -13,6 +13,9 @@ from typer.testing import CliRunner
 from client_app.messages import evaluate_message, train_message
 from pfedgpa_app import cli
 from pfedgpa_app.exported import ExportedModel
+from pfedgpa_app.page import runs as pages
+from pfedgpa_app.report import Run
+from pfedgpa_app.state import WriteError
 from server_app import app
 from server_app.app import RunError, main
 
@@ -67,6 +70,19 @@ def test_a_model_that_is_taken_away_is_as_good_as_it_was_in_the_run(tmp_path: Pa
     assert last.keys() == {0, 1, 2}
 
 
+def test_a_run_leaves_a_page_and_what_the_server_learned(tmp_path: Path):
+    settings = {"num-server-rounds": 2, "output-dir": str(tmp_path), "diffusion.train-steps": 5}
+    nodes = {number: client(number, settings) for number in range(NUM_CLIENTS)}
+    grid = SimulatedGrid(nodes, {node: node for node in nodes})
+    main(grid, Context(5, 1, {}, RecordDict(), settings))
+    run = Run.read(tmp_path / "5")
+    assert [row["round"] for row in run.method] == [1, 2]
+    assert all(row["clients"] == [0, 1, 2, 3] for row in run.method)
+    page = (tmp_path / "5" / "report.html").read_text()
+    for title in ("Accuracy over rounds", "Who holds which classes", "Who is drawn towards whom"):
+        assert f"<h3>{title}</h3>" in page
+
+
 class Weights(nn.Module):
     """The model of the learning sites."""
 
@@ -94,6 +110,24 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
     error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "no such data set")
     with pytest.raises(RunError, match=r"Every client failed.*\n.*no such data set"):
         run_with_errors_first(tmp_path, monkeypatch, error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no plotly"), WriteError("no space")])
+def test_a_page_that_cannot_be_made_costs_a_run_nothing_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+):
+    def fail(runs: list[Run]) -> str:
+        raise error
+
+    monkeypatch.setattr(pages, "page_of", fail)
+    rows = run_with_errors_first(tmp_path, monkeypatch, Error(ErrorCode.NODE_UNAVAILABLE, "gone"))
+    assert len(rows) == 2
+    assert (tmp_path / "1" / "accuracy.png").exists()
+    assert not (tmp_path / "1" / "report.html").exists()
+    assert f"There is no report.html: {error}" in caplog.text
 
 
 def test_a_run_whose_clients_are_all_gone_in_the_first_round_waits_for_their_return(

@@ -4,7 +4,7 @@
 `load_dataset` reads and `partitions` shares out. A site that has data of its own calls `site_data`.
 """
 
-from pfedgpa_app.data.clients import ClientData, client_data
+from pfedgpa_app.data.clients import ClientData, class_counts, client_data
 from pfedgpa_app.data.sites import site_data
 from pfedgpa_app.data.sources import (
     DataError,
@@ -20,6 +20,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "ImageStats",
+    "class_counts",
     "client_data",
     "image_stats",
     "load_dataset",

@@ -17,7 +17,7 @@ from pfedgpa_app.config import DATASETS, DataConfig, xdg_folder
 from pfedgpa_app.data.sources import Dataset
 from pfedgpa_app.state import load_state, save_state
 
-SPLIT_KIND = "pfedgpa-split-1"
+SPLIT_KIND = "pfedgpa-split-2"
 # What decides about who gets what, beside the settings.
 _PACKAGES = ("flwr-datasets", "numpy", "scikit-learn")
 _MODULES = ("partitions.py", "sources.py")
@@ -50,11 +50,8 @@ class SplitFile:
 
     def read(self) -> tuple[Dataset | None, Indices] | None:
         """Return the data set, if it is a small one, and the indices; None if they are not kept."""
-        if self.path is None:
-            return None
-        try:
-            tensors, _ = load_state(self.path, SPLIT_KIND)
-        except ValueError:  # it is the first time, or something is wrong with the file
+        tensors = self._tensors()
+        if tensors is None:
             return None
         dataset = None
         if "images" in tensors:
@@ -63,6 +60,14 @@ class SplitFile:
             tensors[name].split(tensors[f"{name}_sizes"].tolist()) for name in ("train", "test")
         ]
         return dataset, list(zip(*parts, strict=True))
+
+    def class_counts(self) -> Tensor | None:
+        """Return the clients' training images of each class, ``(num_clients, num_classes)``.
+
+        They are counted before any shift. None if they are not kept.
+        """
+        tensors = self._tensors()
+        return None if tensors is None else tensors["class_counts"]
 
     def write(self, dataset: Dataset, indices: Indices) -> None:
         """Keep the indices, and a small data set; where that is not possible, nothing."""
@@ -73,6 +78,23 @@ class SplitFile:
         for name, part in zip(("train", "test"), zip(*indices, strict=True), strict=True):
             tensors[name] = torch.cat(part)
             tensors[f"{name}_sizes"] = torch.tensor([len(one) for one in part])
+        tensors["class_counts"] = counted(dataset, indices)
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_state(self.path, SPLIT_KIND, tensors)
+
+    def _tensors(self) -> dict[str, Tensor] | None:
+        if self.path is None:
+            return None
+        try:
+            return load_state(self.path, SPLIT_KIND)[0]
+        except ValueError:  # it is the first time, or something is wrong with the file
+            return None
+
+
+def counted(dataset: Dataset, indices: Indices) -> Tensor:
+    """Return the clients' training images of each class, ``(num_clients, num_classes)``."""
+    num_classes = int(dataset.labels.max()) + 1
+    return torch.stack(
+        [torch.bincount(dataset.labels[train], minlength=num_classes) for train, _ in indices]
+    )

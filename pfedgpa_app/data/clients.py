@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.config import DataConfig, DatasetInfo
-from pfedgpa_app.data.cache import Indices, SplitFile
+from pfedgpa_app.data.cache import Indices, SplitFile, counted
 from pfedgpa_app.data.shifts import shifted
 from pfedgpa_app.data.sources import DataError, Dataset, ImageStats, image_stats, load_dataset
 
@@ -61,6 +61,36 @@ def client_data(
         for each in shifted(config, seed, partition_id, dataset.images[rows], dataset.labels[rows])
     )
     return ClientData(train_images, train_labels, test_images, test_labels, stats, config.info)
+
+
+def class_counts(config: DataConfig, seed: int, num_partitions: int) -> Tensor | None:
+    """Return how many training images of each class the clients have, as their sites label them.
+
+    Nothing is downloaded and no function of one's own called for it.
+
+    Returns
+    -------
+    Tensor | None
+        ``(num_partitions, num_classes)``, int64. None where the data was never shared out so on
+        this machine, by these versions, and is not embedded either.
+
+    Raises
+    ------
+    DataError
+        If it cannot be shared out so.
+    """
+    if config.dataset == "digits":
+        dataset, _, indices = _shared_out(config, seed, num_partitions)
+        counts: Tensor | None = counted(dataset, indices)
+    else:
+        counts = SplitFile(config, seed, num_partitions).class_counts()
+    if counts is None or config.shift != "permuted-labels":
+        return counts
+    labels, nothing = torch.arange(counts.shape[1]), torch.empty(0)
+    permuted = torch.empty_like(counts)
+    for client in range(num_partitions):
+        permuted[client, shifted(config, seed, client, nothing, labels)[1]] = counts[client]
+    return permuted
 
 
 @lru_cache(maxsize=1)  # more than one data set may not fit into memory

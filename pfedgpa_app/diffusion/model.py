@@ -126,14 +126,31 @@ class BlockDiffusion:
 
     def personalize(self, row: int, vectors: Sequence[Tensor]) -> Tensor:
         """Return the parameters ``(d,)`` generated for one of the vectors ``(d,)`` of `fit`."""
+        weights = self._weights(row)
         if self.shrinkage is None:
-            weights = self.kinship(self.coordinates[row : row + 1], self.coordinates)[0]
             generated = self._realize(self.generated[row], weights, vectors)
         else:
-            alone = torch.eye(len(self.generated))[row]
-            weights = self.shrinkage.mixture(alone)
-            generated = self._shrunk_mixture(alone, vectors)
+            generated = self._shrunk_mixture(torch.eye(len(self.generated))[row], vectors)
         return self._without_too_much(generated, weights, vectors, vectors[row], row)
+
+    def parts(self, row: int) -> Tensor:
+        """Return the part of each vector of `fit` in what one is given, ``(num_clients,)``.
+
+        What the denoiser changed is not counted. The parts sum to 1, and may be negative.
+        """
+        weights = self._weights(row)
+        less = withheld(weights, self.config.min_kin, row)
+        parts = weights - less
+        parts[row] += less.sum()
+        return parts
+
+    def along(self, axes: Tensor, origin: Tensor) -> "BlockDiffusion":
+        """Return a model that is given and generates ``axes @ (vector - origin)``.
+
+        With ``axes`` ``(num_axes, d)`` it tells where what is generated lies, for next to nothing:
+        all that `personalize` does with vectors is linear in them.
+        """
+        return replace(self, space=self.space.along(axes, origin))
 
     def onboard(
         self,
@@ -224,6 +241,12 @@ class BlockDiffusion:
             state["generated"],
             Shrinkage(**shrinkage) if shrinkage else None,
         )
+
+    def _weights(self, row: int) -> Tensor:
+        """Return the weight of each vector in what one is given, before any is withheld."""
+        if self.shrinkage is None:
+            return self.kinship(self.coordinates[row : row + 1], self.coordinates)[0]
+        return self.shrinkage.mixture(torch.eye(len(self.generated))[row])
 
     def _shrunk_mixture(self, of: Tensor, vectors: Sequence[Tensor]) -> Tensor:
         """Return a mixture ``(num_clients,)`` of what clients are given, ``(d,)``."""

@@ -235,6 +235,15 @@ class Subspace:
         """Return the vectors ``(..., d)`` of coordinates ``(..., dim)``."""
         return self.mean + (coordinates * self.scale).to(self.basis.dtype) @ self.basis
 
+    def along(self, axes: Tensor, origin: Tensor) -> "Subspace":
+        """Return the space whose vectors are ``axes @ (vector - origin)``, ``(num_axes,)``.
+
+        ``axes`` is ``(num_axes, d)``, ``origin`` ``(d,)``; the coordinates stay what they are.
+        """
+        return Subspace(
+            axes @ (self.mean - origin).to(axes), self.basis.to(axes) @ axes.T, self.scale
+        )
+
 
 def divergence(vectors: Sequence[Tensor], origin: Tensor) -> float:
     """Return how far vectors ``(d,)`` went apart, as a part of how far they went together.

@@ -26,7 +26,7 @@ from torch import Tensor
 from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.report import RoundRecord
+from pfedgpa_app.report import RoundRecord, Row
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.momentum import Momentum
 from server_app.replies import (
@@ -240,6 +240,10 @@ class ClientwiseFedAvg(FedAvg):
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in the uploads of a round by client; the average is up to date already."""
+
+    def trace(self) -> Row:
+        """Return what was learned in the round, as numbers for method.jsonl; by default nothing."""
+        return {}
 
     def store_below(self, folder: Path, earlier: Path | None) -> None:
         """Keep what is seldom needed in files below a run's folder; by default there is nothing.

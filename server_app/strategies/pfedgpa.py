@@ -13,7 +13,9 @@ from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import SKETCH
 from pfedgpa_app.guard import unusual
 from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.report import Row
 from pfedgpa_app.state import below, under
+from pfedgpa_app.trace import trace_of
 from pfedgpa_app.vault import DiskVault
 from server_app.momentum import ClientMomentum
 from server_app.replies import Upload
@@ -220,6 +222,10 @@ class PFedGPA(ClientwiseFedAvg):
             self.aggregator.describe(),
             len(newcomers),
         )
+
+    def trace(self) -> Row:
+        """Return what the diffusion model found in the round; nothing if nobody trained."""
+        return trace_of(self.aggregator) if self.record.num_trained else {}
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""

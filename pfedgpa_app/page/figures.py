@@ -1,0 +1,212 @@
+"""Figures of what every strategy leaves: accuracy, clients, their classes, seconds and bytes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+
+import plotly.graph_objects as go
+from torch import Tensor
+
+from pfedgpa_app.page.look import (
+    PATTERNS,
+    colour,
+    dash,
+    figure,
+    name_at_ends,
+    plain,
+    symbol,
+    transparent,
+)
+from pfedgpa_app.report import Row
+
+ACCURACIES = {
+    "personalized-accuracy": "personalized",
+    "finetuned-accuracy": "after local training",
+    "received-accuracy": "as sent for training",
+    "personalized-accuracy-worst": "worst client",
+}
+# Rounds whose curves decide about the range of the axis, as a part of all.
+_LATE = 0.5
+
+Curve = dict[int, list[float]]
+"""The values of all runs, by round."""
+
+
+def curve_of(runs: Sequence[Sequence[Row]], name: str) -> Curve:
+    """Return a metric of the rounds in which it is there, over runs that differ in the seed."""
+    values: Curve = {}
+    for rows in runs:
+        for row in rows:
+            if row.get(name) is not None:
+                values.setdefault(row["round"], []).append(row[name])
+    return dict(sorted(values.items()))
+
+
+def accuracy(curves: Mapping[str, Curve]) -> go.Figure:
+    """Return curves over rounds: means over seeds, and the range of the seeds as a band.
+
+    The axis shows where they differ: the range of the second half of the rounds.
+    """
+    fig = figure("round", "accuracy")
+    curves = {name: curve for name, curve in curves.items() if curve}
+    fig.update_yaxes(range=late_range(curves.values()))
+    ends = {}
+    for number, (name, curve) in enumerate(curves.items()):
+        rounds, means = list(curve), [fmean(values) for values in curve.values()]
+        if any(len(values) > 1 for values in curve.values()):
+            opacity = 0.18 if len(curves) <= 4 else 0.1
+            fig.add_trace(_band(curve, transparent(colour(number), opacity)))
+        fig.add_trace(
+            go.Scatter(
+                x=rounds,
+                y=means,
+                name=plain(name),
+                mode="lines+markers" if len(rounds) <= 40 else "lines",
+                line={"color": colour(number), "dash": dash(number), "width": 2},
+                marker={"symbol": symbol(number), "size": 6},
+                hovertemplate="round %{x}: %{y:.4f}",
+            )
+        )
+        ends[name] = (rounds[-1], means[-1], colour(number))
+    name_at_ends(fig, ends)
+    fig.update_xaxes(tickformat="d")
+    return fig
+
+
+def late_range(curves: Iterable[Curve]) -> list[float]:
+    """Return the range of what is seen in the second half of the rounds, with a margin."""
+    values: list[float] = []
+    for curve in curves:
+        rounds = list(curve)
+        for server_round in rounds[int(_LATE * (len(rounds) - 1)) :]:
+            values += curve[server_round]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    margin = 0.08 * (high - low) or 0.01
+    return [low - margin, high + margin]
+
+
+def _band(curve: Curve, colour: str) -> go.Scatter:
+    rounds = list(curve)
+    low, high = ([end(values) for values in curve.values()] for end in (min, max))
+    return go.Scatter(
+        x=rounds + rounds[::-1],
+        y=high + low[::-1],
+        fill="toself",
+        fillcolor=colour,
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def last_accuracies(clients: Sequence[Row]) -> dict[int, tuple[float, float | None]]:
+    """Return each client's last personalized accuracy, and that after training in its last round.
+
+    Worst first; a client that was never judged has none.
+    """
+    personalized: dict[int, float] = {}
+    trained: dict[int, float] = {}
+    for row in clients:
+        if "personalized-accuracy" in row:
+            personalized[row["client"]] = row["personalized-accuracy"]
+        if "accuracy-after" in row:
+            trained[row["client"]] = row["accuracy-after"]
+    worst_first = sorted(personalized, key=lambda client: (personalized[client], client))
+    return {client: (personalized[client], trained.get(client)) for client in worst_first}
+
+
+def clients(accuracies: Mapping[int, tuple[float, float | None]]) -> go.Figure:
+    """Return the last accuracy of each client, worst first."""
+    fig = figure("client, worst first", "accuracy")
+    names = [str(client) for client in accuracies]
+    kinds = (("personalized", symbol(0)), ("after local training", "diamond-open"))
+    for number, (name, shape) in reversed(list(enumerate(kinds))):
+        fig.add_trace(
+            go.Scatter(
+                x=names,
+                y=[each[number] for each in accuracies.values()],
+                name=name,
+                mode="markers",
+                marker={"color": colour(number), "symbol": shape, "size": 10},
+                hovertemplate="client %{x}: %{y:.4f}",
+            )
+        )
+    mean = fmean(each for each, _ in accuracies.values())
+    # The worst, who come first, are below it.
+    fig.add_hline(
+        y=mean,
+        line={"dash": "dot", "width": 1},
+        annotation={"text": f"mean {mean:.4f}", "xanchor": "left", "x": 0},
+    )
+    fig.update_xaxes(type="category")
+    fig.update_layout(showlegend=True)
+    return fig
+
+
+def classes(counts: Mapping[int, Tensor], names: Sequence[str]) -> go.Figure:
+    """Return how many training images of each class each client has."""
+    fig = figure("class", "client", height=max(280, min(900, 110 + 22 * len(counts))))
+    rows = [each.tolist() for each in counts.values()]
+    fig.add_trace(
+        go.Heatmap(
+            x=[plain(name) for name in names],
+            y=[str(client) for client in counts],
+            z=rows,
+            texttemplate="%{z}" if len(names) <= 20 and len(rows) <= 40 else None,
+            colorbar={"title": {"text": "images"}, "thickness": 12},
+            hovertemplate="client %{y}, class %{x}: %{z} images<extra></extra>",
+            xgap=1,
+            ygap=1,
+            zmin=0,
+        )
+    )
+    fig.update_xaxes(type="category")
+    fig.update_yaxes(type="category", autorange="reversed")
+    return fig
+
+
+def seconds(metrics: Sequence[Row]) -> go.Figure:
+    """Return the seconds of each round, by who took them."""
+    fig = figure("round", "seconds", barmode="stack")
+    parts = {
+        "clients": [row.get("seconds-clients", 0.0) for row in metrics],
+        "diffusion": [row.get("seconds-diffusion", 0.0) for row in metrics],
+    }
+    whole = [row.get("seconds-round", 0.0) for row in metrics]
+    taken = [sum(each) for each in zip(*parts.values(), strict=True)]
+    parts["rest"] = [max(0.0, each - of) for each, of in zip(whole, taken, strict=True)]
+    names = ("clients' training", "learning on the server", "judging, writing, the rest")
+    _bars(fig, metrics, dict(zip(names, parts.values(), strict=True)), "%{y:.2f} s")
+    return fig
+
+
+def megabytes(metrics: Sequence[Row]) -> go.Figure:
+    """Return the megabytes of each round, up and down."""
+    fig = figure("round", "megabytes", barmode="stack")
+    ways = {
+        f"{way} ({what})": [row.get(f"bytes-{way}", 0) / 1e6 for row in metrics]
+        for way, what in (("down", "to the clients"), ("up", "to the server"))
+    }
+    _bars(fig, metrics, ways, "%{y:.3f} MB")
+    return fig
+
+
+def _bars(
+    fig: go.Figure, metrics: Sequence[Row], parts: Mapping[str, list[float]], template: str
+) -> None:
+    for number, (name, values) in enumerate(parts.items()):
+        fig.add_trace(
+            go.Bar(
+                x=[row["round"] for row in metrics],
+                y=values,
+                name=name,
+                marker={
+                    "color": colour(number),
+                    "line": {"width": 0},
+                    "pattern": {"shape": PATTERNS[number], "size": 6},
+                },
+                hovertemplate=f"round %{{x}}: {template}",
+            )
+        )
+    fig.update_xaxes(tickformat="d")
+    fig.update_layout(showlegend=True)

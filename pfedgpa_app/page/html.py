@@ -1,0 +1,142 @@
+"""The page: sections of figures and tables in one file, with all that they need.
+
+Whatever comes from elsewhere is escaped, and the page's policy lets no script run but its own two,
+nor anything be loaded.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from pfedgpa_app.page.script import SCRIPT
+from pfedgpa_app.page.style import STYLE
+
+_ZOOM = '<button class="zoom" aria-pressed="false">Show 0 to 1</button>'
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure with its title and one or two sentences on how to read it."""
+
+    title: str
+    caption: str
+    figure: go.Figure
+    is_wide: bool = False
+    has_zoom: bool = False
+    """Whether a button shows all of an axis of accuracies."""
+
+
+@dataclass
+class Page:
+    """Collects the figures of a page while its HTML is made.
+
+    Examples
+    --------
+    >>> page = Page()
+    >>> html = page.whole("Two runs", page.figures([shown]))
+    """
+
+    drawn: list[go.Figure] = field(default_factory=list)
+
+    def figures(self, shown: Iterable[Shown]) -> str:
+        """Return figures side by side."""
+        return f'<div class="figures">{"".join(map(self._figure, shown))}</div>'
+
+    def _figure(self, shown: Shown) -> str:
+        self.drawn.append(shown.figure)
+        title = escape(shown.title)
+        zoom = (
+            '<button class="zoom" aria-pressed="false">Show 0 to 1</button>'
+            if shown.has_zoom
+            else ""
+        )
+        return (
+            f'<figure class="card{" wide" if shown.is_wide else ""}"><h3>{title}</h3>'
+            f"<figcaption>{escape(shown.caption)} {zoom}</figcaption>"
+            f'<div class="plot" role="img" aria-label="{title}" '
+            f'data-figure="{len(self.drawn) - 1}" '
+            f'style="min-height:{shown.figure.layout.height}px"></div></figure>'
+        )
+
+    def whole(self, title: str, body: str) -> str:
+        """Return the page with a title and a body that is HTML."""
+        # plotly writes < as \u003c, so that no string of the data ends the script.
+        data = ",".join(figure.to_json() for figure in self.drawn)
+        library = get_plotlyjs()
+        scripts = " ".join(f"'sha256-{_digest(each)}'" for each in (library, SCRIPT))
+        policy = (
+            f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; "
+            "img-src data: blob:"
+        )
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<title>{escape(title)}</title><link rel="icon" href="data:,">'
+            f"<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main>\n"
+            f'<script type="application/json" id="figures">[{data}]</script>\n'
+            f"<script>{library}</script>\n<script>{SCRIPT}</script></body></html>\n"
+        )
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def numbers(of: Sequence[tuple[str, str]]) -> str:
+    """Return the numbers that one looks for first, each with its name."""
+    each = (f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in of)
+    return f'<dl class="numbers">{"".join(each)}</dl>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table of text."""
+    lines = [f"<tr>{''.join(f'<td>{escape(str(each))}</td>' for each in row)}</tr>" for row in rows]
+    return table_of(head, lines)
+
+
+def table_of(head: Sequence[str], lines: Iterable[str]) -> str:
+    """Return a table of rows that are HTML."""
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    return (
+        f'<div class="table" tabindex="0"><table><thead><tr>{names}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def slider(rounds: Sequence[int], name: str) -> str:
+    """Return the slider over rounds of the section that it is in, at the last round."""
+    last = len(rounds) - 1
+    shown = f"Round {rounds[-1]}"
+    return (
+        f'<div class="rounds"><label for="{name}"><output>{shown}</output></label>'
+        f'<input type="range" id="{name}" min="0" max="{last}" value="{last}" step="1" '
+        f'aria-valuetext="{shown}" data-rounds="{list(rounds)}"></div>'
+    )
+
+
+def tabs(panels: Sequence[tuple[str, str]], name: str) -> str:
+    """Return sections of which one is shown, by the names of all; one alone has no tabs.
+
+    ``name`` is one that no other tabs of the page have.
+    """
+    if len(panels) == 1:
+        return f"<section>{panels[0][1]}</section>"
+    name = escape(name)
+    buttons = "".join(
+        f'<button role="tab" id="{name}-tab-{number}" aria-controls="{name}-panel-{number}" '
+        f'aria-selected="{str(number == 0).lower()}" tabindex="{0 if number == 0 else -1}">'
+        f"{escape(label)}</button>"
+        for number, (label, _) in enumerate(panels)
+    )
+    bodies = "".join(
+        f'<section role="tabpanel" id="{name}-panel-{number}" '
+        f'aria-labelledby="{name}-tab-{number}"{" hidden" if number else ""}>{body}</section>'
+        for number, (_, body) in enumerate(panels)
+    )
+    return f'<nav role="tablist" aria-label="Parts">{buttons}</nav>{bodies}'

@@ -1,0 +1,132 @@
+"""What figures have in common: colours, dashes, shapes, and where labels go.
+
+Colours have a contrast of three to white and to the page's dark ground. Nothing is told by colour
+alone: lines have dashes and names at their ends, points have shapes.
+"""
+
+import html
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import plotly.graph_objects as go
+
+COLOURS = (
+    "#2f7fc1",
+    "#d1603d",
+    "#2b9a6b",
+    "#a062c0",
+    "#ab8000",
+    "#1898a5",
+    "#c2508c",
+    "#7d7d7d",
+)
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = (
+    "circle",
+    "square",
+    "diamond",
+    "triangle-up",
+    "cross",
+    "x",
+    "star",
+    "pentagon",
+    "hexagon",
+)
+PATTERNS = ("", "/", "x")
+
+# Height of a figure, of what is above and below its axes and of the name of a curve, in pixels.
+_HEIGHT = 400
+_AROUND = 72
+_NAME = 17
+# Letters of a name at the end of a curve.
+MAX_NAME = 44
+
+
+def colour(number: int) -> str:
+    """Return the colour of the number-th thing."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def dash(number: int) -> str:
+    """Return the dash of the number-th line: one more where the colours begin again."""
+    return DASHES[(number + number // len(COLOURS)) % len(DASHES)]
+
+
+def symbol(number: int) -> str:
+    """Return the shape of the number-th kind of points."""
+    return SYMBOLS[number % len(SYMBOLS)]
+
+
+def transparent(colour: str, alpha: float) -> str:
+    """Return ``#rrggbb`` as CSS with an opacity."""
+    red, green, blue = (int(colour[begin : begin + 2], 16) for begin in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
+
+
+def plain(text: object) -> str:
+    """Return text in which plotly finds no tags."""
+    return html.escape(str(text), quote=False)
+
+
+def figure(x: str, y: str, height: int = _HEIGHT, **layout: Any) -> go.Figure:
+    """Return an empty figure with titles of its axes; the page's script adds the colours."""
+    return go.Figure(
+        layout={
+            "template": go.layout.Template(),
+            "height": height,
+            "margin": {"l": 64, "r": 24, "t": 16, "b": 56},
+            "xaxis": {"title": {"text": x}, "automargin": True},
+            "yaxis": {"title": {"text": y}, "automargin": True},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            **layout,
+        }
+    )
+
+
+def name_at_ends(fig: go.Figure, ends: Mapping[str, tuple[float, float, str]]) -> None:
+    """Write the names of curves beside their ends, one below the other.
+
+    ``ends`` has x, y and the colour of each. Names go by the figure's range of y. On narrow
+    screens the script shows the legend instead.
+    """
+    low, high = fig.layout.yaxis.range
+    height = max(fig.layout.height, _AROUND + _NAME * (len(ends) + 1))
+    gap = _NAME * (high - low) / (height - _AROUND)
+    places = spread([min(max(y, low), high) for _, y, _ in ends.values()], gap, low, high)
+    texts = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…" for name in ends]
+    longest = max(map(len, texts), default=0)
+    fig.update_layout(
+        height=height,
+        showlegend=False,
+        margin_r=24 + round(6.4 * longest),
+        annotations=[
+            {
+                "x": 1,
+                "xref": "paper",
+                "y": place,
+                "yref": "y",
+                "xanchor": "left",
+                "xshift": 6,
+                "showarrow": False,
+                "text": plain(text),
+                "font": {"color": colour, "size": 12},
+                "align": "left",
+            }
+            for text, (_, _, colour), place in zip(texts, ends.values(), places, strict=True)
+        ],
+    )
+
+
+def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Return places near values, in their order, at least a gap apart where there is room."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    gap = min(gap, (high - low) / max(1, len(values) - 1))
+    places = list(values)
+    for below, above in pairwise(order):
+        places[above] = max(places[above], places[below] + gap)
+    top = high
+    for number in reversed(order):
+        places[number] = min(places[number], top)
+        top = places[number] - gap
+    return places

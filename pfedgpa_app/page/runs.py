@@ -1,0 +1,288 @@
+"""What the page has of a run, and of several."""
+
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from itertools import islice
+from typing import TypeVar
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.page import figures, method
+from pfedgpa_app.page.holdings import Holdings
+from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
+from pfedgpa_app.report import Row, Run, mean_and_spread
+
+Of = TypeVar("Of")
+
+# Letters of the names of curves up to which two figures have a place side by side.
+_MAX_BESIDE = 24
+# Clients that a figure shows.
+_MAX_CLIENTS = 300
+# Of failures a page has so many, and so much of what a client says.
+_MAX_FAILURES = 200
+_MAX_REASON = 300
+
+
+def page_of(runs: Sequence[Run]) -> str:
+    """Return the HTML of a page of one run, or of several with a comparison on top."""
+    page = Page()
+    panels = [(run.path.name, _run(page, run, number)) for number, run in enumerate(runs)]
+    if len(runs) == 1:
+        run = runs[0]
+        title = f"Run {run.path.name}: {run.config.strategy} on {run.config.data.dataset}"
+        body = f"<h1>{escape(title)}</h1>{tabs(panels, 'runs')}"
+    else:
+        title = f"{len(runs)} runs"
+        compared = f"<section>{_comparison(page, runs)}</section>"
+        body = f"<h1>{title}</h1>{compared}<h2>Run by run</h2>{tabs(panels, 'runs')}"
+    return page.whole(title, body)
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return runs that differ in the seed alone, by what sets them apart from the others."""
+    groups: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(_settings(run).items()), []).append(run)
+    firsts = [_settings(each[0]) for each in groups.values()]
+    named = {}
+    for settings, each in zip(firsts, groups.values(), strict=True):
+        parts = [str(settings["strategy"])] + [
+            f"{key}={value}"
+            for key, value in settings.items()
+            if key != "strategy"
+            and any(
+                other.get(key) != value
+                for other in firsts
+                # Settings of other strategies are no difference.
+                if key in other
+            )
+        ]
+        named[", ".join(parts)] = each
+    return named
+
+
+def _settings(run: Run) -> Row:
+    settings = {**run.config.decisive, "num-server-rounds": run.config.num_server_rounds}
+    settings.pop("seed", None)
+    return settings
+
+
+def _comparison(page: Page, runs: Sequence[Run]) -> str:
+    groups = grouped(runs)
+    shown = []
+    for name, title in list(figures.ACCURACIES.items())[:2]:
+        curves = {
+            label: figures.curve_of([run.metrics for run in each], name)
+            for label, each in groups.items()
+        }
+        if any(curves.values()):
+            is_wide = max(map(len, curves)) > _MAX_BESIDE
+            drawn = figures.accuracy(curves)
+            shown.append(Shown(f"Accuracy, {title}", _ACCURACY, drawn, is_wide, has_zoom=True))
+    lines = []
+    for label, each in groups.items():
+        cells = [label, ", ".join(str(run.config.seed) for run in each)]
+        cells.append(", ".join(str(len(run.metrics)) for run in each))
+        for name in ("personalized-accuracy", "personalized-accuracy-worst", "finetuned-accuracy"):
+            values = [run.last(name) for run in each]
+            cells.append(mean_and_spread([value for value in values if value is not None]))
+        lines.append(cells)
+    head = ("settings", "seeds", "rounds", "personalized", "worst client", "after local training")
+    note = "Accuracy in the last round, mean ± standard deviation over the seeds."
+    return (
+        f'{page.figures(shown)}<h2>Last round</h2><p class="quiet">{note}</p>{table(head, lines)}'
+    )
+
+
+_ACCURACY = (
+    "Mean over the clients, each on its own test set. Where runs differ in the seed alone, the "
+    "line is their mean and the band their range. The axis shows the range of the second half of "
+    "the rounds."
+)
+
+
+def _run(page: Page, run: Run, number: int) -> str:
+    clients, learned = run.clients, run.method
+    rows = method.thinned(learned)
+    holdings = Holdings.of(run)
+    parts = [_facts(run)]
+    if run.metrics:
+        parts.append(page.figures(_accuracies(run, clients, holdings)))
+    if not holdings.counts:
+        parts.append(
+            f'<p class="quiet">Who holds which classes is left out: {escape(holdings.missing)}.</p>'
+        )
+    if rows:
+        parts.append("<h2>What the server found</h2>")
+        parts.append(slider([row["round"] for row in rows], f"rounds-{number}"))
+        parts.append(page.figures(_method(rows, holdings, len(rows) < len(learned))))
+    if run.metrics:
+        parts.append("<h2>What it cost</h2>")
+        parts.append(page.figures(_costs(run)))
+    parts.append(f"<h2>Failures</h2>{_failures(clients)}")
+    parts.append(f"<h2>Settings</h2>{_settings_table(run.config)}")
+    return "".join(parts)
+
+
+def _facts(run: Run) -> str:
+    def accuracy(name: str) -> str:
+        value = run.last(name)
+        return "-" if value is None else f"{value:.4f}"
+
+    total = sum(row["bytes-up"] + row["bytes-down"] for row in run.metrics if "bytes-up" in row)
+    failures = sum(row.get("num-failures", 0) for row in run.metrics)
+    seconds = sum(row.get("seconds-round", 0.0) for row in run.metrics)
+    config = run.config
+    about = (
+        f"{config.strategy} on {config.data.dataset}, {config.data.partition}, seed {config.seed}"
+    )
+    return f'<p class="quiet">{escape(about)}</p>' + numbers(
+        [
+            ("accuracy, personalized", accuracy("personalized-accuracy")),
+            ("worst client", accuracy("personalized-accuracy-worst")),
+            ("rounds", f"{len(run.metrics)} of {config.num_server_rounds}"),
+            ("clients", str(run.num_nodes)),
+            ("failures", str(failures)),
+            ("time", f"{seconds:.0f} s"),
+            ("sent and received", f"{total / 1e6:.1f} MB"),
+        ]
+    )
+
+
+def _accuracies(run: Run, clients: Sequence[Row], holdings: Holdings) -> list[Shown]:
+    names = dict(figures.ACCURACIES)
+    if run.config.server.evaluate_every == 1:
+        del names["received-accuracy"]  # what was judged in the round before
+    curves = {label: figures.curve_of([run.metrics], name) for name, label in names.items()}
+    most = f" Of more than {_MAX_CLIENTS} clients, the first {_MAX_CLIENTS}."
+    most = most if run.num_nodes > _MAX_CLIENTS else ""
+    shown = [Shown("Accuracy over rounds", _OWN_ACCURACY, figures.accuracy(curves), has_zoom=True)]
+    if accuracies := _first(figures.last_accuracies(clients)):
+        caption = (
+            "On its own test set. Filled: each client's personalized model, as it was last judged. "
+            "Open: what the client made of the model it was sent, by local training."
+        )
+        drawn = figures.clients(accuracies)
+        shown.append(Shown("Accuracy of each client", caption + most, drawn))
+    if holdings.counts:
+        caption = (
+            "Training images of each class, counted from the run's settings and seed. Clients of "
+            "a group stand together."
+        )
+        heat = figures.classes(_first(holdings.by_group), run.config.data.classes)
+        shown.append(Shown("Who holds which classes", caption + most, heat, is_wide=True))
+    return shown
+
+
+def _first(clients: dict[int, Of]) -> dict[int, Of]:
+    """Return those that have a place in a figure."""
+    return dict(islice(clients.items(), _MAX_CLIENTS))
+
+
+_OWN_ACCURACY = (
+    "Means over the clients, each on its own test set, and the worst client's. The axis shows the "
+    "range of the second half of the rounds."
+)
+
+
+def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[Shown]:
+    thin = " The slider has some of the rounds, since all would be too much for a page."
+    shown = [
+        Shown(
+            "Uploads and generated models",
+            "Filled: a client's upload, open: the model generated from it, joined by a line, along "
+            "the two directions in which the uploads of the round differ most. Each round is "
+            "turned onto the round before, so that points can be followed; the middle is the mean. "
+            "Colour and shape are the group that the settings give, or the most frequent class."
+            + (thin if is_thinned else ""),
+            method.plane(rows, holdings.groups),
+        )
+    ]
+    if (heat := method.kinship(rows, holdings.groups)) is not None:
+        caption = (
+            "A row is what a client is given, as parts of everyone's upload: those in it are the "
+            "ones it is drawn towards. The scale ends at the largest part of anybody else. Clients "
+            "of a group stand together, or those that share most; of those without a row the "
+            "server had nothing in that round."
+        )
+        shown.append(Shown("Who is drawn towards whom", caption, heat))
+    caption = (
+        "Variance of the uploads along each principal axis. Axes above the floor tell clients "
+        "apart; in the denoised ones the diffusion model works, after noise of the dotted line's "
+        "variance. Below, how much of each axis everyone keeps."
+    )
+    size = max((row.get("parameters", 0) for row in rows), default=0)
+    shown.append(Shown("Spectrum", f"{caption} Of {size:,} parameters.", method.spectrum(rows)))
+    caption = (
+        "The strongest axis, the floor (the median axis) and the noise that was chosen, round by "
+        "round. No point where nothing is denoised."
+    )
+    shown.append(Shown("Floor and noise over rounds", caption, method.levels(rows)))
+    return shown
+
+
+def _costs(run: Run) -> list[Shown]:
+    return [
+        Shown(
+            "Seconds of each round",
+            "Wall-clock time on the server, from the first message to the last reply of the "
+            "clients' training, then learning from it, then the rest.",
+            figures.seconds(run.metrics),
+        ),
+        Shown(
+            "Megabytes of each round",
+            "Parameters of all clients together; models that are sent to be judged count as down.",
+            figures.megabytes(run.metrics),
+        ),
+    ]
+
+
+def _failures(clients: Sequence[Row]) -> str:
+    """Return who gave nothing that could be used, or was kept apart, and why; most rounds first."""
+    rounds: dict[tuple[int, str], list[int]] = {}
+    for row in clients:
+        status = row.get("status", "ok")
+        reasons = [] if status == "ok" else [status]
+        if "unusual" in row:
+            reasons.append(f"others did not learn from it: {row['unusual']}")
+        for reason in reasons:
+            rounds.setdefault((row["client"], str(reason)[:_MAX_REASON]), []).append(row["round"])
+    if not rounds:
+        return "<p>None: every client that was asked gave an upload that could be used.</p>"
+    most = Counter({key: len(each) for key, each in rounds.items()}).most_common()
+    lines = [(client, _ranges(rounds[client, why]), why) for (client, why), _ in most]
+    left_out = len(lines) - _MAX_FAILURES
+    note = f'<p class="quiet">{left_out} more are in clients.jsonl.</p>' if left_out > 0 else ""
+    return table(("client", "rounds", "reason"), lines[:_MAX_FAILURES]) + note
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write ``[1, 2, 3, 7]`` as ``1-3, 7``."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(f"{low}-{high}" if low < high else str(low) for low, high in ranges)
+
+
+def _settings_table(config: Config) -> str:
+    defaults = Config().to_flat()
+    changed: list[str] = []
+    rest: list[str] = []
+    for key, value in config.to_flat().items():
+        default = defaults[key]
+        mark = ' class="marked"' if value != default else ""
+        line = (
+            f"<tr{mark}><td><code>{escape(key)}</code></td><td>{escape(repr(value))}</td>"
+            f"<td>{'' if value == default else 'default: ' + escape(repr(default))}</td></tr>"
+        )
+        (changed if value != default else rest).append(line)
+    head = ("setting", "value", "")
+    first = table_of(head, changed) if changed else ""
+    return (
+        f"<p>{len(changed)} differ from the defaults.</p>{first}"
+        f"<details><summary>{len(rest)} settings with their defaults</summary>"
+        f"{table_of(head, rest)}</details>"
+    )

@@ -1,0 +1,125 @@
+"""What the server learned in a round, in few enough numbers to write them down every time.
+
+All of them are the server's own: nothing that a client says is among them.
+"""
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.diffusion import BlockDiffusion, Spectrum, Subspace
+from pfedgpa_app.diffusion.model import schedule_of
+from pfedgpa_app.randomness import single_thread
+from pfedgpa_app.report import Row
+
+MAX_CLIENTS = 100
+"""So many members have coordinates, those with the lowest numbers. More have no kinship."""
+MAX_AXES = 100
+"""So many axes of the spectrum are written down."""
+
+
+def trace_of(aggregator: GenerativeAggregator) -> Row:
+    """Return what the last `fit` found, as numbers that JSON takes; nothing for one member.
+
+    ``clients``
+        The members that have coordinates, by number; ``members`` is how many there are.
+    ``uploads``, ``generated``
+        Two coordinates of each one's last upload, brought up to date, and of what was generated
+        for it: along the first two principal axes of all members' uploads of this round, from
+        their mean, in units of parameters. ``explained`` is the part of the variance on each axis.
+    ``kinship``
+        A row a client: each one's part in what it is given, over all blocks by their sizes.
+    ``spectrum``, ``floor``, ``rank``, ``start``, ``noise``, ``kept``
+        Of the largest block of parameters, which has ``parameters``: variances along its axes, the
+        floor, how many axes the denoiser has, its first timestep, the variance of the noise there
+        along each axis in the same units, and what is kept of each axis. Where the block is as
+        uploaded there are none of the last four; ``kept`` is there where it is measured.
+    """
+    clients = sorted(aggregator.bank)
+    if len(clients) < 2:
+        return {}
+    with single_thread():
+        vectors = [aggregator.bank[client] for client in clients]
+        spectrum = aggregator.spectra[0] if len(aggregator.blocks) == 1 else None
+        spectrum = spectrum or Spectrum.of(vectors)
+        plane = Subspace.fit(vectors, 2, spectrum)
+        uploads, generated, parts = _seen_in(plane, aggregator, vectors)
+        total = float(spectrum.eigenvalues.sum())
+        row: Row = {
+            "members": len(clients),
+            "clients": clients[:MAX_CLIENTS],
+            "uploads": [_shorts(point) for point in uploads[:MAX_CLIENTS]],
+            "generated": [_shorts(point) for point in generated],
+            "explained": _shorts(spectrum.eigenvalues[:2] / (total or 1.0)),
+        }
+        if len(clients) <= MAX_CLIENTS:
+            row["kinship"] = [[round(part, 4) + 0.0 for part in each] for each in parts.tolist()]
+        return row | _largest_block(aggregator, len(vectors[0]))
+
+
+def _seen_in(
+    plane: Subspace, aggregator: GenerativeAggregator, vectors: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the coordinates of uploads and generated models, ``(n, 2)``, and parts ``(n, n)``.
+
+    Of the last two there are no more than `MAX_CLIENTS` rows.
+    """
+    num_clients, num_shown = len(vectors), min(len(vectors), MAX_CLIENTS)
+    uploads = torch.zeros(num_clients, 2, dtype=torch.float64)
+    generated = torch.zeros(num_shown, 2, dtype=torch.float64)
+    parts = torch.zeros(num_shown, num_clients, dtype=torch.float64)
+    for block, model in zip(aggregator.blocks, aggregator.models, strict=True):
+        origin = plane.mean[block]
+        axes = torch.zeros(2, len(origin))
+        axes[: plane.dim] = plane.basis[:, block]
+        seen = torch.stack([axes @ (vector[block] - origin) for vector in vectors]).double()
+        uploads += seen
+        share = axes.shape[1] / len(plane.mean)
+        if model is None:
+            generated += seen[:num_shown]
+            parts += share * torch.eye(num_clients)[:num_shown]
+            continue
+        flat = model.along(axes, origin)
+        rows = list(seen)
+        for row in range(num_shown):
+            generated[row] += flat.personalize(row, rows)
+            parts[row] += share * model.parts(row)
+    return uploads, generated, parts
+
+
+def _largest_block(aggregator: GenerativeAggregator, num_parameters: int) -> Row:
+    sizes = [len(range(*block.indices(num_parameters))) for block in aggregator.blocks]
+    number = sizes.index(max(sizes))
+    spectrum, model = aggregator.spectra[number], aggregator.models[number]
+    if spectrum is None:
+        return {}
+    row: Row = {
+        "parameters": sizes[number],
+        "spectrum": _shorts(spectrum.eigenvalues[:MAX_AXES]),
+        "floor": _short(spectrum.floor),
+    }
+    if model is None:
+        return row
+    if isinstance(model.space, Subspace):
+        noise = _noise(model, model.space.scale)
+        row |= {"rank": model.space.dim, "start": model.start, "noise": noise}
+    if model.shrinkage is not None:
+        row["kept"] = _shorts(model.shrinkage.kept[:MAX_AXES])
+    return row
+
+
+def _noise(model: BlockDiffusion, scale: float) -> float | None:
+    """Return the variance of the noise at the first timestep, in units of parameters."""
+    if not model.space.dim:
+        return None
+    alpha_bar = float(schedule_of(model.config).alphas_cumprod[model.start])
+    return _short((1 - alpha_bar) / alpha_bar * scale**2)
+
+
+def _short(value: float) -> float:
+    """Return a number with five significant digits."""
+    return float(f"{value:.5g}")
+
+
+def _shorts(values: Tensor) -> list[float]:
+    return [_short(value) for value in values.tolist()]

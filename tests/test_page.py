@@ -1,0 +1,497 @@
+"""The page of a run: what its figures show, what it escapes, and that a browser draws it."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from browser import Browser
+from plotly.offline import get_plotlyjs
+from typer.testing import CliRunner
+
+from pfedgpa_app import cli
+from pfedgpa_app.config import Config
+from pfedgpa_app.data import client_data
+from pfedgpa_app.page import figures, method, runs, write_page
+from pfedgpa_app.page.bench import page_of_bench
+from pfedgpa_app.page.holdings import Holdings
+from pfedgpa_app.page.html import Page, Shown
+from pfedgpa_app.page.look import COLOURS, spread
+from pfedgpa_app.page.runs import grouped, page_of
+from pfedgpa_app.report import RoundRecord, Run, RunFolder, summarize
+from pfedgpa_app.state import WriteError
+from pfedgpa_app.tables import INDEX_KIND
+
+EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 2'>\u2028&lt;"
+NUM_CLIENTS, ROUNDS = 6, 4
+OWN = {"data.image-shape": "1x8x8", "data.num-classes": 10}
+
+
+def make_run(path: Path, *, reason: str = "", models: bool = True, **settings: Any) -> Run:
+    """Write a run of four rounds by hand; client 5 fails in rounds 2 and 3."""
+    config = Config.from_flat({"num-server-rounds": ROUNDS, **settings})
+    folder = RunFolder(path, config)
+    generator = np.random.default_rng(config.seed)
+    for server_round in range(1, ROUNDS + 1):
+        record = RoundRecord(
+            server_round,
+            seconds_clients=2.0,
+            seconds_diffusion=1.0,
+            num_nodes=NUM_CLIENTS,
+            bytes_down=3_000_000,
+            bytes_up=1_000_000,
+        )
+        record.expect(range(NUM_CLIENTS), range(NUM_CLIENTS))
+        for client in range(NUM_CLIENTS):
+            accuracy = (server_round + client / 10 + config.seed / 100) / 10
+            record.trained(client, {"accuracy-after": accuracy - 0.01}, 10)
+            record.evaluated(client, {"accuracy": accuracy, "loss": 1.0})
+        if reason and server_round in (2, 3):
+            record.failed(NUM_CLIENTS - 1, reason)
+        rows = [record.clients[client] for client in sorted(record.clients)]
+        points = generator.normal(size=(NUM_CLIENTS, 2))
+        kinship = np.full((NUM_CLIENTS, NUM_CLIENTS), 0.02) + 0.88 * np.eye(NUM_CLIENTS)
+        trace = {
+            "members": NUM_CLIENTS,
+            "clients": list(range(NUM_CLIENTS)),
+            "uploads": points.tolist(),
+            "generated": (points / 2).tolist(),
+            "explained": [0.6, 0.2],
+            "kinship": kinship.tolist(),
+            "parameters": 500,
+            "spectrum": [5.0, 1.0, 0.5, 0.25, 0.0],
+            "floor": 0.5,
+            "rank": 1,
+            "start": 60,
+            "noise": 0.1,
+            "kept": [0.9, 0.1, 0.0, 0.0, 0.0],
+        }
+        is_method = config.strategy == "pfedgpa"
+        folder.add_round(summarize(record, config.strategy, 4.0), rows, trace if is_method else {})
+    for client in range(NUM_CLIENTS) if models else ():
+        site = {"partition": torch.tensor([client, NUM_CLIENTS])}
+        folder.save_model(client, {"weight": torch.zeros(1)}, ROUNDS, site)
+    return Run.read(path)
+
+
+class Content(HTMLParser):
+    """Collects the text of a page, and the tags that it has."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self._open = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open = tag
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self._open == "script" else self.texts).append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
+
+def drawn(page: str) -> list[dict]:
+    """Return the figures of a page."""
+    (data,) = re.findall(r'<script type="application/json" id="figures">(.+?)</script>', page)
+    return json.loads(data)
+
+
+def test_curves_are_the_metrics_of_the_run(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    curve = figures.curve_of([run.metrics], "personalized-accuracy")
+    assert curve == {row["round"]: [row["personalized-accuracy"]] for row in run.metrics}
+    (line,) = figures.accuracy({"pfedgpa": curve}).data
+    assert line.x == (1, 2, 3, 4)
+    # The mean of (round + client / 10) / 10 over six clients.
+    assert line.y == pytest.approx([0.125, 0.225, 0.325, 0.425])
+
+
+def test_a_band_is_the_range_of_the_seeds_and_the_line_their_mean():
+    curve = {1: [0.2, 0.4], 2: [0.5, 0.9]}
+    band, line = figures.accuracy({"ours": curve}).data
+    assert band.fill == "toself"
+    assert (band.x, band.y) == ((1, 2, 2, 1), (0.4, 0.9, 0.5, 0.2))
+    assert line.y == pytest.approx((0.3, 0.7))
+
+
+def test_the_axis_shows_what_the_second_half_of_the_rounds_shows():
+    early_and_late = {n: [0.1 * n] for n in range(1, 10)}
+    low, high = figures.late_range([early_and_late, {8: [0.95]}])
+    assert low == pytest.approx(0.5 - 0.08 * 0.45)
+    assert high == pytest.approx(0.95 + 0.08 * 0.45)
+
+
+def test_every_curve_has_its_name_at_its_end_and_none_covers_another():
+    curves = {f"strategy {n}": {1: [0.1], 2: [0.5 + n / 1e6]} for n in range(9)}
+    figure = figures.accuracy(curves)
+    names = {note.text: note.y for note in figure.layout.annotations}
+    assert list(names) == list(curves)
+    low, high = figure.layout.yaxis.range
+    pixels = np.sort(list(names.values())) / (high - low) * (figure.layout.height - 72)
+    assert np.diff(pixels).min() > 15
+    lines = {(line.line.color, line.line.dash, line.marker.symbol) for line in figure.data}
+    assert len(lines) == 9
+
+
+def test_names_are_spread_as_little_as_is_needed():
+    assert spread([0.5, 0.1, 0.9], 0.1, 0, 1) == [0.5, 0.1, 0.9]
+    assert spread([0.99, 0.98], 0.1, 0, 1) == pytest.approx([1.0, 0.9])
+    assert spread([0.0] * 5, 0.5, 0, 1) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert spread([], 0.1, 0, 1) == []
+
+
+def test_colours_can_be_told_from_light_and_dark_ground():
+    def luminance(colour: str) -> float:
+        parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    for colour in COLOURS:
+        for ground in ("#ffffff", "#14181d", "#1a1f25"):
+            darker, lighter = sorted((luminance(colour), luminance(ground)))
+            assert (lighter + 0.05) / (darker + 0.05) >= 3, (colour, ground)
+
+
+def test_clients_are_shown_worst_first_with_their_last_accuracy():
+    rows = [
+        {"round": 1, "client": 3, "personalized-accuracy": 0.1},
+        {"round": 2, "client": 3, "personalized-accuracy": 0.7, "accuracy-after": 0.6},
+        {"round": 2, "client": 1, "personalized-accuracy": 0.5},
+        {"round": 2, "client": 9, "status": "no reply"},
+    ]
+    last = figures.last_accuracies(rows)
+    assert list(last.items()) == [(1, (0.5, None)), (3, (0.7, 0.6))]
+    trained, personalized = figures.clients(last).data
+    assert (personalized.x, personalized.y) == (("1", "3"), (0.5, 0.7))
+    assert trained.y == (None, 0.6)
+
+
+def test_seconds_and_megabytes_are_those_of_the_rounds(tmp_path: Path):
+    metrics = make_run(tmp_path / "run").metrics
+    assert [bar.y for bar in figures.seconds(metrics).data] == [(2.0,) * 4, (1.0,) * 4, (1.0,) * 4]
+    down, up = figures.megabytes(metrics).data
+    assert (down.y[0], up.y[0]) == (3.0, pytest.approx(1.00006))
+
+
+@pytest.mark.parametrize("shift", ["none", "permuted-labels"])
+def test_classes_are_those_of_the_clients_training_images(tmp_path: Path, shift: str):
+    run = make_run(tmp_path / "run", **{"data.shift": shift, "seed": 2})
+    holdings = Holdings.of(run)
+    for client in range(NUM_CLIENTS):
+        data = client_data(run.config.data, 2, client, NUM_CLIENTS)
+        right = torch.bincount(data.train_labels, minlength=10)
+        assert torch.equal(holdings.counts[client], right)
+    assert holdings.groups[0] == holdings.groups[2] != holdings.groups[1]
+    (heat,) = figures.classes(holdings.by_group, run.config.data.classes).data
+    assert heat.y == ("0", "2", "4", "1", "3", "5")
+    assert list(heat.z[3]) == holdings.counts[1].tolist()
+
+
+def test_where_no_groups_are_set_the_most_frequent_class_is_one(tmp_path: Path):
+    holdings = Holdings.of(make_run(tmp_path / "run", **{"data.partition": "disjoint"}))
+    counts = holdings.counts[3]
+    assert holdings.groups[3] == f"mostly {int(counts.argmax())}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "models", "why"),
+    [
+        ({}, False, "no model of the run tells"),
+        ({"data.dataset": "sites", **OWN}, True, "every site has data of its own"),
+        ({"data.dataset": "cifar10", "model.name": "cnn-cifar"}, True, "cifar10 was shared out"),
+        ({"data.dataset": "no.such:module", **OWN}, True, "no.such:module was shared out"),
+    ],
+)
+def test_what_is_not_known_of_classes_is_said_and_nothing_fetched(
+    tmp_path: Path, settings: dict, models: bool, why: str
+):
+    page = page_of([make_run(tmp_path / "run", models=models, **settings)])
+    text = " ".join(Content(page).texts)
+    assert re.search(f"Who holds which classes is left out: .*{why}", text)
+    assert not list(Path.home().rglob("cifar*"))
+
+
+def test_rounds_are_turned_onto_the_round_before():
+    """The same points, turned and mirrored, stay where they were in the first round."""
+    generator = np.random.default_rng(1)
+    points, made = generator.normal(size=(2, 5, 2))
+    rows = []
+    for angle, mirror in ((0.0, 1), (2.0, -1), (4.0, 1)):
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        turn = turn @ np.diag([1, mirror])
+        rows.append(
+            {
+                "clients": [4, 1, 2, 7, 9],
+                "uploads": (points @ turn).tolist(),
+                "generated": (made @ turn).tolist(),
+            }
+        )
+    for uploads, generated in method.aligned(rows):
+        assert list(uploads) == [4, 1, 2, 7, 9]
+        np.testing.assert_allclose(list(uploads.values()), points, atol=1e-12)
+        np.testing.assert_allclose(list(generated.values()), made, atol=1e-12)
+
+
+def test_clients_that_come_later_are_turned_with_the_others():
+    first = {"clients": [0, 1], "uploads": [[1, 0], [-1, 0]], "generated": [[1, 0], [-1, 0]]}
+    second = {
+        "clients": [0, 1, 2],
+        "uploads": [[-1, 0], [1, 0], [3, 0]],
+        "generated": [[0, 0]] * 3,
+    }
+    assert method.aligned([first, second])[1][0][2] == pytest.approx((-3, 0))
+
+
+def test_the_figures_of_the_method_have_a_frame_a_round_with_its_numbers(tmp_path: Path):
+    rows = make_run(tmp_path / "run").method
+    groups = {client: f"group {client % 2}" for client in range(NUM_CLIENTS)}
+    plane = method.plane(rows, groups)
+    heat = method.kinship(rows, groups)
+    spectrum = method.spectrum(rows)
+    for figure in (plane, heat, spectrum):
+        assert [frame.name for frame in figure.frames] == ["1", "2", "3", "4"]
+    first = plane.frames[0]
+    assert [trace.name for trace in first.data[1:]] == ["group 0"] * 2 + ["group 1"] * 2
+    assert list(first.data[1].customdata) == [0, 2, 4]
+    assert first.data[1].x == pytest.approx([rows[0]["uploads"][client][0] for client in (0, 2, 4)])
+    assert len({trace.marker.symbol for trace in first.data[1:]}) == 4
+    matrix = heat.frames[2].data[0]
+    assert matrix.y == ("0", "2", "4", "1", "3", "5")
+    assert matrix.z[1][1] == pytest.approx(0.9)
+    assert matrix.zmax == pytest.approx(0.02)
+    denoised, other, floor, noise, kept = spectrum.frames[0].data
+    assert (denoised.y, other.y) == ((5.0,), (1.0, 0.5, 0.25, None))
+    assert (set(floor.y), set(noise.y)) == ({0.5}, {0.1})
+    assert kept.y == (0.9, 0.1, 0.0, 0.0, 0.0)
+    strongest, floor, noise = method.levels(rows).data
+    assert (strongest.y, floor.y, noise.y) == ((5.0,) * 4, (0.5,) * 4, (0.1,) * 4)
+
+
+def test_clients_without_groups_stand_beside_those_they_share_with():
+    kinship = [[0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 0.0, 0.5]] * 2
+    row = {"round": 1, "clients": [0, 1, 2, 3], "kinship": kinship}
+    order = method.kinship([row], {}).frames[0].data[0].x
+    assert {frozenset(order[:2]), frozenset(order[2:])} == {
+        frozenset({"0", "2"}),
+        frozenset({"1", "3"}),
+    }
+
+
+def test_a_long_run_of_many_clients_has_some_rounds_on_the_slider():
+    rows = [{"round": n, "clients": list(range(100))} for n in range(1, 201)]
+    thinned = method.thinned(rows)
+    assert thinned[-1]["round"] == 200
+    assert 20 <= len(thinned) <= 50
+    assert method.thinned(rows[:10]) == rows[:10]
+
+
+def test_runs_that_differ_in_the_seed_are_one_curve_named_by_what_sets_it_apart(tmp_path: Path):
+    several = [
+        make_run(tmp_path / "0"),
+        make_run(tmp_path / "1", seed=1),
+        make_run(tmp_path / "2", **{"diffusion.fidelity": 0.5}),
+        make_run(tmp_path / "3", strategy="fedavg"),
+    ]
+    groups = {name: [run.path.name for run in each] for name, each in grouped(several).items()}
+    assert groups == {
+        "pfedgpa, diffusion.fidelity=0.3": ["0", "1"],
+        "pfedgpa, diffusion.fidelity=0.5": ["2"],
+        "fedavg": ["3"],
+    }
+
+
+def test_a_page_of_many_clients_shows_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs, "_MAX_CLIENTS", 2)
+    page = page_of([make_run(tmp_path / "run")])
+    assert drawn(page)[1]["data"][1]["x"] == ["0", "1"]
+    assert drawn(page)[2]["data"][0]["y"] == ["0", "2"]
+    assert "Of more than 2 clients, the first 2." in page
+
+
+def test_what_a_client_says_is_text(tmp_path: Path):
+    page = page_of([make_run(tmp_path / "run", reason=EVIL)])
+    content = Content(page)
+    assert any(EVIL in text for text in content.texts)
+    assert [tag for tag, _ in content.tags].count("script") == 3
+    assert not [tag for tag, _ in content.tags if tag == "img"]
+    assert "2-3" in content.texts
+
+
+def test_data_in_the_page_cannot_end_its_script():
+    figure = figures.accuracy({EVIL: {1: [0.1], 2: [0.2]}})
+    figure.add_scatter(customdata=[EVIL])
+    page = Page()
+    html = page.whole(EVIL, page.figures([Shown(EVIL, EVIL, figure)]))
+    content = Content(html)
+    assert len(content.scripts) == 3
+    line, other = drawn(html)[0]["data"]
+    assert "<" not in line["name"]
+    assert other["customdata"] == [EVIL]
+    assert EVIL in content.texts
+
+
+def test_a_page_has_plotly_once_and_asks_for_nothing(tmp_path: Path):
+    both = [make_run(tmp_path / "0"), make_run(tmp_path / "1", strategy="local")]
+    page = page_of(both)
+    assert page.count(get_plotlyjs()) == 1
+    rest = page.replace(get_plotlyjs(), "")
+    assert not re.search(r"https?://", rest)
+    policy = next(each["content"] for tag, each in Content(page).tags if "http-equiv" in each)
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+
+
+def test_settings_that_differ_from_the_defaults_are_marked(tmp_path: Path):
+    page = page_of([make_run(tmp_path / "run", **{"diffusion.fidelity": 0.55})])
+    marked = re.findall(r'<tr class="marked"><td><code>([^<]+)</code></td><td>([^<]+)', page)
+    assert marked == [("num-server-rounds", "4"), ("diffusion.fidelity", "0.55")]
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path):
+    RunFolder(tmp_path / "run", Config())
+    page = page_of([Run.read(tmp_path / "run")])
+    assert "0 of 10" in page
+    assert drawn(page) == []
+
+
+def write_bench(folder: Path) -> None:
+    """Write what a bench of one row and two seeds leaves."""
+    (folder / "runs").mkdir(parents=True)
+    finished = []
+    for seed in (0, 1):
+        rounds = [{"round": n, "personalized-accuracy": n / 10 + seed / 100} for n in (1, 2, 3)]
+        (folder / "runs" / f"{seed}.json").write_text(json.dumps({"rounds": rounds}))
+        finished.append({"case": "a & b", "row": "ours", "seed": seed, "file": f"runs/{seed}.json"})
+    cells = {"ours": [["0.3050 ± 0.0071", "best"]], "<theirs>": [["failed", ""]]}
+    tables = [{"title": "Suite", "columns": ["a & b"], "rows": cells, "note": "Two seeds."}]
+    index = {"kind": INDEX_KIND, "title": "Suite", "tables": tables, "runs": finished}
+    (folder / "suite.json").write_text(json.dumps(index))
+    (folder / "notes.json").write_text("[]")
+
+
+def test_a_bench_has_its_tables_and_a_curve_a_row(tmp_path: Path):
+    write_bench(tmp_path / "bench")
+    page = page_of_bench(tmp_path / "bench")
+    assert "<strong>0.3050 ± 0.0071</strong>" in page
+    assert "&lt;theirs&gt;" in page
+    (figure,) = drawn(page)
+    band, line = figure["data"]
+    assert line["y"] == pytest.approx([0.105, 0.205, 0.305])
+    assert band["y"] == pytest.approx([0.11, 0.21, 0.31, 0.3, 0.2, 0.1])
+
+
+def test_a_bench_that_judged_once_has_its_tables_alone(tmp_path: Path):
+    write_bench(tmp_path / "bench")
+    for file in (tmp_path / "bench" / "runs").iterdir():
+        file.write_text(json.dumps({"rounds": [{"round": 3, "personalized-accuracy": 0.3}]}))
+    page = page_of_bench(tmp_path / "bench")
+    assert drawn(page) == []
+    assert "0.3050 ± 0.0071" in page
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(cli.app, ["report", *map(str, arguments)])
+
+
+def test_the_command_writes_a_page_and_no_other_file(tmp_path: Path):
+    make_run(tmp_path / "runs" / "7")
+    output = tmp_path / "page.html"
+    result = invoke("7", "-o", output, "--output-dir", tmp_path / "runs")
+    assert result.exit_code == 0, result.stderr
+    assert output.read_text().startswith("<!DOCTYPE html>")
+    assert {file.name for file in tmp_path.iterdir()} == {"runs", "page.html"}
+    again = invoke(tmp_path / "runs" / "7", "-o", output)
+    assert again.exit_code == 1
+    assert "exists; --force writes in its place" in again.stderr
+    assert invoke(tmp_path / "runs" / "7", "-o", output, "--force").exit_code == 0
+
+
+def test_the_command_says_what_is_no_run(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    result = invoke(tmp_path / "folder", "-o", tmp_path / "page.html")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "is not the folder of a run" in result.stderr
+    write_bench(tmp_path / "bench")
+    make_run(tmp_path / "run")
+    result = invoke(tmp_path / "bench", tmp_path / "run", "-o", tmp_path / "page.html")
+    assert "right would be it alone" in result.stderr
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(WriteError, match=r"page\.html cannot be written"):
+        write_page(tmp_path / "page.html", "page")
+    assert {file.name for file in tmp_path.iterdir()} == {"page.html"}
+
+
+DRAWN = """[...document.querySelectorAll(".plot")].map((plot) => ({
+  shown: plot.offsetParent !== null,
+  drawn: plot.querySelectorAll("svg.main-svg").length > 0
+    && plot.querySelectorAll(".trace, .hm, .heatmaplayer image, .point").length > 0,
+}))"""
+
+
+@pytest.mark.processes
+@pytest.mark.chromium
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_browser_draws_every_figure_and_has_nothing_to_complain_of(
+    tmp_path: Path, width: int, scheme: str
+):
+    assert shutil.which("chromium")
+    several = [
+        make_run(tmp_path / "ours", reason=EVIL),
+        make_run(tmp_path / "second", seed=1),
+        make_run(tmp_path / "theirs", strategy="fedavg"),
+    ]
+    file = tmp_path / "page.html"
+    write_page(file, page_of(several))
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(file, width, scheme)
+        seen: set[int] = set()
+        tabs = browser.run("document.querySelectorAll('[role=tab]').length")
+        assert tabs == 3
+        for number in range(tabs):
+            browser.run(f"document.querySelectorAll('[role=tab]')[{number}].click()")
+            browser.run("new Promise(requestAnimationFrame)")
+            plots = browser.run(DRAWN)
+            seen |= {number for number, plot in enumerate(plots) if plot["shown"]}
+            assert all(plot["drawn"] for plot in plots if plot["shown"])
+        assert seen == set(range(len(plots)))
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        browser.resize(width - 60)
+        browser.run("new Promise(r => setTimeout(r, 500))")
+        assert browser.run("window.evil") is None
+        assert browser.errors == []
+        loaded = {url for url in browser.requests if not url.startswith("data:")}
+        assert loaded == {file.as_uri()[:100]}
+
+
+@pytest.mark.processes
+@pytest.mark.chromium
+def test_the_slider_goes_through_the_rounds_by_the_keyboard(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    file = tmp_path / "page.html"
+    write_page(file, page_of([run]))
+    shown = "document.querySelectorAll('.plot')[3].data[1]"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(file)
+        browser.run("document.querySelector('input[type=range]').focus()")
+        places = [list(uploads.values()) for uploads, _ in method.aligned(run.method)]
+        for server_round in (4, 3, 2):
+            assert browser.run("document.querySelector('output').textContent") == (
+                f"Round {server_round}"
+            )
+            x = browser.run(f"Array.from({shown}.x)")
+            assert x == pytest.approx([places[server_round - 1][client][0] for client in (0, 2, 4)])
+            browser.press("ArrowLeft")
+        assert browser.errors == []
