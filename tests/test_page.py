@@ -29,7 +29,7 @@ from pfedgpa_app.tables import INDEX_KIND
 
 EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 2'>\u2028&lt;"
 NUM_CLIENTS, ROUNDS = 6, 4
-OWN = {"data.image-shape": "1x8x8", "data.num-classes": 10}
+OWN = {"data.shape": "1x8x8", "data.num-classes": 10}
 
 
 def make_run(path: Path, *, reason: str = "", models: bool = True, **settings: Any) -> Run:
