@@ -8,7 +8,7 @@ row is told the groups.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Self
@@ -43,33 +43,43 @@ class TrajectoryAggregator(GenerativeAggregator):
             self.earlier.append([self.bank[client] for client in sorted(self.bank)])
         super().fit(server_round, average)
 
-    def _vectors(self, block: slice) -> list[Tensor]:
-        now = super()._vectors(block)
+    def _vectors(self) -> list[Tensor]:
+        now = super()._vectors()
         mean = torch.stack(now).mean(dim=0)
-        past = [torch.stack([vector[block] for vector in bank]) for bank in self.earlier]
+        past = [torch.stack(bank) for bank in self.earlier]
         return now + [row for bank in past for row in bank - bank.mean(dim=0) + mean]
 
 
 class HeadAggregator(GenerativeAggregator):
     """Who is alike is told by the heads; all else is the mean over those that are."""
 
-    def begin(self, initial: Tensor | None, blocks: Sequence[slice] = (slice(None),)) -> None:
-        """Take the head, which is the last block, for the only one that is learned."""
-        super().begin(initial, blocks[-1:])
+    heads: GenerativeAggregator
+    """Of the last entries of everyone's parameters alone."""
+    size = 0
+    """How many these are."""
 
-    def expect(self, default: Tensor) -> Tensor:
-        """Return what everyone starts from; all come in the first round."""
-        return default
+    def observe(self, client: int, vector: Tensor) -> None:
+        """Take in an upload ``(d,)``, and its head."""
+        super().observe(client, vector)
+        self.heads.observe(client, vector[-self.size :])
+
+    def fit(self, server_round: int, average: Tensor | None = None) -> None:
+        """Learn the heads."""
+        super().fit(server_round, average)
+        self.heads.fit(server_round)
+
+    def _learn(self, server_round: int) -> None:
+        """Learn nothing of all parameters."""
 
     def personalize(self, client: int) -> Tensor:
         """Return what is generated for the head, under the mean body of the client's kin."""
+        model = self.heads.model
+        if model is None or client not in self.bank:
+            return super().personalize(client)
         row = sorted(self.bank).index(client)
-        [model], [block] = self.models, self.blocks
-        if model is None:
-            return self.bank[client]
         kinship = model.kinship(model.coordinates[row : row + 1], model.coordinates)[0]
-        mean = mix(kinship, super()._vectors(slice(None)))
-        mean[block] = model.personalize(row, self._vectors(block))
+        mean = mix(kinship, self._vectors())
+        mean[-self.size :] = self.heads.personalize(client)
         return mean
 
 
@@ -111,13 +121,16 @@ class ByHead(WithAggregator):
 
     aggregator_type = HeadAggregator
 
+    aggregator: HeadAggregator
+
     def begin(self, state: StateDict) -> None:
-        """Tell the aggregator where the head is."""
+        """Tell the aggregator how large the head, the last of the parameters, is."""
         super().begin(state)
-        assert self.layout is not None
+        assert self.aggregator.initial is not None
         size = sum(state[name].numel() for name in head_names(state))
-        body = slice(0, self.layout.dim - size)
-        self.aggregator.begin(self.layout.split(state)[0], [body, slice(body.stop, None)])
+        heads = GenerativeAggregator(self.aggregator.config, seed=self.seed)
+        heads.begin(self.aggregator.initial[-size:])
+        self.aggregator.heads, self.aggregator.size = heads, size
 
 
 KIN = {"diffusion.sharing": "kin"}

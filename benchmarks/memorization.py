@@ -85,7 +85,7 @@ def _generate(name: str, config: Config, trained: GenerativeAggregator) -> Vecto
     """Return everyone's model by another generator, from the same bank."""
     settings = config.diffusion.model_copy(update={"generator": name})
     aggregator = GenerativeAggregator(settings, seed=config.seed)
-    aggregator.begin(trained.initial, trained.blocks)
+    aggregator.begin(trained.initial)
     for client, vector in trained.bank.items():
         aggregator.observe(client, vector)
     aggregator.fit(config.num_server_rounds, trained.average)

@@ -2,7 +2,6 @@
 
 import contextlib
 import statistics
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import (
-    BlockDiffusion,
-    MakeGenerator,
+    ParameterDiffusion,
     Shrinkage,
     Spectrum,
     agreement,
@@ -24,10 +22,7 @@ from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
 from pfedgpa_app.state import WriteError, below, load_state, save_state, under
 from pfedgpa_app.vault import MemoryVault, Vault
 
-STATE_KIND = "pfedgpa-aggregator-6"
-
-WHOLE = (slice(None),)
-"""All parameters as one block."""
+STATE_KIND = "pfedgpa-aggregator-7"
 
 # Of all that a client is like, the part that must have been in the round to speak for it.
 MIN_KINSHIP = 0.01
@@ -81,10 +76,10 @@ class GenerativeAggregator:
     halves
         How two halves of each client's images moved what all have in common apart, `normalized`
         sketches ``(2, size)``.
-    models
-        The diffusion model of each block of parameters; None where nobody is like anybody else.
+    model
+        The diffusion model of the parameters; None where nobody is like anybody else.
     alike
-        Whether clients went together so far, block by block.
+        Whether clients went together so far.
     """
 
     def __init__(
@@ -113,12 +108,11 @@ class GenerativeAggregator:
         self._round = 0
         self.begin(None)
 
-    def begin(self, initial: Tensor | None, blocks: Sequence[slice] = WHOLE) -> None:
-        """Set what all clients started from, ``(d,)``, and the blocks that are learned apart."""
+    def begin(self, initial: Tensor | None) -> None:
+        """Set what all clients started from, ``(d,)``."""
         self.initial = initial
-        self.blocks = tuple(blocks)
-        self.models: list[BlockDiffusion | None] = [None] * len(self.blocks)
-        self.alike = [True] * len(self.blocks)
+        self.model: ParameterDiffusion | None = None
+        self.alike = True
 
     def observe(self, client: int, vector: Tensor) -> None:
         """Take in the parameters ``(d,)`` that a client uploaded in this round."""
@@ -151,14 +145,11 @@ class GenerativeAggregator:
         """
         self._round = server_round
         with single_thread():
-            self._bring_up_to_date(average)
+            self._bring_up_to_date()
             self.average = average
             self._take_in(server_round)
-            self.models = [None] * len(self.blocks)
-            self.models = [
-                self._learn(number, partial(make_generator, self.seed, server_round, number))
-                for number in range(len(self.blocks))
-            ]
+            self.model = None
+            self.model = self._learn(server_round)
 
     def personalize(self, client: int) -> Tensor:
         """Return the parameters ``(d,)`` generated for a client by the last `fit` or `onboard`.
@@ -175,12 +166,10 @@ class GenerativeAggregator:
                 return self._brought_back(client)
         upload = self.bank[client]
         row = sorted(self.bank).index(client)
+        if self.model is None:
+            return upload
         with single_thread():
-            pieces = [
-                model.personalize(row, self._vectors(block)) if model else upload[block]
-                for block, model in self._learned()
-            ]
-        return torch.cat(pieces)
+            return self.model.personalize(row, self._vectors())
 
     def expect(self, default: Tensor) -> Tensor:
         """Return what a client may expect of which nothing is known, ``(d,)``.
@@ -191,9 +180,9 @@ class GenerativeAggregator:
         """
         if len(self.bank) < self.config.min_kin - 1:
             return default
-        default = default if self.average is None else self.average
-        pieces = [model.space.mean if model else default[block] for block, model in self._learned()]
-        return torch.cat(pieces)
+        if self.model is not None:
+            return self.model.space.mean
+        return default if self.average is None else self.average
 
     def onboard(self, client: int, current: Tensor, previous: Tensor) -> None:
         """Generate the parameters of a newcomer.
@@ -208,8 +197,8 @@ class GenerativeAggregator:
         self.seen[client] = self._round
 
     def describe(self) -> str:
-        """Say what the last `fit` found, block by block."""
-        found = ", ".join(_described(model) if model else "as uploaded" for model in self.models)
+        """Say what the last `fit` found."""
+        found = _described(self.model) if self.model else "as uploaded"
         if self.config.sharing == "measured" and not self._is_measured():
             told = len(self.bank.keys() & self.halves.keys())
             return f"{found}; sharing is not measured: only {told} members told of their halves"
@@ -232,43 +221,36 @@ class GenerativeAggregator:
         if self.initial is not None:
             tensors["initial"] = self.initial
         tensors["alike"] = torch.tensor(self.alike)
-        for number, model in enumerate(self.models):
-            tensors |= under(f"model.{number}", model.state()) if model else {}
-        return tensors
+        return tensors | under("model", self.model.state() if self.model else {})
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned; the blocks are those of `begin`.
+        """Take over what `state` returned.
 
         Raises
         ------
         ValueError
             If it does not fit the settings; the state is then as it was.
         """
-        models: list[BlockDiffusion | None] = []
         try:
             bank, guests, halves = (
                 {int(client): vector for client, vector in below(name, tensors).items()}
                 for name in ("bank", "guests", "halves")
             )
-            for number in range(len(self.blocks)):
-                parts = below(f"model.{number}", tensors)
-                model = BlockDiffusion.of(self.config, parts, self.device) if parts else None
-                models.append(model)
+            parts = below("model", tensors)
+            model = ParameterDiffusion.of(self.config, parts, self.device) if parts else None
             rounds, intervals, seen = (
                 {int(client): int(n) for client, n in below(name, tensors).items()}
                 for name in ("rounds", "intervals", "seen")
             )
             secluded = {int(client) for client in tensors["secluded"]}
-            alike = tensors["alike"].tolist()
-            if len(alike) != len(self.blocks):
-                raise KeyError("alike")
+            alike = bool(tensors["alike"])
             self.retired.restore(below("retired", tensors))
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
         self.bank, self.guests, self.halves = bank, guests, halves
         self.rounds, self.intervals, self.seen = rounds, intervals, seen
         self.secluded = secluded
-        self.models, self.alike = models, alike
+        self.model, self.alike = model, alike
         self.average, self.initial = tensors.get("average"), tensors.get("initial")
         self._fresh = {}
 
@@ -287,15 +269,9 @@ class GenerativeAggregator:
         self.restore(load_state(file, STATE_KIND)[0])
 
     def _welcomed(self, current: Tensor, previous: Tensor, kin: Tensor | None) -> Tensor:
-        pieces = [
-            model.onboard(
-                current[block], previous[block], self.onboarding, self._vectors(block), kin
-            )
-            if model
-            else current[block]
-            for block, model in self._learned()
-        ]
-        return torch.cat(pieces)
+        if self.model is None:
+            return current
+        return self.model.onboard(current, previous, self.onboarding, self._vectors(), kin)
 
     def _kin(self, client: int) -> Tensor | None:
         """Return how far the members ask for the same as a client, ``(num_members,)``, if known."""
@@ -326,9 +302,6 @@ class GenerativeAggregator:
             return last
         return self._welcomed(last, last, kin)
 
-    def _learned(self) -> Iterator[tuple[slice, BlockDiffusion | None]]:
-        return zip(self.blocks, self.models, strict=True)
-
     def _is_measured(self) -> bool:
         """Tell whether most members told how their halves move them."""
         told = len(self.bank.keys() & self.halves.keys())
@@ -339,20 +312,19 @@ class GenerativeAggregator:
         halves = self.halves.get(client)
         return halves if halves is not None else torch.zeros_like(next(iter(self.halves.values())))
 
-    def _vectors(self, block: slice) -> list[Tensor]:
-        """Return a block of the bank's vectors, by client."""
-        return [self.bank[client][block] for client in sorted(self.bank)]
+    def _vectors(self) -> list[Tensor]:
+        """Return the bank's vectors, by client."""
+        return [self.bank[client] for client in sorted(self.bank)]
 
-    def _learn(self, number: int, streams: MakeGenerator) -> BlockDiffusion | None:
-        """Return the diffusion model of a block of the bank.
+    def _learn(self, server_round: int) -> ParameterDiffusion | None:
+        """Return the diffusion model of the bank.
 
         With one client there is nothing to learn. Where it is not known what is signal, clients
         without any principal axis that stands out are alike, or each is different from all others.
         Once different, they stay so: whoever is not in a round goes the way of the others, and what
         all have in common grows.
         """
-        block = self.blocks[number]
-        vectors = self._vectors(block)
+        vectors = self._vectors()
         if len(vectors) < 2:
             return None
         spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
@@ -363,11 +335,13 @@ class GenerativeAggregator:
             and self.config.rank == "auto"
             and not spectrum.signal_rank
         )
-        if is_flat and self.alike[number] and self.initial is not None:
-            self.alike[number] = divergence(vectors, self.initial[block]) <= MAX_DIVERGENCE
-        if is_flat and not self.alike[number]:
+        if is_flat and self.alike and self.initial is not None:
+            self.alike = divergence(vectors, self.initial) <= MAX_DIVERGENCE
+        if is_flat and not self.alike:
             return None
-        model = BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
+        # The 0 has no meaning any more, and gives a seed the digits that it always gave.
+        streams = partial(make_generator, self.seed, server_round, 0)
+        model = ParameterDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
         if not is_measured:
             return model
         halves = torch.stack([self._told(client) for client in sorted(self.bank)])
@@ -399,62 +373,48 @@ class GenerativeAggregator:
                     self.retired[client] = some[client]
                     del some[client]
 
-    def _bring_up_to_date(self, average: Tensor | None) -> None:
+    def _bring_up_to_date(self) -> None:
         """Move who was not in the round by how far others have come since it was.
 
-        ``deviation``: as far as the average of the uploads; what counts of an old upload is how it
-        deviated from the average of its own round. ``kin``: as far as those members of the round
-        that the diffusion model takes for its like, or as all of them on average if none is.
+        That is as far as those members of the round came that the diffusion model takes for its
+        like, or as all of them on average if none is.
         """
         old = {
             client: vector
             for client, vector in sorted((self.bank | self.guests).items())
             if client not in self._fresh and client not in self.secluded
         }
-        moved: dict[int, Tensor] = {}
-        if self.config.old_uploads == "deviation" and average is not None:
-            if self.average is not None:
-                drift = average - self.average
-                moved = {client: vector + drift for client, vector in old.items()}
-        elif self.config.old_uploads == "kin" and old:
-            moved = self._moved_with_kin(old)
-        for client, vector in moved.items():
-            (self.guests if client in self.guests else self.bank)[client] = vector
-
-    def _moved_with_kin(self, old: dict[int, Tensor]) -> dict[int, Tensor]:
         clients = sorted(self.bank)
         again = [
             row
             for row, client in enumerate(clients)
             if client in self._fresh and client not in self.secluded
         ]
-        moved = {client: vector.clone() for client, vector in old.items()}
-        if not again:
-            return moved
-        for block, model in self._learned():
-            moves = [
-                self._fresh[clients[row]][block] - self.bank[clients[row]][block] for row in again
-            ]
-            evenly = torch.full((len(again),), 1 / len(again))
-            together = mix(evenly, moves)
-            if not model:
-                for vector in moved.values():
-                    vector[block] += together
-                continue
-            here = model.space.project([vector[block] for vector in old.values()])
-            kinship = model.kinship(here, model.coordinates)
-            if model.shrinkage is not None:
-                for row, client in enumerate(old):
-                    if client in self.bank:
-                        kinship[row] = model.shrinkage.company(clients.index(client))
-            kinship = kinship[:, again]
-            shares = kinship.sum(dim=1, keepdim=True)
-            for vector, kin, share in zip(moved.values(), kinship, shares, strict=True):
-                vector[block] += together if share < MIN_KINSHIP else mix(kin / share, moves)
-        return moved
+        if not old or not again:
+            return
+        moves = [self._fresh[clients[row]] - self.bank[clients[row]] for row in again]
+        together = mix(torch.full((len(again),), 1 / len(again)), moves)
+        kinship = self._company(old)[:, again]
+        shares = kinship.sum(dim=1, keepdim=True)
+        for (client, vector), kin, share in zip(old.items(), kinship, shares, strict=True):
+            move = together if share < MIN_KINSHIP else mix(kin / share, moves)
+            (self.guests if client in self.guests else self.bank)[client] = vector + move
+
+    def _company(self, away: dict[int, Tensor]) -> Tensor:
+        """Return how much clients that are away go the way of each member, ``(n, num_members)``."""
+        clients = sorted(self.bank)
+        if self.model is None:
+            return torch.zeros(len(away), len(clients))
+        here = self.model.space.project(list(away.values()))
+        kinship = self.model.kinship(here, self.model.coordinates)
+        if self.model.shrinkage is not None:
+            for row, client in enumerate(away):
+                if client in self.bank:
+                    kinship[row] = self.model.shrinkage.company(clients.index(client))
+        return kinship
 
 
-def _described(model: BlockDiffusion) -> str:
+def _described(model: ParameterDiffusion) -> str:
     found = f"{model.space.dim} dimensions from timestep {model.start}"
     if model.shrinkage is None:
         return found

@@ -69,6 +69,10 @@ MODEL_IMAGE_SIZES: dict[str, tuple[int, int] | None] = {
 }
 
 
+# Settings of earlier versions, which the folders of their runs name, and what is done now.
+_REMOVED = {"diffusion.blocks": "whole", "diffusion.old-uploads": "kin"}
+
+
 class ConfigError(ValueError):
     """Settings that a run cannot start with; the message lists every problem, one a line."""
 
@@ -185,13 +189,11 @@ class DiffusionConfig(Section):
     generator: Literal["diffusion", "kin-mean", "shrinkage", "upload"] = "diffusion"
     generated_layers: Annotated[str, Field(pattern=r"[^\s,]")] = "*"
     space: Literal["subspace", "raw"] = "subspace"
-    blocks: Literal["whole", "per-layer"] = "whole"
     sharing: Literal["kin", "measured"] = "measured"
     measure_every: Count = 20
     guard: bool = True
     min_kin: Count = 3
     max_members: Annotated[int, Field(ge=2)] = 300
-    old_uploads: Literal["kin", "deviation", "as-uploaded"] = "kin"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
@@ -636,6 +638,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _unknown(key: str, value: object, known: Iterable[str]) -> str:
+    if key in _REMOVED:
+        return f'{key} = {_show(value)}: is no setting any more; every run does "{_REMOVED[key]}"'
     close = difflib.get_close_matches(key, known, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
     return f"{key} = {_show(value)}: no such setting{hint}"

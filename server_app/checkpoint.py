@@ -13,7 +13,7 @@ from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg
 
 CHECKPOINT = "checkpoint.safetensors"
-CHECKPOINT_KIND = "pfedgpa-checkpoint-6"
+CHECKPOINT_KIND = "pfedgpa-checkpoint-7"
 
 
 class ResumeError(ValueError):

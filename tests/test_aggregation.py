@@ -69,26 +69,6 @@ def test_a_new_upload_takes_the_place_of_the_old_one(bank):
     assert torch.equal(aggregator.bank[3], uploads[4])
 
 
-@pytest.mark.parametrize("old_uploads", ["deviation", "as-uploaded"])
-def test_old_uploads_keep_their_deviation_from_their_own_rounds_average(bank, old_uploads: str):
-    uploads, _ = bank
-    settings = DiffusionConfig(train_steps=1, old_uploads=old_uploads)
-    aggregator = GenerativeAggregator(settings)
-    for client in range(4):
-        aggregator.observe(client, uploads[client])
-    averages = [uploads[:4].mean(0), uploads[:4].mean(0) + 5, uploads[:4].mean(0) - 2]
-    aggregator.fit(1, averages[0])
-    for server_round in (2, 3):  # clients 0 and 1 take part, 2 and 3 do not
-        for client in (0, 1):
-            aggregator.observe(client, uploads[client] + server_round)
-        aggregator.fit(server_round, averages[server_round - 1])
-    for client in (0, 1):
-        assert torch.equal(aggregator.bank[client], uploads[client] + 3)
-    for client in (2, 3):
-        drift = averages[2] - averages[0] if old_uploads == "deviation" else 0
-        torch.testing.assert_close(aggregator.bank[client], uploads[client] + drift)
-
-
 def test_old_uploads_move_with_their_kin(bank):
     """Groups 0 and 1 move apart; of each, members that were not in the round move along."""
     uploads, centres = bank
@@ -117,19 +97,17 @@ def test_old_uploads_without_kin_in_the_round_move_with_everyone(bank):
         torch.testing.assert_close(moved, torch.full((DIM,), expected), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("blocks", [[slice(None)], [slice(0, 50), slice(50, 100)]])
-def test_a_fixed_rank_is_no_more_than_there_are_axes(bank, blocks: list[slice]):
-    """A block that nobody changes has none."""
-    uploads = bank[0][:, :100].clone()
+def test_a_fixed_rank_is_no_more_than_there_are_axes(bank):
+    """Entries that nobody changes are on none of them."""
+    uploads = bank[0][:10, :100].clone()
     uploads[:, 50:] = 1.0
-    aggregator = GenerativeAggregator(DiffusionConfig(rank=99, train_steps=1))
-    aggregator.begin(None, blocks)
-    for client in range(10):
-        aggregator.observe(client, uploads[client])
-    aggregator.fit(1)
-    dims = [model.space.dim for model in aggregator.models if model]
-    assert dims == ([9] if len(blocks) == 1 else [9, 0])
+    aggregator = fitted(uploads, rank=99, train_steps=1)
+    assert aggregator.model.space.dim == 9
     torch.testing.assert_close(aggregator.personalize(3)[50:], uploads[3, 50:])
+
+
+def test_where_clients_are_the_same_there_are_no_axes():
+    assert fitted(torch.ones(10, 100), rank=99, train_steps=1).model.space.dim == 0
 
 
 def test_a_newcomers_start_is_the_average_where_nothing_was_learned(bank):
@@ -171,7 +149,7 @@ def test_clients_that_began_apart_stay_so_however_far_they_come_together():
         torch.testing.assert_close(aggregator.personalize(client), uploads[client] + 20)
 
 
-def test_strangers_who_come_later_end_what_was_common():
+def test_unlike_clients_that_come_later_end_what_was_common():
     """Two clients of the first round are alike, and ten that come afterwards like nobody."""
     generator = make_generator(0)
     aggregator = GenerativeAggregator(DiffusionConfig())
@@ -179,19 +157,18 @@ def test_strangers_who_come_later_end_what_was_common():
     for client in (0, 1):
         aggregator.observe(client, 3 + 0.1 * torch.randn(500, generator=generator))
     aggregator.fit(1)
-    assert aggregator.models[0] is not None
-    strangers = {client: 3 * torch.randn(500, generator=generator) for client in range(2, 12)}
-    for client, upload in strangers.items():
+    assert aggregator.model is not None
+    unlike = {client: 3 * torch.randn(500, generator=generator) for client in range(2, 12)}
+    for client, upload in unlike.items():
         aggregator.observe(client, upload)
     aggregator.fit(2)
-    for client, upload in strangers.items():
+    for client, upload in unlike.items():
         assert torch.equal(aggregator.personalize(client), upload)
 
 
-def test_a_state_of_other_blocks_is_refused(bank):
+def test_a_state_of_another_denoiser_is_refused(bank):
     aggregator = fitted(bank[0], train_steps=1)
-    other = GenerativeAggregator(DiffusionConfig(train_steps=1))
-    other.begin(None, [slice(0, 50), slice(50, DIM)])
+    other = GenerativeAggregator(DiffusionConfig(train_steps=1, hidden_size=8))
     with pytest.raises(ValueError, match="not the state of these settings"):
         other.restore(aggregator.state())
     assert not other.bank
@@ -207,26 +184,6 @@ def test_who_has_no_kin_keeps_what_lies_outside_of_the_subspace(bank):
     averaged = (aggregator.personalize(0) - uploads[0]).norm() / uploads[0].norm()
     assert kept < 0.1
     assert averaged > 0.3
-
-
-def test_blocks_are_learned_apart(bank):
-    """The second half of the vector has other groups than the first."""
-    uploads, centres = bank
-    generator = make_generator(11)
-    others = torch.randn(4, DIM, generator=generator)[torch.arange(NUM_CLIENTS) // 5]
-    both = torch.cat(
-        [uploads, others + 0.7 * torch.randn(NUM_CLIENTS, DIM, generator=generator)], 1
-    )
-    aggregator = GenerativeAggregator(DiffusionConfig(), seed=1)
-    aggregator.begin(None, [slice(0, DIM), slice(DIM, 2 * DIM)])
-    for client in range(NUM_CLIENTS):
-        aggregator.observe(client, both[client])
-    aggregator.fit(1)
-    assert [model.space.dim for model in aggregator.models if model] == [4, 3]
-    target = torch.cat([centres, others], 1)
-    for client in range(NUM_CLIENTS):
-        error = (aggregator.personalize(client) - target[client]).norm()
-        assert error < 0.6 * (both[client] - target[client]).norm()
 
 
 def test_the_raw_space_generates_nearer_to_the_group_than_the_upload():
@@ -270,22 +227,10 @@ def test_a_newcomer_is_guided_to_its_group(bank):
 def test_auto_start_rises_with_the_noise(bank):
     uploads, centres = bank
     starts = [
-        fitted(centres + noise * (uploads - centres), train_steps=1).models[0].start
+        fitted(centres + noise * (uploads - centres), train_steps=1).model.start
         for noise in (0.25, 0.5, 1.0)
     ]
     assert starts[0] < starts[1] < starts[2]
-
-
-def test_with_everyone_in_the_round_the_average_changes_nothing(bank):
-    uploads, _ = bank
-    with_average, without = (GenerativeAggregator(DiffusionConfig(train_steps=3)) for _ in range(2))
-    for server_round in (1, 2):
-        for client in range(NUM_CLIENTS):
-            with_average.observe(client, uploads[client] * server_round)
-            without.observe(client, uploads[client] * server_round)
-        with_average.fit(server_round, uploads.mean(0) * server_round)
-        without.fit(server_round)
-    assert torch.equal(with_average.personalize(3), without.personalize(3))
 
 
 def test_an_unknown_client_is_refused(bank):

@@ -83,6 +83,12 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one():
     )
 
 
+def test_a_setting_of_an_earlier_version_is_told_from_a_slip():
+    assert the_problem({"diffusion.blocks": "whole"}) == (
+        'diffusion.blocks = "whole": is no setting any more; every run does "whole"'
+    )
+
+
 def test_an_unknown_key_like_no_other_is_named_alone():
     assert the_problem({"xyzzy": "a"}) == 'xyzzy = "a": no such setting'
 

@@ -1,6 +1,5 @@
 """How much of what sets a client apart is kept, measured by halves of its images."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from client_app.methods import METHODS, Method
 from client_app.methods.pfedgpa import half_moves
-from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
+from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import (
     SKETCH,
@@ -52,12 +51,10 @@ def sketches(halves: Tensor) -> Tensor:
     return torch.stack([sketched(half) for half in halves])
 
 
-def fitted(
-    uploads: Tensor, halves: list[Tensor], blocks: Sequence[slice] = WHOLE, **settings
-) -> GenerativeAggregator:
+def fitted(uploads: Tensor, halves: list[Tensor], **settings) -> GenerativeAggregator:
     config = DiffusionConfig(**{"sharing": "measured", "train_steps": 20, **settings})
     aggregator = GenerativeAggregator(config, seed=1)
-    aggregator.begin(torch.zeros(DIM), blocks)
+    aggregator.begin(torch.zeros(DIM))
     for client, upload in enumerate(uploads):
         aggregator.observe(client, upload)
         aggregator.compare(client, sketches(halves[client]))
@@ -270,16 +267,15 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("blocks", [[slice(None)], [slice(0, 40), slice(40, DIM)]])
 @pytest.mark.parametrize("lie", LIES)
-def test_a_liar_about_its_halves_changes_little_for_others(lie: str, blocks: list[slice]):
+def test_a_liar_about_its_halves_changes_little_for_others(lie: str):
     """Of clients in groups, alike or each for itself, who all move the same way most of all."""
     generator = make_generator(4)
     common, noise = (torch.randn(DIM, generator=generator) for _ in range(2))
     for own in (groups(5), torch.zeros(DIM), torch.randn(NUM_CLIENTS, DIM, generator=generator)):
         uploads, halves = clients(3 * common + own, noise=0.7)
         lied = [LIES[lie](halves[0], noise), *halves[1:]]
-        honest, spoiled = (generated(fitted(uploads, each, blocks)) for each in (halves, lied))
+        honest, spoiled = (generated(fitted(uploads, each)) for each in (halves, lied))
         wanted = 3 * common + own
         others = slice(1, NUM_CLIENTS)
         errors = [(models - wanted)[others].norm() for models in (honest, spoiled)]
@@ -305,14 +301,12 @@ def test_uploads_that_are_the_same_do_not_throw_others_off():
     assert bool((kept < 1).all())
 
 
-@pytest.mark.parametrize("blocks", [[slice(None)], [slice(0, 40), slice(40, DIM)]])
-def test_a_run_goes_on_from_a_saved_state_as_without_a_break(tmp_path: Path, blocks: list[slice]):
+def test_a_run_goes_on_from_a_saved_state_as_without_a_break(tmp_path: Path):
     uploads, halves = clients(groups(5), noise=1.0)
-    aggregator = fitted(uploads, halves, blocks)
+    aggregator = fitted(uploads, halves)
     aggregator.onboard(50, uploads[0], uploads[1])
     aggregator.save(tmp_path / "state.safetensors")
     loaded = GenerativeAggregator(aggregator.config, seed=1)
-    loaded.begin(None, blocks)
     loaded.load(tmp_path / "state.safetensors")
     for each in (aggregator, loaded):
         each.observe(3, uploads[3] + 1)

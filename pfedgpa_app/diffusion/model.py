@@ -1,4 +1,4 @@
-"""The diffusion model of one block of parameters: a space, a denoiser in it, a noise level."""
+"""The diffusion model of the clients' parameters: a space, a denoiser in it, a noise level."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +28,8 @@ MakeGenerator = Callable[..., torch.Generator]
 
 
 @dataclass(frozen=True)
-class BlockDiffusion:
-    """Generates parameters of a block for the clients of a bank, whose distribution it learned.
+class ParameterDiffusion:
+    """Generates parameters for the clients of a bank, whose distribution it learned.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class BlockDiffusion:
         spectrum: Spectrum,
         device: torch.device,
         make_generator: MakeGenerator,
-    ) -> "BlockDiffusion":
+    ) -> "ParameterDiffusion":
         """Learn the distribution of vectors ``(d,)`` with a known spectrum, and denoise them.
 
         Raises
@@ -111,7 +111,7 @@ class BlockDiffusion:
             )
         return cls(config, space, denoiser, start, coordinates, generated.cpu())
 
-    def shrunk(self, shrinkage: Shrinkage) -> "BlockDiffusion":
+    def shrunk(self, shrinkage: Shrinkage) -> "ParameterDiffusion":
         """Return a model that keeps a part of what sets clients apart, in the space and outside.
 
         Without it they get the mean of their kin outside of the space.
@@ -202,7 +202,7 @@ class BlockDiffusion:
     @classmethod
     def of(
         cls, config: DiffusionConfig, state: dict[str, Tensor], device: torch.device
-    ) -> "BlockDiffusion":
+    ) -> "ParameterDiffusion":
         """Return the model of what `state` returned.
 
         Raises

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from flwr.common import log
 
-from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
+from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import SKETCH
 from pfedgpa_app.guard import unusual
@@ -121,9 +121,7 @@ class PFedGPA(ClientwiseFedAvg):
         """Take note of the initial model, whose tensors are in the order of the vectors."""
         super().begin(state)
         assert self.layout is not None
-        per_layer = self.aggregator.config.blocks == "per-layer"
-        blocks = self.layout.blocks() if per_layer else WHOLE
-        self.aggregator.begin(self.layout.split(state)[0], blocks)
+        self.aggregator.begin(self.layout.split(state)[0])
 
     def prepare(self, server_round: int, clients: Sequence[int]) -> None:
         """Measure if it is time for one of the clients that will train.
