@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -39,8 +39,8 @@ class TrajectoryAggregator(GenerativeAggregator):
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Learn, after what was in the bank became the past."""
-        if self.bank:
-            self.earlier.append([self.bank[client] for client in sorted(self.bank)])
+        if self.bank.members:
+            self.earlier.append(super()._vectors())
         super().fit(server_round, average)
 
     def _vectors(self) -> list[Tensor]:
@@ -74,9 +74,9 @@ class HeadAggregator(GenerativeAggregator):
     def personalize(self, client: int) -> Tensor:
         """Return what is generated for the head, under the mean body of the client's kin."""
         model = self.heads.model
-        if model is None or client not in self.bank:
+        if model is None or client not in self.bank.members:
             return super().personalize(client)
-        row = sorted(self.bank).index(client)
+        row = list(self.bank.members).index(client)
         kinship = model.kinship(model.coordinates[row : row + 1], model.coordinates)[0]
         mean = mix(kinship, self._vectors())
         mean[-self.size :] = self.heads.personalize(client)
@@ -91,7 +91,8 @@ class OracleAggregator(GenerativeAggregator):
     def personalize(self, client: int) -> Tensor:
         """Return the mean of the uploads of a client's group."""
         number = client % self.num_groups
-        group = [self.bank[other] for other in self.bank if other % self.num_groups == number]
+        members = self.bank.members.items()
+        group = [vector for other, vector in members if other % self.num_groups == number]
         return torch.stack(group).mean(dim=0)
 
 
@@ -100,14 +101,13 @@ class WithAggregator(PFedGPA):
 
     aggregator_type: type[GenerativeAggregator] = TrajectoryAggregator
 
-    @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run."""
-        strategy = super().of(config, **kwargs)
-        strategy.aggregator = cls.aggregator_type(
-            config.diffusion, config.onboarding, seed=config.seed
+    def begin(self, state: StateDict) -> None:
+        """Make the aggregator."""
+        super().begin(state)
+        initial = self.global_model.vector(state)
+        self.aggregator = self.aggregator_type(
+            initial, self.diffusion, self.onboarding, seed=self.seed
         )
-        return strategy
 
 
 class Oracle(WithAggregator):
@@ -126,11 +126,10 @@ class ByHead(WithAggregator):
     def begin(self, state: StateDict) -> None:
         """Tell the aggregator how large the head, the last of the parameters, is."""
         super().begin(state)
-        assert self.aggregator.initial is not None
         size = sum(state[name].numel() for name in head_names(state))
-        heads = GenerativeAggregator(self.aggregator.config, seed=self.seed)
-        heads.begin(self.aggregator.initial[-size:])
-        self.aggregator.heads, self.aggregator.size = heads, size
+        head = self.aggregator.initial[-size:]
+        self.aggregator.heads = GenerativeAggregator(head, self.diffusion, seed=self.seed)
+        self.aggregator.size = size
 
 
 KIN = {"diffusion.sharing": "kin"}

@@ -55,12 +55,12 @@ class NearestMember(PFedGPA):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Replace what guided denoising generated for newcomers."""
         super().learn(server_round, uploads)
-        assert self.layout is not None
-        models = [self.aggregator.personalize(member) for member in sorted(self.aggregator.bank)]
-        for client in self.aggregator.guests:
+        bank = self.aggregator.bank
+        models = [self.aggregator.personalize(member) for member in bank.members]
+        for client in bank.guests:
             if client in uploads:
-                upload, _ = self.layout.split(uploads[client].state)
-                self.aggregator.guests[client] = min(models, key=_distance_to(upload))
+                nearest = min(models, key=_distance_to(uploads[client].vector))
+                bank.of(client).model = nearest
 
 
 METHODS = {

@@ -79,14 +79,14 @@ def _measure(model: str, mode: str) -> dict[str, Any]:
     layout = ParameterLayout.of(build_model(name, info, seed=0).state_dict(), patterns)
     centres = [torch.randn(layout.dim, generator=make_generator(0, g)) for g in range(GROUPS)]
     before = _peak_bytes()
-    aggregator = GenerativeAggregator(DiffusionConfig(device="cpu"))
+    aggregator = GenerativeAggregator(torch.zeros(layout.dim), DiffusionConfig(device="cpu"))
     for client in range(CLIENTS):
         noise = torch.randn(layout.dim, generator=make_generator(1, client))
         aggregator.observe(client, noise.mul_(0.5).add_(centres[client % GROUPS]))
     begin = time.perf_counter()
     aggregator.fit(1)
     ratios = []
-    for client, upload in aggregator.bank.items():
+    for client, upload in aggregator.bank.members.items():
         centre = centres[client % GROUPS]
         ratios.append((aggregator.personalize(client) - centre).norm() / (upload - centre).norm())
     return {

@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
         if config.server.bank == "disk":
             strategy.store_below(path, config.earlier_path)
         if config.resume_from:
-            earlier, initial = resume(config, strategy, initial)
+            earlier = resume(config, strategy, initial)
         else:
             strategy.begin(initial)
     except (ConfigError, ResumeError) as error:
@@ -46,14 +46,15 @@ def main(grid: Grid, context: Context) -> None:
             "privacy.seeded-noise = true: the noise follows from the seed and protects nobody; "
             "right would be false, outside of experiments",
         )
-    guarded: Any = GuardedGrid(grid, max_bytes(strategy.layout, strategy.extras_layout))
+    layouts = (strategy.global_model.layout, strategy.extras_layout)
+    guarded: Any = GuardedGrid(grid, max_bytes(*layouts))
     try:
         folder = RunFolder(path, config)
         if earlier is not None:
             folder.go_on_from(earlier, strategy.completed_rounds)
         strategy.start(
             guarded,
-            initial_arrays=ArrayRecord(initial),
+            initial_arrays=ArrayRecord(strategy.average),
             num_rounds=config.num_server_rounds - strategy.completed_rounds,
             timeout=config.server.round_timeout,
             evaluate_fn=RoundEnd(strategy, folder, config),

@@ -7,7 +7,7 @@ keep.
 from pathlib import Path
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.report import RoundRecord, Run
 from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg
@@ -32,15 +32,15 @@ def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
     )
 
 
-def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tuple[Run, StateDict]:
+def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> Run:
     """Bring a strategy into the state of the run ``config.resume_from``.
 
     ``initial`` is the state_dict of the configured model.
 
     Returns
     -------
-    tuple[Run, StateDict]
-        The earlier run, and the global model to go on from.
+    Run
+        The earlier run.
 
     Raises
     ------
@@ -75,11 +75,9 @@ def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tu
     strategy.begin(initial)
     try:
         strategy.restore(tensors)
-        ParameterLayout.of(initial).check(strategy.average)
     except ValueError as error:  # of the layout's or of the aggregator's
         raise ResumeError(f"The model is not that of the run to go on from: {error}") from error
     strategy.completed_rounds = facts["round"]
     strategy.record = RoundRecord(facts["round"])
     strategy.roster.resume(dict(facts["clients"]))
-    # In the order of the model's tensors, which the vectors of the bank follow.
-    return run, {name: strategy.average[name] for name in initial}
+    return run

@@ -24,7 +24,9 @@ def bank() -> tuple[Tensor, Tensor]:
 def fitted(
     uploads: Tensor, order: range | list[int] | None = None, **settings
 ) -> GenerativeAggregator:
-    aggregator = GenerativeAggregator(DiffusionConfig(**settings), seed=1)
+    aggregator = GenerativeAggregator(
+        torch.zeros(uploads.shape[1]), DiffusionConfig(**settings), seed=1
+    )
     for client in order or range(len(uploads)):
         aggregator.observe(client, uploads[client])
     aggregator.fit(server_round=1)
@@ -65,8 +67,8 @@ def test_a_new_upload_takes_the_place_of_the_old_one(bank):
     aggregator = fitted(uploads, train_steps=1)
     aggregator.observe(3, uploads[4])
     aggregator.fit(server_round=2)
-    assert len(aggregator.bank) == NUM_CLIENTS
-    assert torch.equal(aggregator.bank[3], uploads[4])
+    assert len(aggregator.bank.members) == NUM_CLIENTS
+    assert torch.equal(aggregator.bank.members[3], uploads[4])
 
 
 def test_old_uploads_move_with_their_kin(bank):
@@ -75,12 +77,12 @@ def test_old_uploads_move_with_their_kin(bank):
     uploads = centres + 0.3 * (uploads - centres)
     aggregator = fitted(uploads[: 2 * NUM_GROUPS], train_steps=1)
     direction = torch.ones(DIM)
-    before = dict(aggregator.bank)
+    before = dict(aggregator.bank.members)
     for client, sign in ((0, 1.0), (1, -1.0)):
         aggregator.observe(client, uploads[client] + sign * direction)
     aggregator.fit(server_round=2)
     for client, sign in ((5, 1.0), (6, -1.0)):
-        moved = aggregator.bank[client] - before[client]
+        moved = aggregator.bank.members[client] - before[client]
         torch.testing.assert_close(moved, sign * direction, atol=0.02, rtol=0)
 
 
@@ -88,12 +90,12 @@ def test_old_uploads_without_kin_in_the_round_move_with_everyone(bank):
     """Only members of group 0 and 1 come again; those of group 2 go the mean of their ways."""
     uploads, centres = bank
     aggregator = fitted((centres + 0.3 * (uploads - centres))[: 2 * NUM_GROUPS], train_steps=1)
-    before = dict(aggregator.bank)
+    before = dict(aggregator.bank.members)
     for client, sign in ((0, 1.0), (1, 3.0)):
         aggregator.observe(client, before[client] + sign)
     aggregator.fit(server_round=2)
     for client, expected in ((5, 1.0), (6, 3.0), (7, 2.0)):
-        moved = aggregator.bank[client] - before[client]
+        moved = aggregator.bank.members[client] - before[client]
         torch.testing.assert_close(moved, torch.full((DIM,), expected), atol=0.05, rtol=0)
 
 
@@ -111,20 +113,19 @@ def test_where_clients_are_the_same_there_are_no_axes():
 
 
 def test_a_newcomers_start_is_the_average_where_nothing_was_learned(bank):
-    aggregator = GenerativeAggregator(DiffusionConfig(min_kin=1))
-    assert torch.equal(aggregator.expect(torch.ones(5)), torch.ones(5))
+    aggregator = GenerativeAggregator(torch.ones(5), DiffusionConfig(min_kin=1))
+    assert torch.equal(aggregator.expect(), torch.ones(5))
     aggregator.observe(0, torch.zeros(5))
     aggregator.fit(1, average=torch.full((5,), 3.0))  # one client: nothing to learn
     # What a newcomer was sent stays what it was, although there is a newer average.
-    assert torch.equal(aggregator.expect(torch.ones(5)), torch.full((5,), 3.0))
+    assert torch.equal(aggregator.expect(), torch.full((5,), 3.0))
 
 
 @pytest.mark.parametrize(("way", "is_common"), [(5.0, True), (0.2, False)])
 def test_clients_without_structure_are_alike_if_they_went_together(way: float, is_common: bool):
     """Then everyone is given the mean; if they went apart, everyone keeps its upload."""
     uploads = way + torch.randn(20, 500, generator=make_generator(0))
-    aggregator = GenerativeAggregator(DiffusionConfig())
-    aggregator.begin(torch.zeros(500))
+    aggregator = GenerativeAggregator(torch.zeros(500), DiffusionConfig())
     for client in range(20):
         aggregator.observe(client, uploads[client])
     aggregator.fit(1)
@@ -136,13 +137,12 @@ def test_clients_without_structure_are_alike_if_they_went_together(way: float, i
 def test_clients_that_began_apart_stay_so_however_far_they_come_together():
     """Those that are not in a round go the mean of the others' ways, and keep what is their own."""
     uploads = torch.randn(20, 500, generator=make_generator(0))
-    aggregator = GenerativeAggregator(DiffusionConfig())
-    aggregator.begin(torch.zeros(500))
+    aggregator = GenerativeAggregator(torch.zeros(500), DiffusionConfig())
     for server_round, members in ((1, range(20)), (2, range(10)), (3, range(10))):
         for client in members:
             aggregator.observe(client, uploads[client] + 10 * (server_round - 1))
         aggregator.fit(server_round)
-        resumed = GenerativeAggregator(DiffusionConfig())
+        resumed = GenerativeAggregator(torch.zeros(500), DiffusionConfig())
         resumed.restore(aggregator.state())
         aggregator = resumed
     for client in (0, 9, 10, 19):
@@ -152,8 +152,7 @@ def test_clients_that_began_apart_stay_so_however_far_they_come_together():
 def test_unlike_clients_that_come_later_end_what_was_common():
     """Two clients of the first round are alike, and ten that come afterwards like nobody."""
     generator = make_generator(0)
-    aggregator = GenerativeAggregator(DiffusionConfig())
-    aggregator.begin(torch.zeros(500))
+    aggregator = GenerativeAggregator(torch.zeros(500), DiffusionConfig())
     for client in (0, 1):
         aggregator.observe(client, 3 + 0.1 * torch.randn(500, generator=generator))
     aggregator.fit(1)
@@ -168,10 +167,10 @@ def test_unlike_clients_that_come_later_end_what_was_common():
 
 def test_a_state_of_another_denoiser_is_refused(bank):
     aggregator = fitted(bank[0], train_steps=1)
-    other = GenerativeAggregator(DiffusionConfig(train_steps=1, hidden_size=8))
+    other = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(train_steps=1, hidden_size=8))
     with pytest.raises(ValueError, match="not the state of these settings"):
         other.restore(aggregator.state())
-    assert not other.bank
+    assert not other.bank.members
 
 
 def test_who_has_no_kin_keeps_what_lies_outside_of_the_subspace(bank):
@@ -202,7 +201,7 @@ def test_a_newcomer_is_guided_to_its_group(bank):
     """From the mean, a step of local training toward its group is enough to be placed there."""
     uploads, centres = bank
     aggregator = fitted(uploads[:15])
-    mean = aggregator.expect(torch.zeros(DIM))
+    mean = aggregator.expect()
     torch.testing.assert_close(mean, uploads[:15].mean(0))
     for newcomer in (15, 16):
         current = mean + 0.2 * (uploads[newcomer] - mean)
@@ -211,7 +210,7 @@ def test_a_newcomer_is_guided_to_its_group(bank):
         distances = [(generated - centres[group]).norm() for group in range(NUM_GROUPS)]
         assert min(distances) == distances[newcomer % NUM_GROUPS]
         assert min(distances) < 0.6 * (current - centres[newcomer]).norm()
-        assert newcomer not in aggregator.bank
+        assert newcomer not in aggregator.bank.members
     # Later it moves with its kin, until it is a member with an upload of its own.
     placed = aggregator.personalize(15)
     for member in (0, 5, 10):
@@ -220,8 +219,8 @@ def test_a_newcomer_is_guided_to_its_group(bank):
     torch.testing.assert_close(aggregator.personalize(15), placed + 1.0, atol=0.05, rtol=0)
     aggregator.observe(15, uploads[15])
     aggregator.fit(server_round=3)
-    assert 15 in aggregator.bank
-    assert 15 not in aggregator.guests
+    assert 15 in aggregator.bank.members
+    assert 15 not in aggregator.bank.guests
 
 
 def test_auto_start_rises_with_the_noise(bank):
@@ -253,7 +252,7 @@ def test_a_loaded_state_personalizes_as_the_saved_one(bank, tmp_path, space: str
     aggregator = fitted(uploads, **settings)
     aggregator.onboard(50, uploads[0], uploads[1])
     aggregator.save(tmp_path / "state.safetensors")
-    loaded = GenerativeAggregator(DiffusionConfig(**settings), seed=1)
+    loaded = GenerativeAggregator(torch.zeros(100), DiffusionConfig(**settings), seed=1)
     loaded.load(tmp_path / "state.safetensors")
     for client in [*range(NUM_CLIENTS), 50]:
         assert torch.equal(loaded.personalize(client), aggregator.personalize(client))
@@ -266,12 +265,12 @@ def test_a_loaded_state_personalizes_as_the_saved_one(bank, tmp_path, space: str
 
 
 def test_a_state_saved_before_the_first_fit_can_be_loaded(bank, tmp_path):
-    GenerativeAggregator(DiffusionConfig()).save(tmp_path / "state.safetensors")
+    GenerativeAggregator(torch.zeros(DIM), DiffusionConfig()).save(tmp_path / "state.safetensors")
     loaded = fitted(bank[0], train_steps=1)
     loaded.onboard(30, bank[0][0], bank[0][1])
     loaded.load(tmp_path / "state.safetensors")
-    assert not loaded.bank
-    assert not loaded.guests
+    assert not loaded.bank.members
+    assert not loaded.bank.guests
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
@@ -289,7 +288,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(bank, tmp_path, damage: 
         file.unlink()
     with pytest.raises(ValueError, match=r"state\.safetensors"):
         aggregator.load(file)
-    assert len(aggregator.bank) == NUM_CLIENTS
+    assert len(aggregator.bank.members) == NUM_CLIENTS
 
 
 def test_generator_upload_gives_everyone_its_upload(bank):
@@ -334,7 +333,7 @@ def test_generator_shrinkage_shrinks_each_component_by_its_signal(bank):
 def test_models_without_a_denoiser_are_kept_and_onboard_newcomers(bank, generator: str):
     uploads, centres = bank
     aggregator = fitted(uploads, generator=generator)
-    restored = GenerativeAggregator(DiffusionConfig(generator=generator), seed=1)
+    restored = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(generator=generator), seed=1)
     restored.restore(aggregator.state())
     for one in (aggregator, restored):
         one.onboard(99, uploads[0] + 0.1, uploads[0])

@@ -398,20 +398,20 @@ def test_a_node_that_connects_later_is_onboarded_before_it_counts():
     # Then it is drawn to the group that its training went to, never as far out as its upload.
     assert sent[2][7] == pytest.approx(-1.0, abs=0.3)
     # Neither average nor bank know of it before it had its two rounds.
-    assert strategy.rounds_onboarded == {7: 2}
-    assert set(strategy.aggregator.bank) == set(range(7))
+    assert strategy.aggregator.bank.clients[7].rounds_onboarded == 2
+    assert set(strategy.aggregator.bank.members) == set(range(7))
     average = float(strategy.average["layer.weight"][0, 0])
     assert average == pytest.approx(sum(members) / 7)
     start(strategy, grid, num_rounds=1)
-    assert 7 in strategy.aggregator.bank
-    assert not strategy.rounds_onboarded
+    assert 7 in strategy.aggregator.bank.members
+    assert strategy.aggregator.bank.clients[7].rounds_onboarded == 0
 
 
 def test_without_rounds_of_onboarding_a_newcomer_is_a_member_at_once():
     grid = Joining(groups(), newcomer=7, after=14)
     strategy = PFedGPA(diffusion=UNGUARDED, onboarding=OnboardingConfig(rounds=0))
     start(strategy, grid)
-    assert 7 in strategy.aggregator.bank
+    assert 7 in strategy.aggregator.bank.members
 
 
 def test_onboarding_goes_on_after_a_restart():
