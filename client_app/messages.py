@@ -132,7 +132,7 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         ledger=kept_ledger(context, config, len(data.train_labels), server_round),
         uniform=seeded_uniform(noise) if config.privacy.seeded_noise else secure_uniform,
     )
-    return task, METHODS.get(config.strategy, Method)()
+    return task, METHODS[config.strategy]()
 
 
 def kept_ledger(context: Context, config: Config, num_examples: int, server_round: int) -> Ledger:

@@ -8,9 +8,7 @@ from pfedgpa_app.models import ModelError, build_model, head_of
 from pfedgpa_app.parameters import ParameterError, ParameterLayout
 from pfedgpa_app.privacy import require_opacus, unfit_layers
 from pfedgpa_app.randomness import resolve_device
-
-# Strategies that work on the features under a linear layer.
-_NEED_LINEAR_HEAD = ("fedrod", "fedpac", "floco")
+from pfedgpa_app.strategies import STRATEGY_INFO
 
 
 def preflight(config: Config) -> nn.Module:
@@ -31,7 +29,7 @@ def preflight(config: Config) -> nn.Module:
             for entry in layout.entries
             if entry.dtype.is_complex or not _has_numpy(entry.dtype)
         ]
-        if config.strategy in _NEED_LINEAR_HEAD:
+        if STRATEGY_INFO[config.strategy].needs_linear_head:
             head_of(model)
         if config.privacy.is_on:
             require_opacus(config.privacy)

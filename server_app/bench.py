@@ -19,9 +19,10 @@ import flwr
 import torch
 from pydantic import Field, ValidationError
 
-from pfedgpa_app.config import Config, ConfigError, Count, Section, flatten
+from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import RoundRecord, mean_and_spread, summarize
+from pfedgpa_app.section import Count, Section
 from pfedgpa_app.tables import Cell, Table, compare, partial_cell
 from server_app.simulation import simulate
 

@@ -14,8 +14,8 @@ import torch
 from network import wait_until
 from typer.testing import CliRunner
 
-from pfedgpa_app.config import FedProxConfig
 from pfedgpa_app.report import Run, RunFolder
+from pfedgpa_app.strategies import FedProxConfig
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table, compare, p_value
 from server_app import bench
 from server_app.bench import Suite

@@ -6,10 +6,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pfedgpa_app.config import Config, ConfigError, PFedHNConfig
+from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
 from pfedgpa_app.state import below, under
+from pfedgpa_app.strategies import PFedHNConfig
 from server_app.replies import Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
 
