@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.lying_client import TARGET, with_trigger
-from benchmarks.onboarding import CLIENTS, SMALL_IMAGES
+from benchmarks.small_images import CLIENTS, SMALL_IMAGES
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of

@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.network import (
+from benchmarks.network import (
     PROJECT,
     Network,
     configure_connection,

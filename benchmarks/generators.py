@@ -17,7 +17,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.onboarding import CLIENTS, SMALL_IMAGES
+from benchmarks.small_images import CLIENTS, SMALL_IMAGES
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion import mix

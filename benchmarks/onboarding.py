@@ -16,20 +16,13 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.small_images import CLIENTS, SMALL_IMAGES
 from pfedgpa_app.report import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.replies import Upload
 from server_app.simulation import read_config, simulate
 from server_app.strategies import PFedGPA
 
-CLIENTS = 20
-SMALL_IMAGES = {
-    "data.dataset": "benchmarks.small_images:fashion_mnist",
-    "data.image-shape": "1x14x14",
-    "data.num-classes": 10,
-    "model.name": "benchmarks.small_images:cnn",
-    "server.min-available-nodes": 2,
-}
 Curve = list[float]
 
 

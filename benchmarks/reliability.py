@@ -24,7 +24,7 @@ from benchmarks.faults import (
     copy_app,
     knock,
 )
-from tests.network import read_lines, wait_until
+from benchmarks.network import read_lines, wait_until
 
 CLIENTS = 4
 ROUNDS = 6

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from network import wait_until
 from typer.testing import CliRunner
 
+from benchmarks.network import wait_until
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.strategies import FedProxConfig
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table, compare, p_value

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from digit_sites import CLIENTS, LEARNED, QUICK, statuses, undisturbed, without, write_sites
-from network import read_lines, wait_until
 
 from benchmarks.faults import PATIENCE, SecureFederation, knock
+from benchmarks.network import read_lines, wait_until
 
 pytestmark = pytest.mark.processes
 

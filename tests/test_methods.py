@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from digits_client import MODEL, context, message, same, trained
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from small_task import (
@@ -19,7 +20,6 @@ from small_task import (
     layers_of,
     small_task,
 )
-from test_client_app import MODEL, context, message, same, trained
 from torch import nn
 
 from client_app.messages import evaluate_message, train_message

@@ -5,9 +5,8 @@ import torch
 from flwr.app import MessageType
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated_grid import SimulatedGrid, learning_site
-from test_sharing import DIM, fitted, sketches
-from test_strategies import start
+from simulated_grid import SimulatedGrid, learning_site, start
+from told_halves import DIM, fitted, sketches
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator

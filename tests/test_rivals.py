@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
-from simulated_grid import SimulatedGrid, upload, weights
+from simulated_grid import SimulatedGrid, received, site, start, upload, weights
 from small_task import (
     EPOCHS,
     IMAGES,
@@ -21,7 +21,6 @@ from small_task import (
     layers_of,
     small_task,
 )
-from test_strategies import received, site, start
 from torch import nn
 
 from client_app.methods import METHODS

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
-from simulated_grid import SimulatedGrid, weights
+from simulated_grid import Answer, SimulatedGrid, received, site, start, weights
 from small_task import EPOCHS, IMAGES, LABELS, PLAIN_SGD, RATE, small_task
-from test_strategies import Node, received, site, start
+from told_halves import DIM, NUM_CLIENTS, clients, fitted, generated, groups, sketches
 from torch import Tensor
 
 from client_app.methods import METHODS, Method
@@ -26,43 +26,6 @@ from pfedgpa_app.diffusion import (
 )
 from pfedgpa_app.randomness import make_generator
 from server_app.strategies import PFedGPA
-
-NUM_CLIENTS, DIM = 20, 4000
-
-
-def clients(own: Tensor, noise: float, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """Return uploads ``(20, 4000)`` and halves of clients that want ``own``, but for noise.
-
-    The noise of half the images has twice the variance of that of all.
-    """
-    generator = make_generator(seed)
-    first, second = (
-        own + noise * 2**0.5 * torch.randn(NUM_CLIENTS, DIM, generator=generator) for _ in range(2)
-    )
-    return (first + second) / 2, list(torch.stack([first, second], dim=1))
-
-
-def groups(num_groups: int, seed: int = 1) -> Tensor:
-    centres = torch.randn(num_groups, DIM, generator=make_generator(seed))
-    return centres[torch.arange(NUM_CLIENTS) % num_groups]
-
-
-def sketches(halves: Tensor) -> Tensor:
-    return torch.stack([sketched(half) for half in halves])
-
-
-def fitted(uploads: Tensor, halves: list[Tensor], **settings) -> GenerativeAggregator:
-    config = DiffusionConfig(**{"sharing": "measured", "train_steps": 20, **settings})
-    aggregator = GenerativeAggregator(torch.zeros(DIM), config, seed=1)
-    for client, upload in enumerate(uploads):
-        aggregator.observe(client, upload)
-        aggregator.compare(client, sketches(halves[client]))
-    aggregator.fit(server_round=1)
-    return aggregator
-
-
-def generated(aggregator: GenerativeAggregator) -> Tensor:
-    return torch.stack([aggregator.personalize(client) for client in aggregator.bank.members])
 
 
 def test_signal_parts_are_those_of_the_formula():
@@ -398,7 +361,7 @@ def test_normalized_moves_have_one_length():
     assert torch.equal(normalized(torch.zeros(2, 100)), torch.zeros(2, 100))
 
 
-def half(value: float, halves: Tensor | None) -> Node:
+def half(value: float, halves: Tensor | None) -> Answer:
     """Return a node that uploads weights, and halves if it is asked for them."""
     plain = site(value)
 
