@@ -39,6 +39,11 @@ class GenerativeAggregator:
     then `personalize` any of them. A client is a number, and the order of the uploads does not
     matter.
 
+    That is the server's part of a round of Algorithm 1: the uploads go into the bank, the denoiser
+    learns the bank (`train_denoiser`), every upload is inverted to its latent code (`invert`) and
+    denoised (`generate`). The algorithm's second branch is `onboard`, with guided denoising
+    (`guide`).
+
     Parameters
     ----------
     initial
@@ -141,7 +146,7 @@ class GenerativeAggregator:
         """
         if client in self.bank.retired:
             with single_thread():
-                return self._brought_back(client)
+                return self._of_retired(client)
         record = self.bank.clients[client]
         if record.model is None:
             raise KeyError(client)
@@ -170,7 +175,7 @@ class GenerativeAggregator:
         ``current``, both ``(d,)``; they do not get into the bank.
         """
         with single_thread():
-            generated = self._welcomed(current, previous, self._kin(client))
+            generated = self._onboarded(current, previous, self._kin(client))
         self.bank.put(client, generated, self._round)
 
     def describe(self) -> str:
@@ -282,12 +287,12 @@ class GenerativeAggregator:
             return None
         return (agreement(halves, self._told()) - MIN_AGREEMENT).clamp(min=0)
 
-    def _welcomed(self, current: Tensor, previous: Tensor, kin: Tensor | None) -> Tensor:
+    def _onboarded(self, current: Tensor, previous: Tensor, kin: Tensor | None) -> Tensor:
         if self.model is None:
             return current
         return self.model.onboard(current, previous, self.onboarding, self._vectors(), kin)
 
-    def _brought_back(self, client: int) -> Tensor:
+    def _of_retired(self, client: int) -> Tensor:
         """Return what is given to a client that is retired, ``(d,)``.
 
         Its own model is of long ago: it is given what those members are given that ask for the
@@ -301,7 +306,7 @@ class GenerativeAggregator:
             last = self.expect()
         if self.bank.of(client).is_secluded or kin is None or not bool(kin.any()):
             return last
-        return self._welcomed(last, last, kin)
+        return self._onboarded(last, last, kin)
 
     def _bring_up_to_date(self) -> None:
         """Move who was not in the round by how far others have come since it was.

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from benchmarks.attacks import ATTACKS, RULES, Attack, AttackedGrid
@@ -94,6 +95,7 @@ def test_falsified_data_are_what_the_attack_says(poison: str):
 
 
 def test_robust_rules_take_the_place_of_the_average():
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
     generator = make_generator(0)
     states: list[StateDict] = [{"weight": torch.randn(3, 2, generator=generator)} for _ in range(8)]
     every = np.stack([state["weight"].numpy() for state in states])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion.model import withheld
+from pfedgpa_app.diffusion import withheld
 from pfedgpa_app.randomness import make_generator
 from server_app.strategies import PFedGPA
 
@@ -93,5 +93,5 @@ def test_a_newcomer_is_not_sent_the_only_members_upload():
     aggregator.fit(1, average=torch.ones(DIM))
     assert torch.equal(aggregator.expect(), torch.zeros(DIM))
     aggregator.observe(1, torch.full((DIM,), 3.0))
-    aggregator.fit(2)
+    aggregator.fit(2, average=torch.full((DIM,), 2.0))
     torch.testing.assert_close(aggregator.expect(), torch.full((DIM,), 2.0))
