@@ -4,10 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
-import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -21,23 +19,21 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.report import RoundRecord
-from pfedgpa_app.state import states_below, states_under
-from server_app.global_model import GlobalModel, average_of
 from server_app.messages import draw, make_messages, num_bytes, shared_metrics
 from server_app.outliers import outliers
 from server_app.replies import ReplyError, Upload, read_metrics, read_spent, read_upload
 from server_app.roster import Roster, by_addressee
+from server_app.strategies.method import ServerMethod
 
 
-class ClientwiseFedAvg(FedAvg):
+class ClientwiseFedAvg(ServerMethod, FedAvg):
     """Federated Averaging in which a client may be sent parameters of its own.
 
     Implementation based on https://arxiv.org/abs/1602.05629. As it stands it gives everyone the
-    average. Subclasses say what else a client is trained from (`training_state`) and judged by
-    (`evaluation_state`), and what the server learns from a round (`learn`).
+    average. Subclasses override what `ServerMethod` has.
 
     An upload comes in by `aggregate_train`. It is read and checked, its client is judged, it has
     its part in the average, and it is learned from. What came of it goes out with the next
@@ -68,28 +64,11 @@ class ClientwiseFedAvg(FedAvg):
 
     Attributes
     ----------
-    clients_keep_parts : bool
-        Whether a personalized model is known to its client alone, so that the server can neither
-        write it down nor go on with another run's clients.
-    extras_are_optional : bool
-        Whether an upload without what is expected beside the parameters is used all the same.
-    global_model : GlobalModel
-        The average of all, once `begin` has made it.
-    extras_layout : ParameterLayout | None
-        What clients must upload beside the parameters, as `extras` is what they are sent.
     record : RoundRecord
         What happened in the current round, client by client.
-    sites : dict[int, StateDict]
-        What each client last told of its data, by client, as `Upload.site` has it.
-    unusual : dict[int, str]
-        From which clients of the current round the others do not learn, and why.
     completed_rounds : int
         Rounds of an earlier run that this one goes on from; Flower counts its rounds from 1 again.
     """
-
-    clients_keep_parts: ClassVar[bool] = False
-    extras_are_optional: ClassVar[bool] = False
-    global_model: GlobalModel
 
     def __init__(
         self,
@@ -104,21 +83,14 @@ class ClientwiseFedAvg(FedAvg):
         evaluate_every: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(generated_layers=generated_layers, seed=seed, momentum=momentum, **kwargs)
         self.evaluate_every = evaluate_every
         self._last_round = 0
         self.join_timeout = join_timeout
-        self.momentum = momentum
         self.late_clients = late_clients
         self.join_round = join_round
-        self.generated_layers = tuple(generated_layers)
-        self.seed = seed
         self.roster = roster or Roster()
-        self.has_begun = False
-        self.extras_layout: ParameterLayout | None = None
         self.completed_rounds = 0
-        self.sites: dict[int, StateDict] = {}
-        self.unusual: dict[int, str] = {}
         self.record = RoundRecord(0)
         self._sent: dict[int, StateDict] = {}
         self._addressees: list[Metadata] = []
@@ -159,101 +131,6 @@ class ClientwiseFedAvg(FedAvg):
             evaluate_config,
             evaluate_fn,
         )
-
-    def begin(self, state: StateDict) -> None:
-        """Make all that depends on the initial model, whose tensors are in the vectors' order.
-
-        Raises
-        ------
-        ParameterError
-            If a pattern takes no tensor of it, or nothing would be generated.
-        """
-        self.global_model = GlobalModel(state, self.generated_layers, self.momentum)
-        self.has_begun = True
-
-    @property
-    def average(self) -> StateDict:
-        """The average of all clients' models."""
-        return self.global_model.average
-
-    def training_state(self, client: int) -> StateDict:
-        """Return the state_dict that a client starts its local training from."""
-        return self.average
-
-    def evaluation_state(self, client: int) -> StateDict:
-        """Return the state_dict of a client's personalized model."""
-        return self.average
-
-    def prepare(self, server_round: int, clients: Sequence[int]) -> None:
-        """Take note of who will train in a round; by default nothing is to be done."""
-
-    def extras(self, client: int) -> StateDict:
-        """Return what a client is sent beside its parameters."""
-        return {}
-
-    def evaluation_extras(self, client: int) -> StateDict:
-        """Return what a client is sent beside the parameters that it judges."""
-        return self.extras(client)
-
-    def expected_extras(self, client: int) -> ParameterLayout | None:
-        """Return what a client must upload beside the parameters; None for nothing."""
-        return self.extras_layout
-
-    def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
-        """Return from which clients of a round the others should not learn, and why."""
-        return {}
-
-    def counts(self, client: int) -> bool:
-        """Tell whether a client's upload has its part in the average."""
-        return client not in self.unusual
-
-    def check(self, client: int, upload: Upload) -> None:
-        """Refuse an upload that fits the model and cannot be used all the same.
-
-        Raises
-        ------
-        ReplyError
-            If its data are another partition than before, as when a run is resumed with more
-            clients.
-        """
-        before = self.sites.get(client, {}).get("partition")
-        now = upload.site.get("partition")
-        if before is not None and now is not None and not torch.equal(before, now):
-            raise ReplyError(
-                f"its data are partition {now[0]} of {now[1]}, and were {before[0]} of "
-                f"{before[1]}; right would be as many clients as in the rounds before"
-            )
-
-    def combine(self, uploads: Sequence[Upload]) -> StateDict:
-        """Return what the average becomes, by default that of uploads by their examples."""
-        return average_of(uploads)
-
-    def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        """Take in the uploads of a round by client; the average is up to date already."""
-
-    def store_below(self, folder: Path, earlier: Path | None) -> None:
-        """Keep what is seldom needed in files below a run's folder; by default there is nothing.
-
-        ``earlier`` is the folder of the run to go on from.
-        """
-
-    def sweep(self) -> None:
-        """Remove such files that no checkpoint counts on any more."""
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return self.global_model.state() | states_under("site", self.sites)
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned, after `begin`.
-
-        Raises
-        ------
-        ValueError
-            If it is another model's, or of other settings.
-        """
-        self.global_model.restore(tensors)
-        self.sites = states_below("site", tensors)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
