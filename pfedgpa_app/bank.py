@@ -67,7 +67,7 @@ class Bank:
     Parameters
     ----------
     max_members
-        At most so many models, those heard of last, are in the bank, and as many among the guests.
+        At most so many models, those of the latest uploads, are in the bank, and as many among the guests.
     retired
         Where the models of the others are, ``(d,)``. Nothing is done with one until it is asked
         for. In memory by default.
@@ -86,7 +86,7 @@ class Bank:
     def members(self) -> dict[int, Tensor]:
         """The models ``(d,)`` in the bank, those that the others learn from, sorted by client.
 
-        A member of which nothing was heard for more than `MAX_AGE` rounds, or that is secluded, is
+        A member without an upload for more than `MAX_AGE` rounds, or that is secluded, is
         a guest.
         """
         return self._models(in_bank=True)
@@ -114,7 +114,7 @@ class Bank:
         record.rounds_onboarded += 1
 
     def take_in(self, server_round: int) -> None:
-        """Sort the uploads of a round, and the members that were not heard of for long."""
+        """Sort the uploads of a round, and the members without an upload for long."""
         num_uploads = 0
         for client, record in self.clients.items():
             if record.upload is None:
@@ -189,7 +189,7 @@ class Bank:
         return max(MAX_AGE, _MAX_INTERVALS * usual)
 
     def _retire(self, models: dict[int, Tensor], most: int) -> None:
-        """Put away the models of all but those that were heard of last."""
+        """Put away the models of all but those of the latest uploads."""
         latest = sorted(models, key=lambda client: (-self.clients[client].seen, client))
         for client in latest[most:]:
             with contextlib.suppress(WriteError):  # it stays then, until there is room

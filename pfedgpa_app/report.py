@@ -103,7 +103,7 @@ class RoundRecord:
 
     @property
     def num_failures(self) -> int:
-        """Number of clients that were asked to train and gave nothing that could be used."""
+        """Number of clients that were asked to train and sent no usable reply."""
         fine = ("ok", BUDGET_SPENT)
         return sum(row.get("status", "ok") not in fine for row in self.clients.values())
 

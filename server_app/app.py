@@ -93,7 +93,7 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
 
 
 class RunError(RuntimeError):
-    """A run that has no prospect."""
+    """A run in whose first round every client failed."""
 
 
 class RoundEnd:
@@ -121,7 +121,7 @@ class RoundEnd:
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
         if server_round > 0:
-            self._stop_if_hopeless()
+            self._stop_if_all_failed()
         completed = self.strategy.record.server_round
         is_last = completed == self.config.num_server_rounds
         try:
@@ -179,7 +179,7 @@ class RoundEnd:
         )
         self.folder.add_round(row, [record.clients[client] for client in sorted(record.clients)])
 
-    def _stop_if_hopeless(self) -> None:
+    def _stop_if_all_failed(self) -> None:
         """End a run in whose first round every client failed: it is the settings, not the clients.
 
         Raises

@@ -17,7 +17,7 @@ CHECKPOINT_KIND = "pfedgpa-checkpoint-7"
 
 
 class ResumeError(ValueError):
-    """A run that cannot be gone on from."""
+    """A run that cannot be resumed."""
 
 
 def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
