@@ -225,14 +225,12 @@ def failures(result: Result) -> list[str]:
 def accuracies(result: Result) -> list[float]:
     """Return the mean accuracy of the models of clients with a usable reply in the run, a round."""
     rows = result["clients"]
-    replied = {row["client"] for row in rows if row.get("status") == "ok"}
+    usable = {row["client"] for row in rows if row.get("status") == "ok"}
     return [
         fmean(
             row["personalized-accuracy"]
             for row in rows
-            if row["round"] == number
-            and row["client"] in replied
-            and "personalized-accuracy" in row
+            if row["round"] == number and row["client"] in usable and "personalized-accuracy" in row
         )
         for number in range(1, ROUNDS + 1)
     ]

@@ -67,7 +67,8 @@ class Bank:
     Parameters
     ----------
     max_members
-        At most so many models, those of the latest uploads, are in the bank, and as many among the guests.
+        At most so many models, those of the latest uploads, are in the bank, and as many among the
+        guests.
     retired
         Where the models of the others are, ``(d,)``. Nothing is done with one until it is asked
         for. In memory by default.
