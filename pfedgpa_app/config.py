@@ -243,11 +243,14 @@ class Config(StrategySections):
     def from_flat(cls, flat: Mapping[str, Any]) -> "Config":
         """Build the settings from a flat run config such as ``{"diffusion.start": 200}``.
 
+        What an earlier version wrote is passed over where it asks for what is done now anyway.
+
         Raises
         ------
         ConfigError
             With every problem: unknown keys, wrong types, values out of range, contradictions.
         """
+        flat = {key: value for key, value in flat.items() if (key, value) not in _REMOVED.items()}
         known = cls().to_flat().keys()
         problems = {
             key: _unknown(key, value, known) for key, value in flat.items() if key not in known

@@ -81,8 +81,8 @@ def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            if metadata.get("kind") != kind:
-                raise ValueError(f"{file} is no {kind}")
+            if (found := metadata.get("kind")) != kind:
+                raise ValueError(f"{file} is no {kind}" + (f", but a {found}" if found else ""))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is missing or damaged: {error}") from error
