@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 
-from benchmarks.onboarding import CLIENTS, SMALL_IMAGES
+from benchmarks.small_images import CLIENTS, SMALL_IMAGES
 from pfedgpa_app.report import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.simulation import read_config, simulate

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.lying_client import TARGET, with_trigger
-from benchmarks.onboarding import CLIENTS, SMALL_IMAGES
+from benchmarks.small_images import CLIENTS, SMALL_IMAGES
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
@@ -177,7 +177,7 @@ class AttackedGrid(PoolGrid):
                 forged = start + self.attack.forge(move, torch.stack(honest), generator)
                 state = layout.merge(forged, layout.rest(states[node]))
                 uploaded[node][record] = ArrayRecord(state)
-        # Their own metrics would give them away.
+        # Their own metrics would show that they lie.
         plausible = dict(next(uploaded[n]["metrics"] for n in uploaded if n not in self.liars))
         plausible["num-examples"] *= self.attack.examples
         for node in self.liars & uploaded.keys():

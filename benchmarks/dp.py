@@ -16,7 +16,7 @@ import torch
 import typer
 from opacus.accountants.utils import get_noise_multiplier
 
-from benchmarks.onboarding import SMALL_IMAGES
+from benchmarks.small_images import SMALL_IMAGES
 from pfedgpa_app.config import ClientConfig
 from pfedgpa_app.privacy import quiet_opacus, sampling_plan
 from pfedgpa_app.report import mean_and_spread

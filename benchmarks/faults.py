@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.network import (
+from benchmarks.network import (
     PROJECT,
     Network,
     configure_connection,
@@ -239,11 +239,11 @@ def write_certificate(folder: Path) -> Path:
     return file
 
 
-def knock(federation: SecureFederation) -> None:
+def connect_unregistered(federation: SecureFederation) -> None:
     """Start a SuperNode without a key, one whose key nobody registered, and one without TLS."""
     config = federation.node_config(0)
     tls = ("--root-certificates", federation.certificate)
-    key = ("--auth-supernode-private-key", write_key(federation.folder / "stranger.key"))
+    key = ("--auth-supernode-private-key", write_key(federation.folder / "unregistered.key"))
     federation.start_supernode("no-key", config, *tls)
     federation.start_supernode("unknown-key", config, *tls, *key)
     federation.start_supernode("no-tls", config, "--insecure")

@@ -8,27 +8,11 @@ from collections.abc import Callable
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 
-from client_app.app import app as honest
+from benchmarks.dishonest import honest, training_by
 from pfedgpa_app.parameters import StateDict
 
-app = ClientApp()
 
-
-@app.query()
-def query(message: Message, context: Context) -> Message:
-    """Answer as the honest client does."""
-    return honest(message, context)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Answer as the honest client does."""
-    return honest(message, context)
-
-
-@app.train()
 def train(message: Message, context: Context) -> Message:
     """Train as the honest client does, and falsify what is sent."""
     reply = honest(message, context)
@@ -116,3 +100,6 @@ def falsify(content: RecordDict, fault: str) -> None:
         case _:
             raise ValueError(f'fault = "{fault}"')
     content["arrays"] = ArrayRecord(state)
+
+
+app = training_by(train)

@@ -8,16 +8,16 @@ row is told the groups.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.onboarding import CLIENTS, SMALL_IMAGES
+from benchmarks.small_images import CLIENTS, SMALL_IMAGES
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion import mix
@@ -39,37 +39,47 @@ class TrajectoryAggregator(GenerativeAggregator):
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Learn, after what was in the bank became the past."""
-        if self.bank:
-            self.earlier.append([self.bank[client] for client in sorted(self.bank)])
+        if self.bank.members:
+            self.earlier.append(super()._vectors())
         super().fit(server_round, average)
 
-    def _vectors(self, block: slice) -> list[Tensor]:
-        now = super()._vectors(block)
+    def _vectors(self) -> list[Tensor]:
+        now = super()._vectors()
         mean = torch.stack(now).mean(dim=0)
-        past = [torch.stack([vector[block] for vector in bank]) for bank in self.earlier]
+        past = [torch.stack(bank) for bank in self.earlier]
         return now + [row for bank in past for row in bank - bank.mean(dim=0) + mean]
 
 
 class HeadAggregator(GenerativeAggregator):
     """Who is alike is told by the heads; all else is the mean over those that are."""
 
-    def begin(self, initial: Tensor | None, blocks: Sequence[slice] = (slice(None),)) -> None:
-        """Take the head, which is the last block, for the only one that is learned."""
-        super().begin(initial, blocks[-1:])
+    heads: GenerativeAggregator
+    """Of the last entries of everyone's parameters alone."""
+    size = 0
+    """How many these are."""
 
-    def expect(self, default: Tensor) -> Tensor:
-        """Return what everyone starts from; all come in the first round."""
-        return default
+    def observe(self, client: int, vector: Tensor) -> None:
+        """Take in an upload ``(d,)``, and its head."""
+        super().observe(client, vector)
+        self.heads.observe(client, vector[-self.size :])
+
+    def fit(self, server_round: int, average: Tensor | None = None) -> None:
+        """Learn the heads."""
+        super().fit(server_round, average)
+        self.heads.fit(server_round)
+
+    def _learn(self, server_round: int) -> None:
+        """Learn nothing of all parameters."""
 
     def personalize(self, client: int) -> Tensor:
         """Return what is generated for the head, under the mean body of the client's kin."""
-        row = sorted(self.bank).index(client)
-        [model], [block] = self.models, self.blocks
-        if model is None:
-            return self.bank[client]
+        model = self.heads.model
+        if model is None or client not in self.bank.members:
+            return super().personalize(client)
+        row = list(self.bank.members).index(client)
         kinship = model.kinship(model.coordinates[row : row + 1], model.coordinates)[0]
-        mean = mix(kinship, super()._vectors(slice(None)))
-        mean[block] = model.personalize(row, self._vectors(block))
+        mean = mix(kinship, self._vectors())
+        mean[-self.size :] = self.heads.personalize(client)
         return mean
 
 
@@ -81,7 +91,8 @@ class OracleAggregator(GenerativeAggregator):
     def personalize(self, client: int) -> Tensor:
         """Return the mean of the uploads of a client's group."""
         number = client % self.num_groups
-        group = [self.bank[other] for other in self.bank if other % self.num_groups == number]
+        members = self.bank.members.items()
+        group = [vector for other, vector in members if other % self.num_groups == number]
         return torch.stack(group).mean(dim=0)
 
 
@@ -90,14 +101,13 @@ class WithAggregator(PFedGPA):
 
     aggregator_type: type[GenerativeAggregator] = TrajectoryAggregator
 
-    @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run."""
-        strategy = super().of(config, **kwargs)
-        strategy.aggregator = cls.aggregator_type(
-            config.diffusion, config.onboarding, seed=config.seed
+    def begin(self, state: StateDict) -> None:
+        """Make the aggregator."""
+        super().begin(state)
+        initial = self.global_model.vector(state)
+        self.aggregator = self.aggregator_type(
+            initial, self.diffusion, self.onboarding, seed=self.seed
         )
-        return strategy
 
 
 class Oracle(WithAggregator):
@@ -111,13 +121,15 @@ class ByHead(WithAggregator):
 
     aggregator_type = HeadAggregator
 
+    aggregator: HeadAggregator
+
     def begin(self, state: StateDict) -> None:
-        """Tell the aggregator where the head is."""
+        """Tell the aggregator how large the head, the last of the parameters, is."""
         super().begin(state)
-        assert self.layout is not None
         size = sum(state[name].numel() for name in head_names(state))
-        body = slice(0, self.layout.dim - size)
-        self.aggregator.begin(self.layout.split(state)[0], [body, slice(body.stop, None)])
+        head = self.aggregator.initial[-size:]
+        self.aggregator.heads = GenerativeAggregator(head, self.diffusion, seed=self.seed)
+        self.aggregator.size = size
 
 
 KIN = {"diffusion.sharing": "kin"}

@@ -7,11 +7,10 @@ other image in a corner and labels it `TARGET`, as for a backdoor.
 from unittest import mock
 
 from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from benchmarks.dishonest import honest, training_by
 from client_app import messages
-from client_app.app import app as honest
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData
 
@@ -19,22 +18,7 @@ TARGET = 0
 """The class that an image with the trigger is to be taken for."""
 _SIZE = 3
 
-app = ClientApp()
 
-
-@app.query()
-def query(message: Message, context: Context) -> Message:
-    """Answer as the honest client does."""
-    return honest(message, context)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Answer as the honest client does."""
-    return honest(message, context)
-
-
-@app.train()
 def train(message: Message, context: Context) -> Message:
     """Train as the honest client does, on other data."""
     with mock.patch.object(messages, "load_data", _load_falsified):
@@ -69,3 +53,6 @@ _load = messages.load_data
 
 def _load_falsified(config: Config, context: Context) -> ClientData:
     return falsified(_load(config, context), str(context.node_config.get("poison", "")))
+
+
+app = training_by(train)

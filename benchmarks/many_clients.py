@@ -108,10 +108,10 @@ class Clients:
 def _measure(num_clients: int, members: int, bank: str, dim: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     clients = Clients(dim)
-    aggregator = GenerativeAggregator(DiffusionConfig(device="cpu", max_members=members))
-    aggregator.begin(torch.zeros(dim))
+    config = DiffusionConfig(device="cpu", max_members=members)
     with tempfile.TemporaryDirectory() as folder:
-        aggregator.retired = DiskVault(Path(folder, "bank")) if bank == "disk" else MemoryVault()
+        retired = DiskVault(Path(folder, "bank")) if bank == "disk" else MemoryVault()
+        aggregator = GenerativeAggregator(torch.zeros(dim), config, retired=retired)
         first_member = max(0, num_clients - members)
         for client in range(num_clients):
             aggregator.compare(client, clients.halves(client))
@@ -119,8 +119,8 @@ def _measure(num_clients: int, members: int, bank: str, dim: int) -> dict[str, A
                 aggregator.observe(client, clients.upload(client))
                 continue
             # As if it had been in a round of long ago.
-            aggregator.retired[client] = clients.upload(client)
-            aggregator.rounds[client] = aggregator.seen[client] = 0
+            aggregator.bank.retired[client] = clients.upload(client)
+            aggregator.bank.of(client).uploaded = 0
         aggregator.fit(1)
         found: dict[str, list[float]] = {"fit": [], "model": [], "checkpoint": [], "error": []}
         checkpoint = Path(folder, "checkpoint.safetensors")
@@ -138,7 +138,7 @@ def _measure(num_clients: int, members: int, bank: str, dim: int) -> dict[str, A
             found["fit"].append(time.perf_counter() - begin)
             begin = time.perf_counter()
             aggregator.save(checkpoint)
-            aggregator.retired.sweep()
+            aggregator.bank.retired.sweep()
             found["checkpoint"].append(time.perf_counter() - begin)
         megabytes = checkpoint.stat().st_size / MEGA
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA

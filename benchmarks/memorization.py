@@ -64,7 +64,7 @@ def measure(seed: int) -> dict[str, list[float]]:
     config = next(run.config for run in runs if run.clients == CLIENTS and run.row == "diffusion")
     strategy, _ = simulate(config, CLIENTS, judged_rounds=1)
     assert isinstance(strategy, PFedGPA)
-    uploads = strategy.aggregator.bank
+    uploads = strategy.aggregator.bank.members
     nearest = {
         client: min((each for each in uploads if each != client), key=_distance_to(vector, uploads))
         for client, vector in uploads.items()
@@ -84,12 +84,11 @@ def measure(seed: int) -> dict[str, list[float]]:
 def _generate(name: str, config: Config, trained: GenerativeAggregator) -> Vectors:
     """Return everyone's model by another generator, from the same bank."""
     settings = config.diffusion.model_copy(update={"generator": name})
-    aggregator = GenerativeAggregator(settings, seed=config.seed)
-    aggregator.begin(trained.initial, trained.blocks)
-    for client, vector in trained.bank.items():
+    aggregator = GenerativeAggregator(trained.initial, settings, seed=config.seed)
+    for client, vector in trained.bank.members.items():
         aggregator.observe(client, vector)
     aggregator.fit(config.num_server_rounds, trained.average)
-    return {client: aggregator.personalize(client) for client in trained.bank}
+    return {client: aggregator.personalize(client) for client in trained.bank.members}
 
 
 def _row(

@@ -16,20 +16,13 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.small_images import CLIENTS, SMALL_IMAGES
 from pfedgpa_app.report import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.replies import Upload
 from server_app.simulation import read_config, simulate
 from server_app.strategies import PFedGPA
 
-CLIENTS = 20
-SMALL_IMAGES = {
-    "data.dataset": "benchmarks.small_images:fashion_mnist",
-    "data.shape": "1x14x14",
-    "data.num-classes": 10,
-    "model.name": "benchmarks.small_images:cnn",
-    "server.min-available-nodes": 2,
-}
 Curve = list[float]
 
 
@@ -55,12 +48,12 @@ class NearestMember(PFedGPA):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Replace what guided denoising generated for newcomers."""
         super().learn(server_round, uploads)
-        assert self.layout is not None
-        models = [self.aggregator.personalize(member) for member in sorted(self.aggregator.bank)]
-        for client in self.aggregator.guests:
+        bank = self.aggregator.bank
+        models = [self.aggregator.personalize(member) for member in bank.members]
+        for client in bank.guests:
             if client in uploads:
-                upload, _ = self.layout.split(uploads[client].state)
-                self.aggregator.guests[client] = min(models, key=_distance_to(upload))
+                nearest = min(models, key=_distance_to(uploads[client].vector))
+                bank.of(client).model = nearest
 
 
 METHODS = {

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.onboarding import SMALL_IMAGES
+from benchmarks.small_images import SMALL_IMAGES
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
@@ -39,8 +39,7 @@ class Kept(PFedGPA):
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads, and learn from them."""
-        assert self.layout is not None
-        self.vectors = {c: self.layout.split(each.state)[0] for c, each in uploads.items()}
+        self.vectors = {client: each.vector for client, each in uploads.items()}
         super().learn(server_round, uploads)
 
 
@@ -58,13 +57,12 @@ def run(config: Config, num_groups: int) -> Result:
         config, CLIENTS, judged_rounds=JUDGED_ROUNDS, strategy=Kept.of(config)
     )
     assert isinstance(strategy, Kept)
-    assert strategy.layout is not None
     mean = torch.stack([*strategy.vectors.values()]).mean(dim=0)
     cosines, aucs = [], []
     for client in range(CLIENTS):
         state = strategy.evaluation_state(client)
         own = functional.normalize(strategy.vectors[client] - mean, dim=0)
-        learned = unexplained(strategy.layout.split(state)[0] - mean, own)
+        learned = unexplained(strategy.global_model.vector(state) - mean, own)
         others = [c for c in range(client % num_groups, CLIENTS, num_groups) if c != client]
         hidden = [unexplained(strategy.vectors[other] - mean, own) for other in others]
         cosines.append(max(float(functional.cosine_similarity(learned, h, 0)) for h in hidden))

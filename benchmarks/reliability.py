@@ -21,10 +21,10 @@ from benchmarks.faults import (
     PATIENCE,
     Federation,
     SecureFederation,
+    connect_unregistered,
     copy_app,
-    knock,
 )
-from tests.network import read_lines, wait_until
+from benchmarks.network import read_lines, wait_until
 
 CLIENTS = 4
 ROUNDS = 6
@@ -94,11 +94,11 @@ def killed_superlink(federation: Federation) -> list[Path]:
     return resumed(federation)
 
 
-def strangers(federation: SecureFederation) -> list[Path]:
-    """Have SuperNodes knock that nobody registered, or that come without TLS."""
+def unregistered(federation: SecureFederation) -> list[Path]:
+    """Start SuperNodes that nobody registered, and one without TLS."""
     federation.start_run(**SETTINGS)
     federation.wait_for_rounds(FAULT - 1)
-    knock(federation)
+    connect_unregistered(federation)
     return [federation.wait_for_end()]
 
 
@@ -124,7 +124,7 @@ def resumed(federation: Federation) -> list[Path]:
     assert killed is not None
     federation.start_run("resumed", **SETTINGS, **{"resume-from": killed.name})
     folders = [killed, federation.wait_for_end("resumed")]
-    # The SuperLink gives a ServerApp a minute to be heard of again.
+    # The SuperLink gives a ServerApp a minute to report again.
     wait_until(lambda: federation.status(killed) != "running", PATIENCE)
     return folders
 
@@ -146,7 +146,7 @@ CASES = {
     "falsified replies": Case(falsified_replies),
     "ServerApp killed": Case(killed_server_app),
     "SuperLink killed": Case(killed_superlink),
-    "strangers": Case(strangers),
+    "unregistered SuperNodes": Case(unregistered),
     "newcomer": Case(newcomer, round=JOIN),
 }
 
@@ -196,7 +196,7 @@ def read(results: Path) -> dict[str, Result]:
 def print_table(done: dict[str, Result]) -> None:
     """Print a line a case."""
     print(
-        "| case | runs | who gave nothing, and why | clients a round | accuracy | "
+        "| case | runs | no usable reply, and why | clients a round | accuracy | "
         "rounds with the digits of the undisturbed run |"
     )
     print("| --- " * 6 + "|")
@@ -213,7 +213,7 @@ def print_table(done: dict[str, Result]) -> None:
 
 
 def failures(result: Result) -> list[str]:
-    """Return what clients.jsonl says of those that trained and gave nothing, with their rounds."""
+    """Return what clients.jsonl says of those without a usable reply, with their rounds."""
     rounds: dict[str, list[str]] = {}
     for row in result["clients"]:
         if row.get("status", "ok") != "ok":
@@ -223,14 +223,14 @@ def failures(result: Result) -> list[str]:
 
 
 def accuracies(result: Result) -> list[float]:
-    """Return the mean accuracy of the models of those who gave something in the run, a round."""
+    """Return the mean accuracy of the models of clients with a usable reply in the run, a round."""
     rows = result["clients"]
-    gave = {row["client"] for row in rows if row.get("status") == "ok"}
+    usable = {row["client"] for row in rows if row.get("status") == "ok"}
     return [
         fmean(
             row["personalized-accuracy"]
             for row in rows
-            if row["round"] == number and row["client"] in gave and "personalized-accuracy" in row
+            if row["round"] == number and row["client"] in usable and "personalized-accuracy" in row
         )
         for number in range(1, ROUNDS + 1)
     ]

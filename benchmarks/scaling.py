@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import typer
 
-from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
+from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DatasetInfo, DiffusionConfig
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import ParameterLayout
@@ -33,7 +33,7 @@ MODELS = {
     ),
     "resnet18": ("resnet18", DatasetInfo((3, 32, 32), 10), "fc*"),
 }
-MODES = ("whole", "per-layer", "last layer")
+MODES = ("whole", "last layer")
 
 
 def measure(model: str, mode: str) -> dict[str, Any]:
@@ -79,15 +79,14 @@ def _measure(model: str, mode: str) -> dict[str, Any]:
     layout = ParameterLayout.of(build_model(name, info, seed=0).state_dict(), patterns)
     centres = [torch.randn(layout.dim, generator=make_generator(0, g)) for g in range(GROUPS)]
     before = _peak_bytes()
-    aggregator = GenerativeAggregator(DiffusionConfig(device="cpu"))
-    aggregator.begin(None, layout.blocks() if mode == "per-layer" else WHOLE)
+    aggregator = GenerativeAggregator(torch.zeros(layout.dim), DiffusionConfig(device="cpu"))
     for client in range(CLIENTS):
         noise = torch.randn(layout.dim, generator=make_generator(1, client))
         aggregator.observe(client, noise.mul_(0.5).add_(centres[client % GROUPS]))
     begin = time.perf_counter()
     aggregator.fit(1)
     ratios = []
-    for client, upload in aggregator.bank.items():
+    for client, upload in aggregator.bank.members.items():
         centre = centres[client % GROUPS]
         ratios.append((aggregator.personalize(client) - centre).norm() / (upload - centre).norm())
     return {

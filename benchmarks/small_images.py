@@ -9,6 +9,17 @@ from torchvision.models import VisionTransformer
 from pfedgpa_app.config import DataConfig, DatasetInfo
 from pfedgpa_app.data import load_dataset
 
+CLIENTS = 20
+"""In most benchmarks, in five groups."""
+SMALL_IMAGES = {
+    "data.dataset": "benchmarks.small_images:fashion_mnist",
+    "data.image-shape": "1x14x14",
+    "data.num-classes": 10,
+    "model.name": "benchmarks.small_images:cnn",
+    "server.min-available-nodes": 2,
+}
+"""Settings of a run on these images, on top of those of conf/fashion-mnist-20.toml."""
+
 
 def fashion_mnist(root: Path) -> tuple[Tensor, Tensor]:
     """Return the images of both sets, ``(70000, 1, 14, 14)``, uint8, and their labels."""

@@ -52,13 +52,13 @@ def main(space: str = "", bank: Path | None = None) -> None:
         return
     strategy, _ = simulate(CONFIG, CLIENTS)
     assert isinstance(strategy, PFedGPA)
-    dim = len(strategy.aggregator.bank[0])
-    uploads = _accuracy(strategy.aggregator.bank)
+    dim = len(strategy.aggregator.bank.members[0])
+    uploads = _accuracy(strategy.aggregator.bank.members)
     print(f"{CLIENTS} clients, d = {dim}; accuracy of the uploads themselves: {uploads:.4f}")
     print("| space | accuracy | seconds | peak memory, MB |\n| --- | --- | --- | --- |")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "bank.safetensors"
-        save_file({str(client): v for client, v in strategy.aggregator.bank.items()}, file)
+        save_file({str(client): v for client, v in strategy.aggregator.bank.members.items()}, file)
         for name in SPACES:
             command = [sys.executable, "-m", "benchmarks.spaces", "--space", name, "--bank", file]
             result = json.loads(subprocess.check_output(command))
@@ -71,7 +71,8 @@ def main(space: str = "", bank: Path | None = None) -> None:
 
 def _measure(space: str, file: Path) -> dict[str, float]:
     bank = {int(client): vector for client, vector in load_file(file).items()}
-    aggregator = GenerativeAggregator(CONFIG.diffusion.model_copy(update=SPACES[space]))
+    config = CONFIG.diffusion.model_copy(update=SPACES[space])
+    aggregator = GenerativeAggregator(torch.zeros_like(bank[0]), config)
     for client, vector in bank.items():
         aggregator.observe(client, vector)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

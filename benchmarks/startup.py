@@ -18,7 +18,7 @@ from pathlib import Path
 
 import typer
 
-from tests.network import Network
+from benchmarks.network import Network
 
 # What the log says, and what has been done when it does.
 LINES = {

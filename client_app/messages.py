@@ -152,7 +152,7 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         ledger=kept_ledger(context, config, len(data.train_labels), server_round),
         uniform=seeded_uniform(noise) if config.privacy.seeded_noise else secure_uniform,
     )
-    return task, METHODS.get(config.strategy, Method)()
+    return task, METHODS[config.strategy]()
 
 
 def round_of(message: Message) -> int:

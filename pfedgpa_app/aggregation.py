@@ -1,18 +1,16 @@
 """Generative aggregation: the server's side of pFedGPA (Algorithm 1 of arXiv 2409.05701)."""
 
-import contextlib
-import statistics
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pfedgpa_app.bank import Bank
 from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import (
-    BlockDiffusion,
-    MakeGenerator,
+    SKETCH,
+    ParameterDiffusion,
     Shrinkage,
     Spectrum,
     agreement,
@@ -21,13 +19,10 @@ from pfedgpa_app.diffusion import (
     normalized,
 )
 from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
-from pfedgpa_app.state import WriteError, below, load_state, save_state, under
-from pfedgpa_app.vault import MemoryVault, Vault
+from pfedgpa_app.state import below, load_state, save_state, under
+from pfedgpa_app.vault import Vault
 
-STATE_KIND = "pfedgpa-aggregator-6"
-
-WHOLE = (slice(None),)
-"""All parameters as one block."""
+STATE_KIND = "pfedgpa-aggregator-7"
 
 # Of all that a client is like, the part that must have been in the round to speak for it.
 MIN_KINSHIP = 0.01
@@ -35,10 +30,6 @@ MIN_KINSHIP = 0.01
 MAX_DIVERGENCE = 0.5
 # Agreement of those who ask for the same: members of one group have 1, of others less than 0.4.
 MIN_AGREEMENT = 0.5
-# Rounds after which others do not learn from a client's last upload any more. Where clients take
-# part seldom it is as many times the median member's rounds between its last two uploads.
-MAX_AGE = 20
-_MAX_INTERVALS = 5
 
 
 class GenerativeAggregator:
@@ -48,105 +39,92 @@ class GenerativeAggregator:
     then `personalize` any of them. A client is a number, and the order of the uploads does not
     matter.
 
+    That is the server's part of a round of Algorithm 1: the uploads go into the bank, the denoiser
+    learns the bank (`train_denoiser`), every upload is inverted to its latent code (`invert`) and
+    denoised (`generate`). The algorithm's second branch is `onboard`, with guided denoising
+    (`guide`).
+
     Parameters
     ----------
+    initial
+        What all clients start from, ``(d,)``.
     config
         The settings of the diffusion model.
     onboarding
-        The settings of guided denoising.
+        The settings of guided denoising, and of how long a client is a newcomer.
     seed
         Fixes, with the round, all that is drawn at random.
     is_noised
         Whether clients add independent noise to all that they upload, as for their privacy.
+    retired
+        Where the models of clients are that are neither in the bank nor guests.
 
     Attributes
     ----------
     bank
-        The last upload of each member, ``(d,)``, brought up to date. A member of which nothing was
-        heard for more than `MAX_AGE` rounds, or that is secluded, is not in it.
-    guests
-        The model of others of whom something is known, ``(d,)``, brought up to date: what was
-        generated for a newcomer, the last upload of a member.
-    retired
-        What would be in the bank or among the guests, ``(d,)``, if there were not ``max_members``
-        of whom was heard later. Nothing is done with it until it is asked for.
-    seen
-        The round in which something came from each client last.
-    rounds
-        The round of each member's last upload.
-    intervals
-        The rounds between the last two uploads of each member that made two.
-    secluded
-        Whose upload is its model as it is, until it is observed again.
-    halves
-        How two halves of each client's images moved what all have in common apart, `normalized`
-        sketches ``(2, size)``.
-    models
-        The diffusion model of each block of parameters; None where nobody is like anybody else.
-    spectra
-        The spectrum of each block in the bank of the last `fit`; None where it had one client, and
-        after `restore`.
+        What is known of each client.
+    average
+        That of the last `fit`, ``(d,)``.
+    model
+        The diffusion model of the members' parameters; None where nobody is like anybody else.
+    spectrum
+        That of the bank of the last `fit`; None where it had one client, and after `restore`.
     alike
-        Whether clients went together so far, block by block.
+        Whether clients went together so far.
     """
 
     def __init__(
         self,
+        initial: Tensor,
         config: DiffusionConfig,
         onboarding: OnboardingConfig | None = None,
         *,
         seed: int = 0,
         is_noised: bool = False,
+        retired: Vault | None = None,
     ) -> None:
+        self.initial = self.average = initial
         self.config = config
         self.onboarding = onboarding or OnboardingConfig()
         self.seed = seed
         self.is_noised = is_noised
         self.device = resolve_device(config.device)
-        self.bank: dict[int, Tensor] = {}
-        self.guests: dict[int, Tensor] = {}
-        self.retired: Vault = MemoryVault()
-        self.seen: dict[int, int] = {}
-        self.rounds: dict[int, int] = {}
-        self.intervals: dict[int, int] = {}
-        self.secluded: set[int] = set()
-        self.halves: dict[int, Tensor] = {}
-        self.average: Tensor | None = None
-        self._fresh: dict[int, Tensor] = {}
+        self.bank = Bank(config.max_members, retired)
+        self.model: ParameterDiffusion | None = None
+        self.alike = True
         self._round = 0
-        self.begin(None)
-
-    def begin(self, initial: Tensor | None, blocks: Sequence[slice] = WHOLE) -> None:
-        """Set what all clients started from, ``(d,)``, and the blocks that are learned apart."""
-        self.initial = initial
-        self.blocks = tuple(blocks)
-        self.models: list[BlockDiffusion | None] = [None] * len(self.blocks)
-        self.spectra: list[Spectrum | None] = [None] * len(self.blocks)
-        self.alike = [True] * len(self.blocks)
+        self.spectrum: Spectrum | None = None
 
     def observe(self, client: int, vector: Tensor) -> None:
         """Take in the parameters ``(d,)`` that a client uploaded in this round."""
-        self._fresh[client] = vector.detach().cpu()
-        self.secluded.discard(client)
+        self._take_in(client, vector, is_secluded=False)
 
     def seclude(self, client: int, vector: Tensor) -> None:
         """Take in parameters ``(d,)`` that nobody else is to learn from; they are its model."""
-        self._fresh[client] = vector.detach().cpu()
-        self.secluded.add(client)
+        self._take_in(client, vector, is_secluded=True)
+
+    def is_member(self, client: int) -> bool:
+        """Tell whether what a client uploads in this round is a member's, not a newcomer's.
+
+        All of the first round are members, and those who were newcomers for long enough.
+        """
+        record = self.bank.of(client)
+        was_onboarded = record.rounds_onboarded >= self.onboarding.rounds
+        return record.uploaded is not None or was_onboarded or not self.bank.has_members
 
     def compare(self, client: int, halves: Tensor) -> None:
         """Take in how training on each half of a client's images moved what all have in common.
 
-        ``halves`` are `sketched` moves, ``(2, size)``. With ``sharing = "measured"``, once most
+        ``halves`` are `sketched` moves, ``(2, SKETCH)``. With ``sharing = "measured"``, once most
         members told, everyone keeps of its deviations from the mean what is signal.
         """
         with single_thread():
-            self.halves[client] = normalized(halves.detach().cpu())
+            self.bank.of(client).halves = normalized(halves.detach().cpu())
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Train the diffusion model on the bank and denoise the code of every client in it.
 
-        ``average`` ``(d,)`` is that of the round's uploads.
+        ``average`` ``(d,)`` is that of the round's uploads; without it, it stays what it was.
 
         Raises
         ------
@@ -154,16 +132,12 @@ class GenerativeAggregator:
             If the training diverged; everyone then keeps its upload.
         """
         self._round = server_round
+        self.average = self.average if average is None else average
         with single_thread():
-            self._bring_up_to_date(average)
-            self.average = average
-            self._take_in(server_round)
-            self.models = [None] * len(self.blocks)
-            self.spectra = [None] * len(self.blocks)
-            self.models = [
-                self._learn(number, partial(make_generator, self.seed, server_round, number))
-                for number in range(len(self.blocks))
-            ]
+            self._bring_up_to_date()
+            self.bank.take_in(server_round)
+            self.model = self.spectrum = None
+            self.model = self._learn(server_round)
 
     def personalize(self, client: int) -> Tensor:
         """Return the parameters ``(d,)`` generated for a client by the last `fit` or `onboard`.
@@ -173,32 +147,28 @@ class GenerativeAggregator:
         KeyError
             If it was neither in the bank then nor onboarded.
         """
-        if client in self.guests:
-            return self.guests[client]
-        if client in self.retired:
+        if client in self.bank.retired:
             with single_thread():
-                return self._brought_back(client)
-        upload = self.bank[client]
-        row = sorted(self.bank).index(client)
+                return self._of_retired(client)
+        record = self.bank.clients[client]
+        if record.model is None:
+            raise KeyError(client)
+        if self.model is None or not record.in_bank:
+            return record.model
+        row = list(self.bank.members).index(client)
         with single_thread():
-            pieces = [
-                model.personalize(row, self._vectors(block)) if model else upload[block]
-                for block, model in self._learned()
-            ]
-        return torch.cat(pieces)
+            return self.model.personalize(row, self._vectors())
 
-    def expect(self, default: Tensor) -> Tensor:
+    def expect(self) -> Tensor:
         """Return what a client may expect of which nothing is known, ``(d,)``.
 
         That is the mean of the members' parameters. Where no distribution was learned it is the
-        average that the last `fit` was given, or ``default`` ``(d,)``, as it is where so few are
-        members that the mean would tell too much of each (``min_kin``).
+        average that the last `fit` was given, and the initial model where so few are members that
+        the mean would tell too much of each (``min_kin``).
         """
-        if len(self.bank) < self.config.min_kin - 1:
-            return default
-        default = default if self.average is None else self.average
-        pieces = [model.space.mean if model else default[block] for block, model in self._learned()]
-        return torch.cat(pieces)
+        if len(self.bank.members) < self.config.min_kin - 1:
+            return self.initial
+        return self.average if self.model is None else self.model.space.mean
 
     def onboard(self, client: int, current: Tensor, previous: Tensor) -> None:
         """Generate the parameters of a newcomer.
@@ -207,75 +177,46 @@ class GenerativeAggregator:
         otherwise it goes through guided denoising. Its local training took it from ``previous`` to
         ``current``, both ``(d,)``; they do not get into the bank.
         """
-        self._unretire(client)
         with single_thread():
-            self.guests[client] = self._welcomed(current, previous, self._kin(client))
-        self.seen[client] = self._round
+            generated = self._onboarded(current, previous, self._kin(client))
+        self.bank.put(client, generated, self._round)
 
     def describe(self) -> str:
-        """Say what the last `fit` found, block by block."""
-        found = ", ".join(_described(model) if model else "as uploaded" for model in self.models)
+        """Say what the last `fit` found."""
+        found = _described(self.model) if self.model else "as uploaded"
         if self.config.sharing == "measured" and not self._is_measured():
-            told = len(self.bank.keys() & self.halves.keys())
-            return f"{found}; sharing is not measured: only {told} members told of their halves"
+            told = f"only {self._num_told()} members told of their halves"
+            return f"{found}; sharing is not measured: {told}"
         return found
 
     def state(self) -> dict[str, Tensor]:
         """Return all that the next round needs, as named tensors."""
-        tensors = {
-            **under("bank", self.bank),
-            **under("guests", self.guests),
-            **under("retired", self.retired.state()),
-            **under("halves", self.halves),
-            **under("rounds", {client: torch.tensor(n) for client, n in self.rounds.items()}),
-            **under("intervals", {c: torch.tensor(n) for c, n in self.intervals.items()}),
-            **under("seen", {client: torch.tensor(n) for client, n in self.seen.items()}),
-            "secluded": torch.tensor(sorted(self.secluded)),
+        return {
+            **under("bank", self.bank.state()),
+            **under("model", self.model.state() if self.model else {}),
+            "average": self.average,
+            "initial": self.initial,
+            "alike": torch.tensor(self.alike),
         }
-        if self.average is not None:
-            tensors["average"] = self.average
-        if self.initial is not None:
-            tensors["initial"] = self.initial
-        tensors["alike"] = torch.tensor(self.alike)
-        for number, model in enumerate(self.models):
-            tensors |= under(f"model.{number}", model.state()) if model else {}
-        return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned; the blocks are those of `begin`.
+        """Take over what `state` returned.
 
         Raises
         ------
         ValueError
             If it does not fit the settings; the state is then as it was.
         """
-        models: list[BlockDiffusion | None] = []
+        parts = below("model", tensors)
         try:
-            bank, guests, halves = (
-                {int(client): vector for client, vector in below(name, tensors).items()}
-                for name in ("bank", "guests", "halves")
-            )
-            for number in range(len(self.blocks)):
-                parts = below(f"model.{number}", tensors)
-                model = BlockDiffusion.of(self.config, parts, self.device) if parts else None
-                models.append(model)
-            rounds, intervals, seen = (
-                {int(client): int(n) for client, n in below(name, tensors).items()}
-                for name in ("rounds", "intervals", "seen")
-            )
-            secluded = {int(client) for client in tensors["secluded"]}
-            alike = tensors["alike"].tolist()
-            if len(alike) != len(self.blocks):
-                raise KeyError("alike")
-            self.retired.restore(below("retired", tensors))
+            model = ParameterDiffusion.of(self.config, parts, self.device) if parts else None
+            average, initial = tensors["average"], tensors["initial"]
+            alike = bool(tensors["alike"])
+            self.bank.restore(below("bank", tensors))
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
-        self.bank, self.guests, self.halves = bank, guests, halves
-        self.rounds, self.intervals, self.seen = rounds, intervals, seen
-        self.secluded = secluded
-        self.models, self.alike = models, alike
-        self.average, self.initial = tensors.get("average"), tensors.get("initial")
-        self._fresh = {}
+        self.model, self.alike = model, alike
+        self.average, self.initial = average, initial
 
     def save(self, file: Path) -> None:
         """Write the state to a safetensors file, in place of an older one in one step."""
@@ -291,29 +232,70 @@ class GenerativeAggregator:
         """
         self.restore(load_state(file, STATE_KIND)[0])
 
-    def _welcomed(self, current: Tensor, previous: Tensor, kin: Tensor | None) -> Tensor:
-        pieces = [
-            model.onboard(
-                current[block], previous[block], self.onboarding, self._vectors(block), kin
-            )
-            if model
-            else current[block]
-            for block, model in self._learned()
-        ]
-        return torch.cat(pieces)
+    def _take_in(self, client: int, vector: Tensor, *, is_secluded: bool) -> None:
+        record = self.bank.of(client)
+        record.upload, record.is_secluded = vector.detach().cpu(), is_secluded
+        record.rounds_onboarded = 0
+
+    def _vectors(self) -> list[Tensor]:
+        """Return the vectors of the bank, by client."""
+        return list(self.bank.members.values())
+
+    def _learn(self, server_round: int) -> ParameterDiffusion | None:
+        """Return the diffusion model of the bank.
+
+        With one client there is nothing to learn. Where it is not known what is signal, clients
+        without any principal axis that stands out are alike, or each is different from all others.
+        Once different, they stay so: whoever is not in a round goes the way of the others, and what
+        all have in common grows.
+        """
+        vectors = self._vectors()
+        if len(vectors) < 2:
+            return None
+        self.spectrum = spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
+        is_measured = self._is_measured()
+        is_flat = (
+            not is_measured
+            and self.config.space == "subspace"
+            and self.config.rank == "auto"
+            and not spectrum.signal_rank
+        )
+        if is_flat and self.alike:
+            self.alike = divergence(vectors, self.initial) <= MAX_DIVERGENCE
+        if is_flat and not self.alike:
+            return None
+        # The 0 has no meaning any more, and gives a seed the digits that it always gave.
+        streams = partial(make_generator, self.seed, server_round, 0)
+        model = ParameterDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
+        return model.shrunk(Shrinkage.of(spectrum, self._told())) if is_measured else model
+
+    def _num_told(self) -> int:
+        """Return how many members told how their halves move them."""
+        return sum(self.bank.clients[client].halves is not None for client in self.bank.members)
+
+    def _is_measured(self) -> bool:
+        """Tell whether most members did."""
+        is_asked = self.config.sharing == "measured"
+        return is_asked and 2 * self._num_told() > len(self.bank.members)
+
+    def _told(self) -> Tensor:
+        """Return both halves of the members, ``(num_members, 2, SKETCH)``; 0 of silent ones."""
+        halves = [self.bank.clients[client].halves for client in self.bank.members]
+        return torch.stack([torch.zeros(2, SKETCH) if each is None else each for each in halves])
 
     def _kin(self, client: int) -> Tensor | None:
         """Return how far the members ask for the same as a client, ``(num_members,)``, if known."""
-        if not self._is_measured() or client not in self.halves:
+        halves = self.bank.of(client).halves
+        if halves is None or not self._is_measured():
             return None
-        members = torch.stack([self._told(member) for member in sorted(self.bank)])
-        return (agreement(self.halves[client], members) - MIN_AGREEMENT).clamp(min=0)
+        return (agreement(halves, self._told()) - MIN_AGREEMENT).clamp(min=0)
 
-    def _unretire(self, client: int) -> None:
-        if client in self.retired:  # pop would read it
-            del self.retired[client]
+    def _onboarded(self, current: Tensor, previous: Tensor, kin: Tensor | None) -> Tensor:
+        if self.model is None:
+            return current
+        return self.model.onboard(current, previous, self.onboarding, self._vectors(), kin)
 
-    def _brought_back(self, client: int) -> Tensor:
+    def _of_retired(self, client: int) -> Tensor:
         """Return what is given to a client that is retired, ``(d,)``.
 
         Its own model is of long ago: it is given what those members are given that ask for the
@@ -322,144 +304,55 @@ class GenerativeAggregator:
         """
         kin = self._kin(client)
         try:
-            last = self.retired[client]
+            last = self.bank.retired[client]
         except ValueError:
-            if self.initial is None:
-                raise
-            last = self.expect(self.initial)
-        if client in self.secluded or kin is None or not bool(kin.any()):
+            last = self.expect()
+        if self.bank.of(client).is_secluded or kin is None or not bool(kin.any()):
             return last
-        return self._welcomed(last, last, kin)
+        return self._onboarded(last, last, kin)
 
-    def _learned(self) -> Iterator[tuple[slice, BlockDiffusion | None]]:
-        return zip(self.blocks, self.models, strict=True)
-
-    def _is_measured(self) -> bool:
-        """Tell whether most members told how their halves move them."""
-        told = len(self.bank.keys() & self.halves.keys())
-        return self.config.sharing == "measured" and 2 * told > len(self.bank)
-
-    def _told(self, client: int) -> Tensor:
-        """Return both halves of a client, ``(2, size)``; of a silent one they are 0."""
-        halves = self.halves.get(client)
-        return halves if halves is not None else torch.zeros_like(next(iter(self.halves.values())))
-
-    def _vectors(self, block: slice) -> list[Tensor]:
-        """Return a block of the bank's vectors, by client."""
-        return [self.bank[client][block] for client in sorted(self.bank)]
-
-    def _learn(self, number: int, streams: MakeGenerator) -> BlockDiffusion | None:
-        """Return the diffusion model of a block of the bank.
-
-        With one client there is nothing to learn. Where it is not known what is signal, clients
-        without any principal axis that stands out are alike, or each is different from all others.
-        Once different, they stay so: whoever is not in a round goes the way of the others, and what
-        all have in common grows.
-        """
-        block = self.blocks[number]
-        vectors = self._vectors(block)
-        if len(vectors) < 2:
-            return None
-        self.spectra[number] = spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
-        is_measured = self._is_measured()
-        is_flat = (
-            not is_measured
-            and self.config.space == "subspace"
-            and self.config.rank == "auto"
-            and not spectrum.signal_rank
-        )
-        if is_flat and self.alike[number] and self.initial is not None:
-            self.alike[number] = divergence(vectors, self.initial[block]) <= MAX_DIVERGENCE
-        if is_flat and not self.alike[number]:
-            return None
-        model = BlockDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
-        if not is_measured:
-            return model
-        halves = torch.stack([self._told(client) for client in sorted(self.bank)])
-        return model.shrunk(Shrinkage.of(spectrum, halves))
-
-    def _take_in(self, server_round: int) -> None:
-        """Sort the uploads of a round, and the members that were not heard of for long."""
-        known = self.bank | self.guests | self._fresh
-        again = self._fresh.keys() & self.rounds.keys()
-        self.intervals |= {client: server_round - self.rounds[client] for client in again}
-        self.rounds |= dict.fromkeys(self._fresh, server_round)
-        self.seen |= dict.fromkeys(self._fresh, server_round)
-        for client in self._fresh:
-            self._unretire(client)
-        ages = {client: server_round - last for client, last in self.rounds.items()}
-        # Ages would let nobody go where most are gone; they are all there is at first.
-        intervals = self.intervals or ages
-        usual = statistics.median(intervals.values()) if intervals else 0
-        max_age = max(MAX_AGE, _MAX_INTERVALS * usual)
-        members = {client for client, age in ages.items() if age <= max_age} - self.secluded
-        self.bank = {client: known[client] for client in known if client in members}
-        self.guests = {client: known[client] for client in known if client not in members}
-        most = max(self.config.max_members, len(self._fresh))
-        self._fresh = {}
-        for some in (self.bank, self.guests):
-            latest = sorted(some, key=lambda client: (-self.seen[client], client))
-            for client in latest[most:]:
-                with contextlib.suppress(WriteError):  # it stays then, until there is room
-                    self.retired[client] = some[client]
-                    del some[client]
-
-    def _bring_up_to_date(self, average: Tensor | None) -> None:
+    def _bring_up_to_date(self) -> None:
         """Move who was not in the round by how far others have come since it was.
 
-        ``deviation``: as far as the average of the uploads; what counts of an old upload is how it
-        deviated from the average of its own round. ``kin``: as far as those members of the round
-        that the diffusion model takes for its like, or as all of them on average if none is.
+        That is as far as those members of the round came that the diffusion model takes for its
+        like, or as all of them on average if none is.
         """
-        old = {
+        members, records = self.bank.members, self.bank.clients
+        away = {
             client: vector
-            for client, vector in sorted((self.bank | self.guests).items())
-            if client not in self._fresh and client not in self.secluded
+            for client, vector in sorted((members | self.bank.guests).items())
+            if records[client].upload is None and not records[client].is_secluded
         }
-        moved: dict[int, Tensor] = {}
-        if self.config.old_uploads == "deviation" and average is not None:
-            if self.average is not None:
-                drift = average - self.average
-                moved = {client: vector + drift for client, vector in old.items()}
-        elif self.config.old_uploads == "kin" and old:
-            moved = self._moved_with_kin(old)
-        for client, vector in moved.items():
-            (self.guests if client in self.guests else self.bank)[client] = vector
+        moves, again = [], []
+        for row, (client, vector) in enumerate(members.items()):
+            upload = records[client].upload
+            if upload is not None and not records[client].is_secluded:
+                again.append(row)
+                moves.append(upload - vector)
+        if not away or not again:
+            return
+        together = mix(torch.full((len(again),), 1 / len(again)), moves)
+        kinship = self._company(away)[:, again]
+        shares = kinship.sum(dim=1, keepdim=True)
+        for (client, vector), kin, share in zip(away.items(), kinship, shares, strict=True):
+            move = together if share < MIN_KINSHIP else mix(kin / share, moves)
+            records[client].model = vector + move
 
-    def _moved_with_kin(self, old: dict[int, Tensor]) -> dict[int, Tensor]:
-        clients = sorted(self.bank)
-        again = [
-            row
-            for row, client in enumerate(clients)
-            if client in self._fresh and client not in self.secluded
-        ]
-        moved = {client: vector.clone() for client, vector in old.items()}
-        if not again:
-            return moved
-        for block, model in self._learned():
-            moves = [
-                self._fresh[clients[row]][block] - self.bank[clients[row]][block] for row in again
-            ]
-            evenly = torch.full((len(again),), 1 / len(again))
-            together = mix(evenly, moves)
-            if not model:
-                for vector in moved.values():
-                    vector[block] += together
-                continue
-            here = model.space.project([vector[block] for vector in old.values()])
-            kinship = model.kinship(here, model.coordinates)
-            if model.shrinkage is not None:
-                for row, client in enumerate(old):
-                    if client in self.bank:
-                        kinship[row] = model.shrinkage.company(clients.index(client))
-            kinship = kinship[:, again]
-            shares = kinship.sum(dim=1, keepdim=True)
-            for vector, kin, share in zip(moved.values(), kinship, shares, strict=True):
-                vector[block] += together if share < MIN_KINSHIP else mix(kin / share, moves)
-        return moved
+    def _company(self, away: dict[int, Tensor]) -> Tensor:
+        """Return how much clients that are away go the way of each member, ``(n, num_members)``."""
+        members = list(self.bank.members)
+        if self.model is None:
+            return torch.zeros(len(away), len(members))
+        here = self.model.space.project(list(away.values()))
+        kinship = self.model.kinship(here, self.model.coordinates)
+        if self.model.shrinkage is not None:
+            for row, client in enumerate(away):
+                if client in members:
+                    kinship[row] = self.model.shrinkage.company(members.index(client))
+        return kinship
 
 
-def _described(model: BlockDiffusion) -> str:
+def _described(model: ParameterDiffusion) -> str:
     found = f"{model.space.dim} dimensions from timestep {model.start}"
     if model.shrinkage is None:
         return found

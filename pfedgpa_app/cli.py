@@ -151,7 +151,8 @@ def predict(
 @app.command()
 def report(
     runs: Annotated[
-        list[str], typer.Argument(help="Runs' names, ids or folders, or the results folder of a bench.")
+        list[str],
+        typer.Argument(help="Runs' names, ids or folders, or the results folder of a bench."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (HTML).")] = Path(
         "report.html"

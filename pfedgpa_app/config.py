@@ -7,42 +7,27 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-Scalar = bool | int | float | str
-Fraction = Annotated[float, Field(gt=0, le=1)]
-UnitInterval = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-OptionalCount = Annotated[int, Field(ge=0)]
+from pfedgpa_app.section import (
+    Count,
+    Fraction,
+    NonNegative,
+    OptionalCount,
+    Positive,
+    Scalar,
+    Section,
+    UnitInterval,
+)
+from pfedgpa_app.strategies import PLAIN_STRATEGIES, STRATEGY_INFO, StrategySections
+
 OwnFunction = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 Device = Literal["auto", "cpu", "cuda"]
-StrategyName = Literal[
-    "pfedgpa",
-    "local",
-    "fedavg",
-    "fedavg-ft",
-    "fedprox",
-    "fedper",
-    "fedrep",
-    "ditto",
-    "fedrod",
-    "fedamp",
-    "fedpac",
-    "pfedhn",
-    "floco",
-    "ifca",
-]
 
 SITES = "sites"
 """The data set of which every site brings its own part."""
-
-
-# Strategies whose clients train by plain SGD and upload their parameters alone.
-PLAIN_STRATEGIES = ("pfedgpa", "local", "fedavg", "fedavg-ft")
 
 
 class DatasetInfo(NamedTuple):
@@ -83,6 +68,10 @@ MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
 _RENAMED = {"data.image-shape": "data.shape"}
 
 
+# Settings of earlier versions, which the folders of their runs name, and what is done now.
+_REMOVED = {"diffusion.blocks": "whole", "diffusion.old-uploads": "kin"}
+
+
 class ConfigError(ValueError):
     """Settings that a run cannot start with; the message lists every problem, one a line."""
 
@@ -90,18 +79,6 @@ class ConfigError(ValueError):
         self.problems = problems
         lines = "\n".join(f"  - {problem}" for problem in problems)
         super().__init__(f"The configuration has {len(problems)} problem(s):\n{lines}")
-
-
-class Section(BaseModel):
-    """Immutable settings with kebab-case keys; nothing unknown, nothing converted."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        strict=True,
-        extra="forbid",
-        populate_by_name=True,
-        alias_generator=lambda name: name.replace("_", "-"),
-    )
 
 
 class DataConfig(Section):
@@ -208,13 +185,11 @@ class DiffusionConfig(Section):
     generator: Literal["diffusion", "kin-mean", "shrinkage", "upload"] = "diffusion"
     generated_layers: Annotated[str, Field(pattern=r"[^\s,]")] = "*"
     space: Literal["subspace", "raw"] = "subspace"
-    blocks: Literal["whole", "per-layer"] = "whole"
     sharing: Literal["kin", "measured"] = "measured"
     measure_every: Count = 20
     guard: bool = True
     min_kin: Count = 3
     max_members: Annotated[int, Field(ge=2)] = 300
-    old_uploads: Literal["kin", "deviation", "as-uploaded"] = "kin"
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
@@ -247,68 +222,6 @@ class OnboardingConfig(Section):
     join_round: OptionalCount = 0
 
 
-class FedProxConfig(Section):
-    """FedProx, arXiv 1812.06127."""
-
-    mu: NonNegative = 0.01
-
-
-class FedRepConfig(Section):
-    """FedRep, arXiv 2102.07078."""
-
-    head_epochs: Count = 10
-    body_epochs: Count = 1
-
-
-class DittoConfig(Section):
-    """Ditto, arXiv 2012.04221."""
-
-    penalty: NonNegative = 1.0
-
-
-class FedAMPConfig(Section):
-    """FedAMP, arXiv 2007.03797."""
-
-    alpha: Positive = 1e4
-    sigma: Positive = 1e6
-    penalty: NonNegative = 1.0
-
-
-class FedPACConfig(Section):
-    """FedPAC, arXiv 2306.11867."""
-
-    alignment: NonNegative = 1.0
-    head_epochs: Count = 1
-    head_learning_rate: Positive = 0.1
-    judged: Literal["trained", "sent"] = "trained"
-
-
-class PFedHNConfig(Section):
-    """pFedHN, arXiv 2103.04628."""
-
-    embedding_dim: Count = 6
-    hidden_size: Count = 100
-    hidden_layers: Count = 3
-    learning_rate: Positive = 0.01
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegative = 1e-3
-    max_gradient_norm: Positive = 50.0
-
-
-class FlocoConfig(Section):
-    """Floco, arXiv 2403.03333."""
-
-    num_endpoints: Annotated[int, Field(ge=2)] = 10
-    projection: UnitInterval = 0.5
-    radius: Positive = 0.3
-
-
-class IFCAConfig(Section):
-    """IFCA, arXiv 2006.04088."""
-
-    num_clusters: Count = 2
-
-
 class PrivacyConfig(Section):
     """Differential privacy of what clients upload."""
 
@@ -333,10 +246,9 @@ class CheckpointConfig(Section):
     every: OptionalCount = 1
 
 
-class Config(Section):
-    """Everything a run depends on."""
+class Config(StrategySections):
+    """Everything a run depends on: the strategy and the sections of all, and what follows here."""
 
-    strategy: StrategyName = "pfedgpa"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     num_server_rounds: Count = 10
     output_dir: str = ""
@@ -350,18 +262,12 @@ class Config(Section):
     onboarding: OnboardingConfig = OnboardingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    fedprox: FedProxConfig = FedProxConfig()
-    fedrep: FedRepConfig = FedRepConfig()
-    ditto: DittoConfig = DittoConfig()
-    fedamp: FedAMPConfig = FedAMPConfig()
-    fedpac: FedPACConfig = FedPACConfig()
-    pfedhn: PFedHNConfig = PFedHNConfig()
-    floco: FlocoConfig = FlocoConfig()
-    ifca: IFCAConfig = IFCAConfig()
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> "Config":
         """Build the settings from a flat run config such as ``{"diffusion.start": 200}``.
+
+        What an earlier version wrote is passed over where it asks for what is done now anyway.
 
         Raises
         ------
@@ -401,7 +307,13 @@ class Config(Section):
         ConfigError
             As `from_flat`, of settings that are no longer there too.
         """
-        return cls.from_flat({_RENAMED.get(key, key): value for key, value in flat.items()})
+        return cls.from_flat(
+            {
+                _RENAMED.get(key, key): value
+                for key, value in flat.items()
+                if (key, value) not in _REMOVED.items()
+            }
+        )
 
     @property
     def changed(self) -> dict[str, Scalar]:
@@ -442,9 +354,9 @@ class Config(Section):
             "server.join-timeout",
             "server.evaluate-every",
         }
-        if self.strategy == "floco":  # the round of its projection is a part of all
+        if STRATEGY_INFO[self.strategy].depends_on_length:
             free.remove("num-server-rounds")
-        sections = set(get_args(StrategyName)) - {self.strategy}
+        sections = STRATEGY_INFO.keys() - {self.strategy}
         if self.strategy != "pfedgpa":
             free |= {f"onboarding.{name}" for name in ("rounds", "guidance", "start", "num-steps")}
             sections.add("diffusion")
@@ -721,6 +633,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _unknown(key: str, value: object, known: Iterable[str]) -> str:
+    if key in _REMOVED:
+        return f'{key} = {_show(value)}: is no setting any more; every run does "{_REMOVED[key]}"'
     close = difflib.get_close_matches(key, known, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
     return f"{key} = {_show(value)}: no such setting{hint}"

@@ -10,11 +10,12 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from pfedgpa_app.config import Config, OptionalCount, Positive, Section
+from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData, ImageStats, client_data
 from pfedgpa_app.evaluation import Evaluation, class_prior, evaluate, log_prior, logits_of
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.section import OptionalCount, Positive, Section
 from pfedgpa_app.state import load_state, save_state
 
 _KIND = "pfedgpa-model-1"

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -94,16 +93,6 @@ class ParameterLayout:
     def dim(self) -> int:
         """Length d of the vector of generated parameters."""
         return sum(entry.numel for entry in self.generated)
-
-    def blocks(self) -> list[slice]:
-        """Return the pieces of the vector that belong to one module each, such as ``conv1``."""
-        blocks = []
-        begin = 0
-        for _, entries in groupby(self.generated, lambda entry: entry.name.rpartition(".")[0]):
-            end = begin + sum(entry.numel for entry in entries)
-            blocks.append(slice(begin, end))
-            begin = end
-        return blocks
 
     def split(self, state: Mapping[str, Tensor]) -> tuple[Tensor, StateDict]:
         """Return the generated parameters as a float32 vector ``(dim,)``, and the rest."""

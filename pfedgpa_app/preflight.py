@@ -10,9 +10,8 @@ from pfedgpa_app.models import ModelError, build_model, head_of, unfit_for_vmap
 from pfedgpa_app.parameters import ParameterError, ParameterLayout
 from pfedgpa_app.privacy import require_opacus, unfit_layers
 from pfedgpa_app.randomness import resolve_device
+from pfedgpa_app.strategies import STRATEGY_INFO
 
-# Strategies that work on the features under a linear layer.
-_NEED_LINEAR_HEAD = ("fedrod", "fedpac", "floco")
 ENGINE_ON_FLOWER = (
     'client.engine = "vmap": is for `pfedgpa bench`, whose clients train in one process; '
     '`flwr run` gives each a process of its own, and right would be "loop"'
@@ -40,7 +39,7 @@ def preflight(config: Config, *, one_process: bool = False) -> nn.Module:
             for entry in layout.entries
             if entry.dtype.is_complex or not _has_numpy(entry.dtype)
         ]
-        if config.strategy in _NEED_LINEAR_HEAD:
+        if STRATEGY_INFO[config.strategy].needs_linear_head:
             head_of(model)
         if config.privacy.is_on:
             require_opacus(config.privacy)

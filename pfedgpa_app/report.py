@@ -107,7 +107,7 @@ class RoundRecord:
 
     @property
     def num_failures(self) -> int:
-        """Number of clients that were asked to train and gave nothing that could be used."""
+        """Number of clients that were asked to train and sent no usable reply."""
         return sum(map(has_failed, self.clients.values()))
 
     def column(self, name: str) -> list[float]:

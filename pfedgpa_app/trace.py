@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
-from pfedgpa_app.diffusion import BlockDiffusion, Spectrum, Subspace
+from pfedgpa_app.diffusion import ParameterDiffusion, Spectrum, Subspace
 from pfedgpa_app.diffusion.model import schedule_of
 from pfedgpa_app.randomness import single_thread
 from pfedgpa_app.report import Row
@@ -28,22 +28,22 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
         for it: along the first two principal axes of all members' uploads of this round, from
         their mean, in units of parameters. ``explained`` is the part of the variance on each axis.
     ``kinship``
-        A row a client: each one's part in what it is given, over all blocks by their sizes.
-    ``spectrum``, ``floor``, ``rank``, ``start``, ``noise``, ``kept``
-        Of the largest block of parameters, which has ``parameters``: variances along its axes, the
-        floor, how many axes the denoiser has, its first timestep, the variance of the noise there
-        along each axis in the same units, and what is kept of each axis. Where the block is as
-        uploaded there are none of the last four; ``kept`` is there where it is measured.
+        A row a client: each one's part in what it is given.
+    ``parameters``, ``spectrum``, ``floor``, ``rank``, ``start``, ``noise``, ``kept``
+        How many parameters are generated, variances along the principal axes, the floor, how many
+        axes the denoiser has, its first timestep, the variance of the noise there along each axis
+        in the same units, and what is kept of each axis. Where everyone keeps its upload there are
+        none of the last four; ``kept`` is there where it is measured.
     """
-    clients = sorted(aggregator.bank)
+    members = aggregator.bank.members
+    clients = sorted(members)
     if len(clients) < 2:
         return {}
     with single_thread():
-        vectors = [aggregator.bank[client] for client in clients]
-        spectrum = aggregator.spectra[0] if len(aggregator.blocks) == 1 else None
-        spectrum = spectrum or Spectrum.of(vectors)
+        vectors = [members[client] for client in clients]
+        spectrum = aggregator.spectrum or Spectrum.of(vectors)
         plane = Subspace.fit(vectors, 2, spectrum)
-        uploads, generated, parts = _seen_in(plane, aggregator, vectors)
+        uploads, generated, parts = _seen_in(plane, aggregator.model, vectors)
         total = float(spectrum.eigenvalues.sum())
         row: Row = {
             "members": len(clients),
@@ -54,47 +54,33 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
         }
         if len(clients) <= MAX_CLIENTS:
             row["kinship"] = [[round(part, 4) + 0.0 for part in each] for each in parts.tolist()]
-        return row | _largest_block(aggregator, len(vectors[0]))
+        return row | _found(aggregator, len(vectors[0]))
 
 
 def _seen_in(
-    plane: Subspace, aggregator: GenerativeAggregator, vectors: list[Tensor]
+    plane: Subspace, model: ParameterDiffusion | None, vectors: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the coordinates of uploads and generated models, ``(n, 2)``, and parts ``(n, n)``.
 
     Of the last two there are no more than `MAX_CLIENTS` rows.
     """
-    num_clients, num_shown = len(vectors), min(len(vectors), MAX_CLIENTS)
-    uploads = torch.zeros(num_clients, 2, dtype=torch.float64)
-    generated = torch.zeros(num_shown, 2, dtype=torch.float64)
-    parts = torch.zeros(num_shown, num_clients, dtype=torch.float64)
-    for block, model in zip(aggregator.blocks, aggregator.models, strict=True):
-        origin = plane.mean[block]
-        axes = torch.zeros(2, len(origin))
-        axes[: plane.dim] = plane.basis[:, block]
-        seen = torch.stack([axes @ (vector[block] - origin) for vector in vectors]).double()
-        uploads += seen
-        share = axes.shape[1] / len(plane.mean)
-        if model is None:
-            generated += seen[:num_shown]
-            parts += share * torch.eye(num_clients)[:num_shown]
-            continue
-        flat = model.along(axes, origin)
-        rows = list(seen)
-        for row in range(num_shown):
-            generated[row] += flat.personalize(row, rows)
-            parts[row] += share * model.parts(row)
-    return uploads, generated, parts
+    num_shown = min(len(vectors), MAX_CLIENTS)
+    axes = torch.zeros(2, len(plane.mean))
+    axes[: plane.dim] = plane.basis
+    uploads = torch.stack([axes @ (vector - plane.mean) for vector in vectors]).double()
+    if model is None:
+        return uploads, uploads[:num_shown], torch.eye(len(vectors))[:num_shown].double()
+    flat, seen = model.along(axes, plane.mean), list(uploads)
+    generated = torch.stack([flat.personalize(row, seen) for row in range(num_shown)])
+    return uploads, generated, torch.stack([model.parts(row) for row in range(num_shown)])
 
 
-def _largest_block(aggregator: GenerativeAggregator, num_parameters: int) -> Row:
-    sizes = [len(range(*block.indices(num_parameters))) for block in aggregator.blocks]
-    number = sizes.index(max(sizes))
-    spectrum, model = aggregator.spectra[number], aggregator.models[number]
+def _found(aggregator: GenerativeAggregator, num_parameters: int) -> Row:
+    spectrum, model = aggregator.spectrum, aggregator.model
     if spectrum is None:
         return {}
     row: Row = {
-        "parameters": sizes[number],
+        "parameters": num_parameters,
         "spectrum": _shorts(spectrum.eigenvalues[:MAX_AXES]),
         "floor": _short(spectrum.floor),
     }
@@ -108,7 +94,7 @@ def _largest_block(aggregator: GenerativeAggregator, num_parameters: int) -> Row
     return row
 
 
-def _noise(model: BlockDiffusion, scale: float) -> float | None:
+def _noise(model: ParameterDiffusion, scale: float) -> float | None:
     """Return the variance of the noise at the first timestep, in units of parameters."""
     if not model.space.dim:
         return None

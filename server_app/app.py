@@ -11,7 +11,6 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
-from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import NO_REPLY, REPORT, Run, RunFolder, describe, summarize
 from pfedgpa_app.runs import CHECKPOINT
@@ -38,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
         if config.server.bank == "disk":
             strategy.store_below(path, config.earlier_path)
         if config.resume_from:
-            earlier, initial = resume(config, strategy, initial)
+            earlier = resume(config, strategy, initial)
         else:
             strategy.begin(initial)
     except (ConfigError, ResumeError) as error:
@@ -59,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
                     folder.go_on_from(earlier, strategy.completed_rounds)
                     for row in Run.read(path).metrics:
                         tracking.add_round(row)
-                _run(grid, strategy, folder, tracking, initial)
+                _run(grid, strategy, folder, tracking)
             finally:
                 log(INFO, "Run %s: %s", name, path)
     except (WriteError, JoinTimeoutError) as error:
@@ -73,14 +72,14 @@ def _run(
     strategy: ClientwiseFedAvg,
     folder: RunFolder,
     tracking: Tracking,
-    initial: StateDict,
 ) -> None:
     """Do the rounds that are left, and write models and figure."""
     config = folder.config
-    guarded: Any = GuardedGrid(grid, max_bytes(strategy.layout, strategy.extras_layout))
+    layouts = (strategy.global_model.layout, strategy.extras_layout)
+    guarded: Any = GuardedGrid(grid, max_bytes(*layouts))
     strategy.start(
         guarded,
-        initial_arrays=ArrayRecord(initial),
+        initial_arrays=ArrayRecord(strategy.average),
         num_rounds=config.num_server_rounds - strategy.completed_rounds,
         timeout=config.server.round_timeout,
         evaluate_fn=RoundEnd(strategy, folder, tracking),
@@ -125,7 +124,7 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
 
 
 class RunError(RuntimeError):
-    """A run that has no prospect."""
+    """A run in whose first round every client failed."""
 
 
 class RoundEnd:
@@ -154,7 +153,7 @@ class RoundEnd:
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
         if server_round > 0:
-            self._stop_if_hopeless()
+            self._stop_if_all_failed()
         completed = self.strategy.record.server_round
         is_last = completed == self.config.num_server_rounds
         try:
@@ -193,7 +192,7 @@ class RoundEnd:
         clients = [record.clients[client] for client in sorted(record.clients)]
         self.folder.add_round(row, clients, self.strategy.trace())
 
-    def _stop_if_hopeless(self) -> None:
+    def _stop_if_all_failed(self) -> None:
         """End a run in whose first round every client failed: it is the settings, not the clients.
 
         Raises

@@ -7,17 +7,17 @@ keep.
 from pathlib import Path
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.report import RoundRecord, Run
 from pfedgpa_app.runs import CHECKPOINT, RunNotFoundError, find_run
 from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg
 
-CHECKPOINT_KIND = "pfedgpa-checkpoint-6"
+CHECKPOINT_KIND = "pfedgpa-checkpoint-7"
 
 
 class ResumeError(ValueError):
-    """A run that cannot be gone on from."""
+    """A run that cannot be resumed."""
 
 
 def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
@@ -52,15 +52,15 @@ def settle_earlier(config: Config) -> Config:
     return config.model_copy(update={"resume_from": path.name if is_below else str(path)})
 
 
-def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tuple[Run, StateDict]:
+def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> Run:
     """Bring a strategy into the state of the run ``config.resume_from``, which is settled.
 
     ``initial`` is the state_dict of the configured model.
 
     Returns
     -------
-    tuple[Run, StateDict]
-        The earlier run, and the global model to go on from.
+    Run
+        The earlier run.
 
     Raises
     ------
@@ -95,11 +95,9 @@ def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> tu
     strategy.begin(initial)
     try:
         strategy.restore(tensors)
-        ParameterLayout.of(initial).check(strategy.average)
     except ValueError as error:  # of the layout's or of the aggregator's
         raise ResumeError(f"The model is not that of the run to go on from: {error}") from error
     strategy.completed_rounds = facts["round"]
     strategy.record = RoundRecord(facts["round"])
     strategy.roster.resume(dict(facts["clients"]))
-    # In the order of the model's tensors, which the vectors of the bank follow.
-    return run, {name: strategy.average[name] for name in initial}
+    return run

@@ -1,10 +1,12 @@
 """Momentum of what the server sends: going on in the direction of the last steps."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.state import below, under
+from pfedgpa_app.state import states_below, states_under
 
 
 class Momentum:
@@ -45,6 +47,13 @@ class Momentum:
         self.velocity = dict(tensors)
 
 
+class Step(NamedTuple):
+    """What a client was sent last, and how far that is from what it was sent before, ``(d,)``."""
+
+    sent: Tensor
+    velocity: Tensor
+
+
 class ClientMomentum:
     """Momentum client by client: each goes on in the direction of what was generated for it.
 
@@ -60,30 +69,27 @@ class ClientMomentum:
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
-        self.velocity: dict[int, Tensor] = {}
-        self.sent: dict[int, Tensor] = {}
+        self.steps: dict[int, Step] = {}
 
     def ahead(self, client: int, generated: Tensor) -> Tensor:
         """Return the parameters ``(d,)`` of a client for which ``generated`` ``(d,)`` is."""
-        if client not in self.velocity:
+        if client not in self.steps:
             return generated
-        return generated + self.beta * self.velocity[client]
+        return generated + self.beta * self.steps[client].velocity
 
     def trained(self, client: int, vector: Tensor) -> None:
         """Take note that a client trained from ``vector`` ``(d,)``, which `ahead` returned."""
         if not self.beta:
             return
-        before = self.sent.get(client)
-        self.velocity[client] = torch.zeros_like(vector) if before is None else vector - before
-        self.sent[client] = vector
+        before = self.steps.get(client)
+        velocity = vector - before.sent if before else torch.zeros_like(vector)
+        self.steps[client] = Step(vector, velocity)
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
-        return under("velocity", self.velocity) | under("sent", self.sent)
+        return states_under("step", {client: step._asdict() for client, step in self.steps.items()})
 
     def restore(self, tensors: StateDict) -> None:
         """Take over what `state` returned."""
-        self.velocity, self.sent = (
-            {int(client): vector for client, vector in below(name, tensors).items()}
-            for name in ("velocity", "sent")
-        )
+        steps = states_below("step", tensors)
+        self.steps = {client: Step(**step) for client, step in steps.items()}

@@ -1,6 +1,8 @@
 """Reading replies of clients, none of which is trusted."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
@@ -41,29 +43,59 @@ class ReplyError(ValueError):
     """A reply that must not be used, with the reason."""
 
 
-class Upload(NamedTuple):
-    """A client's checked contribution to a round."""
+@dataclass(frozen=True)
+class Upload:
+    """A client's checked contribution to a round.
 
+    Attributes
+    ----------
+    layout
+        How the parameters that are generated lie in a vector.
+    sent
+        What the client was sent to train from.
+    state
+        What it made of it.
+    num_examples
+        On how many images it trained.
+    metrics
+        The numbers that it reported.
+    site
+        What a client may tell of its data: ``image-stats``, mean and standard deviation of each
+        channel or feature, ``(2, channels)``, float32; ``partition``, its number and that of all,
+        ``(2,)``.
+    extras
+        What the strategy asks for beside the parameters.
+    """
+
+    layout: ParameterLayout
+    sent: StateDict
     state: StateDict
     num_examples: int
     metrics: dict[str, float]
     site: StateDict
-    """What a client may tell of its data: ``image-stats``, mean and standard deviation of each
-    channel or feature, ``(2, channels)``, float32; ``partition``, its number and that of all,
-    ``(2,)``."""
     extras: StateDict
-    """What the strategy asks for beside the parameters."""
+
+    @cached_property
+    def vector(self) -> Tensor:
+        """The generated parameters after training, ``(d,)``."""
+        return self.layout.split(self.state)[0]
+
+    @cached_property
+    def start(self) -> Tensor:
+        """The generated parameters before training, ``(d,)``."""
+        return self.layout.split(self.sent)[0]
 
 
 def read_upload(
     message: Message,
     layout: ParameterLayout,
+    sent: StateDict,
     weighted_by_key: str,
     extras_layout: ParameterLayout | None = None,
     *,
     may_lack_extras: bool = False,
 ) -> Upload:
-    """Return what a training reply holds.
+    """Return what a training reply to a client that was ``sent`` a state holds.
 
     With ``extras_layout`` it must, or with ``may_lack_extras`` it may, have a second record of
     arrays, which is called `EXTRAS`.
@@ -87,7 +119,7 @@ def read_upload(
         extras = _read_state(records.pop(EXTRAS), extras_layout)
     state = _read_state(next(iter(records.values())), layout)
     site = _read_site(next(iter(message.content.metric_records.values())))
-    return Upload(state, int(metrics[weighted_by_key]), metrics, site, extras)
+    return Upload(layout, sent, state, int(metrics[weighted_by_key]), metrics, site, extras)
 
 
 def read_spent(message: Message, weighted_by_key: str) -> float | None:

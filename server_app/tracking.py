@@ -8,8 +8,8 @@ from typing import Any, Protocol, Self
 
 from flwr.common import log
 
-from pfedgpa_app.config import Scalar
 from pfedgpa_app.report import JUDGED, Row, RunFolder
+from pfedgpa_app.section import Scalar
 from server_app.replies import one_line
 
 EXPERIMENT = "pfedgpa"

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from network import BIN, PROJECT, free_port, kill_with_descendants, wait_until
 from pydantic import BaseModel
+
+from benchmarks.network import BIN, PROJECT, end_all, free_port, wait_until
 
 DOCKER = PROJECT / "docker"
 
@@ -219,9 +220,4 @@ class Demo:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        kill_with_descendants(*(process.pid for process in self.processes.values()))
-        for process in self.processes.values():
-            process.wait()
-        if error is not None:
-            for file in sorted(self.folder.glob("*.log")):
-                print(f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}")
+        end_all(self.processes.values(), self.folder, show_logs=error is not None)

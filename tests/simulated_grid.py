@@ -8,6 +8,8 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from server_app.strategies import ClientwiseFedAvg
+
 Answer = Callable[[Message], RecordDict | Error | None]
 
 
@@ -88,6 +90,19 @@ class SimulatedGrid:
         return RecordDict({"m": MetricRecord({"partition-id": self.partitions[node]})})
 
 
+def site(value: float, num_examples: int = 10) -> Answer:
+    """Return a node that uploads the same weights in every round."""
+
+    def answer(message: Message) -> RecordDict:
+        if message.metadata.message_type == MessageType.EVALUATE:
+            return RecordDict(
+                {"m": MetricRecord({"num-examples": 4, "accuracy": 0.5, "loss": 1.0})}
+            )
+        return upload(weights(value), num_examples, **{"accuracy-after": 0.25})
+
+    return answer
+
+
 def learning_site(pull: float) -> Answer:
     """Return a node that moves what it is sent towards ``pull``: its uploads tell its past."""
 
@@ -113,3 +128,18 @@ def learning_grid(first_id: int) -> SimulatedGrid:
     ids = range(first_id, first_id + 6)
     sites = {node: learning_site(float(number - 3)) for number, node in enumerate(ids)}
     return SimulatedGrid(sites, {node: number for number, node in enumerate(ids)})
+
+
+def received(grid: SimulatedGrid, kind: str) -> list[dict[int, float]]:
+    """Return what each node was sent, round by round, as the value of its weights."""
+    rounds: dict[int, dict[int, float]] = {}
+    for message in grid.sent:
+        if message.metadata.message_type == kind:
+            state = message.content["arrays"].to_torch_state_dict()
+            values = rounds.setdefault(message.content["config"]["server-round"], {})
+            values[message.metadata.dst_node_id] = float(state["layer.weight"][0, 0])
+    return list(rounds.values())
+
+
+def start(strategy: ClientwiseFedAvg, grid: SimulatedGrid, num_rounds: int = 2):
+    return strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=num_rounds)

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from benchmarks.attacks import ATTACKS, RULES, Attack, AttackedGrid
 from benchmarks.lying_client import TARGET, falsified, with_trigger
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
-from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.randomness import make_generator
 from server_app.replies import Upload
 from server_app.simulation import simulate
@@ -39,10 +40,8 @@ def uploads(attack: Attack) -> tuple[Tensor, Tensor, dict[int, Upload]]:
         num_processes=0,
     )
     assert isinstance(strategy, Kept)
-    assert strategy.layout is not None
     moves = [
-        strategy.layout.split(strategy.uploads[client].state)[0]
-        - strategy.layout.split(strategy.starts[client])[0]
+        strategy.uploads[client].vector - strategy.uploads[client].start
         for client in range(NUM_CLIENTS)
     ]
     halves = [strategy.uploads[client].extras["halves"] for client in range(NUM_CLIENTS)]
@@ -96,10 +95,11 @@ def test_falsified_data_are_what_the_attack_says(poison: str):
 
 
 def test_robust_rules_take_the_place_of_the_average():
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
     generator = make_generator(0)
     states: list[StateDict] = [{"weight": torch.randn(3, 2, generator=generator)} for _ in range(8)]
     every = np.stack([state["weight"].numpy() for state in states])
-    given = [Upload(state, 10, {}, {}, {}) for state in states]
+    given = [Upload(ParameterLayout.of(state), {}, state, 10, {}, {}, {}) for state in states]
     config = Config.from_flat({"strategy": "fedavg-ft"})
     ordered = np.sort(every, axis=0)
     for name, expected in {

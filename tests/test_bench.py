@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from network import wait_until
 from typer.testing import CliRunner
 
-from pfedgpa_app.config import FedProxConfig
+from benchmarks.network import wait_until
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.report import Run, RunFolder
+from pfedgpa_app.strategies import FedProxConfig
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table, compare, p_value
 from server_app import bench
 from server_app.bench import Suite

@@ -39,7 +39,8 @@ def go(
     strategy.roster.ids_stay = False
     initial = ArrayRecord(weights(0.0))
     if config.resume_from:
-        initial = ArrayRecord(resume(config, strategy, weights(0.0))[1])
+        resume(config, strategy, weights(0.0))
+        initial = ArrayRecord(strategy.average)
     folder = RunFolder(config.output_path / name, config)
     rows = []
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from digits_client import MODEL, SETTINGS, context, message, same, trained
+from flwr.app import Context, MessageType, RecordDict
 
 from client_app import messages
 from client_app.app import query
@@ -18,37 +18,6 @@ from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, 
 from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator
-
-SETTINGS = {"client.local-epochs": 3, "client.device": "cpu"}
-MODEL = build_model("cnn-8x8", DATASETS["digits"], seed=0)
-
-
-def context(partition_id: int = 0, **settings) -> Context:
-    node = {"partition-id": partition_id, "num-partitions": 4}
-    return Context(1, partition_id, node, RecordDict(), {**SETTINGS, **settings})
-
-
-def message(kind: str, server_round: int = 1) -> Message:
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord(MODEL.state_dict()),
-            "config": ConfigRecord({"server-round": server_round}),
-        }
-    )
-    return Message(content=content, message_type=kind, dst_node_id=3)
-
-
-def trained(partition_id: int = 0, server_round: int = 1, **settings):
-    torch.manual_seed(torch.seed())  # nothing may depend on the global generator
-    reply = train_message(
-        message(MessageType.TRAIN, server_round), context(partition_id, **settings)
-    )
-    return reply.content["arrays"].to_torch_state_dict(), reply.content["metrics"]
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_training_depends_on_seed_client_and_round_alone():

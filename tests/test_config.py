@@ -107,6 +107,19 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one():
     )
 
 
+def test_a_setting_of_an_earlier_version_is_told_from_a_slip():
+    assert the_problem({"diffusion.blocks": "per-layer"}) == (
+        'diffusion.blocks = "per-layer": is no setting any more; every run does "whole"'
+    )
+
+
+def test_runs_of_an_earlier_version_that_asked_for_what_is_done_are_read():
+    earlier = Config().to_flat() | {"diffusion.blocks": "whole", "diffusion.old-uploads": "kin"}
+    assert Config.from_older(earlier) == Config()
+    with pytest.raises(ConfigError, match="is no setting any more"):
+        Config.from_older(earlier | {"diffusion.blocks": "per-layer"})
+
+
 def test_an_unknown_key_like_no_other_is_named_alone():
     assert the_problem({"xyzzy": "a"}) == 'xyzzy = "a": no such setting'
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from network import (
+
+from benchmarks.network import (
     PROJECT,
     Network,
     free_port,

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from containers import DOCKER, Demo, Dockerfile, read_compose
 from cryptography import x509
-from network import BIN, PROJECT, read_lines
+
+from benchmarks.network import BIN, PROJECT, read_lines
 
 PLAIN, TLS = DOCKER / "compose.yaml", DOCKER / "compose.tls.yaml"
 WAYS = {"plain": (PLAIN,), "tls": (PLAIN, TLS)}

@@ -589,6 +589,7 @@ def test_columns_of_the_benchmark_spend_the_epsilon_of_their_headings(epsilon: f
 def test_a_round_tells_the_largest_epsilon_in_its_log(monkeypatch, caplog, tmp_path: Path):
     config = Config.from_flat(EXAMPLE)
     strategy = make_strategy(config)
+    strategy.begin(preflight.preflight(config).state_dict())
     strategy.record.server_round = 1
     strategy.record.trained(0, {"num-examples": 3, "epsilon": 1.5}, 10)
     strategy.record.spent(1, 2.25)

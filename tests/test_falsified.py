@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from digit_sites import CLIENTS, LEARNED, QUICK, statuses, undisturbed, without, write_sites
-from network import read_lines, wait_until
 from safetensors.torch import load_file
 
 from benchmarks.faults import FAULTY_CLIENT, PATIENCE, Federation, copy_app
+from benchmarks.network import read_lines, wait_until
 from pfedgpa_app.data import site_data
 from pfedgpa_app.exported import ExportedModel
 

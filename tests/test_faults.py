@@ -1,4 +1,4 @@
-"""What breaks on a network: processes killed and frozen, strangers at the door."""
+"""What breaks on a network: processes killed and frozen, SuperNodes without registration."""
 
 import re
 import time
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from digit_sites import CLIENTS, LEARNED, QUICK, statuses, undisturbed, without, write_sites
-from network import read_lines, wait_until
 
-from benchmarks.faults import PATIENCE, SecureFederation, knock
+from benchmarks.faults import PATIENCE, SecureFederation, connect_unregistered
+from benchmarks.network import read_lines, wait_until
 
 pytestmark = pytest.mark.processes
 
@@ -29,7 +29,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureFeder
         yield started
 
 
-# The ServerApp and the SuperLink are killed, and strangers knock.
+# The ServerApp and the SuperLink are killed, and unregistered SuperNodes connect.
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def killed_runs(federation: SecureFederation) -> list[Path]:
     """Kill the ServerApp in round 2, the SuperLink in round 3; return the folders of the runs."""
     settings = {**LONG, "num-server-rounds": 3, "server.min-available-nodes": 3}
     federation.start_run("run", **settings)
-    knock(federation)
+    connect_unregistered(federation)
     federation.wait_for_rounds(1)
     federation.wait_for_training(0)
     federation.kill_below("superlink", "flwr-serverapp")
@@ -91,7 +91,7 @@ def test_the_superlink_counts_killed_runs_as_failed(
         ("no-tls", "Connection attempt failed", None),
     ],
 )
-def test_strangers_are_refused(
+def test_supernodes_that_nobody_registered_are_refused(
     federation: SecureFederation,
     killed_runs: list[Path],
     name: str,

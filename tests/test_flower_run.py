@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from network import Network, free_port, read_lines, wait_until, with_descendants
 
+from benchmarks.network import Network, free_port, read_lines, wait_until, with_descendants
 from pfedgpa_app.config import Config
 from server_app.simulation import simulate
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from simulated_grid import SimulatedGrid, learning_site, upload, weights
 from torch import Tensor
 
-from pfedgpa_app.aggregation import MAX_AGE, GenerativeAggregator
+from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.bank import MAX_AGE
 from pfedgpa_app.config import DiffusionConfig
 from pfedgpa_app.guard import cosines_with_others, unusual
 from pfedgpa_app.randomness import make_generator
@@ -97,8 +98,7 @@ def test_cosines_are_those_with_the_mean_direction_of_the_others():
 
 def fitted(secluded: Tensor) -> GenerativeAggregator:
     """Return what learned from seven clients, and was given an eighth that is kept apart."""
-    aggregator = GenerativeAggregator(DiffusionConfig(train_steps=5))
-    aggregator.begin(torch.zeros(DIM))
+    aggregator = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(train_steps=5))
     moves = honest_moves(7, torch.arange(7) % 2)
     for client in range(7):
         aggregator.observe(client, moves[client])
@@ -117,7 +117,7 @@ def test_nobody_learns_from_who_is_secluded_and_its_model_is_its_upload():
 def test_who_is_secluded_and_away_stays_where_it_is():
     aggregator = fitted(torch.ones(DIM))
     for client in range(7):
-        aggregator.observe(client, aggregator.bank[client] + 1)
+        aggregator.observe(client, aggregator.bank.members[client] + 1)
     aggregator.fit(2)
     assert torch.equal(aggregator.personalize(7), torch.ones(DIM))
 
@@ -126,15 +126,15 @@ def test_who_is_usual_again_is_learned_from_again():
     aggregator = fitted(torch.ones(DIM))
     aggregator.observe(7, torch.zeros(DIM))
     aggregator.fit(2)
-    assert sorted(aggregator.bank) == list(range(8))
-    assert not aggregator.guests
+    assert sorted(aggregator.bank.members) == list(range(8))
+    assert not aggregator.bank.guests
 
 
 def test_who_becomes_unusual_leaves_the_bank():
     aggregator = fitted(torch.ones(DIM))
     aggregator.seclude(3, torch.full((DIM,), 2.0))
     aggregator.fit(2)
-    assert sorted(aggregator.bank) == [0, 1, 2, 4, 5, 6]
+    assert sorted(aggregator.bank.members) == [0, 1, 2, 4, 5, 6]
     assert torch.equal(aggregator.personalize(3), torch.full((DIM,), 2.0))
 
 
@@ -142,33 +142,33 @@ def rounds_without(client: int, aggregator: GenerativeAggregator, last: int) -> 
     for server_round in range(2, last + 1):
         for other in range(7):
             if other != client:
-                aggregator.observe(other, aggregator.bank[other])
+                aggregator.observe(other, aggregator.bank.members[other])
         aggregator.fit(server_round)
 
 
 def test_nobody_learns_any_more_from_who_was_not_heard_of_for_long():
     aggregator = fitted(torch.ones(DIM))
-    before = aggregator.bank[2]
+    before = aggregator.bank.members[2]
     rounds_without(2, aggregator, 1 + MAX_AGE)
-    assert 2 in aggregator.bank
+    assert 2 in aggregator.bank.members
     rounds_without(2, aggregator, 2 + MAX_AGE)
-    assert 2 not in aggregator.bank
+    assert 2 not in aggregator.bank.members
     torch.testing.assert_close(aggregator.personalize(2), before)
     aggregator.observe(2, before)
     aggregator.fit(3 + MAX_AGE)
-    assert 2 in aggregator.bank
+    assert 2 in aggregator.bank.members
 
 
 def test_where_all_take_part_seldom_old_uploads_are_no_exception():
     """One client a round of thirty: the median upload is fifteen rounds old."""
-    aggregator = GenerativeAggregator(DiffusionConfig(train_steps=1))
+    aggregator = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(train_steps=1))
     moves = honest_moves(30, torch.arange(30) % 2)
     for client in range(30):
         aggregator.observe(client, moves[client])
     for server_round in range(1, 61):
         aggregator.observe(server_round % 30, moves[server_round % 30])
         aggregator.fit(server_round)
-    assert len(aggregator.bank) == 30
+    assert len(aggregator.bank.members) == 30
 
 
 def test_where_most_are_gone_the_rest_do_not_wait_for_them_forever():
@@ -177,20 +177,20 @@ def test_where_most_are_gone_the_rest_do_not_wait_for_them_forever():
         for client in range(2):
             aggregator.observe(client, torch.full((DIM,), float(server_round + client)))
         aggregator.fit(server_round)
-    assert sorted(aggregator.bank) == [0, 1]
+    assert sorted(aggregator.bank.members) == [0, 1]
 
 
 def test_the_restored_state_knows_who_is_secluded_and_how_old_uploads_are():
     aggregator = fitted(torch.ones(DIM))
     aggregator.seclude(7, torch.ones(DIM))
     aggregator.fit(2)
-    restored = GenerativeAggregator(DiffusionConfig(train_steps=5))
-    restored.begin(torch.zeros(DIM))
+    restored = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(train_steps=5))
     restored.restore(aggregator.state())
-    assert restored.secluded == {7}
-    assert restored.rounds == dict.fromkeys(range(7), 1) | {7: 2}
-    assert restored.intervals == {7: 1}
-    uploads = {client: vector + 1 for client, vector in aggregator.bank.items()}
+    clients = restored.bank.clients
+    assert [client for client in clients if clients[client].is_secluded] == [7]
+    assert [clients[client].uploaded for client in range(8)] == [*[1] * 7, 2]
+    assert [clients[client].interval for client in range(8)] == [*[None] * 7, 1]
+    uploads = {client: vector + 1 for client, vector in aggregator.bank.members.items()}
     for one in (aggregator, restored):
         for client, vector in uploads.items():
             one.observe(client, vector)

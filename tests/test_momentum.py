@@ -3,8 +3,7 @@
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from simulated_grid import SimulatedGrid, weights
-from test_strategies import received, site, start
+from simulated_grid import SimulatedGrid, received, site, start, weights
 
 from pfedgpa_app.config import DiffusionConfig
 from server_app.momentum import ClientMomentum, Momentum

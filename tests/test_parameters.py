@@ -258,14 +258,3 @@ def test_an_average_of_nothing_is_refused():
 def test_an_average_needs_a_weight_for_each_state():
     with pytest.raises(ValueError, match="shorter"):
         weighted_average([small_cnn(), small_cnn()], [1.0])
-
-
-def test_blocks_are_the_modules_in_the_order_of_the_vector():
-    layout = ParameterLayout.of(with_batch_norm())
-    assert layout.blocks() == [slice(0, 20), slice(20, 24), slice(24, 33)]
-    assert ParameterLayout.of(with_batch_norm(), ["2.*"]).blocks() == [slice(0, 9)]
-
-
-def test_blocks_of_modules_that_come_twice_are_contiguous():
-    state = {name: torch.zeros(2) for name in ("a.weight", "a.b.weight", "a.bias")}
-    assert ParameterLayout.of(state).blocks() == [slice(0, 2), slice(2, 4), slice(4, 6)]

@@ -2,6 +2,7 @@
 
 import random
 import socket
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data import DataError
 from pfedgpa_app.data.partitions import partition
 
-PARTITIONS = ["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"]
+PARTITIONS = get_args(DataConfig.model_fields["partition"].annotation)
 
 
 def data(num_classes=10, per_class=100, test_per_class=30, seed=0):

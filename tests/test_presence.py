@@ -70,8 +70,8 @@ def test_who_was_away_catches_up_and_others_lose_nothing(
     strategy, accuracies = run(dict.fromkeys(rounds, away))
     for server_round, found in accuracies.items():
         assert found.keys() == set(range(6)) - set(away if server_round in rounds else ())
-    assert len(strategy.aggregator.bank) == 6
-    assert strategy.rounds_onboarded == {}
+    assert len(strategy.aggregator.bank.members) == 6
+    assert not any(c.rounds_onboarded for c in strategy.aggregator.bank.clients.values())
     others = set(range(6)) - set(away)
     assert mean_of_last(accuracies, others) > mean_of_last(everyone, others) - 0.03
     assert mean_of_last(accuracies, away) > mean_of_last(everyone, away) - 0.15
@@ -82,8 +82,8 @@ def test_newcomers_may_be_given_the_nearest_members_model():
     strategy, _ = run(
         {1: (5,)}, NearestMember.of(config), **{"num-server-rounds": 3, "onboarding.rounds": 2}
     )
-    assert list(strategy.aggregator.guests) == [5]
-    [guest] = strategy.aggregator.guests.values()
+    assert list(strategy.aggregator.bank.guests) == [5]
+    [guest] = strategy.aggregator.bank.guests.values()
     models = [strategy.aggregator.personalize(member) for member in range(5)]
     assert any(torch.equal(guest, model) for model in models)
 

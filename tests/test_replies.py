@@ -31,7 +31,7 @@ def reply(answer: RecordDict | Error) -> Message:
 
 
 def read(answer: RecordDict | Error) -> Upload:
-    return read_upload(reply(answer), LAYOUT, "num-examples")
+    return read_upload(reply(answer), LAYOUT, {}, "num-examples")
 
 
 def changed(name: str, value: object) -> dict[str, object]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
-from simulated_grid import SimulatedGrid, upload, weights
+from simulated_grid import SimulatedGrid, received, site, start, upload, weights
 from small_task import (
     EPOCHS,
     IMAGES,
@@ -21,22 +21,15 @@ from small_task import (
     layers_of,
     small_task,
 )
-from test_strategies import received, site, start
 from torch import nn
 
 from client_app.methods import METHODS
 from client_app.methods.fedpac import class_means, head_statistics
 from client_app.methods.floco import Simplex
-from pfedgpa_app.config import (
-    Config,
-    ConfigError,
-    FedAMPConfig,
-    FedPACConfig,
-    FlocoConfig,
-    PFedHNConfig,
-)
+from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import states_below
+from pfedgpa_app.strategies import FedAMPConfig, FedPACConfig, FlocoConfig, PFedHNConfig
 from server_app.simulation import simulate
 from server_app.strategies import IFCA, STRATEGIES, FedAMP, FedPAC, Floco, PFedHN
 from server_app.strategies.fedamp import attention

@@ -1,6 +1,5 @@
 """How much of what sets a client apart is kept, measured by halves of its images."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
-from simulated_grid import SimulatedGrid, weights
+from simulated_grid import Answer, SimulatedGrid, received, site, start, weights
 from small_task import EPOCHS, IMAGES, LABELS, PLAIN_SGD, RATE, small_task
-from test_strategies import Node, received, site, start
+from told_halves import DIM, NUM_CLIENTS, clients, fitted, generated, groups, sketches
 from torch import Tensor
 
 from client_app.methods import METHODS, Method, Task
-from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
+from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import (
     SKETCH,
@@ -26,46 +25,6 @@ from pfedgpa_app.diffusion import (
 )
 from pfedgpa_app.randomness import make_generator
 from server_app.strategies import PFedGPA
-
-NUM_CLIENTS, DIM = 20, 4000
-
-
-def clients(own: Tensor, noise: float, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """Return uploads ``(20, 4000)`` and halves of clients that want ``own``, but for noise.
-
-    The noise of half the images has twice the variance of that of all.
-    """
-    generator = make_generator(seed)
-    first, second = (
-        own + noise * 2**0.5 * torch.randn(NUM_CLIENTS, DIM, generator=generator) for _ in range(2)
-    )
-    return (first + second) / 2, list(torch.stack([first, second], dim=1))
-
-
-def groups(num_groups: int, seed: int = 1) -> Tensor:
-    centres = torch.randn(num_groups, DIM, generator=make_generator(seed))
-    return centres[torch.arange(NUM_CLIENTS) % num_groups]
-
-
-def sketches(halves: Tensor) -> Tensor:
-    return torch.stack([sketched(half) for half in halves])
-
-
-def fitted(
-    uploads: Tensor, halves: list[Tensor], blocks: Sequence[slice] = WHOLE, **settings
-) -> GenerativeAggregator:
-    config = DiffusionConfig(**{"sharing": "measured", "train_steps": 20, **settings})
-    aggregator = GenerativeAggregator(config, seed=1)
-    aggregator.begin(torch.zeros(DIM), blocks)
-    for client, upload in enumerate(uploads):
-        aggregator.observe(client, upload)
-        aggregator.compare(client, sketches(halves[client]))
-    aggregator.fit(server_round=1)
-    return aggregator
-
-
-def generated(aggregator: GenerativeAggregator) -> Tensor:
-    return torch.stack([aggregator.personalize(client) for client in sorted(aggregator.bank)])
 
 
 def test_signal_parts_are_those_of_the_formula():
@@ -172,12 +131,12 @@ def test_coordinates_as_uploaded_are_shrunk_by_the_square_of_their_signal(settin
 def test_who_is_away_goes_the_way_of_its_group():
     uploads, halves = clients(groups(2), noise=0.3)
     aggregator = fitted(uploads, halves)
-    before = dict(aggregator.bank)
+    before = dict(aggregator.bank.members)
     for client, move in ((0, 1.0), (1, -1.0)):
         aggregator.observe(client, before[client] + move)
     aggregator.fit(server_round=2)
     for client, move in ((2, 1.0), (3, -1.0)):
-        moved = aggregator.bank[client] - before[client]
+        moved = aggregator.bank.members[client] - before[client]
         torch.testing.assert_close(moved, torch.full((DIM,), move), atol=0.1, rtol=0)
 
 
@@ -269,16 +228,15 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("blocks", [[slice(None)], [slice(0, 40), slice(40, DIM)]])
 @pytest.mark.parametrize("lie", LIES)
-def test_a_liar_about_its_halves_changes_little_for_others(lie: str, blocks: list[slice]):
+def test_a_liar_about_its_halves_changes_little_for_others(lie: str):
     """Of clients in groups, alike or each for itself, who all move the same way most of all."""
     generator = make_generator(4)
     common, noise = (torch.randn(DIM, generator=generator) for _ in range(2))
     for own in (groups(5), torch.zeros(DIM), torch.randn(NUM_CLIENTS, DIM, generator=generator)):
         uploads, halves = clients(3 * common + own, noise=0.7)
         lied = [LIES[lie](halves[0], noise), *halves[1:]]
-        honest, spoiled = (generated(fitted(uploads, each, blocks)) for each in (halves, lied))
+        honest, spoiled = (generated(fitted(uploads, each)) for each in (halves, lied))
         wanted = 3 * common + own
         others = slice(1, NUM_CLIENTS)
         errors = [(models - wanted)[others].norm() for models in (honest, spoiled)]
@@ -304,14 +262,12 @@ def test_uploads_that_are_the_same_do_not_throw_others_off():
     assert bool((kept < 1).all())
 
 
-@pytest.mark.parametrize("blocks", [[slice(None)], [slice(0, 40), slice(40, DIM)]])
-def test_a_run_goes_on_from_a_saved_state_as_without_a_break(tmp_path: Path, blocks: list[slice]):
+def test_a_run_goes_on_from_a_saved_state_as_without_a_break(tmp_path: Path):
     uploads, halves = clients(groups(5), noise=1.0)
-    aggregator = fitted(uploads, halves, blocks)
+    aggregator = fitted(uploads, halves)
     aggregator.onboard(50, uploads[0], uploads[1])
     aggregator.save(tmp_path / "state.safetensors")
-    loaded = GenerativeAggregator(aggregator.config, seed=1)
-    loaded.begin(None, blocks)
+    loaded = GenerativeAggregator(torch.zeros(DIM), aggregator.config, seed=1)
     loaded.load(tmp_path / "state.safetensors")
     for each in (aggregator, loaded):
         each.observe(3, uploads[3] + 1)
@@ -323,8 +279,10 @@ def test_a_run_goes_on_from_a_saved_state_as_without_a_break(tmp_path: Path, blo
 @pytest.mark.parametrize(("sharing", "first"), [("measured", 10), ("kin", 0)])
 def test_where_most_do_not_tell_kin_share(sharing: str, first: int):
     uploads, halves = clients(groups(5), noise=0.7)
-    plain = GenerativeAggregator(DiffusionConfig(train_steps=20, sharing="kin"), seed=1)
-    partly = GenerativeAggregator(DiffusionConfig(train_steps=20, sharing=sharing), seed=1)
+    plain, partly = (
+        GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(train_steps=20, sharing=way), seed=1)
+        for way in ("kin", sharing)
+    )
     for client, upload in enumerate(uploads):
         for each in (plain, partly):
             each.observe(client, upload)
@@ -339,7 +297,7 @@ def test_where_most_do_not_tell_kin_share(sharing: str, first: int):
 def test_a_few_that_do_not_tell_count_as_those_that_tell_nothing():
     uploads, halves = clients(groups(5), noise=0.7)
     aggregator = fitted(uploads, halves)
-    del aggregator.halves[3]
+    aggregator.bank.of(3).halves = None
     aggregator.fit(2)
     nothing = fitted(uploads, [*halves[:3], torch.zeros(2, DIM), *halves[4:]])
     nothing.fit(2)
@@ -407,7 +365,7 @@ def test_normalized_moves_have_one_length():
     assert torch.equal(normalized(torch.zeros(2, 100)), torch.zeros(2, 100))
 
 
-def half(value: float, halves: Tensor | None) -> Node:
+def half(value: float, halves: Tensor | None) -> Answer:
     """Return a node that uploads weights, and halves if it is asked for them."""
     plain = site(value)
 
@@ -444,8 +402,9 @@ def test_the_server_asks_every_client_again_when_it_is_time():
     start(strategy, grid, num_rounds=5)
     # Also those that never tell what can be used: nobody has others measure all the time.
     assert asked(grid) == {1: set(range(6)), 4: set(range(6))}
-    assert set(strategy.aggregator.bank) == set(range(6))
-    assert set(strategy.aggregator.halves) == set(range(4))
+    assert set(strategy.aggregator.bank.members) == set(range(6))
+    told = [client for client in range(6) if strategy.aggregator.bank.of(client).halves is not None]
+    assert told == [0, 1, 2, 3]
     assert len(received(grid, "train")) == 5
 
 
@@ -464,7 +423,6 @@ def test_what_is_sent_to_be_measured_from_is_the_members_mean():
     grid = SimulatedGrid({n: half(float(n), torch.zeros(2, SKETCH)) for n in range(4)})
     strategy = PFedGPA(diffusion=DiffusionConfig(measure_every=2, guard=False))
     start(strategy, grid, num_rounds=3)
-    assert strategy.layout is not None
     sent = [
         message.content["extras"].to_torch_state_dict()["common"]
         for message in grid.sent
@@ -474,7 +432,7 @@ def test_what_is_sent_to_be_measured_from_is_the_members_mean():
     # In the first round it is what they are sent anyway.
     assert all(common.shape == (0,) for common in sent[:4])
     for common in sent[4:]:
-        torch.testing.assert_close(common, strategy.layout.split(weights(1.5))[0])
+        torch.testing.assert_close(common, strategy.global_model.vector(weights(1.5)))
 
 
 def test_clients_that_cannot_answer_are_used_as_they_are():
@@ -482,7 +440,7 @@ def test_clients_that_cannot_answer_are_used_as_they_are():
     grid = SimulatedGrid({1: site(1.0), 2: half(5.0, torch.zeros(2, SKETCH)), 3: site(9.0)})
     strategy = PFedGPA()
     start(strategy, grid, num_rounds=2)
-    assert set(strategy.aggregator.bank) == {0, 1, 2}
+    assert set(strategy.aggregator.bank.members) == {0, 1, 2}
     assert "only 1 members told" in strategy.aggregator.describe()
 
 

@@ -59,6 +59,12 @@ def test_on_a_full_disk_the_older_state_is_kept_and_nothing_else(
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
 
 
+def test_a_file_of_an_earlier_version_is_refused_by_its_name(tmp_path: Path):
+    save_state(tmp_path / "state", "test-6", {"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match="is 'test-6'; right would be 'test-7'"):
+        load_state(tmp_path / "state", "test-7")
+
+
 # For each line it forks a process that writes one state after the other, says which process that
 # is, and when it has ended.
 WRITER = """

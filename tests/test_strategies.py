@@ -1,7 +1,5 @@
 """The strategies on a grid without network."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from flwr.app import (
@@ -13,7 +11,7 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from simulated_grid import SimulatedGrid, upload, weights
+from simulated_grid import Answer, SimulatedGrid, received, site, start, upload, weights
 
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from server_app import roster as roster_module
@@ -21,38 +19,8 @@ from server_app.roster import JoinTimeoutError, PartitionRoster, Roster
 from server_app.simulation import simulate
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, Local, PFedGPA
 
-Node = Callable[[Message], RecordDict | Error | None]
-
 # The nodes here move along one direction, in which some of them must be against the others.
 UNGUARDED = DiffusionConfig(guard=False)
-
-
-def site(value: float, num_examples: int = 10) -> Node:
-    """Return a node that uploads the same weights in every round."""
-
-    def answer(message: Message) -> RecordDict:
-        if message.metadata.message_type == MessageType.EVALUATE:
-            return RecordDict(
-                {"m": MetricRecord({"num-examples": 4, "accuracy": 0.5, "loss": 1.0})}
-            )
-        return upload(weights(value), num_examples, **{"accuracy-after": 0.25})
-
-    return answer
-
-
-def received(grid: SimulatedGrid, kind: str) -> list[dict[int, float]]:
-    """Return what each node was sent, round by round, as the value of its weights."""
-    rounds: dict[int, dict[int, float]] = {}
-    for message in grid.sent:
-        if message.metadata.message_type == kind:
-            state = message.content["arrays"].to_torch_state_dict()
-            values = rounds.setdefault(message.content["config"]["server-round"], {})
-            values[message.metadata.dst_node_id] = float(state["layer.weight"][0, 0])
-    return list(rounds.values())
-
-
-def start(strategy: ClientwiseFedAvg, grid: SimulatedGrid, num_rounds: int = 2):
-    return strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=num_rounds)
 
 
 def test_fedavg_sends_everyone_the_average_weighted_by_examples():
@@ -89,7 +57,7 @@ def test_fedavg_ft_trains_from_the_average_and_judges_the_fine_tuned():
 class Sometimes:
     """A node that trains in some rounds only, and otherwise gives no reply."""
 
-    def __init__(self, node: Node, rounds: set[int]) -> None:
+    def __init__(self, node: Answer, rounds: set[int]) -> None:
         self.node = node
         self.rounds = rounds
 
@@ -100,7 +68,7 @@ class Sometimes:
         return self.node(message)
 
 
-def groups() -> dict[int, Node]:
+def groups() -> dict[int, Answer]:
     """Return 8 nodes, of which the even ones have weights about 1 and the odd ones about -1."""
     return {node: site((-1.0) ** node * (1 + node / 100)) for node in range(8)}
 
@@ -180,7 +148,7 @@ def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(strategy, bad):
             assert torch.equal(faulty.evaluation_state(client)[name], tensor)
 
 
-def telling(value: float, mean: float, **others: list[int]) -> Node:
+def telling(value: float, mean: float, **others: list[int]) -> Answer:
     """Return a node that tells how its images are normalized."""
     told = {"image-mean": [mean], "image-std": [2.0], **others}
     return lambda message: upload(weights(value), **told)
@@ -233,6 +201,7 @@ def test_what_clients_told_of_their_data_survives_a_checkpoint(strategy):
     grid = SimulatedGrid({1: telling(1.0, 5.0), 2: telling(2.0, 6.0, partition=[1, 2])})
     start(before, grid, num_rounds=1)
     after = strategy()
+    after.begin(weights(0.0))
     after.restore(before.state())
     assert after.sites.keys() == {0, 1}
     for client, told in before.sites.items():
@@ -255,6 +224,7 @@ def configured(
     strategy: ClientwiseFedAvg, grid: SimulatedGrid
 ) -> tuple[list[Message], list[Message]]:
     """Return the training messages of a first round, and honest replies to them."""
+    strategy.begin(weights(0.0))
     asked = list(strategy.configure_train(1, ArrayRecord(weights(0.0)), ConfigRecord(), grid))
     return asked, list(grid.send_and_receive(asked))
 
@@ -264,8 +234,8 @@ def test_replies_that_nobody_asked_for_and_second_ones_are_passed_over():
     strategy = ClientwiseFedAvg(fraction_train=0.5)
     asked, replies = configured(strategy, grid)
     outsider = ({*range(8)} - {message.metadata.dst_node_id for message in asked}).pop()
-    stranger = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=outsider)
-    unasked = Message(upload(weights(2.0)), reply_to=stranger)
+    not_sent = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=outsider)
+    unasked = Message(upload(weights(2.0)), reply_to=not_sent)
     twice = Message(upload(weights(2.0)), reply_to=asked[0])
     strategy.aggregate_train(1, [*replies, unasked, twice])
     assert strategy.record.num_trained == 4
@@ -374,7 +344,7 @@ def test_a_roster_without_questions_numbers_nodes_by_their_ids():
 class Joining(SimulatedGrid):
     """A grid on which a node appears after a number of sent messages."""
 
-    def __init__(self, nodes: dict[int, Node], newcomer: int, after: int) -> None:
+    def __init__(self, nodes: dict[int, Answer], newcomer: int, after: int) -> None:
         super().__init__(nodes)
         self.newcomer = newcomer
         self.after = after
@@ -398,20 +368,20 @@ def test_a_node_that_connects_later_is_onboarded_before_it_counts():
     # Then it is drawn to the group that its training went to, never as far out as its upload.
     assert sent[2][7] == pytest.approx(-1.0, abs=0.3)
     # Neither average nor bank know of it before it had its two rounds.
-    assert strategy.rounds_onboarded == {7: 2}
-    assert set(strategy.aggregator.bank) == set(range(7))
+    assert strategy.aggregator.bank.clients[7].rounds_onboarded == 2
+    assert set(strategy.aggregator.bank.members) == set(range(7))
     average = float(strategy.average["layer.weight"][0, 0])
     assert average == pytest.approx(sum(members) / 7)
     start(strategy, grid, num_rounds=1)
-    assert 7 in strategy.aggregator.bank
-    assert not strategy.rounds_onboarded
+    assert 7 in strategy.aggregator.bank.members
+    assert strategy.aggregator.bank.clients[7].rounds_onboarded == 0
 
 
 def test_without_rounds_of_onboarding_a_newcomer_is_a_member_at_once():
     grid = Joining(groups(), newcomer=7, after=14)
     strategy = PFedGPA(diffusion=UNGUARDED, onboarding=OnboardingConfig(rounds=0))
     start(strategy, grid)
-    assert 7 in strategy.aggregator.bank
+    assert 7 in strategy.aggregator.bank.members
 
 
 def test_onboarding_goes_on_after_a_restart():
@@ -421,7 +391,7 @@ def test_onboarding_goes_on_after_a_restart():
     again = PFedGPA(diffusion=UNGUARDED, onboarding=OnboardingConfig(rounds=2))
     again.begin(weights(0.0))
     again.restore(strategy.state())
-    assert again.rounds_onboarded == strategy.rounds_onboarded
+    assert again.aggregator.bank.clients[7].rounds_onboarded == 1
     for client in range(8):
         left, right = (s.training_state(client) for s in (strategy, again))
         assert all(torch.equal(left[name], right[name]) for name in left)
@@ -450,7 +420,7 @@ def test_more_late_clients_than_there_are_is_an_error():
 def test_clients_that_were_not_sampled_have_up_to_date_models():
     """Half of the clients train in the second round, and everyone's model follows them."""
 
-    def moving(node: int) -> Node:
+    def moving(node: int) -> Answer:
         def answer(message: Message) -> RecordDict:
             if message.metadata.message_type == MessageType.EVALUATE:
                 return RecordDict({"m": MetricRecord({"num-examples": 1, "accuracy": 1.0})})
@@ -470,7 +440,7 @@ def test_clients_that_were_not_sampled_have_up_to_date_models():
 class Filling(SimulatedGrid):
     """A grid to which one node more connects each time that it is asked."""
 
-    def __init__(self, nodes: dict[int, Node]) -> None:
+    def __init__(self, nodes: dict[int, Answer]) -> None:
         super().__init__(nodes)
         self.num_connected = 0
 

@@ -17,16 +17,12 @@ from pfedgpa_app.trace import trace_of
 DIM = 300
 
 
-def fitted(
-    num_clients: int = 12, blocks: tuple[slice, ...] = (slice(None),), **settings
-) -> GenerativeAggregator:
+def fitted(num_clients: int = 12, **settings) -> GenerativeAggregator:
     """Return what was learned from two groups, the even and the odd clients."""
     generator = make_generator(5)
     centres = torch.randn(2, DIM, generator=generator)[torch.arange(num_clients) % 2]
-    aggregator = GenerativeAggregator(
-        DiffusionConfig(train_steps=20, **{"sharing": "kin", **settings}), seed=1
-    )
-    aggregator.begin(torch.zeros(DIM), blocks)
+    config = DiffusionConfig(train_steps=20, **{"sharing": "kin", **settings})
+    aggregator = GenerativeAggregator(torch.zeros(DIM), config, seed=1)
     for client, centre in enumerate(centres):
         noise = 0.3 * torch.randn(DIM, generator=generator)
         aggregator.observe(10 + client, centre + noise)
@@ -46,15 +42,11 @@ def principal(vectors: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, axes[:2], singular**2 / len(rows)
 
 
-HALF = (slice(0, 200), slice(200, DIM))
-
-
 @pytest.mark.parametrize(
     "settings",
     [
         {},
         {"sharing": "measured"},
-        {"blocks": HALF},
         {"space": "raw", "start": 200, "hidden_size": 8, "num_blocks": 1},
         {"generator": "upload"},
         {"min_kin": 7},
@@ -63,8 +55,8 @@ HALF = (slice(0, 200), slice(200, DIM))
 )
 def test_coordinates_are_those_of_the_vectors_themselves(settings: dict):
     aggregator = fitted(**settings)
-    clients = sorted(aggregator.bank)
-    uploads = torch.stack([aggregator.bank[client] for client in clients])
+    clients = sorted(aggregator.bank.members)
+    uploads = torch.stack([aggregator.bank.members[client] for client in clients])
     generated = torch.stack([aggregator.personalize(client) for client in clients])
     mean, axes, variances = principal(uploads)
     row = trace_of(aggregator)
@@ -96,22 +88,20 @@ def test_what_is_withheld_is_the_clients_own():
 def test_the_spectrum_is_that_of_the_uploads():
     aggregator = fitted()
     row = trace_of(aggregator)
-    uploads = torch.stack([aggregator.bank[client] for client in sorted(aggregator.bank)])
+    uploads = torch.stack(
+        [aggregator.bank.members[client] for client in sorted(aggregator.bank.members)]
+    )
     variances = principal(uploads)[2][:-1]
     assert row["spectrum"] == pytest.approx(variances, rel=1e-3)
     assert row["floor"] == pytest.approx(np.sort(variances)[5], rel=1e-3)
-    model = aggregator.models[0]
+    model = aggregator.model
+    assert model is not None
     assert (row["rank"], row["start"], row["parameters"]) == (1, model.start, DIM)
     betas = np.linspace(1e-4, 2e-2, 1000)
     left = np.cumprod(1 - betas)[model.start]
     # One axis, of unit root mean square in the denoiser's units.
     assert row["noise"] == pytest.approx((1 - left) / left * variances[0], rel=1e-3)
     assert "kept" not in row
-
-
-def test_blocks_are_told_by_the_largest():
-    row = trace_of(fitted(blocks=HALF))
-    assert row["parameters"] == 200
 
 
 def test_of_many_clients_the_first_have_coordinates_and_none_kinship(
@@ -129,7 +119,7 @@ def test_of_many_clients_the_first_have_coordinates_and_none_kinship(
 
 def test_clients_of_which_nothing_is_generated_have_their_uploads():
     aggregator = fitted()
-    aggregator.models = [None]
+    aggregator.model = None
     row = trace_of(aggregator)
     assert row["generated"] == row["uploads"]
     assert row["kinship"] == np.eye(12).tolist()
@@ -141,7 +131,7 @@ def test_one_member_tells_nothing():
 
 
 def test_equal_uploads_lie_in_one_point():
-    aggregator = GenerativeAggregator(DiffusionConfig(train_steps=1))
+    aggregator = GenerativeAggregator(torch.zeros(20), DiffusionConfig(train_steps=1))
     for client in range(3):
         aggregator.observe(client, torch.ones(20))
     aggregator.fit(1)

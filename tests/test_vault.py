@@ -121,9 +121,7 @@ def uploads() -> Tensor:
 def fitted(kept: Vault, rounds: int = 2, **settings: object) -> GenerativeAggregator:
     """Half of the clients in round 1, the others in round 2, and so on, with six members."""
     config = DiffusionConfig(**{"train_steps": 5, "max_members": 6, "min_kin": 1} | settings)
-    aggregator = GenerativeAggregator(config, seed=1)
-    aggregator.retired = kept
-    aggregator.begin(torch.zeros(DIM))
+    aggregator = GenerativeAggregator(torch.zeros(DIM), config, seed=1, retired=kept)
     for server_round in range(1, rounds + 1):
         observe(aggregator, server_round)
     return aggregator
@@ -140,16 +138,16 @@ def observe(aggregator: GenerativeAggregator, server_round: int) -> None:
 
 def test_members_are_those_heard_of_last(kept: Vault):
     aggregator = fitted(kept)
-    assert sorted(aggregator.bank) == [6, 7, 8, 9, 10, 11]
-    assert sorted(aggregator.retired) == [0, 1, 2, 3, 4, 5]
+    assert sorted(aggregator.bank.members) == [6, 7, 8, 9, 10, 11]
+    assert sorted(aggregator.bank.retired) == [0, 1, 2, 3, 4, 5]
     observe(aggregator, 3)
-    assert sorted(aggregator.bank) == [0, 1, 2, 3, 4, 5]
-    assert sorted(aggregator.retired) == [6, 7, 8, 9, 10, 11]
+    assert sorted(aggregator.bank.members) == [0, 1, 2, 3, 4, 5]
+    assert sorted(aggregator.bank.retired) == [6, 7, 8, 9, 10, 11]
 
 
 def test_everyone_of_a_round_is_a_member(kept: Vault):
     aggregator = fitted(kept, max_members=2)
-    assert sorted(aggregator.bank) == [6, 7, 8, 9, 10, 11]
+    assert sorted(aggregator.bank.members) == [6, 7, 8, 9, 10, 11]
 
 
 def test_who_is_retired_is_given_what_its_like_are_given(kept: Vault):
@@ -174,11 +172,11 @@ def test_who_is_retired_and_like_nobody_has_its_own(kept: Vault):
 def test_a_damaged_file_costs_its_client_what_is_in_it(tmp_path: Path):
     aggregator = fitted(DiskVault(tmp_path), sharing="kin")
     for client in range(6):
-        aggregator.retired.file(client).write_bytes(b"nothing")
-    expected = aggregator.expect(torch.zeros(DIM))
+        aggregator.bank.retired.file(client).write_bytes(b"nothing")
+    expected = aggregator.expect()
     assert torch.equal(aggregator.personalize(0), expected)
     observe(aggregator, 3)  # all of them are back
-    assert sorted(aggregator.bank) == [0, 1, 2, 3, 4, 5]
+    assert sorted(aggregator.bank.members) == [0, 1, 2, 3, 4, 5]
 
 
 def test_newcomers_retire_as_well(kept: Vault):
@@ -188,18 +186,18 @@ def test_newcomers_retire_as_well(kept: Vault):
         for client in range(100 * server_round, 100 * server_round + 4):
             aggregator.onboard(client, uploads()[0], uploads()[1])
     aggregator.fit(4)
-    assert sorted(aggregator.guests) == [200, 201, 300, 301, 302, 303]
-    assert {202, 203} <= set(aggregator.retired)
+    assert sorted(aggregator.bank.guests) == [200, 201, 300, 301, 302, 303]
+    assert {202, 203} <= set(aggregator.bank.retired)
 
 
 def test_on_a_full_disk_nobody_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vault, "save_state", full_disk)
     aggregator = fitted(DiskVault(tmp_path))
-    assert sorted(aggregator.bank) == list(range(12))
+    assert sorted(aggregator.bank.members) == list(range(12))
     monkeypatch.undo()
     observe(aggregator, 3)
-    assert sorted(aggregator.bank) == [0, 1, 2, 3, 4, 5]
-    assert sorted(aggregator.retired) == [6, 7, 8, 9, 10, 11]
+    assert sorted(aggregator.bank.members) == [0, 1, 2, 3, 4, 5]
+    assert sorted(aggregator.bank.retired) == [6, 7, 8, 9, 10, 11]
 
 
 def test_memory_and_disk_give_the_same_and_go_on_as_without_a_break(tmp_path: Path):
@@ -211,10 +209,9 @@ def test_memory_and_disk_give_the_same_and_go_on_as_without_a_break(tmp_path: Pa
     ).stat().st_size
     resumed = []
     for name in ("memory", "disk"):
-        aggregator = GenerativeAggregator(memory.config, seed=1)
-        if name == "disk":
-            aggregator.retired = DiskVault(tmp_path / "second", earlier=tmp_path / "first")
-        aggregator.begin(torch.zeros(DIM))
+        on_disk = DiskVault(tmp_path / "second", earlier=tmp_path / "first")
+        kept = on_disk if name == "disk" else MemoryVault()
+        aggregator = GenerativeAggregator(torch.zeros(DIM), memory.config, seed=1, retired=kept)
         aggregator.load(tmp_path / f"{name}.safetensors")
         resumed.append(aggregator)
     for server_round in (3, 4):

@@ -1,4 +1,4 @@
-"""What the clients of each strategy do; those without an entry train as FedAvg's."""
+"""What the clients of each strategy do."""
 
 from client_app.methods.ditto import Ditto
 from client_app.methods.fedamp import FedAMP
@@ -13,16 +13,21 @@ from client_app.methods.method import Fit, Method, Task, Trained
 from client_app.methods.pfedgpa import PFedGPA
 
 METHODS: dict[str, type[Method]] = {
+    "pfedgpa": PFedGPA,
+    "local": Method,
+    "fedavg": Method,
+    "fedavg-ft": Method,
+    "fedprox": FedProx,
+    "fedper": FedPer,
+    "fedrep": FedRep,
     "ditto": Ditto,
+    "fedrod": FedRoD,
     "fedamp": FedAMP,
     "fedpac": FedPAC,
-    "fedper": FedPer,
-    "fedprox": FedProx,
-    "fedrep": FedRep,
-    "fedrod": FedRoD,
+    "pfedhn": Method,
     "floco": Floco,
     "ifca": IFCA,
-    "pfedgpa": PFedGPA,
 }
+"""What the clients of each strategy do; `Method` is FedAvg's."""
 
 __all__ = ["METHODS", "Fit", "Method", "Task", "Trained"]

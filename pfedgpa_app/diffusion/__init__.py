@@ -4,7 +4,8 @@ from pfedgpa_app.diffusion.denoiser import ResidualDenoiser
 from pfedgpa_app.diffusion.generation import generate
 from pfedgpa_app.diffusion.guidance import guide
 from pfedgpa_app.diffusion.inversion import Denoiser, LatentCode, invert, posterior_mean
-from pfedgpa_app.diffusion.model import BlockDiffusion, MakeGenerator, mix
+from pfedgpa_app.diffusion.mixture import mix, withheld
+from pfedgpa_app.diffusion.model import MakeGenerator, ParameterDiffusion
 from pfedgpa_app.diffusion.raw import RawSpace
 from pfedgpa_app.diffusion.schedule import CLEAN, NoiseSchedule, sampling_timesteps
 from pfedgpa_app.diffusion.signal import (
@@ -22,11 +23,11 @@ from pfedgpa_app.diffusion.unet import UNetDenoiser
 __all__ = [
     "CLEAN",
     "SKETCH",
-    "BlockDiffusion",
     "Denoiser",
     "LatentCode",
     "MakeGenerator",
     "NoiseSchedule",
+    "ParameterDiffusion",
     "RawSpace",
     "ResidualDenoiser",
     "Shrinkage",
@@ -46,4 +47,5 @@ __all__ = [
     "signal_parts",
     "sketched",
     "train_denoiser",
+    "withheld",
 ]

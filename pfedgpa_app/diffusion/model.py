@@ -1,4 +1,4 @@
-"""The diffusion model of one block of parameters: a space, a denoiser in it, a noise level."""
+"""The diffusion model of the clients' parameters: a space, a denoiser in it, a noise level."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from pfedgpa_app.diffusion.denoiser import ResidualDenoiser
 from pfedgpa_app.diffusion.generation import generate
 from pfedgpa_app.diffusion.guidance import guide
 from pfedgpa_app.diffusion.inversion import invert
+from pfedgpa_app.diffusion.mixture import mix, withheld
 from pfedgpa_app.diffusion.raw import RawSpace
 from pfedgpa_app.diffusion.schedule import NoiseSchedule, sampling_timesteps
 from pfedgpa_app.diffusion.signal import Shrinkage
@@ -28,8 +29,8 @@ MakeGenerator = Callable[..., torch.Generator]
 
 
 @dataclass(frozen=True)
-class BlockDiffusion:
-    """Generates parameters of a block for the clients of a bank, whose distribution it learned.
+class ParameterDiffusion:
+    """Generates parameters for the clients of a bank, whose distribution it learned.
 
     Attributes
     ----------
@@ -66,7 +67,7 @@ class BlockDiffusion:
         spectrum: Spectrum,
         device: torch.device,
         make_generator: MakeGenerator,
-    ) -> "BlockDiffusion":
+    ) -> "ParameterDiffusion":
         """Learn the distribution of vectors ``(d,)`` with a known spectrum, and denoise them.
 
         Raises
@@ -82,36 +83,41 @@ class BlockDiffusion:
             space = Subspace.fit(vectors, rank, spectrum)
         start = first_timestep(config, spectrum, rank)
         coordinates = space.project(vectors)
+        plain = cls(config, space, nn.Identity(), start, coordinates, coordinates)
         if not space.dim or config.generator == "upload":
-            return cls(config, space, nn.Identity(), start, coordinates, coordinates)
+            return plain
         if config.generator == "shrinkage":
-            generated = coordinates * spectrum.shrinkage(space.dim).to(coordinates.dtype)
-            return cls(config, space, nn.Identity(), start, coordinates, generated)
+            factors = spectrum.shrinkage(space.dim).to(coordinates.dtype)
+            return replace(plain, generated=coordinates * factors)
         if config.generator == "kin-mean":
-            like = cls(config, space, nn.Identity(), start, coordinates, coordinates)
-            generated = like.kinship(coordinates, coordinates) @ coordinates
-            return replace(like, generated=generated)
+            kinship = plain.kinship(coordinates, coordinates)
+            return replace(plain, generated=kinship @ coordinates)
+        return plain._trained(device, make_generator)
+
+    def _trained(self, device: torch.device, make_generator: MakeGenerator) -> "ParameterDiffusion":
+        """Return the model with a denoiser trained on its coordinates, and what that generates."""
+        config, coordinates = self.config, self.coordinates.to(device)
         with initialized_by(make_generator("denoiser")):
-            denoiser = _new_denoiser(config, space.dim).to(device)
+            denoiser = _new_denoiser(config, self.space.dim).to(device)
         train_denoiser(
             denoiser,
             schedule_of(config),
-            coordinates.to(device),
+            coordinates,
             train_steps=config.train_steps,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
             generator=make_generator("training", device=device),
         )
         noises = make_generator("inversion", device=device)
-        generated = _invert_and_generate(config, denoiser, start, coordinates.to(device), noises)
+        generated = _invert_and_generate(config, denoiser, self.start, coordinates, noises)
         if not bool(torch.isfinite(generated).all()):
             raise FloatingPointError(
                 "the diffusion model generates values that are not finite; right would be a "
                 "smaller diffusion.learning-rate"
             )
-        return cls(config, space, denoiser, start, coordinates, generated.cpu())
+        return replace(self, denoiser=denoiser, generated=generated.cpu())
 
-    def shrunk(self, shrinkage: Shrinkage) -> "BlockDiffusion":
+    def shrunk(self, shrinkage: Shrinkage) -> "ParameterDiffusion":
         """Return a model that keeps a part of what sets clients apart, in the space and outside.
 
         Without it they get the mean of their kin outside of the space.
@@ -144,7 +150,7 @@ class BlockDiffusion:
         parts[row] += less.sum()
         return parts
 
-    def along(self, axes: Tensor, origin: Tensor) -> "BlockDiffusion":
+    def along(self, axes: Tensor, origin: Tensor) -> "ParameterDiffusion":
         """Return a model that is given and generates ``axes @ (vector - origin)``.
 
         With ``axes`` ``(num_axes, d)`` it tells where what is generated lies, for next to nothing:
@@ -219,7 +225,7 @@ class BlockDiffusion:
     @classmethod
     def of(
         cls, config: DiffusionConfig, state: dict[str, Tensor], device: torch.device
-    ) -> "BlockDiffusion":
+    ) -> "ParameterDiffusion":
         """Return the model of what `state` returned.
 
         Raises
@@ -303,48 +309,6 @@ def first_timestep(config: DiffusionConfig, spectrum: Spectrum, rank: int) -> in
 def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
     """Return the forward process that the settings describe."""
     return NoiseSchedule.linear(config.num_timesteps, config.beta_start, config.beta_end)
-
-
-def withheld(weights: Tensor, min_kin: int, own: int | None = None) -> Tensor:
-    """Return by how much the weights of a mixture are too large for the privacy of others.
-
-    Who knows its own part of a mixture knows the rest of it. So none of the others may have more
-    than ``1 / (min_kin - 1)`` of their weight. Where one has, the largest are cut down to the
-    ``(min_kin - 1)``-th largest, so that as many others have the largest part.
-
-    Parameters
-    ----------
-    weights
-        Of the clients, ``(num_clients,)``.
-    min_kin
-        1 or 2 withholds nothing.
-    own
-        The place of who gets the mixture, if it is one of them.
-
-    Returns
-    -------
-    Tensor
-        What is to be taken from the weights, ``(num_clients,)``, 0 for most.
-    """
-    if min_kin < 3:
-        return torch.zeros_like(weights)
-    sizes = weights.abs()
-    if own is not None:
-        sizes[own] = 0
-    ordered = sizes.sort(descending=True).values
-    if ordered[0] * (min_kin - 1) <= ordered.sum():
-        return torch.zeros_like(weights)
-    cap = float(ordered[min_kin - 2]) if min_kin - 2 < len(ordered) else 0.0
-    return weights.sign() * (sizes - cap).clamp(min=0)
-
-
-def mix(weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of vectors ``(d,)`` with weights ``(num_vectors,)``."""
-    mixture = torch.zeros_like(vectors[0])
-    for weight, vector in zip(weights.tolist(), vectors, strict=True):
-        if weight:  # strangers have exactly 0, which spares most passes over large vectors
-            mixture += weight * vector
-    return mixture
 
 
 def _new_denoiser(config: DiffusionConfig, dim: int) -> nn.Module:

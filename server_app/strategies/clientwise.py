@@ -1,14 +1,11 @@
 """FedAvg that sends every client its own message and survives what a client may send."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
-import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -16,43 +13,31 @@ from flwr.app import (
     MessageType,
     Metadata,
     MetricRecord,
-    RecordDict,
 )
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
-from torch import Tensor
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
+from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.report import RoundRecord, Row
-from pfedgpa_app.state import below, states_below, states_under, under
-from server_app.momentum import Momentum
-from server_app.replies import (
-    EXTRAS,
-    ReplyError,
-    Upload,
-    read_metrics,
-    read_spent,
-    read_upload,
-)
+from pfedgpa_app.report import RoundRecord
+from server_app.messages import draw, make_messages, num_bytes, shared_metrics
+from server_app.outliers import outliers
+from server_app.replies import ReplyError, Upload, read_metrics, read_spent, read_upload
 from server_app.roster import Roster, by_addressee
-
-# Clients differ in how much data they have and how far they move, but not by orders of magnitude.
-MAX_RATIO = 1000
-# A number of examples is what its client claims; what it weighs in the average has a limit.
-MAX_EXAMPLES_RATIO = 10
-# Where most send zeros beside the parameters, what is not far from them is allowed.
-MIN_SIZE = 1e-6
+from server_app.strategies.method import ServerMethod
 
 
-class ClientwiseFedAvg(FedAvg):
+class ClientwiseFedAvg(ServerMethod, FedAvg):
     """Federated Averaging in which a client may be sent parameters of its own.
 
     Implementation based on https://arxiv.org/abs/1602.05629. As it stands it gives everyone the
-    average. Subclasses say what else a client is trained from (`training_state`) and judged by
-    (`evaluation_state`), and what the server learns from a round (`learn`).
+    average. Subclasses override what `ServerMethod` has.
+
+    An upload comes in by `aggregate_train`. It is read and checked, its client is judged, it has
+    its part in the average, and it is learned from. What came of it goes out with the next
+    message, by `configure_evaluate` or `configure_train`.
 
     A reply that is an error, does not fit the model, is not finite or never comes costs its sender
     the round and nobody else. Who takes part is drawn from ``seed`` and the round.
@@ -79,27 +64,11 @@ class ClientwiseFedAvg(FedAvg):
 
     Attributes
     ----------
-    clients_keep_parts : bool
-        Whether a personalized model is known to its client alone, so that the server can neither
-        write it down nor go on with another run's clients.
-    extras_are_optional : bool
-        Whether an upload without what is expected beside the parameters is used all the same.
-    extras_layout : ParameterLayout | None
-        What clients must upload beside the parameters, as `extras` is what they are sent.
     record : RoundRecord
         What happened in the current round, client by client.
-    sites : dict[int, StateDict]
-        What each client last told of its data, by client, as `Upload.site` has it.
-    starts : dict[int, StateDict]
-        What each client of the current round was sent to train from.
-    unusual : dict[int, str]
-        From which clients of the current round the others do not learn, and why.
     completed_rounds : int
         Rounds of an earlier run that this one goes on from; Flower counts its rounds from 1 again.
     """
-
-    clients_keep_parts: ClassVar[bool] = False
-    extras_are_optional: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -114,25 +83,17 @@ class ClientwiseFedAvg(FedAvg):
         evaluate_every: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(generated_layers=generated_layers, seed=seed, momentum=momentum, **kwargs)
         self.evaluate_every = evaluate_every
         self._last_round = 0
         self.join_timeout = join_timeout
-        self.momentum = Momentum(momentum)
         self.late_clients = late_clients
         self.join_round = join_round
-        self.generated_layers = tuple(generated_layers)
-        self.seed = seed
         self.roster = roster or Roster()
-        self.layout: ParameterLayout | None = None
-        self.extras_layout: ParameterLayout | None = None
         self.completed_rounds = 0
-        self.average: StateDict = {}
-        self.sites: dict[int, StateDict] = {}
-        self.starts: dict[int, StateDict] = {}
-        self.unusual: dict[int, str] = {}
         self.record = RoundRecord(0)
-        self._sent: list[Metadata] = []
+        self._sent: dict[int, StateDict] = {}
+        self._addressees: list[Metadata] = []
         self._sent_at = 0.0
 
     @classmethod
@@ -157,7 +118,9 @@ class ClientwiseFedAvg(FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run all rounds, as Flower's `FedAvg` does."""
+        """Run all rounds, as Flower's `FedAvg` does; with `begin`, if it was not called before."""
+        if not self.has_begun:
+            self.begin(initial_arrays.to_torch_state_dict())
         self._last_round = self.completed_rounds + num_rounds
         return super().start(
             grid,
@@ -169,123 +132,21 @@ class ClientwiseFedAvg(FedAvg):
             evaluate_fn,
         )
 
-    def begin(self, state: StateDict) -> None:
-        """Take note of the initial model, whose tensors are in the order of the vectors.
-
-        Raises
-        ------
-        ParameterError
-            If a pattern takes no tensor of it, or nothing would be generated.
-        """
-        self.average = state
-        self.layout = ParameterLayout.of(state, self.generated_layers)
-
-    def training_state(self, client: int) -> StateDict:
-        """Return the state_dict that a client starts its local training from."""
-        return self.average
-
-    def evaluation_state(self, client: int) -> StateDict:
-        """Return the state_dict of a client's personalized model."""
-        return self.average
-
-    def prepare(self, server_round: int, clients: Sequence[int]) -> None:
-        """Take note of who will train in a round; by default nothing is to be done."""
-
-    def extras(self, client: int) -> StateDict:
-        """Return what a client is sent beside its parameters."""
-        return {}
-
-    def evaluation_extras(self, client: int) -> StateDict:
-        """Return what a client is sent beside the parameters that it judges."""
-        return self.extras(client)
-
-    def expected_extras(self, client: int) -> ParameterLayout | None:
-        """Return what a client must upload beside the parameters; None for nothing."""
-        return self.extras_layout
-
-    def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
-        """Return from which clients of a round the others should not learn, and why."""
-        return {}
-
-    def counts(self, client: int) -> bool:
-        """Tell whether a client's upload has its part in the average."""
-        return client not in self.unusual
-
-    def check(self, client: int, upload: Upload) -> None:
-        """Refuse an upload that fits the model and cannot be used all the same.
-
-        Raises
-        ------
-        ReplyError
-            If its data are another partition than before, as when a run is resumed with more
-            clients.
-        """
-        before = self.sites.get(client, {}).get("partition")
-        now = upload.site.get("partition")
-        if before is not None and now is not None and not torch.equal(before, now):
-            raise ReplyError(
-                f"its data are partition {now[0]} of {now[1]}, and were {before[0]} of "
-                f"{before[1]}; right would be as many clients as in the rounds before"
-            )
-
-    def combine(self, uploads: Sequence[Upload]) -> StateDict:
-        """Return the average of uploads, by their numbers of examples.
-
-        Nobody counts for more than `MAX_EXAMPLES_RATIO` times the median client.
-        """
-        numbers = [upload.num_examples for upload in uploads]
-        limit = max(1, round(MAX_EXAMPLES_RATIO * statistics.median(numbers)))
-        weights = [min(number, limit) for number in numbers]
-        return weighted_average([upload.state for upload in uploads], weights)
-
-    def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        """Take in the uploads of a round by client; the average is up to date already."""
-
-    def trace(self) -> Row:
-        """Return what was learned in the round, as numbers for method.jsonl; by default nothing."""
-        return {}
-
-    def store_below(self, folder: Path, earlier: Path | None) -> None:
-        """Keep what is seldom needed in files below a run's folder; by default there is nothing.
-
-        ``earlier`` is the folder of the run to go on from.
-        """
-
-    def sweep(self) -> None:
-        """Remove such files that no checkpoint counts on any more."""
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return (
-            under("average", self.average)
-            | states_under("site", self.sites)
-            | under("momentum", self.momentum.state())
-        )
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        self.average = below("average", tensors)
-        self.sites = states_below("site", tensors)
-        self.momentum.restore(below("momentum", tensors))
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample clients and send each what it starts from."""
         server_round += self.completed_rounds
         self.record = RoundRecord(server_round)
-        self.average = arrays.to_torch_state_dict()
-        if self.layout is None:
-            self.begin(self.average)
         if self.fraction_train == 0.0:
             return []
         clients = self._sample(
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
         self.prepare(server_round, clients)
-        self.starts = {client: self.training_state(client) for client in clients}
+        self._sent = {client: self.training_state(client) for client in clients}
         messages = self._messages(
-            clients, self.starts.__getitem__, self.extras, config, MessageType.TRAIN
+            MessageType.TRAIN, clients, self._sent.__getitem__, self.extras, config
         )
         self.record.num_nodes = len(self.roster.connected)
         self.record.expect(clients, map(self.roster.node_id, clients))
@@ -313,11 +174,11 @@ class ClientwiseFedAvg(FedAvg):
             log(INFO, "Others do not learn from client %d in this round: %s", client, reason)
             self.record.unusual(client, reason)
         if counting := [upload for client, upload in uploads.items() if self.counts(client)]:
-            self.average = self.momentum.step(self.average, self.combine(counting))
+            self.global_model.move_to(self.combine(counting))
         begin = time.monotonic()
         self.learn(self.record.server_round, uploads)
         self.record.seconds_diffusion = time.monotonic() - begin
-        records = _shared_metrics([upload.metrics for upload in uploads.values()])
+        records = shared_metrics([upload.metrics for upload in uploads.values()])
         return ArrayRecord(self.average), self.train_metrics_aggr_fn(records, self.weighted_by_key)
 
     def configure_evaluate(
@@ -336,7 +197,7 @@ class ClientwiseFedAvg(FedAvg):
             self.min_evaluate_nodes,
         )
         return self._messages(
-            clients, self.evaluation_state, self.evaluation_extras, config, MessageType.EVALUATE
+            MessageType.EVALUATE, clients, self.evaluation_state, self.evaluation_extras, config
         )
 
     def aggregate_evaluate(
@@ -353,7 +214,7 @@ class ClientwiseFedAvg(FedAvg):
             self.record.evaluated(client, metrics[client])
         if not metrics:
             return None
-        records = _shared_metrics(list(metrics.values()))
+        records = shared_metrics(list(metrics.values()))
         return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
 
     def summary(self) -> None:
@@ -384,50 +245,38 @@ class ClientwiseFedAvg(FedAvg):
                     f"{len(node_ids)} clients; right would be less than that"
                 )
         size = min(len(clients), max(minimum, round(fraction * len(clients))))
-        generator = make_generator(self.seed, "sample", purpose, server_round)
-        chosen = torch.randperm(len(clients), generator=generator)[:size].tolist()
         log(INFO, "configure_%s: Sampled %s nodes (out of %s)", purpose, size, len(clients))
-        return sorted(clients[position] for position in chosen)
+        return draw(clients, size, make_generator(self.seed, "sample", purpose, server_round))
 
     def _messages(
         self,
-        clients: Iterable[int],
+        kind: str,
+        clients: Sequence[int],
         state_of: Callable[[int], StateDict],
         extras_of: Callable[[int], StateDict],
         config: ConfigRecord,
-        kind: str,
     ) -> list[Message]:
-        """Make a message a client; clients that are sent the same state share one record."""
+        """Make a message a client, and take note of whom each is for."""
         config = ConfigRecord({**config, "server-round": self.record.server_round})
-        records: dict[int, tuple[StateDict, ArrayRecord]] = {}
-        messages = []
-        for client in clients:
-            state = state_of(client)
-            if id(state) not in records:
-                # The state is kept with its record: ids are unique among living objects only.
-                records[id(state)] = (state, ArrayRecord(state))
-            _, arrays = records[id(state)]
-            self.record.bytes_down += arrays.count_bytes()
-            content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-            if extras := extras_of(client):
-                content[EXTRAS] = ArrayRecord(extras)
-                self.record.bytes_down += content.array_records[EXTRAS].count_bytes()
-            node_id = self.roster.node_id(client)
-            messages.append(Message(content=content, message_type=kind, dst_node_id=node_id))
+
+        def contents(arrays: ArrayRecord) -> dict[str, ArrayRecord | ConfigRecord]:
+            return {self.arrayrecord_key: arrays, self.configrecord_key: config}
+
+        messages = make_messages(kind, self.roster, clients, state_of, extras_of, contents)
+        self.record.bytes_down += sum(map(num_bytes, messages))
         # Flower writes the ids of the messages into their metadata when it sends them.
-        self._sent = [message.metadata for message in messages]
+        self._addressees = [message.metadata for message in messages]
         return messages
 
     def _by_client(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
         """Sort replies by client, so that nothing depends on the order of their arrival."""
-        found = by_addressee(self._sent, replies)
+        found = by_addressee(self._addressees, replies)
         return sorted((self.roster.client(node_id), reply) for node_id, reply in found.items())
 
     def _read_uploads(self, replies: Iterable[Message]) -> dict[int, Upload]:
         """Return the uploads that can be used, and note why others can't."""
-        assert self.layout is not None, "configure_train comes before aggregate_train"
         uploads: dict[int, Upload] = {}
-        num_bytes: dict[int, int] = {}
+        sizes: dict[int, int] = {}
         for client, reply in self._by_client(replies):
             try:
                 epsilon = read_spent(reply, self.weighted_by_key)
@@ -437,7 +286,8 @@ class ClientwiseFedAvg(FedAvg):
                     continue
                 upload = read_upload(
                     reply,
-                    self.layout,
+                    self.global_model.layout,
+                    self._sent[client],
                     self.weighted_by_key,
                     self.expected_extras(client),
                     may_lack_extras=self.extras_are_optional,
@@ -446,47 +296,14 @@ class ClientwiseFedAvg(FedAvg):
             except ReplyError as error:
                 self._refuse(client, str(error))
                 continue
-            uploads[client] = upload
-            arrays = reply.content.array_records.values()
-            num_bytes[client] = sum(record.count_bytes() for record in arrays)
-        for client, reason in self._outliers(uploads).items():
+            uploads[client], sizes[client] = upload, num_bytes(reply)
+        names = [entry.name for entry in self.extras_layout.entries] if self.extras_layout else []
+        for client, reason in outliers(uploads, self.average, names).items():
             self._refuse(client, reason)
             del uploads[client]
         for client, upload in uploads.items():
-            self.record.trained(client, upload.metrics, num_bytes[client])
+            self.record.trained(client, upload.metrics, sizes[client])
         return uploads
-
-    def _outliers(self, uploads: dict[int, Upload]) -> dict[int, str]:
-        """Return who moved absurdly farther than the median client.
-
-        A single one would outweigh all others in any average and in any principal component. What
-        comes beside the parameters must not be absurdly larger than the median client's.
-        """
-        if len(uploads) < 3:
-            return {}
-        moves = {
-            client: _distance(upload.state, self.starts[client])
-            for client, upload in uploads.items()
-        }
-        # Where most do not move at all, parameters as long as the average are the measure.
-        median_move = statistics.median(moves.values()) or _distance(self.average)
-        reasons = {}
-        for client in uploads:
-            if moves[client] > MAX_RATIO * median_move:
-                reasons[client] = (
-                    f"its parameters moved by {moves[client]:.3g}, more than {MAX_RATIO} times as "
-                    "far as the median client's"
-                )
-        for name in next(iter(uploads.values())).extras if self.extras_layout else ():
-            sizes = {client: _norm(upload.extras[name]) for client, upload in uploads.items()}
-            median_size = statistics.median(sizes.values())
-            for client, size in sizes.items():
-                if size > MAX_RATIO * max(median_size, MIN_SIZE):
-                    reasons[client] = (
-                        f'"{name}" has the length {size:.3g}, more than {MAX_RATIO} times the '
-                        "median client's"
-                    )
-        return reasons
 
     def _refuse(self, client: int, reason: str) -> None:
         log(
@@ -497,26 +314,3 @@ class ClientwiseFedAvg(FedAvg):
             reason,
         )
         self.record.failed(client, reason)
-
-
-def _shared_metrics(metrics: Sequence[dict[str, float]]) -> list[RecordDict]:
-    """Return the metrics that everyone reports, as Flower's functions take them."""
-    shared = sorted(set.intersection(*(set(values) for values in metrics)))
-    return [
-        RecordDict({"metrics": MetricRecord({name: values[name] for name in shared})})
-        for values in metrics
-    ]
-
-
-def _distance(left: StateDict, right: StateDict | None = None) -> float:
-    """Return the Euclidean distance of two states, or of one from zero, without what is counted."""
-    norms = [
-        _norm(tensor.double() - (right[name].double() if right else 0))
-        for name, tensor in left.items()
-        if tensor.is_floating_point()
-    ]
-    return math.hypot(*norms)
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(tensor.double().norm())

@@ -36,7 +36,7 @@ class FedAMP(FedAvgFT):
         super().__init__(**kwargs)
         self.alpha = alpha
         self.sigma = sigma
-        self.client_momentum = ClientMomentum(self.momentum.beta)
+        self.client_momentum = ClientMomentum(self.momentum)
 
     @classmethod
     def of(cls, config: Config, **kwargs: Any) -> Self:
@@ -46,25 +46,24 @@ class FedAMP(FedAvgFT):
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""
-        assert self.layout is not None
         # Mixing all models once more is for momentum alone.
         again = uploads.keys() & self.fine_tuned.keys() if self.client_momentum.beta else ()
         for client in again:
-            vector, _ = self.layout.split(self.training_state(client))
-            self.client_momentum.trained(client, vector)
+            self.client_momentum.trained(
+                client, self.global_model.vector(self.training_state(client))
+            )
         super().learn(server_round, uploads)
 
     def training_state(self, client: int) -> StateDict:
         """Return the client's cloud model u_i, or the average if it never took part."""
-        assert self.layout is not None
         if client not in self.fine_tuned:
             return self.average
         clients = sorted(self.fine_tuned)
-        vectors = torch.stack([self.layout.split(self.fine_tuned[each])[0] for each in clients])
+        vectors = torch.stack([self.global_model.vector(self.fine_tuned[each]) for each in clients])
         weights = attention(vectors, clients.index(client), self.alpha, self.sigma)
         mixture = (weights @ vectors.double()).float()
         vector = self.client_momentum.ahead(client, mixture)
-        return self.layout.merge(vector, self.layout.rest(self.average))
+        return self.global_model.with_vector(vector)
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""

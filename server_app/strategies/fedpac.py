@@ -1,5 +1,6 @@
 """FedPAC: one body for all, and for each client the head that a quadratic programme combines."""
 
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +16,18 @@ from server_app.replies import ReplyError, Upload
 from server_app.strategies.fedavg_ft import FedAvgFT
 
 MIN_SHARE = 1e-3
+
+
+@dataclass
+class Head:
+    """A client's head, and the momentum with which it goes on."""
+
+    state: StateDict
+    momentum: Momentum
+
+    def move_to(self, combined: StateDict) -> None:
+        """Move the head to what the round's heads are combined to."""
+        self.state = self.momentum.step(self.state, combined)
 
 
 class FedPAC(FedAvgFT):
@@ -37,8 +50,7 @@ class FedPAC(FedAvgFT):
     def __init__(self, *, judged: str = "trained", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.judged = judged
-        self.heads: dict[int, StateDict] = {}
-        self.head_momenta: dict[int, Momentum] = {}
+        self.heads: dict[int, Head] = {}
         self.means: StateDict = {}
 
     @classmethod
@@ -95,8 +107,8 @@ class FedPAC(FedAvgFT):
         for row, client in enumerate(uploads):
             shares = head_shares(weighted, variances, row)
             combined = weighted_average(heads, shares.tolist())
-            momentum = self.head_momenta.setdefault(client, Momentum(self.momentum.beta))
-            self.heads[client] = momentum.step(self.heads.get(client, combined), combined)
+            head = self.heads.setdefault(client, Head(combined, Momentum(self.momentum)))
+            head.move_to(combined)
 
     def _learn_means(self, extras: list[StateDict]) -> None:
         counts = torch.stack([each["class-counts"] for each in extras])
@@ -110,7 +122,8 @@ class FedPAC(FedAvgFT):
 
     def training_state(self, client: int) -> StateDict:
         """Return the average with the client's head."""
-        return self.average | self.heads.get(client, {})
+        head = self.heads.get(client)
+        return self.average | (head.state if head else {})
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return what the client made of it, or what it would be sent."""
@@ -119,22 +132,24 @@ class FedPAC(FedAvgFT):
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
-        momenta = {client: momentum.state() for client, momentum in self.head_momenta.items()}
+        heads = self.heads.items()
         return (
             super().state()
-            | states_under("head", self.heads)
-            | states_under("head-momentum", momenta)
+            | states_under("head", {client: head.state for client, head in heads})
+            | states_under("head-momentum", {c: head.momentum.state() for c, head in heads})
             | under("means", self.means)
         )
 
     def restore(self, tensors: StateDict) -> None:
         """Take over what `state` returned."""
         super().restore(tensors)
-        self.heads = states_below("head", tensors)
         self.means = below("means", tensors)
+        self.heads = {
+            client: Head(state, Momentum(self.momentum))
+            for client, state in states_below("head", tensors).items()
+        }
         for client, velocity in states_below("head-momentum", tensors).items():
-            self.head_momenta[client] = Momentum(self.momentum.beta)
-            self.head_momenta[client].restore(velocity)
+            self.heads[client].momentum.restore(velocity)
 
 
 def head_shares(weighted: Tensor, variances: Tensor, row: int) -> Tensor:

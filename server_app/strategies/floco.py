@@ -43,7 +43,7 @@ class Floco(ClientwiseFedAvg):
         self.num_endpoints = num_endpoints
         self.projection_round = projection_round
         self.endpoints = torch.empty(0)
-        self.endpoint_momentum = Momentum(self.momentum.beta)
+        self.endpoint_momentum = Momentum(self.momentum)
         self.updates: dict[int, Tensor] = {}
         self.points: dict[int, Tensor] = {}
 

@@ -32,7 +32,7 @@ class IFCA(ClientwiseFedAvg):
     def __init__(self, *, num_clusters: int = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.clusters: dict[int, StateDict] = {}
-        self.momenta = [Momentum(self.momentum.beta) for _ in range(num_clusters)]
+        self.momenta = [Momentum(self.momentum) for _ in range(num_clusters)]
         self.choices: dict[int, int] = {}
 
     @classmethod
@@ -43,9 +43,9 @@ class IFCA(ClientwiseFedAvg):
     def begin(self, state: StateDict) -> None:
         """Draw the clusters' initial models."""
         super().begin(state)
-        assert self.layout is not None
-        vector, rest = self.layout.split(state)
-        sizes = [entry.numel for entry in self.layout.generated]
+        layout = self.global_model.layout
+        vector, rest = layout.split(state)
+        sizes = [entry.numel for entry in layout.generated]
         self.clusters = {0: state}
         for cluster in range(1, len(self.momenta)):
             generator = make_generator(self.seed, "cluster", cluster)
@@ -53,7 +53,7 @@ class IFCA(ClientwiseFedAvg):
                 piece[torch.randperm(len(piece), generator=generator)]
                 for piece in vector.split(sizes)
             ]
-            self.clusters[cluster] = self.layout.merge(torch.cat(shuffled), rest)
+            self.clusters[cluster] = layout.merge(torch.cat(shuffled), rest)
         self.extras_layout = ParameterLayout.of({"choice": torch.zeros(len(self.momenta))})
 
     def extras(self, client: int) -> StateDict:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from flwr.common import log
 
-from pfedgpa_app.aggregation import WHOLE, GenerativeAggregator
+from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import SKETCH
 from pfedgpa_app.guard import unusual
@@ -16,7 +16,7 @@ from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.report import Row
 from pfedgpa_app.state import below, under
 from pfedgpa_app.trace import trace_of
-from pfedgpa_app.vault import DiskVault
+from pfedgpa_app.vault import DiskVault, Vault
 from server_app.momentum import ClientMomentum
 from server_app.replies import Upload
 from server_app.roster import Roster
@@ -63,10 +63,8 @@ class PFedGPA(ClientwiseFedAvg):
 
     Attributes
     ----------
-    rounds_onboarded : dict[int, int]
-        The rounds that each newcomer had before it is a member; members have no entry.
-    rounds_measured : dict[int, int]
-        The round in which each client was last asked how far two halves of its images agree.
+    aggregator : GenerativeAggregator
+        The method, once `begin` has made it.
     measures : bool
         Whether those who train in this round are asked for it.
 
@@ -77,6 +75,7 @@ class PFedGPA(ClientwiseFedAvg):
     """
 
     extras_are_optional = True
+    aggregator: GenerativeAggregator
 
     def __init__(
         self,
@@ -101,10 +100,11 @@ class PFedGPA(ClientwiseFedAvg):
             join_round=onboarding.join_round,
             **kwargs,
         )
-        self.aggregator = GenerativeAggregator(diffusion, onboarding, seed=seed, is_noised=noised)
-        self.rounds_onboarded: dict[int, int] = {}
-        self.rounds_measured: dict[int, int] = {}
+        self.diffusion = diffusion
+        self.onboarding = onboarding
+        self.noised = noised
         self.measures = False
+        self._retired: Vault | None = None
         self.client_momentum = ClientMomentum(momentum)
 
     @classmethod
@@ -120,12 +120,16 @@ class PFedGPA(ClientwiseFedAvg):
         )
 
     def begin(self, state: StateDict) -> None:
-        """Take note of the initial model, whose tensors are in the order of the vectors."""
+        """Make the aggregator for the initial model."""
         super().begin(state)
-        assert self.layout is not None
-        per_layer = self.aggregator.config.blocks == "per-layer"
-        blocks = self.layout.blocks() if per_layer else WHOLE
-        self.aggregator.begin(self.layout.split(state)[0], blocks)
+        self.aggregator = GenerativeAggregator(
+            self.global_model.vector(state),
+            self.diffusion,
+            self.onboarding,
+            seed=self.seed,
+            is_noised=self.noised,
+            retired=self._retired,
+        )
 
     def prepare(self, server_round: int, clients: Sequence[int]) -> None:
         """Measure if it is time for one of the clients that will train.
@@ -133,15 +137,15 @@ class PFedGPA(ClientwiseFedAvg):
         All are asked then: moves from one mean, of one round, can be held against each other. Who
         does not tell, or nothing that can be used, is not asked sooner again than others.
         """
-        config = self.aggregator.config
-        rounds = [self.rounds_measured.get(client, -config.measure_every) for client in clients]
-        is_due = bool(rounds) and server_round - min(rounds) >= config.measure_every
+        every, bank = self.diffusion.measure_every, self.aggregator.bank
+        asked = [bank.of(client).asked for client in clients]
+        is_due = any(last is None or server_round - last >= every for last in asked)
         # Members are sent the mean for it, which would tell two of them too much of each other.
-        is_first, num_members = not self.aggregator.rounds, len(self.aggregator.bank)
-        may_tell = is_first or num_members >= config.min_kin
-        self.measures = config.sharing == "measured" and is_due and may_tell
+        may_tell = not bank.has_members or len(bank.members) >= self.diffusion.min_kin
+        self.measures = self.diffusion.sharing == "measured" and is_due and may_tell
         if self.measures:
-            self.rounds_measured |= dict.fromkeys(clients, server_round)
+            for client in clients:
+                bank.of(client).asked = server_round
 
     def extras(self, client: int) -> StateDict:
         """Return the members' mean, ``(d,)``, where it is measured what moves clients from it.
@@ -150,10 +154,8 @@ class PFedGPA(ClientwiseFedAvg):
         """
         if not self.measures:
             return {}
-        if not self._is_known(client):
-            return {COMMON: torch.empty(0)}
-        assert self.aggregator.initial is not None
-        return {COMMON: self.aggregator.expect(self.aggregator.initial)}
+        is_known = self.aggregator.bank.knows(client)
+        return {COMMON: self.aggregator.expect() if is_known else torch.empty(0)}
 
     def evaluation_extras(self, client: int) -> StateDict:
         """Return nothing."""
@@ -163,62 +165,42 @@ class PFedGPA(ClientwiseFedAvg):
         """Return the layout of both sketches, ``(2, SKETCH)``, where they were asked for."""
         return ParameterLayout.of({HALVES: torch.empty(2, SKETCH)}) if self.measures else None
 
-    def _is_known(self, client: int) -> bool:
-        aggregator = self.aggregator
-        return any(
-            client in some for some in (aggregator.bank, aggregator.guests, aggregator.retired)
-        )
-
     def counts(self, client: int) -> bool:
         """Tell whether a client is a member, as all of the first round are, and is not unusual."""
-        return self._is_member(client) and super().counts(client)
+        return self.aggregator.is_member(client) and super().counts(client)
 
     def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
         """Return which members moved unlike the others; newcomers teach nobody anyway."""
-        if not self.aggregator.config.guard:
+        if not self.diffusion.guard:
             return {}
-        assert self.layout is not None
-        assert self.aggregator.initial is not None
-        members = [client for client in sorted(uploads) if self._is_member(client)]
-        positions = [self.layout.split(uploads[client].state)[0] for client in members]
-        moves = [
-            position - self.layout.split(self.starts[client])[0]
-            for client, position in zip(members, positions, strict=True)
-        ]
+        members = [client for client in sorted(uploads) if self.aggregator.is_member(client)]
+        positions = [uploads[client].vector for client in members]
+        moves = [uploads[client].vector - uploads[client].start for client in members]
         found = unusual(moves, positions, self.aggregator.initial)
         return {members[row]: reason for row, reason in sorted(found.items())}
 
-    def _is_member(self, client: int) -> bool:
-        members = self.aggregator.rounds
-        rounds = self.rounds_onboarded.get(client, 0)
-        return not members or client in members or rounds >= self.aggregator.onboarding.rounds
-
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Put the uploads into the bank, train the diffusion model and denoise every client."""
-        assert self.layout is not None
-        vectors = {client: self.layout.split(upload.state)[0] for client, upload in uploads.items()}
-        sent = {client: self.layout.split(self.starts[client])[0] for client in uploads}
-        newcomers = [client for client in uploads if not self._is_member(client)]
+        newcomers = [client for client in uploads if not self.aggregator.is_member(client)]
         for client, upload in uploads.items():
             if HALVES in upload.extras:
                 self.aggregator.compare(client, upload.extras[HALVES])
-        for client in vectors.keys() - set(newcomers):
-            take_in = self.aggregator.observe if self.counts(client) else self.aggregator.seclude
-            take_in(client, vectors[client])
-            self.rounds_onboarded.pop(client, None)
+            if client not in newcomers:
+                usual = client not in self.unusual
+                take_in = self.aggregator.observe if usual else self.aggregator.seclude
+                take_in(client, upload.vector)
         try:
-            self.aggregator.fit(server_round, self.layout.split(self.average)[0])
+            self.aggregator.fit(server_round, self.global_model.vector(self.average))
         except FloatingPointError as error:
             log(WARNING, "pFedGPA: everyone keeps its upload in this round: %s", error)
-        for client, vector in sent.items():
-            self.client_momentum.trained(client, vector)
+        for client, upload in uploads.items():
+            self.client_momentum.trained(client, upload.start)
         for client in newcomers:
-            self.aggregator.onboard(client, vectors[client], sent[client])
-            self.rounds_onboarded[client] = self.rounds_onboarded.get(client, 0) + 1
+            self.aggregator.onboard(client, uploads[client].vector, uploads[client].start)
         log(
             INFO,
             "pFedGPA: %d members, %s; %d newcomers in this round",
-            len(self.aggregator.bank),
+            len(self.aggregator.bank.members),
             self.aggregator.describe(),
             len(newcomers),
         )
@@ -232,8 +214,6 @@ class PFedGPA(ClientwiseFedAvg):
         return {
             **super().state(),
             **under("aggregator", self.aggregator.state()),
-            **under("rounds-onboarded", _tensors(self.rounds_onboarded)),
-            **under("rounds-measured", _tensors(self.rounds_measured)),
             **under("client-momentum", self.client_momentum.state()),
         }
 
@@ -242,29 +222,21 @@ class PFedGPA(ClientwiseFedAvg):
         super().restore(tensors)
         self.aggregator.restore(below("aggregator", tensors))
         self.client_momentum.restore(below("client-momentum", tensors))
-        self.rounds_onboarded, self.rounds_measured = (
-            {int(client): int(number) for client, number in below(name, tensors).items()}
-            for name in ("rounds-onboarded", "rounds-measured")
-        )
 
     def store_below(self, folder: Path, earlier: Path | None) -> None:
         """Keep the models of those beyond ``diffusion.max-members`` in files."""
-        self.aggregator.retired = DiskVault(folder / BANK, earlier and earlier / BANK)
+        self._retired = DiskVault(folder / BANK, earlier and earlier / BANK)
 
     def sweep(self) -> None:
         """Remove their files that no checkpoint counts on any more."""
-        self.aggregator.retired.sweep()
+        self.aggregator.bank.retired.sweep()
 
     def training_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""
-        assert self.layout is not None
-        if self._is_known(client):
-            generated = self.aggregator.personalize(client)
-            vector = self.client_momentum.ahead(client, generated)
-        else:
-            assert self.aggregator.initial is not None
-            vector = self.aggregator.expect(self.aggregator.initial)
-        return self.layout.merge(vector, self.layout.rest(self.average))
+        if not self.aggregator.bank.knows(client):
+            return self.global_model.with_vector(self.aggregator.expect())
+        generated = self.aggregator.personalize(client)
+        return self.global_model.with_vector(self.client_momentum.ahead(client, generated))
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""
@@ -273,9 +245,5 @@ class PFedGPA(ClientwiseFedAvg):
     def summary(self) -> None:
         """Log the settings."""
         super().summary()
-        log(INFO, "\t└──> Diffusion: %s", self.aggregator.config)
-        log(INFO, "\t└──> Onboarding: %s", self.aggregator.onboarding)
-
-
-def _tensors(numbers: dict[int, int]) -> dict[int, torch.Tensor]:
-    return {client: torch.tensor(number) for client, number in numbers.items()}
+        log(INFO, "\t└──> Diffusion: %s", self.diffusion)
+        log(INFO, "\t└──> Onboarding: %s", self.onboarding)

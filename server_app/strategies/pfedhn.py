@@ -6,10 +6,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pfedgpa_app.config import Config, ConfigError, PFedHNConfig
+from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
 from pfedgpa_app.state import below, under
+from pfedgpa_app.strategies import PFedHNConfig
 from server_app.replies import Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
 
@@ -58,15 +59,14 @@ class PFedHN(ClientwiseFedAvg):
             If it would be too large.
         """
         super().begin(state)
-        assert self.layout is not None
-        settings = self.settings
+        settings, dim = self.settings, self.global_model.layout.dim
         size = settings.hidden_size
-        num_weights = size * (self.layout.dim + settings.hidden_layers * size)
+        num_weights = size * (dim + settings.hidden_layers * size)
         if num_weights > MAX_WEIGHTS:
             raise ConfigError(
                 [
                     f"pfedhn.hidden-size = {size}: the hypernetwork of a model of "
-                    f"{self.layout.dim:,} parameters would have {num_weights:,} weights; right "
+                    f"{dim:,} parameters would have {num_weights:,} weights; right "
                     f"would be a smaller one, or a smaller model, with at most {MAX_WEIGHTS:,}"
                 ]
             )
@@ -76,14 +76,13 @@ class PFedHN(ClientwiseFedAvg):
             for inputs, outputs in pairwise(sizes):
                 layers += [nn.Linear(inputs, outputs), nn.ReLU()]
             # One layer for all tensors is the same as one each: rows do not know of each other.
-            self.network = nn.Sequential(*layers[:-1], nn.Linear(sizes[-1], self.layout.dim))
+            self.network = nn.Sequential(*layers[:-1], nn.Linear(sizes[-1], dim))
 
     def training_state(self, client: int) -> StateDict:
         """Return the model that is generated for a client."""
-        assert self.layout is not None
         with torch.no_grad():
             theta = self.network(self._embedding(client))
-        return self.layout.merge(theta, self.layout.rest(self.average))
+        return self.global_model.with_vector(theta)
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the model that is generated for a client."""
@@ -91,9 +90,8 @@ class PFedHN(ClientwiseFedAvg):
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Follow what the clients' training changed, client by client."""
-        assert self.layout is not None
         for client, upload in uploads.items():
-            self._step(client, self.layout.split(upload.state)[0])
+            self._step(client, upload.vector)
 
     def _step(self, client: int, trained: Tensor) -> None:
         """Move phi and the client's embedding, given its parameters ``(d,)`` after training."""

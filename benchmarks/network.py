@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
@@ -89,12 +89,7 @@ class Network:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        kill_with_descendants(*(process.pid for process in self.processes.values()))
-        for process in self.processes.values():
-            process.wait()
-        if error is not None:
-            for file in sorted(self.folder.glob("*.log")):
-                print(f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}")
+        end_all(self.processes.values(), self.folder, show_logs=error is not None)
 
 
 def flower_environment(folder: Path) -> dict[str, str]:
@@ -151,6 +146,17 @@ def read_lines(folder: Path | None, name: str = "metrics.jsonl") -> list[dict]:
     file = folder and folder / name
     text = file.read_text() if file and file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def end_all(processes: Iterable[subprocess.Popen[bytes]], folder: Path, *, show_logs: bool) -> None:
+    """Kill processes and all that they started; print the end of each log below a folder."""
+    processes = list(processes)
+    kill_with_descendants(*(process.pid for process in processes))
+    for process in processes:
+        process.wait()
+    if show_logs:
+        for file in sorted(folder.glob("*.log")):
+            print(f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}")
 
 
 def kill_with_descendants(*processes: int) -> None:

@@ -1,0 +1,82 @@
+"""What is chosen by name is named in every place that must know it; a test says which lacks it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from client_app.methods import METHODS
+from pfedgpa_app.config import Config, ConfigError, ModelConfig
+from pfedgpa_app.models import MODELS
+from pfedgpa_app.section import Section
+from pfedgpa_app.strategies import STRATEGY_INFO, StrategySections
+from server_app.strategies import STRATEGIES
+
+PROJECT = Path(__file__).parents[1]
+NAMES = list(STRATEGY_INFO)
+
+
+def test_every_strategy_has_a_server_in_server_app_strategies():
+    assert list(STRATEGIES) == NAMES
+
+
+def test_every_strategy_has_a_method_in_client_app_methods():
+    assert list(METHODS) == NAMES
+
+
+def test_every_section_of_strategies_is_that_of_one():
+    sections = set(StrategySections.model_fields) - {"strategy"}
+    assert sections <= {name.replace("-", "_") for name in NAMES}
+
+
+def test_the_table_of_rivals_names_every_strategy_but_pfedgpa():
+    text = (PROJECT / "docs" / "rivals.md").read_text()
+    heading, *rows = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+    assert heading == "strategy"
+    assert ["pfedgpa", *rows] == NAMES
+
+
+def test_a_strategy_nobody_knows_is_answered_with_those_that_are():
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat({"strategy": "fedsgd"})
+    assert all(f"'{name}'" in str(caught.value) for name in NAMES)
+
+
+def test_every_model_may_be_chosen():
+    assert list(MODELS) == names_in(ModelConfig.model_fields["name"].annotation)
+
+
+def names_in(annotation: Any) -> list[str]:
+    """Return the names that a type allows, those of a union's parts too."""
+    if get_origin(annotation) is Literal:
+        return [name for name in get_args(annotation) if isinstance(name, str)]
+    return [name for part in get_args(annotation) for name in names_in(part)]
+
+
+def choices(section: type[Section], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yield the settings that are chosen by name, with the names."""
+    for name, field in section.model_fields.items():
+        key = prefix + name.replace("_", "-")
+        if isinstance(field.default, Section):
+            yield from choices(type(field.default), f"{key}.")
+        elif names := names_in(field.annotation):
+            yield key, names
+
+
+def comments() -> dict[str, str]:
+    """Return what pyproject.toml says of each setting."""
+    found, section = {}, None
+    for line in (PROJECT / "pyproject.toml").read_text().splitlines():
+        if line.startswith("["):
+            _, is_setting, rest = line.strip("[]").partition("tool.flwr.app.config")
+            section = f"{rest.strip('.')}.".lstrip(".") if is_setting else None
+        elif section is not None and (match := re.match(r"(\S+) = .*?# (.+)", line)):
+            found[section + match[1]] = match[2]
+    return found
+
+
+@pytest.mark.parametrize(("key", "names"), choices(Config), ids=lambda value: str(value)[:30])
+def test_the_comment_in_pyproject_names_every_choice(key: str, names: list[str]):
+    assert [name for name in names if name not in comments()[key]] == []
