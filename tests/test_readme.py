@@ -1,4 +1,4 @@
-"""What the README tells people to type is right."""
+"""What README and documents tell people to type is right."""
 
 import re
 import tomllib
@@ -16,19 +16,38 @@ from server_app.bench import Suite
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-RUN_CONFIGS = re.findall(r'--run-config ("[^"]+"|\S+)', README)
+DOCS = PROJECT / "docs"
+RUN_CONFIGS = sorted(
+    {
+        given
+        for page in PAGES
+        for given in re.findall(r"""--run-config ("[^"]+"|'[^']+'|[^\s'"]+)""", page.read_text())
+    }
+)
 
 
-def test_the_readme_shows_how_to_override_settings():
-    assert len(RUN_CONFIGS) >= 4
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_index_has_every_page():
+    index = (DOCS / "README.md").read_text()
+    assert set(re.findall(r"\]\((\w[\w-]*\.md)\)", index)) == {
+        page.name for page in DOCS.glob("*.md") if page.name != "README.md"
+    }
+
+
+def test_the_documents_show_how_to_override_settings():
+    assert len(RUN_CONFIGS) >= 8
 
 
 @pytest.mark.parametrize("given", RUN_CONFIGS)
-def test_settings_of_the_readme_are_right(given: str):
+def test_settings_of_the_documents_are_right(given: str):
     if given.endswith(".toml"):
         text = (PROJECT / given).read_text()
     else:
-        text = "\n".join(re.findall(r"\S+?=(?:'[^']*'|\S+)", given.strip('"')))
+        pairs = given.strip(given[0]) if given[0] in "'\"" else given
+        text = "\n".join(re.findall(r"""\S+?=(?:'[^']*'|"[^"]*"|\S+)""", pairs))
     assert Config.from_flat(dict(flatten(tomllib.loads(text)))) != Config()
 
 
@@ -47,8 +66,8 @@ def test_what_a_page_links_to_exists(page: Path):
         assert not heading or heading in headings(target), link
 
 
-def test_the_suite_of_the_readme_is_right(tmp_path: Path):
-    (text,) = re.findall(r"```toml\n(.+?)```", README, flags=re.DOTALL)
+def test_the_suite_of_the_documents_is_right(tmp_path: Path):
+    (text,) = re.findall(r"```toml\n(.+?)```", (DOCS / "comparing.md").read_text(), flags=re.DOTALL)
     (tmp_path / "conf").symlink_to(PROJECT / "conf")
     (tmp_path / "mine.toml").write_text(text)
     runs = Suite.read(tmp_path / "mine.toml").runs()
@@ -56,10 +75,11 @@ def test_the_suite_of_the_readme_is_right(tmp_path: Path):
     assert {run.config.num_server_rounds for run in runs} == {30}
 
 
-def test_an_exported_model_is_used_as_the_readme_says(
+def test_an_exported_model_is_used_as_the_documents_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (snippet,) = re.findall(r"```python\n(import json\n.+?)```", README, flags=re.DOTALL)
+    page = (DOCS / "models.md").read_text()
+    (snippet,) = re.findall(r"```python\n(import json\n.+?)```", page, flags=re.DOTALL)
     config = Config.from_flat({"data.dataset": "cifar10", "model.name": "cnn-cifar"})
     state = build_model("cnn-cifar", config.data.info, seed=1).state_dict()
     stats = ImageStats(torch.tensor([120.0, 110.0, 90.0]), torch.tensor([60.0, 50.0, 70.0]))

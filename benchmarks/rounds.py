@@ -1,0 +1,68 @@
+"""What a round of a simulation is spent on, with models judged in every round or in the last alone.
+
+    python -m benchmarks.rounds
+
+Runs conf/fashion-mnist-20.toml on a SuperLink of its own, two clients at a time. The part of a
+round in which clients work is the sum of their seconds, from message to reply, over twice those of
+the round. The first round, in which Ray starts, and the last, in which all are judged, do not count.
+"""
+
+import subprocess
+import tempfile
+import tomllib
+from pathlib import Path
+from statistics import fmean
+
+import typer
+
+from benchmarks.network import PROJECT, Network, read_lines
+from pfedgpa_app.config import flatten
+
+CLIENTS, WORKERS = 20, 2
+
+
+def main(rounds: int = 7) -> None:
+    """Print the table."""
+    print(
+        "| `server.evaluate-every` | seconds a round | clients train | MB down | MB up | "
+        "accuracy in the last round |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    with tempfile.TemporaryDirectory() as folder, Network(Path(folder)) as network:
+        network.start_superlink("--simulation")
+        for every in (1, 0):
+            print(measure(network, rounds, every), flush=True)
+
+
+def measure(network: Network, rounds: int, every: int) -> str:
+    """Return the row of a run."""
+    text = (PROJECT / "conf" / "fashion-mnist-20.toml").read_text()
+    settings = {
+        **dict(flatten(tomllib.loads(text))),
+        "num-server-rounds": rounds,
+        "server.evaluate-every": every,
+        # Halves are measured in the first round, and not again within so few.
+        "diffusion.measure-every": rounds,
+    }
+    federation = f"num-supernodes={CLIENTS} client-resources-num-cpus=1 "
+    federation += f"init-args-num-cpus={WORKERS}"
+    command = [*network.run_command(**settings), "--federation-config", federation]
+    subprocess.run(command, env=network.env, check=True, capture_output=True)
+    folder = network.run_folder()
+    last = read_lines(folder)[-1]["personalized-accuracy"]
+    rows = [row for row in read_lines(folder) if 1 < row["round"] < rounds]
+    clients = read_lines(folder, "clients.jsonl")
+    parts = []
+    for row in rows:
+        busy = sum(each["seconds"] for each in clients if each["round"] == row["round"])
+        parts.append(busy / (WORKERS * row["seconds-round"]))
+    seconds, down, up = (
+        fmean(row[name] for row in rows) for name in ("seconds-round", "bytes-down", "bytes-up")
+    )
+    return (
+        f"| {every} | {seconds:.1f} | {fmean(parts):.2f} | {down / 1e6:.1f} | {up / 1e6:.1f} | "
+        f"{last:.4f} |"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
