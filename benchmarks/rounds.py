@@ -3,8 +3,9 @@
     python -m benchmarks.rounds
 
 Runs conf/fashion-mnist-20.toml on a SuperLink of its own, two clients at a time. The part of a
-round in which clients work is the sum of their seconds, from message to reply, over twice those of
-the round. The first round, in which Ray starts, and the last, in which all are judged, do not count.
+round in which clients train is the sum of their seconds, from message to reply, over twice those
+of the round. The first round, in which Ray starts, and the last, in which all are judged, do not
+count.
 """
 
 import subprocess
