@@ -18,7 +18,7 @@ from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.section import OptionalCount, Positive, Section
 from pfedgpa_app.state import load_state, save_state
 
-_KIND = "pfedgpa-model-1"
+MODEL_KIND = "pfedgpa-model-1"
 
 
 class ExportError(ValueError):
@@ -84,7 +84,7 @@ class ExportedModel:
         ValueError
             If the file is missing, damaged or foreign.
         """
-        state, raw = load_state(file, _KIND)
+        state, raw = load_state(file, MODEL_KIND)
         try:
             facts = _Facts.model_validate(raw)
             config = Config.from_older(facts.config)
@@ -124,7 +124,7 @@ class ExportedModel:
             "class-counts": self.class_counts,
             "config": self.config.to_flat(),
         }
-        save_state(file, _KIND, self.state, **facts)
+        save_state(file, MODEL_KIND, self.state, **facts)
 
     def predict(self, images: Tensor) -> Tensor:
         """Return the probabilities of the classes, ``(num_examples, num_classes)``.

@@ -15,6 +15,10 @@ from flwr.cli.app_cmd.publish import _collect_file_paths, _validate_files
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import FAB_MAX_SIZE
 
+from pfedgpa_app.exported import MODEL_KIND
+from pfedgpa_app.vault import VECTOR_KIND
+from server_app.checkpoint import CHECKPOINT_KIND
+
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("pfedgpa_app", "client_app", "server_app")
 VERSION = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
@@ -61,3 +65,9 @@ def test_citation_and_changelog_are_of_this_version():
     first = re.search(r"^## (\S+)", (PROJECT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert first is not None
     assert first[1] in (VERSION, "Unreleased")
+
+
+def test_the_kinds_of_files_are_those_that_the_documents_name():
+    text = (PROJECT / "docs" / "runs.md").read_text()
+    kinds = {CHECKPOINT_KIND, VECTOR_KIND, MODEL_KIND}
+    assert set(re.findall(r"`(pfedgpa-[a-z]+-\d+)`", text)) == kinds
