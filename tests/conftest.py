@@ -47,12 +47,10 @@ def own_home(tmp_path_factory, monkeypatch):
     return home
 
 
-@pytest.fixture(scope="module", autouse=True)
-def warm_processes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fork off the apps' processes of tests that start Flower from one that has its packages."""
-    own = (item for item in request.session.items if item.path == request.path)
+@pytest.fixture(scope="module")
+def warm_processes() -> Iterator[None]:
+    """Fork off the processes of Flower's apps from one that has imported their packages."""
+    path = (warm.commands(), Path(sys.executable).parent, os.environ["PATH"])
     with pytest.MonkeyPatch.context() as patch:
-        if any("processes" in item.keywords for item in own):
-            path = (warm.commands(), Path(sys.executable).parent, os.environ["PATH"])
-            patch.setenv("PATH", os.pathsep.join(map(str, path)))
+        patch.setenv("PATH", os.pathsep.join(map(str, path)))
         yield

@@ -23,7 +23,11 @@ from benchmarks.network import (
     with_descendants,
 )
 
-pytestmark = [pytest.mark.processes, pytest.mark.openssl]
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.openssl,
+    pytest.mark.usefixtures("warm_processes"),
+]
 
 GUIDE = (PROJECT / "docs" / "deployment.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.+?)```", GUIDE, flags=re.DOTALL)

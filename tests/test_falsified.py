@@ -13,7 +13,7 @@ from benchmarks.network import read_lines, wait_until
 from pfedgpa_app.data import site_data
 from pfedgpa_app.exported import ExportedModel
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("warm_processes")]
 
 # In the first round it is what replies say, in the second the objects that Flower makes of it, so
 # that its own decoding stumbles.

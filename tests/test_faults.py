@@ -15,9 +15,6 @@ from benchmarks.network import read_lines, wait_until
 
 pytestmark = pytest.mark.processes
 
-# Clients are killed and frozen while they train, which must be seen to happen.
-LONG = {**QUICK, "client.local-epochs": 60}
-
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureFederation]:
@@ -35,7 +32,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureFeder
 @pytest.fixture(scope="module")
 def killed_runs(federation: SecureFederation) -> list[Path]:
     """Kill the ServerApp in round 2, the SuperLink in round 3; return the folders of the runs."""
-    settings = {**LONG, "num-server-rounds": 3, "server.min-available-nodes": 3}
+    settings = {**QUICK, "num-server-rounds": 3, "server.min-available-nodes": 3}
     federation.start_run("run", **settings)
     connect_unregistered(federation)
     federation.wait_for_rounds(1)
@@ -57,7 +54,7 @@ def killed_runs(federation: SecureFederation) -> list[Path]:
 def test_killed_and_resumed_a_run_gives_the_digits_of_one_that_was_never_disturbed(
     federation: SecureFederation, killed_runs: list[Path]
 ):
-    strategy, expected = undisturbed(federation, clients=3, rounds=3, **LONG)
+    strategy, expected = undisturbed(federation, clients=3, rounds=3)
     assert without(read_lines(killed_runs[-1])) == without(expected)
     last = [row for row in read_lines(killed_runs[-1], "clients.jsonl") if row["round"] == 3]
     assert without(last, "node-id") == without(list(strategy.record.clients.values()), "node-id")
@@ -128,7 +125,7 @@ def disturbed(federation: SecureFederation, killed_runs: list[Path]) -> Disturbe
     # As long as clients certainly need, on a machine that may have other work to do.
     seconds = [row["seconds-clients"] for row in read_lines(killed_runs[-1])]
     timeout = max(60.0, 4 * min(seconds))
-    settings = {**LONG, "server.min-available-nodes": 4, "server.round-timeout": timeout}
+    settings = {**QUICK, "server.min-available-nodes": 4, "server.round-timeout": timeout}
     federation.start_clients(3)
     federation.start_run("disturbed", **settings, **{"num-server-rounds": 100})
     federation.wait_for_rounds(1, "disturbed")

@@ -21,11 +21,11 @@ import threading
 from functools import cache
 from pathlib import Path
 
-COMMANDS = ("flower-superexec", "flwr-clientapp", "flwr-serverapp")
+# Not flower-superexec: what it starts would not be below its SuperNode any more.
+COMMANDS = ("flwr-clientapp", "flwr-serverapp")
 PACKAGES = (
     "flwr.clientapp",
     "flwr.serverapp",
-    "flwr.supercore.cli",
     "flwr.superlink.cli",
     "flwr.supernode.cli",
     "matplotlib.figure",
