@@ -19,9 +19,10 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what this machine lacks; in CI only a GPU may be missing.
 
-    Tests that wait for processes come first, so that others use the processors meanwhile.
+    Tests that wait for processes come first, so that others use the processors meanwhile; then the
+    longest ones, so that none is left at the end.
     """
-    items.sort(key=lambda item: "processes" not in item.keywords)
+    items.sort(key=lambda item: [name not in item.keywords for name in ("processes", "slow")])
     missing = {}
     if not torch.cuda.is_available():
         missing["cuda"] = "no CUDA device"

@@ -59,14 +59,14 @@ def write_pictures(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def undisturbed(
-    federation: Federation, clients: int, rounds: int
+    federation: Federation, clients: int, rounds: int, **settings: object
 ) -> tuple[ClientwiseFedAvg, list[dict[str, Any]]]:
     """Return the strategy at the end of a run with the first clients alone, and its metrics."""
 
     def node_config(grid: PoolGrid, node: int) -> dict[str, Any]:
         return parse_config_args([federation.node_config(node)])
 
-    config = {**QUICK, "client.device": "cpu", "num-server-rounds": rounds}
+    config = {**QUICK, "client.device": "cpu", "num-server-rounds": rounds, **settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PoolGrid, "node_config", node_config)
         return simulate(Config.from_flat(config), clients)

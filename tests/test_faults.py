@@ -13,7 +13,10 @@ from digit_sites import CLIENTS, LEARNED, QUICK, statuses, undisturbed, without,
 from benchmarks.faults import PATIENCE, SecureFederation, connect_unregistered
 from benchmarks.network import read_lines, wait_until
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("warm_processes")]
+
+# Clients are killed and frozen while they train, which must take longer than to notice it.
+LONG = {**QUICK, "client.local-epochs": 250}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureFeder
 @pytest.fixture(scope="module")
 def killed_runs(federation: SecureFederation) -> list[Path]:
     """Kill the ServerApp in round 2, the SuperLink in round 3; return the folders of the runs."""
-    settings = {**QUICK, "num-server-rounds": 3, "server.min-available-nodes": 3}
+    settings = {**LONG, "num-server-rounds": 3, "server.min-available-nodes": 3}
     federation.start_run("run", **settings)
     connect_unregistered(federation)
     federation.wait_for_rounds(1)
@@ -54,7 +57,7 @@ def killed_runs(federation: SecureFederation) -> list[Path]:
 def test_killed_and_resumed_a_run_gives_the_digits_of_one_that_was_never_disturbed(
     federation: SecureFederation, killed_runs: list[Path]
 ):
-    strategy, expected = undisturbed(federation, clients=3, rounds=3)
+    strategy, expected = undisturbed(federation, clients=3, rounds=3, **LONG)
     assert without(read_lines(killed_runs[-1])) == without(expected)
     last = [row for row in read_lines(killed_runs[-1], "clients.jsonl") if row["round"] == 3]
     assert without(last, "node-id") == without(list(strategy.record.clients.values()), "node-id")
@@ -125,7 +128,7 @@ def disturbed(federation: SecureFederation, killed_runs: list[Path]) -> Disturbe
     # As long as clients certainly need, on a machine that may have other work to do.
     seconds = [row["seconds-clients"] for row in read_lines(killed_runs[-1])]
     timeout = max(60.0, 4 * min(seconds))
-    settings = {**QUICK, "server.min-available-nodes": 4, "server.round-timeout": timeout}
+    settings = {**LONG, "server.min-available-nodes": 4, "server.round-timeout": timeout}
     federation.start_clients(3)
     federation.start_run("disturbed", **settings, **{"num-server-rounds": 100})
     federation.wait_for_rounds(1, "disturbed")

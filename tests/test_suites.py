@@ -17,7 +17,7 @@ from server_app.cli import app
 PROJECT = Path(__file__).parents[1]
 SUITES = sorted((PROJECT / "conf" / "suites").glob("*.toml"))
 
-pytestmark = pytest.mark.fashion_mnist
+pytestmark = [pytest.mark.fashion_mnist, pytest.mark.slow]
 
 
 def without_network(config: DataConfig, seed: int) -> Dataset:
