@@ -4,7 +4,7 @@
 
 Runs conf/fashion-mnist-20.toml on a SuperLink of its own, two clients at a time. The part of a
 round in which clients work is the sum of their seconds, from message to reply, over twice those of
-the round. The first round, in which Ray starts, and the last, in which all are judged, do not count.
+the round. The first round, in which Ray starts, and the last, in which all are judged, are left out.
 """
 
 import subprocess
