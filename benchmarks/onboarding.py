@@ -1,12 +1,13 @@
 """What clients have that join late, round by round, while the others go on training.
 
-    python -m benchmarks.onboarding --figure docs/onboarding.png
+    python -m benchmarks.onboarding --results docs/results/onboarding.csv
+    python -m benchmarks.figures
 
 20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Each case has runs in which some clients
 connect in a later round, and one in which the same clients were there from the start.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.small_images import CLIENTS, SMALL_IMAGES
 from pfedgpa_app.report import RoundRecord, mean_and_spread
-from pfedgpa_app.tables import Cell, Table
+from pfedgpa_app.tables import CSV_HEAD, Cell, Table
 from server_app.replies import Upload
 from server_app.simulation import read_config, simulate
 from server_app.strategies import PFedGPA
@@ -65,6 +66,10 @@ METHODS = {
 }
 
 
+def _cell(values: list[float]) -> Cell:
+    return Cell(mean_and_spread(values), values=values)
+
+
 def _distance_to(vector: Tensor) -> Callable[[Tensor], float]:
     return lambda other: float((vector - other).norm())
 
@@ -74,28 +79,29 @@ def main(
     join_round: int = 13,
     rounds: int = 20,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
-    figure: Annotated[Path | None, typer.Option(help="Draw the curves there.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Write the tables there, as CSV.")] = None,
 ) -> None:
-    """Print a table a case, and draw the curves."""
+    """Print a table a case."""
     torch.set_num_threads(1)
     numbers = [int(seed) for seed in seeds.split(",")]
     last = rounds - join_round + 1
     columns = sorted({1, 2, 3, last} & set(range(1, last + 1)))
-    drawn: dict[str, dict[str, list[Curve]]] = {}
+    tables = []
     for name, case in CASES.items():
-        curves = drawn[name] = {
+        curves = {
             method: [curve(file, case, method, join_round, rounds, seed) for seed in numbers]
             for method in METHODS
         }
         cells = {
-            method: [Cell(mean_and_spread([each[n - 1] for each in rows])) for n in columns]
+            method: [_cell([each[n - 1] for each in rows]) for n in columns]
             for method, rows in curves.items()
         }
         note = f"python -m benchmarks.onboarding --seeds {seeds}"
         headings = [f"round {n}" for n in columns]
-        print(Table(f"{name}: rounds since joining", headings, cells, note).markdown(), flush=True)
-    if figure:
-        _draw(drawn, figure)
+        tables.append(Table(f"{name}: rounds since joining", headings, cells, note))
+        print(tables[-1].markdown(), flush=True)
+    if results:
+        results.write_text(CSV_HEAD + "".join(table.csv() for table in tables))
 
 
 def curve(file: Path, case: Case, method: str, join_round: int, rounds: int, seed: int) -> Curve:
@@ -141,27 +147,6 @@ def accuracies(
         strategy=NearestMember.of(config) if strategy == "nearest" else None,
     )
     return found
-
-
-def _draw(drawn: Mapping[str, Mapping[str, list[Curve]]], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(12, 3.4), layout="constrained")
-    panels = drawing.subplots(1, len(drawn), sharey=True)
-    for axes, (case, curves) in zip(panels, drawn.items(), strict=True):
-        for number, (method, rows) in enumerate(curves.items()):
-            columns = list(zip(*rows, strict=True))
-            steps = range(1, len(columns) + 1)
-            means = [fmean(column) for column in columns]
-            axes.plot(steps, means, f"C{number}-o", markersize=3, label=method)
-            low, high = [min(column) for column in columns], [max(column) for column in columns]
-            axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
-        axes.set_title(case, fontsize=10)
-        axes.set_xlabel("rounds since joining")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy of the late clients")
-    panels[-1].legend(fontsize=8, loc="lower right")
-    drawing.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from benchmarks.faults import (
     copy_app,
 )
 from benchmarks.network import read_lines, wait_until
+from pfedgpa_app.figures import ACCURACY, COLOURS, drawing, in_percent
 
 CLIENTS = 4
 ROUNDS = 6
@@ -249,27 +250,33 @@ def num_equal_rounds(result: Result, other: Result) -> int:
 
 
 def draw(done: dict[str, Result], file: Path) -> None:
-    """Draw the accuracies of each case over those of the undisturbed run."""
-    from matplotlib.figure import Figure
-
+    """Draw the accuracies of each case over those of the undisturbed run, as PNG and as SVG."""
     names = [name for name in done if name != "undisturbed"]
-    drawing = Figure(figsize=(9, 7), layout="constrained")
-    panels = drawing.subplots(3, 3, sharex=True, sharey=True).flat
-    rounds = range(1, ROUNDS + 1)
-    for name, axes in zip(names, panels, strict=True):
-        axes.axvspan(CASES[name].round - 0.5, CASES[name].round + 0.5, color="0.92")
-        axes.plot(rounds, accuracies(done["undisturbed"]), color="0.5", linewidth=4, alpha=0.5)
-        axes.plot(rounds, accuracies(done[name]), "o-", color="C0", markersize=3)
-        for row in done[name]["metrics"]:
-            axes.annotate(row["num-clients"], (row["round"], 0.02), ha="center", fontsize="small")
-        axes.set_title(name, fontsize="medium")
-        axes.set_ylim(0, 1)
-        axes.grid(alpha=0.3)
-    drawing.supxlabel(
-        "round (it happens in the shaded one; below: the clients whose uploads counted)"
+    rounds, undisturbed = range(1, ROUNDS + 1), accuracies(done["undisturbed"])
+    note = (
+        "Blue: the run; grey: the undisturbed run. What a title says happens in the shaded round. "
+        "Numbers: clients whose uploads counted."
     )
-    drawing.supylabel("accuracy on the clients' own test sets; grey: undisturbed")
-    drawing.savefig(file, dpi=150)
+    with drawing(file, (7, 5.6), "A run in which something fails", note) as figure:
+        panels = figure.subplots(3, 3, sharex=True, sharey=True).flat
+        for name, axes in zip(names, panels, strict=True):
+            axes.axvspan(CASES[name].round - 0.5, CASES[name].round + 0.5, color="0.93", zorder=0)
+            axes.plot(rounds, undisturbed, color="0.7", linewidth=5)
+            axes.plot(rounds, accuracies(done[name]), "o-", color=COLOURS[0])
+            for row in done[name]["metrics"]:
+                place = (row["round"], 0.03)
+                axes.text(
+                    *place, row["num-clients"], ha="center", transform=axes.get_xaxis_transform()
+                )
+            axes.set_title(name)
+            axes.set_xticks(rounds)
+            in_percent(axes.yaxis)
+        # Room for the numbers, on the scale that all panels share.
+        lowest = min(value for result in done.values() for value in accuracies(result))
+        figure.axes[0].set_ylim(bottom=lowest - 0.1)
+        for axes in figure.axes[-3:]:
+            axes.set_xlabel("round")
+        figure.supylabel(ACCURACY)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.figures import Curve, draw_curves
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.runs import is_going_on, name_of, register, run_folders
 from pfedgpa_app.state import sync_to_disk, writing
@@ -24,9 +25,9 @@ REPORT = "report.html"
 NO_REPLY = "no reply"
 BUDGET_SPENT = "privacy budget spent"
 CURVES = {
-    "personalized-accuracy": ("-", "personalized"),
-    "received-accuracy": (":", "as sent for training"),
-    "finetuned-accuracy": ("--", "after local training"),
+    "personalized-accuracy": "personalized",
+    "finetuned-accuracy": "after local training",
+    "received-accuracy": "as sent for training",
 }
 TRAINING_METRICS = (
     "num-examples",
@@ -253,15 +254,10 @@ class RunFolder:
         model.save(folder / f"client-{client}.safetensors")
 
     def draw(self) -> None:
-        """Draw accuracy.png from the metrics so far."""
-        run = Run.read(self.path)
+        """Draw accuracy.png, and accuracy.svg, from the metrics so far."""
         file = self.path / "accuracy.png"
         with writing(file):
-            try:
-                draw_accuracy({run.config.strategy: [run]}, file)
-            except OSError:
-                file.unlink(missing_ok=True)
-                raise
+            draw_accuracy(Run.read(self.path), file)
 
 
 @dataclass(frozen=True)
@@ -376,54 +372,27 @@ def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def draw_accuracy(groups: Mapping[str, list[Run]], file: Path) -> None:
-    """Draw accuracy over rounds, a colour a group, the mean over its runs and their range.
+def draw_accuracy(run: Run, file: Path) -> None:
+    """Draw a run's mean accuracies over rounds as PNG, and as SVG beside it.
 
-    The personalized accuracy is a line, the accuracy after local training a dashed one. Where not
-    every round was judged, a dotted one has the models of the round before, as they were sent.
+    Where not every round was judged, a curve has the models of the round before, as they were
+    sent.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
     """
-    # matplotlib takes a second to import, which only figures need.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for number, (label, runs) in enumerate(groups.items()):
-        for name, (style, what) in CURVES.items():
-            rounds, rows = _curves(runs, name)
-            if not rounds or (name == "received-accuracy" and _are_all_judged(runs)):
-                continue
-            means = [statistics.fmean(row) for row in rows]
-            axes.plot(rounds, means, style, color=f"C{number}", label=f"{label}, {what}")
-            axes.fill_between(
-                rounds,
-                [min(row) for row in rows],
-                [max(row) for row in rows],
-                color=f"C{number}",
-                alpha=0.15,
-                linewidth=0,
-            )
-    axes.set_xlabel("round")
-    axes.set_ylabel("accuracy on the clients' own test sets")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(file, dpi=150)
-
-
-def _are_all_judged(runs: Iterable[Run]) -> bool:
-    return all(run.config.server.evaluate_every == 1 for run in runs)
-
-
-def _curves(runs: Iterable[Run], name: str) -> tuple[list[int], list[list[float]]]:
-    """Return the rounds in which a metric is there, and its values over the runs."""
-    values: dict[int, list[float]] = {}
-    for run in runs:
-        for row in run.metrics:
-            if row.get(name) is not None:
-                values.setdefault(row["round"], []).append(row[name])
-    rounds = sorted(values)
-    return rounds, [values[server_round] for server_round in rounds]
+    names = dict(CURVES)
+    if run.config.server.evaluate_every == 1:
+        del names["received-accuracy"]
+    curves = []
+    for metric, name in names.items():
+        rows = [row for row in run.metrics if row.get(metric) is not None]
+        if rows:
+            rounds = [row["round"] for row in rows]
+            curves.append(Curve.over(name, rounds, [[row[metric] for row in rows]]))
+    draw_curves(file, {"": curves}, run.name, "Mean over clients.")
 
 
 def _read_rows(file: Path) -> list[Row]:

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
+from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import JUDGED, RoundRecord, mean_and_spread, summarize
 from pfedgpa_app.section import Count, Section
@@ -577,47 +578,30 @@ def _until(rows: list[dict[str, Any]], target: float) -> Iterator[dict[str, Any]
 
 
 def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
-    """Draw every run's judged number, or its curve, a panel a case."""
-    # matplotlib takes a second to import, which only figures need.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    """Draw every run's judged number, or its curve, a panel a case, as PNG and SVG beside it.
 
-    results, cases = _results(runs, folder), list(suite.cases)
-    figure = Figure(figsize=(5.5 * len(cases), 1.6 + 0.3 * max(8, len(suite.rows))))
-    panels = figure.subplots(1, len(cases), squeeze=False)[0]
-    for case, axes in zip(cases, panels, strict=True):
-        for number, row in enumerate(suite.rows):
-            found = list(results[case, row].values())
-            if not found:
-                continue
-            if suite.curve:
-                curves = [[each[JUDGED] for each in result["rounds"]] for result in found]
-                rounds = range(1, len(curves[0]) + 1)
-                means = [fmean(values) for values in zip(*curves, strict=True)]
-                axes.plot(rounds, means, label=row)
-                axes.fill_between(
-                    rounds,
-                    [min(values) for values in zip(*curves, strict=True)],
-                    [max(values) for values in zip(*curves, strict=True)],
-                    alpha=0.15,
-                    linewidth=0,
-                )
-            else:
-                judged = slice(-suite.judged_rounds, None)
-                values = [fmean(_per_client(each["accuracies"][judged]).values()) for each in found]
-                axes.plot(values, [number] * len(values), "o", color="C0", alpha=0.5)
-                axes.plot(fmean(values), number, "|", color="C3", markersize=16)
-        axes.set_title(case)
-        axes.grid(alpha=0.3)
-        if suite.curve:
-            axes.set_xlabel("round; the band is the range over seeds")
-            axes.set_ylabel("accuracy on the clients' own test sets")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.legend(fontsize="small")
-        else:
-            axes.set_yticks(range(len(suite.rows)), list(suite.rows))
-            axes.invert_yaxis()
-            axes.set_xlabel("accuracy, a dot a seed, a bar their mean")
-    figure.suptitle(suite.title)
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    Raises
+    ------
+    OSError
+        If they cannot be written.
+    """
+    if suite.curve:
+        draw_curves(file, curves(suite, runs, folder), suite.title, BANDS)
+        return
+    results, judged = _results(runs, folder), slice(-suite.judged_rounds, None)
+
+    def over_seeds(case: str, row: str) -> list[float]:
+        found = results[case, row].values()
+        return [fmean(_per_client(each["accuracies"][judged]).values()) for each in found]
+
+    panels = {case: {row: over_seeds(case, row) for row in suite.rows} for case in suite.cases}
+    draw_dots(file, panels, suite.title)
+
+
+def curves(suite: Suite, runs: list[BenchRun], folder: Path) -> dict[str, list[Curve]]:
+    """Return the accuracies over rounds of each row that has a result, by case."""
+    found: dict[str, list[Curve]] = {case: [] for case in suite.cases}
+    for (case, row), results in _results(runs, folder).items():
+        if repeats := [[each[JUDGED] for each in result["rounds"]] for result in results.values()]:
+            found[case].append(Curve.over(row, range(1, len(repeats[0]) + 1), repeats))
+    return found

@@ -160,7 +160,7 @@ def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> N
         (folder / f"{name}.json").write_text(json.dumps(index, indent=1) + "\n")
         draw(suite, runs, folder, folder / f"{name}.png")
     print("\n" + "\n".join(table.text() for table in found))
-    print(f"Tables and figure: {folder}/{name}.{{{','.join(formats)},png}}")
+    print(f"Tables and figure: {folder}/{name}.{{{','.join(formats)},png,svg}}")
     print(f"A page of them: {shlex.join(['pfedgpa', 'report', str(folder)])}")
 
 

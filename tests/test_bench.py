@@ -104,6 +104,10 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
         assert float(rows[name]["std"]) == pytest.approx(np.std(seeds, ddof=1), abs=1e-6)
     assert "mean of the last 2 rounds of 3" in here.output
     assert (tmp_path / "here" / "suite.png").stat().st_size > 1000
+    texts = texts_of(tmp_path / "here" / "suite.svg")
+    for name in ("local", "ditto"):
+        # Beside its dots, a row has its mean in per cent.
+        assert {name, f"{100 * float(rows[name]['mean']):.1f}"} <= texts
     page = page_of_bench(tmp_path / "here")
     (figures,) = re.findall(r'id="figures">(.+?)</script>', page)
     personalized = {
@@ -326,6 +330,11 @@ def test_the_suites_of_the_project_are_right(file: Path, monkeypatch: pytest.Mon
     assert len({run.name for run in runs}) == len(runs)
 
 
+def texts_of(file: Path) -> set[str]:
+    """Return what is written in an SVG."""
+    return set(re.findall(r"<text[^>]*>([^<]+)</text>", file.read_text()))
+
+
 def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path: Path):
     text = SUITE.replace("measures =", "curve = true\ntargets = [0.3, 0.99]\nmeasures =")
     suite.write_text(text)
@@ -353,6 +362,10 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
     assert "(4 times a client's training was of no use)" in tables[0].note
     bench.draw(read, read.runs(), tmp_path, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
+    # Of ditto there is no result.
+    texts = texts_of(tmp_path / "curves.svg")
+    assert "local" in texts
+    assert "ditto" not in texts
 
 
 def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):

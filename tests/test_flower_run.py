@@ -128,6 +128,7 @@ def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[d
         "clients.jsonl",
         "method.jsonl",
         "accuracy.png",
+        "accuracy.svg",
         "report.html",
         "checkpoint.safetensors",
         *(f"models/client-{client}.safetensors" for client in range(4)),

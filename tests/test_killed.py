@@ -101,6 +101,7 @@ def assert_same_results(folder: Path, expected: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
     assert (folder / "accuracy.png").exists()
+    assert (folder / "accuracy.svg").exists()
 
 
 # What is killed when it is called for the n-th time, and the round that is then complete.

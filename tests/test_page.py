@@ -21,7 +21,7 @@ from pfedgpa_app.page import figures, method, runs, write_page
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown
-from pfedgpa_app.page.look import COLOURS, spread
+from pfedgpa_app.page.look import COLOURS
 from pfedgpa_app.page.runs import grouped, page_of
 from pfedgpa_app.report import RoundRecord, Run, RunFolder, summarize
 from pfedgpa_app.state import WriteError
@@ -142,13 +142,6 @@ def test_every_curve_has_its_name_at_its_end_and_none_covers_another():
     assert np.diff(pixels).min() > 15
     lines = {(line.line.color, line.line.dash, line.marker.symbol) for line in figure.data}
     assert len(lines) == 9
-
-
-def test_names_are_spread_as_little_as_is_needed():
-    assert spread([0.5, 0.1, 0.9], 0.1, 0, 1) == [0.5, 0.1, 0.9]
-    assert spread([0.99, 0.98], 0.1, 0, 1) == pytest.approx([1.0, 0.9])
-    assert spread([0.0] * 5, 0.5, 0, 1) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
-    assert spread([], 0.1, 0, 1) == []
 
 
 def test_colours_can_be_told_from_light_and_dark_ground():

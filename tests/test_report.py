@@ -282,22 +282,22 @@ def colours_of(file: Path) -> set[tuple[int, ...]]:
     return {tuple(map(int, colour)) for colour in found[found.max(1) - found.min(1) > 120]}
 
 
-BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+BLUE, VERMILLION = (0, 114, 178), (213, 94, 0)
 
 
-def test_a_figure_has_a_colour_a_group(tmp_path: Path):
-    runs = [make_run(tmp_path / str(seed), [0.2, 0.5, 0.6 + seed], seed=seed) for seed in (0, 1)]
-    draw_accuracy({"one": runs[:1]}, tmp_path / "one.png")
-    draw_accuracy({"one": runs[:1], "two": runs[1:]}, tmp_path / "two.png")
-    assert BLUE in colours_of(tmp_path / "one.png")
-    assert ORANGE not in colours_of(tmp_path / "one.png")
-    assert {BLUE, ORANGE} <= colours_of(tmp_path / "two.png")
+def test_a_figure_has_a_curve_a_metric_that_names_itself(tmp_path: Path):
+    run = make_run(tmp_path / "run", [0.2, None, 0.6])
+    draw_accuracy(run, tmp_path / "figure.png")
+    assert {BLUE, VERMILLION} <= colours_of(tmp_path / "figure.png")
+    text = (tmp_path / "figure.svg").read_text()
+    for written in (run.name, "personalized", "after local training", "round"):
+        assert f">{written}</text>" in text
+    assert "as sent for training" not in text
 
 
-def test_runs_of_different_lengths_are_drawn_together(tmp_path: Path):
-    runs = [make_run(tmp_path / "0", [0.2, None, 0.6]), make_run(tmp_path / "1", [0.3], seed=1)]
-    draw_accuracy({"group": runs}, tmp_path / "figure.png")
-    assert BLUE in colours_of(tmp_path / "figure.png")
+def test_a_run_without_numbers_has_a_figure_too(tmp_path: Path):
+    draw_accuracy(make_run(tmp_path / "run", []), tmp_path / "figure.png")
+    assert (tmp_path / "figure.svg").exists()
 
 
 def test_a_run_folder_draws_its_own_figure(tmp_path: Path):

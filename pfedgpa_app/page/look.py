@@ -6,10 +6,11 @@ alone: lines have dashes and names at their ends, points have shapes.
 
 import html
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
+
+from pfedgpa_app.figures import spread
 
 COLOURS = (
     "#2f7fc1",
@@ -116,17 +117,3 @@ def name_at_ends(fig: go.Figure, ends: Mapping[str, tuple[float, float, str]]) -
             for text, (_, _, colour), place in zip(texts, ends.values(), places, strict=True)
         ],
     )
-
-
-def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Return places near values, in their order, at least a gap apart where there is room."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    gap = min(gap, (high - low) / max(1, len(values) - 1))
-    places = list(values)
-    for below, above in pairwise(order):
-        places[above] = max(places[above], places[below] + gap)
-    top = high
-    for number in reversed(order):
-        places[number] = min(places[number], top)
-        top = places[number] - gap
-    return places
