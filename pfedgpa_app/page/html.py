@@ -50,11 +50,7 @@ class Page:
     def _figure(self, shown: Shown) -> str:
         self.drawn.append(shown.figure)
         title = escape(shown.title)
-        zoom = (
-            '<button class="zoom" aria-pressed="false">Show 0 to 1</button>'
-            if shown.has_zoom
-            else ""
-        )
+        zoom = _ZOOM if shown.has_zoom else ""
         return (
             f'<figure class="card{" wide" if shown.is_wide else ""}"><h3>{title}</h3>'
             f"<figcaption>{escape(shown.caption)} {zoom}</figcaption>"
