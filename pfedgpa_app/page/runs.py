@@ -26,10 +26,10 @@ _MAX_REASON = 300
 def page_of(runs: Sequence[Run]) -> str:
     """Return the HTML of a page of one run, or of several with a comparison on top."""
     page = Page()
-    panels = [(run.path.name, _run(page, run, number)) for number, run in enumerate(runs)]
+    panels = [(run.name, _run(page, run, number)) for number, run in enumerate(runs)]
     if len(runs) == 1:
         run = runs[0]
-        title = f"Run {run.path.name}: {run.config.strategy} on {run.config.data.dataset}"
+        title = f"Run {run.name}: {run.config.strategy} on {run.config.data.dataset}"
         body = f"<h1>{escape(title)}</h1>{tabs(panels, 'runs')}"
     else:
         title = f"{len(runs)} runs"
