@@ -65,10 +65,11 @@ def main(
     members: int = MEMBERS,
     bank: str = "memory",
     dim: int = DIM,
+    rounds: int = ROUNDS,
 ) -> None:
     """Print the table."""
     if clients:
-        print(json.dumps(_measure(clients, members, bank, dim)))
+        print(json.dumps(_measure(clients, members, bank, dim, rounds)))
         return
     headings = ("clients", "members at most", "bank", "seconds to learn", "to make a model")
     headings += ("to write a checkpoint", "checkpoint, MB", "peak memory, MB")
@@ -105,7 +106,9 @@ class Clients:
         return float((model - centre).norm() / (self.upload(client) - centre).norm())
 
 
-def _measure(num_clients: int, members: int, bank: str, dim: int) -> dict[str, Any]:
+def _measure(
+    num_clients: int, members: int, bank: str, dim: int, num_rounds: int
+) -> dict[str, Any]:
     torch.set_num_threads(1)
     clients = Clients(dim)
     config = DiffusionConfig(device="cpu", max_members=members)
@@ -124,7 +127,7 @@ def _measure(num_clients: int, members: int, bank: str, dim: int) -> dict[str, A
         aggregator.fit(1)
         found: dict[str, list[float]] = {"fit": [], "model": [], "checkpoint": [], "error": []}
         checkpoint = Path(folder, "checkpoint.safetensors")
-        for number in range(ROUNDS):
+        for number in range(num_rounds):
             chosen = [(number * UPLOADS + place) % num_clients for place in range(UPLOADS)]
             begin = time.perf_counter()
             for client in chosen:
