@@ -120,7 +120,7 @@ class RoundRecord:
 
 
 def has_failed(row: Row) -> bool:
-    """Tell whether a client was asked to train and gave nothing that could be used."""
+    """Tell whether a client was asked to train and sent no usable reply."""
     return row.get("status", "ok") not in ("ok", BUDGET_SPENT)
 
 

@@ -78,7 +78,7 @@ class Followed:
     rounds
         The rows of metrics.jsonl by round.
     failures
-        By round and client, why it gave nothing that could be used.
+        By round and client, why it sent no usable reply.
     is_over
         Whether nobody is at work on it any more.
     """

@@ -60,9 +60,11 @@ def test_the_wheel_has_the_packages_with_their_types_and_nothing_else(wheel: Pat
 
 
 def test_citation_and_changelog_are_of_this_version():
-    citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((PROJECT / "docs" / "citation.cff").read_text())
     assert citation["version"] == VERSION
-    first = re.search(r"^## (\S+)", (PROJECT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    first = re.search(
+        r"^## (\S+)", (PROJECT / "docs" / "changelog.md").read_text(), flags=re.MULTILINE
+    )
     assert first is not None
     assert first[1] in (VERSION, "Unreleased")
 

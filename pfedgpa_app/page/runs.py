@@ -238,7 +238,7 @@ def _costs(run: Run) -> list[Shown]:
 
 
 def _failures(clients: Sequence[Row]) -> str:
-    """Return who gave nothing that could be used, or was kept apart, and why; most rounds first."""
+    """Return who sent no usable reply, or was kept apart, and why; most rounds first."""
     rounds: dict[tuple[int, str], list[int]] = {}
     for row in clients:
         status = row.get("status", "ok")
