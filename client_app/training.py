@@ -83,14 +83,15 @@ def train(
         model.to(memory_format=torch.channels_last)
     momenta: Momenta = {}
     model.train()
+    parameters = dict(model.named_parameters())
     with dropout_from(generator, images.device):
         for rows in batches(len(images), config, generator, images.device):
             model.zero_grad()
             with autocast(images.device, config.precision):
                 value = loss(model, normalize(images[rows], stats), labels[rows])
             value.backward()
-            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            step(dict(model.named_parameters()), gradients, momenta, config)
+            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+            step(parameters, gradients, momenta, config)
 
 
 def step(
