@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import threading
 import time
 import tomllib
 import traceback
@@ -425,7 +426,15 @@ def execute(
     return failed
 
 
+def _end_with(parent: Any) -> None:
+    """End this process when the bench does, which may be killed, even while it starts this one."""
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _execute(run: BenchRun, folder: Path) -> None:
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     file = run.traceback_file(folder)
     file.unlink(missing_ok=True)
     try:

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -240,15 +241,18 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.processes
-def test_a_bench_that_is_terminated_leaves_no_process(suite: Path, tmp_path: Path):
-    suite.write_text(SUITE.replace("num-server-rounds = 3", "num-server-rounds = 500"))
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_bench_that_is_terminated_leaves_no_process(
+    suite: Path, tmp_path: Path, how: signal.Signals
+):
+    suite.write_text(SUITE.replace("num-server-rounds = 3", "num-server-rounds = 100000"))
     command = [Path(sys.executable).with_name("pfedgpa"), "bench", str(suite)]
     command += ["--processes", "2", "--results", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as bench:
         # Two runs, below the server that forked them, beside multiprocessing's own.
         wait_until(lambda: len(descendants(bench.pid)) >= 4, 300)
         below = descendants(bench.pid)
-        bench.terminate()
+        bench.send_signal(how)
         assert bench.wait(60) != 0
     wait_until(lambda: not any(map(is_alive, below)), 30)
 
