@@ -155,9 +155,9 @@ class GenerativeAggregator:
             raise KeyError(client)
         if self.model is None or not record.in_bank:
             return record.model
-        members = self.bank.members
+        row = list(self.bank.members).index(client)
         with single_thread():
-            return self.model.personalize(list(members).index(client), list(members.values()))
+            return self.model.personalize(row, self._vectors())
 
     def expect(self) -> Tensor:
         """Return what a client may expect of which nothing is known, ``(d,)``.
