@@ -28,7 +28,6 @@ from pfedgpa_app.randomness import make_generator, resolve_device
 MODELS = {"cnn-8x8": 8, "benchmarks.small_images:cnn": 14, "cnn-28x28": 28}
 """The size of the images that each takes."""
 NUM_CLASSES = 10
-REPETITIONS = 3
 ROUNDING = 1e-7
 
 
@@ -37,6 +36,8 @@ def main(
     clients: int = 20,
     images: Annotated[int, typer.Option(help="Of each client.")] = 100,
     epochs: int = 5,
+    repetitions: int = 3,
+    model: Annotated[str, typer.Option(help="Only that one.")] = "",
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)
@@ -44,11 +45,14 @@ def main(
     headings = ("model", "parameters", "loop, seconds", "vmap, seconds", "vmap / loop")
     headings += ("median difference", "largest", "largest of the loop, moved")
     print(f"| {' | '.join(headings)} |\n|{' --- |' * len(headings)}")
-    for name in MODELS:
-        print(row(name, resolve_device(device), clients, images, epochs), flush=True)
+    for name in [model] if model else MODELS:
+        found = row(name, resolve_device(device), clients, images, epochs, repetitions)
+        print(found, flush=True)
 
 
-def row(name: str, device: torch.device, clients: int, images: int, epochs: int) -> str:
+def row(
+    name: str, device: torch.device, clients: int, images: int, epochs: int, repetitions: int
+) -> str:
     """Measure a model, and return its row.
 
     Differences from the loop are parts of how far the client's model moved. The last one is that of
@@ -61,7 +65,7 @@ def row(name: str, device: torch.device, clients: int, images: int, epochs: int)
         return [_task(name, device, client, images, epochs) for client in range(clients)]
 
     start = _vectors(make_tasks()[:1])
-    for engine in list(ENGINES) * REPETITIONS:
+    for engine in list(ENGINES) * repetitions:
         tasks = make_tasks()
         best[engine] = min(best[engine], _seconds(ENGINES[engine], tasks, device))
         ends[engine] = _vectors(tasks)

@@ -8,7 +8,6 @@ the same batches, in the same order.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from itertools import chain
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from client_app.methods import Fit, Task
 from client_app.training import Momenta, batches, step
 from pfedgpa_app.data import ImageStats, normalize
 from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.randomness import repeatable
 
 
 def train_messages(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
@@ -88,7 +88,7 @@ def train(trainings: Sequence[Training]) -> None:
     moving = {name: fixed.pop(name) for name in _learning(trainings[0])}
     gradients_of = _gradients(models[0])
     momenta: Momenta = {}
-    with _repeatable():
+    with repeatable():
         for rows, weights in _steps(trainings, samples.labels.device):
             first = slice(len(rows))
             state = _part(moving, first)
@@ -185,9 +185,3 @@ def _learning(training: Training) -> list[str]:
 
 def _part(tensors: StateDict, first: slice) -> StateDict:
     return {name: tensor[first] for name, tensor in tensors.items()}
-
-
-def _repeatable() -> AbstractContextManager[None]:
-    """Have cuDNN choose among those algorithms that give the same digits each time."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=cudnn.allow_tf32)

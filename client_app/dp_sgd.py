@@ -11,6 +11,7 @@ from client_app.training import Loss, dropout_from
 from pfedgpa_app.config import ClientConfig, PrivacyConfig
 from pfedgpa_app.data import ImageStats, normalize
 from pfedgpa_app.privacy import Uniform, gaussian, quiet_opacus, sampling_plan
+from pfedgpa_app.randomness import repeatable
 
 
 class _Optimizer(DPOptimizer):
@@ -73,7 +74,7 @@ def train_privately(
     )
     optimizer.uniform = uniform
     try:
-        with dropout_from(generator, images.device), quiet_opacus():
+        with dropout_from(generator, images.device), repeatable(), quiet_opacus():
             for _ in range(num_steps):
                 drawn = uniform(len(images)) < sample_rate
                 rows = drawn.nonzero()[:, 0].to(images.device)

@@ -18,7 +18,7 @@ from pfedgpa_app.diffusion import (
     mix,
     normalized,
 )
-from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
+from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
 from pfedgpa_app.state import below, load_state, save_state, under
 from pfedgpa_app.vault import Vault
 
@@ -118,7 +118,7 @@ class GenerativeAggregator:
         ``halves`` are `sketched` moves, ``(2, SKETCH)``. With ``sharing = "measured"``, once most
         members told, everyone keeps of its deviations from the mean what is signal.
         """
-        with single_thread():
+        with repeatable(num_threads=1):
             self.bank.of(client).halves = normalized(halves.detach().cpu())
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
@@ -133,7 +133,7 @@ class GenerativeAggregator:
         """
         self._round = server_round
         self.average = self.average if average is None else average
-        with single_thread():
+        with repeatable(num_threads=1):
             self._bring_up_to_date()
             self.bank.take_in(server_round)
             self.model = self.spectrum = None
@@ -148,7 +148,7 @@ class GenerativeAggregator:
             If it was neither in the bank then nor onboarded.
         """
         if client in self.bank.retired:
-            with single_thread():
+            with repeatable(num_threads=1):
                 return self._of_retired(client)
         record = self.bank.clients[client]
         if record.model is None:
@@ -156,7 +156,7 @@ class GenerativeAggregator:
         if self.model is None or not record.in_bank:
             return record.model
         row = list(self.bank.members).index(client)
-        with single_thread():
+        with repeatable(num_threads=1):
             return self.model.personalize(row, self._vectors())
 
     def expect(self) -> Tensor:
@@ -177,7 +177,7 @@ class GenerativeAggregator:
         otherwise it goes through guided denoising. Its local training took it from ``previous`` to
         ``current``, both ``(d,)``; they do not get into the bank.
         """
-        with single_thread():
+        with repeatable(num_threads=1):
             generated = self._onboarded(current, previous, self._kin(client))
         self.bank.put(client, generated, self._round)
 

@@ -34,18 +34,24 @@ def initialized_by(generator: torch.Generator) -> Iterator[None]:
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
-    """Let torch use one CPU thread in the block.
+def repeatable(num_threads: int | None = None) -> Iterator[None]:
+    """Let torch compute the same digits each time.
 
-    On small tensors more threads are slower, by far where other processes want the cores, and one
-    thread gives the same digits on a machine of any number of cores.
+    On a GPU, cuDNN chooses among those algorithms that do: the fastest ones add up in whatever
+    order the GPU comes to it. On a CPU, ``num_threads`` gives the same digits on a machine of any
+    number of cores; on small tensors one is also the fastest, by far where other processes want
+    the cores. None leaves the threads as they are.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.backends.cudnn.deterministic, torch.get_num_threads()
+    torch.backends.cudnn.deterministic = True
+    if num_threads:
+        torch.set_num_threads(num_threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.backends.cudnn.deterministic = before[0]
+        if num_threads:
+            torch.set_num_threads(before[1])
 
 
 def resolve_device(name: str) -> torch.device:

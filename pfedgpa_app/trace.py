@@ -9,7 +9,7 @@ from torch import Tensor
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.diffusion import ParameterDiffusion, Spectrum, Subspace
 from pfedgpa_app.diffusion.model import schedule_of
-from pfedgpa_app.randomness import single_thread
+from pfedgpa_app.randomness import repeatable
 from pfedgpa_app.report import Row
 
 MAX_CLIENTS = 100
@@ -39,7 +39,7 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
     clients = sorted(members)
     if len(clients) < 2:
         return {}
-    with single_thread():
+    with repeatable(num_threads=1):
         vectors = [members[client] for client in clients]
         spectrum = aggregator.spectrum or Spectrum.of(vectors)
         plane = Subspace.fit(vectors, 2, spectrum)

@@ -290,7 +290,7 @@ def test_clients_that_train_together_need_no_processes():
 
 
 def test_the_benchmark_measures_both_engines():
-    row = benchmark.row("cnn-8x8", torch.device("cpu"), clients=2, images=12, epochs=1)
+    row = benchmark.row("cnn-8x8", torch.device("cpu"), 2, 12, 1, 1)
     name, parameters, loop, vmap, ratio, *differences = row.strip("| ").split(" | ")
     assert (name, parameters) == ("cnn-8x8", "13,706")
     assert min(map(float, (loop, vmap, ratio))) > 0

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pfedgpa_app.randomness import make_generator, resolve_device, single_thread
+from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
 
 Stream = tuple[int | str, ...]
 STREAMS: list[Stream] = [
@@ -127,15 +127,18 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("three_threads")
-def test_a_single_thread_lasts_as_long_as_the_block():
-    with single_thread():
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == 3
+def kept() -> tuple[int, bool]:
+    return torch.get_num_threads(), torch.backends.cudnn.deterministic
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_the_threads_come_back_after_an_error():
-    with pytest.raises(ZeroDivisionError), single_thread():
+@pytest.mark.parametrize(("num_threads", "inside"), [(1, 1), (None, 3)])
+def test_what_is_set_for_the_same_digits_lasts_as_long_as_the_block(
+    num_threads: int | None, inside: int
+):
+    with repeatable(num_threads):
+        assert kept() == (inside, True)
+    assert kept() == (3, False)
+    with pytest.raises(ZeroDivisionError), repeatable(num_threads):
         raise ZeroDivisionError
-    assert torch.get_num_threads() == 3
+    assert kept() == (3, False)
