@@ -8,7 +8,7 @@ row is told the groups.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -71,11 +71,14 @@ class HeadAggregator(GenerativeAggregator):
     def _learn(self, server_round: int) -> None:
         """Learn nothing of all parameters."""
 
-    def personalize(self, client: int) -> Tensor:
-        """Return what is generated for the head, under the mean body of the client's kin."""
+    def personalize_each(self, clients: Sequence[int]) -> Iterator[Tensor]:
+        """Yield what is generated for the heads, under the mean bodies of the clients' kin."""
+        return map(self._headed, clients)
+
+    def _headed(self, client: int) -> Tensor:
         model = self.heads.model
         if model is None or client not in self.bank.members:
-            return super().personalize(client)
+            return next(super().personalize_each([client]))
         row = list(self.bank.members).index(client)
         kinship = model.kinship(model.coordinates[row : row + 1], model.coordinates)[0]
         mean = mix(kinship, self._vectors())
@@ -88,8 +91,11 @@ class OracleAggregator(GenerativeAggregator):
 
     num_groups = 5
 
-    def personalize(self, client: int) -> Tensor:
-        """Return the mean of the uploads of a client's group."""
+    def personalize_each(self, clients: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the mean of the uploads of each client's group."""
+        return map(self._mean_of_group, clients)
+
+    def _mean_of_group(self, client: int) -> Tensor:
         number = client % self.num_groups
         members = self.bank.members.items()
         group = [vector for other, vector in members if other % self.num_groups == number]

@@ -130,10 +130,12 @@ def _measure(
         for number in range(num_rounds):
             chosen = [(number * UPLOADS + place) % num_clients for place in range(UPLOADS)]
             begin = time.perf_counter()
-            for client in chosen:
-                aggregator.personalize(client)
+            for _ in aggregator.personalize_each(chosen):
+                pass
             found["model"].append((time.perf_counter() - begin) / UPLOADS)
-            found["error"] += [clients.error(c, aggregator.personalize(c)) for c in chosen[::10]]
+            some = chosen[::10]
+            models = zip(some, aggregator.personalize_each(some), strict=True)
+            found["error"] += [clients.error(client, model) for client, model in models]
             for client in chosen:
                 aggregator.observe(client, clients.upload(client))
             begin = time.perf_counter()

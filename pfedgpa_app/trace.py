@@ -71,7 +71,7 @@ def _seen_in(
     if model is None:
         return uploads, uploads[:num_shown], torch.eye(len(vectors))[:num_shown].double()
     flat, seen = model.along(axes, plane.mean), list(uploads)
-    generated = torch.stack([flat.personalize(row, seen) for row in range(num_shown)])
+    generated = flat.personalize(range(num_shown), seen)
     return uploads, generated, torch.stack([model.parts(row) for row in range(num_shown)])
 
 

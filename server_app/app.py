@@ -84,13 +84,10 @@ def _run(
         timeout=config.server.round_timeout,
         evaluate_fn=RoundEnd(strategy, folder, tracking),
     )
-    for client in [] if strategy.clients_keep_parts else sorted(strategy.roster.clients.values()):
-        folder.save_model(
-            client,
-            strategy.evaluation_state(client),
-            strategy.record.server_round,
-            strategy.sites.get(client, {}),
-        )
+    clients = [] if strategy.clients_keep_parts else sorted(strategy.roster.clients.values())
+    for client, state in zip(clients, strategy.evaluation_states(clients), strict=True):
+        site = strategy.sites.get(client, {})
+        folder.save_model(client, state, strategy.record.server_round, site)
     folder.draw()
     _write_report(folder.path)
 

@@ -19,20 +19,19 @@ def draw(clients: Sequence[int], size: int, generator: torch.Generator) -> list[
 def make_messages(
     kind: str,
     roster: Roster,
-    clients: Iterable[int],
-    state_of: Callable[[int], StateDict],
+    clients: Sequence[int],
+    states: Iterable[StateDict],
     extras_of: Callable[[int], StateDict],
     contents: Callable[[ArrayRecord], dict[str, ArrayRecord | ConfigRecord]],
 ) -> list[Message]:
-    """Make a message a client; clients that are sent the same state share one record.
+    """Make a message a client, each with its state; the same state is one record for all.
 
     ``contents`` names the records of a message, given that of the state. Beside them is what
     ``extras_of`` returns, if it is anything.
     """
     made: dict[int, tuple[StateDict, ArrayRecord]] = {}
     messages = []
-    for client in clients:
-        state = state_of(client)
+    for client, state in zip(clients, states, strict=True):
         if id(state) not in made:
             # The state is kept with its record: ids are unique among living objects only.
             made[id(state)] = (state, ArrayRecord(state))

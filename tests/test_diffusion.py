@@ -20,6 +20,8 @@ from pfedgpa_app.diffusion import (
     generate,
     guide,
     invert,
+    mix,
+    mixture,
     posterior_mean,
     sampling_timesteps,
     train_denoiser,
@@ -36,6 +38,22 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_linear_schedule_is_the_cumulative_product_of_one_minus_beta():
     betas = np.linspace(1e-4, 2e-2, 1000)
     np.testing.assert_allclose(SCHEDULE.alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=1e-12)
+
+
+@pytest.mark.parametrize("width", [2**22, 64])
+def test_mixtures_are_sums_in_float64_and_do_not_depend_on_each_other(
+    monkeypatch: pytest.MonkeyPatch, width: int
+):
+    monkeypatch.setattr(mixture, "_CACHED", width)
+    vectors = normal(9, 1000).float()
+    weights = normal(7, 9, seed=1)
+    weights[2:5, 4:] = 0
+    weights[5] = 0
+    mixtures = mix(weights, list(vectors))
+    expected = np.einsum("mn,nd->md", weights.numpy(), vectors.double().numpy())
+    np.testing.assert_array_equal(mixtures.numpy(), expected.astype(np.float32))
+    for row in range(7):
+        assert torch.equal(mix(weights[row], list(vectors)), mixtures[row])
 
 
 @pytest.mark.parametrize("t", [0, 10, 200, 999])

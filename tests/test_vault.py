@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pfedgpa_app import vault
+from pfedgpa_app import aggregation, vault
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
 from pfedgpa_app.diffusion import sketched
@@ -220,3 +220,23 @@ def test_memory_and_disk_give_the_same_and_go_on_as_without_a_break(tmp_path: Pa
         for client in range(CLIENTS):
             expected = memory.personalize(client)
             assert all(torch.equal(one.personalize(client), expected) for one in (disk, *resumed))
+
+
+@pytest.mark.parametrize("sharing", ["measured", "kin"])
+def test_models_made_in_one_pass_are_those_made_one_by_one(
+    kept: Vault, monkeypatch: pytest.MonkeyPatch, sharing: str
+):
+    aggregator = fitted(kept, sharing=sharing)
+    current = torch.randn(DIM, generator=make_generator(4))
+    aggregator.onboard(20, current, current + 0.1)
+    clients = [7, 0, 20, 11, 3, 6, 8]
+    alone = [aggregator.personalize(client) for client in clients]
+    for together in (2, 3, 32):
+        monkeypatch.setattr(aggregation, "TOGETHER", together)
+        models = list(aggregator.personalize_each(clients))
+        assert len(models) == len(clients)
+        for model, expected in zip(models, alone, strict=True):
+            assert torch.equal(model, expected)
+    assert not torch.equal(alone[0], alone[3])
+    with pytest.raises(KeyError):
+        list(aggregator.personalize_each([7, 99]))

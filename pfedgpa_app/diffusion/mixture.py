@@ -1,9 +1,14 @@
 """Mixtures of clients' parameters, and how much of one client may be in them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+# Entries of a chunk, over all vectors, so that its float64 copy stays small.
+_CHUNK = 2**22
+# So that it stays in a processor's cache while it is used.
+_CACHED = 2**19
 
 
 def withheld(weights: Tensor, min_kin: int, own: int | None = None) -> Tensor:
@@ -40,9 +45,27 @@ def withheld(weights: Tensor, min_kin: int, own: int | None = None) -> Tensor:
 
 
 def mix(weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of vectors ``(d,)`` with weights ``(num_vectors,)``."""
-    mixture = torch.zeros_like(vectors[0])
-    for weight, vector in zip(weights.tolist(), vectors, strict=True):
-        if weight:  # most are exactly 0, which spares passes over large vectors
-            mixture += weight * vector
-    return mixture
+    """Return sums of vectors ``(d,)`` with weights ``(..., num_vectors)``, ``(..., d)``.
+
+    Many mixtures cost little more than one, whose cost is the pass over the vectors. The sums are
+    in float64, so that a mixture does not depend on which others are made in the same pass.
+    """
+    weights = weights.double()
+    # Most are 0 where clients have few kin, which spares the pass over the others' vectors.
+    used = weights.reshape(-1, len(vectors)).any(dim=0).nonzero()[:, 0].tolist()
+    mixtures = vectors[0].new_zeros(*weights.shape[:-1], len(vectors[0]))
+    parts, weights = [vectors[place] for place in used], weights[..., used]
+    for chunk in chunks_of(parts, _CACHED) if parts else ():
+        mixtures[..., chunk] = (weights @ rows_of(parts, chunk)).to(mixtures.dtype)
+    return mixtures
+
+
+def rows_of(vectors: Sequence[Tensor], chunk: slice) -> Tensor:
+    """Return a piece of every vector, ``(num_vectors, len(chunk))``, as a float64 copy."""
+    return torch.stack([vector[chunk] for vector in vectors]).double()
+
+
+def chunks_of(vectors: Sequence[Tensor], size: int = _CHUNK) -> Iterator[slice]:
+    """Return slices of the vectors that have ``size`` entries over all of them."""
+    width = max(1, size // len(vectors))
+    return (slice(begin, begin + width) for begin in range(0, len(vectors[0]), width))

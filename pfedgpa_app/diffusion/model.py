@@ -1,6 +1,6 @@
 """The diffusion model of the clients' parameters: a space, a denoiser in it, a noise level."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,21 +130,22 @@ class ParameterDiffusion:
         kept = shrinkage.kept[: self.space.dim].to(dtype)
         return replace(self, generated=self.generated * kept, shrinkage=shrinkage)
 
-    def personalize(self, row: int, vectors: Sequence[Tensor]) -> Tensor:
-        """Return the parameters ``(d,)`` generated for one of the vectors ``(d,)`` of `fit`."""
-        weights = self._weights(row)
+    def personalize(self, rows: Sequence[int], vectors: Sequence[Tensor]) -> Tensor:
+        """Return the parameters ``(len(rows), d)`` generated for some of the vectors of `fit`."""
+        weights, places = self._weights(rows), list(rows)
         if self.shrinkage is None:
-            generated = self._realize(self.generated[row], weights, vectors)
+            generated = self._realize(self.generated[places], weights, vectors)
         else:
-            generated = self._shrunk_mixture(torch.eye(len(self.generated))[row], vectors)
-        return self._without_too_much(generated, weights, vectors, vectors[row], row)
+            generated = self._shrunk_mixtures(torch.eye(len(self.generated))[places], vectors)
+        uploads = [vectors[row] for row in places]
+        return self._without_too_much(generated, weights, vectors, uploads, places)
 
     def parts(self, row: int) -> Tensor:
         """Return the part of each vector of `fit` in what one is given, ``(num_clients,)``.
 
         What the denoiser changed is not counted. The parts sum to 1, and may be negative.
         """
-        weights = self._weights(row)
+        weights = self._weights([row])[0]
         less = withheld(weights, self.config.min_kin, row)
         parts = weights - less
         parts[row] += less.sum()
@@ -157,6 +158,18 @@ class ParameterDiffusion:
         all that `personalize` does with vectors is linear in them.
         """
         return replace(self, space=self.space.along(axes, origin))
+
+    def imitate(self, kin: Tensor, currents: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
+        """Return what others receive who ask for the same as some clients, ``(num_clients, d)``.
+
+        ``kin`` ``(num_clients, num_vectors)`` has how far each of `fit` does, at least one of them
+        for each client; ``currents`` are the clients' own parameters ``(d,)``.
+        """
+        assert self.shrinkage is not None
+        of = kin / kin.sum(dim=1, keepdim=True)
+        mixtures = self._shrunk_mixtures(of, vectors)
+        none = [None] * len(of)
+        return self._without_too_much(mixtures, self.shrinkage.mixture(of), vectors, currents, none)
 
     def onboard(
         self,
@@ -175,9 +188,7 @@ class ParameterDiffusion:
         guidance: it gets what those are given that it is like.
         """
         if self.shrinkage is not None and kin is not None and bool(kin.any()):
-            of = kin / kin.sum()
-            weights, mixture = self.shrinkage.mixture(of), self._shrunk_mixture(of, vectors)
-            return self._without_too_much(mixture, weights, vectors, current)
+            return self.imitate(kin[None], [current], vectors)[0]
         if self.shrinkage is not None and (kin is not None or not self.space.dim):
             share = float(self.shrinkage.share)
             return self.space.mean + share * (current - self.space.mean)
@@ -194,9 +205,9 @@ class ParameterDiffusion:
             ).cpu()
         # Guidance may lead beyond all that the denoiser ever saw; the nearest that was is there.
         generated = self.kinship(here, self.coordinates) @ self.generated
-        weights = self.kinship(generated, self.coordinates)[0]
-        realized = self._realize(generated[0], weights, vectors)
-        return self._without_too_much(realized, weights, vectors, current)
+        weights = self.kinship(generated, self.coordinates)
+        realized = self._realize(generated, weights, vectors)
+        return self._without_too_much(realized, weights, vectors, [current], [None])[0]
 
     def kinship(self, here: Tensor, there: Tensor) -> Tensor:
         """Return how much coordinates ``(n, dim)`` are like others ``(m, dim)``.
@@ -248,49 +259,68 @@ class ParameterDiffusion:
             Shrinkage(**shrinkage) if shrinkage else None,
         )
 
-    def _weights(self, row: int) -> Tensor:
-        """Return the weight of each vector in what one is given, before any is withheld."""
-        if self.shrinkage is None:
-            return self.kinship(self.coordinates[row : row + 1], self.coordinates)[0]
-        return self.shrinkage.mixture(torch.eye(len(self.generated))[row])
+    def _weights(self, rows: Sequence[int]) -> Tensor:
+        """Return the weights of all vectors in what some receive, before any is withheld.
 
-    def _shrunk_mixture(self, of: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-        """Return a mixture ``(num_clients,)`` of what clients are given, ``(d,)``."""
+        A row a client, ``(len(rows), num_vectors)``.
+        """
+        if self.shrinkage is None:
+            return self.kinship(self.coordinates[list(rows)], self.coordinates)
+        return self.shrinkage.mixture(torch.eye(len(self.generated))[list(rows)])
+
+    def _shrunk_mixtures(self, of: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        """Return mixtures of what clients receive, ``(num_mixtures, d)``.
+
+        ``of`` ``(num_mixtures, num_clients)`` has each client's part in them.
+        """
         assert self.shrinkage is not None
         outside = self.shrinkage.weights(of, begin=self.space.dim)
-        inside = self.space.reconstruct(of.to(self.generated.dtype) @ self.generated)
-        return inside + mix(outside, vectors)
+        inside = self._reconstructed(row @ self.generated for row in of.to(self.generated.dtype))
+        return mix(outside, vectors).add_(inside)
 
     def _without_too_much(
         self,
         generated: Tensor,
         weights: Tensor,
         vectors: Sequence[Tensor],
-        upload: Tensor,
-        own: int | None = None,
+        uploads: Sequence[Tensor],
+        own: Sequence[int | None],
     ) -> Tensor:
-        """Return parameters ``(d,)`` without what is `withheld` of their weights.
+        """Return parameters ``(n, d)`` without what is `withheld` of their weights.
 
-        Its own ``upload`` takes the place, also of that part of what the denoiser changed.
+        A client's own upload takes the place, also of that part of what the denoiser changed.
         """
-        less = withheld(weights, self.config.min_kin, own)
-        if not bool(less.any()):
+        min_kin = self.config.min_kin
+        less = torch.stack(
+            [withheld(each, min_kin, place) for each, place in zip(weights, own, strict=True)]
+        )
+        cut = less.any(dim=1).nonzero()[:, 0].tolist()
+        if not cut:
             return generated
-        total = weights.abs().sum()
-        others = total - (weights[own].abs() if own is not None else 0)
-        part = float(less.abs().sum() / max(others, _NEGLIGIBLE * total))
-        mixture = mix(weights, vectors)
-        kept = mixture - mix(less, vectors) + float(less.sum()) * upload
-        return kept + (1 - part) * (generated - mixture)
+        mixtures, taken = mix(weights[cut], vectors), mix(less[cut], vectors)
+        for row, mixture, take in zip(cut, mixtures, taken, strict=True):
+            place, total = own[row], weights[row].abs().sum()
+            others = total - (weights[row, place].abs() if place is not None else 0)
+            part = float(less[row].abs().sum() / max(others, _NEGLIGIBLE * total))
+            kept = mixture - take + float(less[row].sum()) * uploads[row]
+            generated[row] = kept + (1 - part) * (generated[row] - mixture)
+        return generated
 
     def _realize(self, generated: Tensor, weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-        """Return the parameters ``(d,)`` of generated coordinates ``(dim,)``.
+        """Return the parameters ``(n, d)`` of generated coordinates ``(n, dim)``.
 
-        What the vectors have outside of the space is averaged over the client's kin: it is the
+        What the vectors have outside of the space is averaged over each client's kin: it is the
         noise of each, and whoever has no kin keeps its own.
         """
-        inside = self.space.reconstruct(weights @ self.coordinates)
-        return mix(weights, vectors) - inside + self.space.reconstruct(generated)
+        inside = self._reconstructed(row @ self.coordinates for row in weights)
+        return mix(weights, vectors).sub_(inside).add_(self._reconstructed(generated))
+
+    def _reconstructed(self, coordinates: Iterable[Tensor]) -> Tensor:
+        """Return the vectors ``(n, d)`` of coordinates ``(dim,)``.
+
+        One by one, since a product of all is rounded otherwise with their number.
+        """
+        return torch.stack([self.space.reconstruct(each) for each in coordinates])
 
 
 def first_timestep(config: DiffusionConfig, spectrum: Spectrum, rank: int) -> int:

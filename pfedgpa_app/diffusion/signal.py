@@ -46,15 +46,16 @@ class Shrinkage(NamedTuple):
         return cls(spectrum.eigenvectors, kept, (kept * variances).sum() / variances.sum())
 
     def weights(self, of: Tensor, begin: int = 0) -> Tensor:
-        """Return what a mixture of clients is given of all clients' deviations, ``(num_clients,)``.
+        """Return what mixtures of clients receive of all clients' deviations.
 
-        ``of`` ``(num_clients,)`` has each one's part in it. ``begin`` leaves out the first axes.
+        ``of`` ``(..., num_clients)`` has each one's part in them, and so has the result. ``begin``
+        leaves out the first axes.
         """
         axes = self.axes[:, begin:]
-        return axes @ (self.kept[begin:] * (of.double() @ axes))
+        return (self.kept[begin:] * (of.double() @ axes)) @ axes.T
 
     def mixture(self, of: Tensor) -> Tensor:
-        """Return the part of each client's parameters in that, ``(num_clients,)``."""
+        """Return the part of each client's parameters in that, ``(..., num_clients)``."""
         return self.weights(of) + 1 / len(self.axes)
 
     def company(self, row: int) -> Tensor:

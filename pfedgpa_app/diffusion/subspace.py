@@ -1,15 +1,15 @@
 """The affine subspace of a bank of vectors, where diffusion costs little and loses nothing."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# Entries of a chunk, over all vectors, so that its float64 copy stays small.
-_CHUNK = 2**22
+from pfedgpa_app.diffusion.mixture import chunks_of, rows_of
+
 # Directions with less than this part of the largest variance are rounding errors.
 _RELATIVE_TOLERANCE = 1e-8
 # Neighbouring eigenvalues of banks without groups (iid, Dirichlet, pathological) differ by factors
@@ -262,14 +262,3 @@ def divergence(vectors: Sequence[Tensor], origin: Tensor) -> float:
     variance = (squares[one] + squares[other] - 2 * gram[one, other]).median() / 2
     together = gram[one, other].median()
     return float(variance / together.clamp(min=0)) if variance > 0 else 0.0
-
-
-def rows_of(vectors: Sequence[Tensor], chunk: slice) -> Tensor:
-    """Return a piece of every vector, ``(num_vectors, len(chunk))``, as a float64 copy."""
-    return torch.stack([vector[chunk] for vector in vectors]).double()
-
-
-def chunks_of(vectors: Sequence[Tensor]) -> Iterator[slice]:
-    """Return slices of the vectors that are small over all of them."""
-    size = max(1, _CHUNK // len(vectors))
-    return (slice(begin, begin + size) for begin in range(0, len(vectors[0]), size))

@@ -144,9 +144,9 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
         self.prepare(server_round, clients)
-        self._sent = {client: self.training_state(client) for client in clients}
+        self._sent = dict(zip(clients, self.training_states(clients), strict=True))
         messages = self._messages(
-            MessageType.TRAIN, clients, self._sent.__getitem__, self.extras, config
+            MessageType.TRAIN, clients, self._sent.values(), self.extras, config
         )
         self.record.num_nodes = len(self.roster.connected)
         self.record.expect(clients, map(self.roster.node_id, clients))
@@ -196,9 +196,8 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
             self.fraction_evaluate,
             self.min_evaluate_nodes,
         )
-        return self._messages(
-            MessageType.EVALUATE, clients, self.evaluation_state, self.evaluation_extras, config
-        )
+        states = self.evaluation_states(clients)
+        return self._messages(MessageType.EVALUATE, clients, states, self.evaluation_extras, config)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -252,7 +251,7 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         self,
         kind: str,
         clients: Sequence[int],
-        state_of: Callable[[int], StateDict],
+        states: Iterable[StateDict],
         extras_of: Callable[[int], StateDict],
         config: ConfigRecord,
     ) -> list[Message]:
@@ -262,7 +261,7 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         def contents(arrays: ArrayRecord) -> dict[str, ArrayRecord | ConfigRecord]:
             return {self.arrayrecord_key: arrays, self.configrecord_key: config}
 
-        messages = make_messages(kind, self.roster, clients, state_of, extras_of, contents)
+        messages = make_messages(kind, self.roster, clients, states, extras_of, contents)
         self.record.bytes_down += sum(map(num_bytes, messages))
         # Flower writes the ids of the messages into their metadata when it sends them.
         self._addressees = [message.metadata for message in messages]

@@ -1,6 +1,6 @@
 """What the server of a strategy does, by default what FedAvg's does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,6 +88,14 @@ class ServerMethod:
     def evaluation_state(self, client: int) -> StateDict:
         """Return the state_dict of a client's personalized model."""
         return self.average
+
+    def training_states(self, clients: Sequence[int]) -> Iterable[StateDict]:
+        """Return the `training_state` of each client, which may be cheaper of many at once."""
+        return map(self.training_state, clients)
+
+    def evaluation_states(self, clients: Sequence[int]) -> Iterable[StateDict]:
+        """Return the `evaluation_state` of each client, one by one as they are asked for."""
+        return map(self.evaluation_state, clients)
 
     def prepare(self, server_round: int, clients: Sequence[int]) -> None:
         """Take note of who will train in a round; by default nothing is to be done."""

@@ -1,6 +1,6 @@
 """pFedGPA: the server trains a diffusion model on the clients' parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Self
@@ -233,14 +233,26 @@ class PFedGPA(ClientwiseFedAvg):
 
     def training_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""
-        if not self.aggregator.bank.knows(client):
-            return self.global_model.with_vector(self.aggregator.expect())
-        generated = self.aggregator.personalize(client)
-        return self.global_model.with_vector(self.client_momentum.ahead(client, generated))
+        return next(self.training_states([client]))
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""
         return self.training_state(client)
+
+    def training_states(self, clients: Sequence[int]) -> Iterator[StateDict]:
+        """Yield the `training_state` of each client."""
+        known = [client for client in clients if self.aggregator.bank.knows(client)]
+        generated = self.aggregator.personalize_each(known)
+        for client in clients:
+            if self.aggregator.bank.knows(client):
+                vector = self.client_momentum.ahead(client, next(generated))
+                yield self.global_model.with_vector(vector)
+            else:
+                yield self.global_model.with_vector(self.aggregator.expect())
+
+    def evaluation_states(self, clients: Sequence[int]) -> Iterator[StateDict]:
+        """Yield the `evaluation_state` of each client."""
+        return self.training_states(clients)
 
     def summary(self) -> None:
         """Log the settings."""
