@@ -55,7 +55,10 @@ class Tracking:
             self._tracker.close(kind is None)
         except Exception as problem:
             log(
-                ERROR, 'tracking = "%s": the end of the run is not told: %s', self._setting, problem
+                ERROR,
+                'tracking = "%s": the end of the run is not told: %s',
+                self._setting,
+                one_line(str(problem)),
             )
 
     def add_round(self, row: Row) -> None:

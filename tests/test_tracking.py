@@ -211,7 +211,7 @@ def test_an_end_that_cannot_be_told_is_logged(
     caplog: pytest.LogCaptureFixture,
 ):
     def fail(status: str) -> None:
-        raise ConnectionError("the server is away")
+        raise ConnectionError("the server\nis away")
 
     monkeypatch.setattr(mlflow, "end_run", fail)
     track(tmp_path, "mlflow", [1])
