@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import pdist
 
-from pfedgpa_app.page.look import colour, figure, name_at_ends, plain, symbol
+from pfedgpa_app.page.look import colour, figure, label_whole_numbers, name_at_ends, plain, symbol
 from pfedgpa_app.report import Row
 
 Points = dict[int, tuple[float, float]]
@@ -192,8 +192,9 @@ def spectrum(rows: Sequence[Row]) -> go.Figure:
             _level(axes, row.get("floor"), "floor (median)", 2, "dash"),
             _level(axes, row.get("noise"), "noise added", 3, "dot"),
             go.Bar(
-                x=axes if "kept" in row else [],
-                y=row.get("kept", [])[: len(axes)],
+                x=axes,
+                # Of an axis without bars plotly cannot say where it is, and complains.
+                y=row.get("kept", [None] * len(axes))[: len(axes)],
                 name="part kept",
                 yaxis="y2",
                 marker={"color": colour(5)},
@@ -221,8 +222,9 @@ def spectrum(rows: Sequence[Row]) -> go.Figure:
             "tickformat": ".0%",
             "anchor": "x",
         },
-        xaxis={"anchor": "y2", "tickformat": "d"},
+        xaxis={"anchor": "y2"},
     )
+    label_whole_numbers(fig, range(max(len(row.get("spectrum", ())) for row in rows)))
     return _with_frames(fig, frames)
 
 
@@ -287,7 +289,7 @@ def levels(rows: Sequence[Row]) -> go.Figure:
         if last:
             ends[name] = (rows[-1]["round"], float(np.log10(last[-1])), colour(number))
     name_at_ends(fig, ends)
-    fig.update_xaxes(tickformat="d")
+    label_whole_numbers(fig, (row["round"] for row in rows))
     return fig
 
 
