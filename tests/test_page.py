@@ -353,6 +353,12 @@ def test_what_a_client_says_is_text(tmp_path: Path):
     assert "2-3" in content.texts
 
 
+def test_names_of_classes_and_groups_have_no_tags(tmp_path: Path):
+    (heat,) = figures.classes({0: torch.tensor([1])}, [EVIL]).data
+    plane = method.plane(make_run(tmp_path / "run").method, {0: EVIL})
+    assert "<" not in str((heat.x, [trace.name for trace in plane.data]))
+
+
 def test_data_in_the_page_cannot_end_its_script():
     figure = figures.accuracy({EVIL: {1: [0.1], 2: [0.2]}})
     figure.add_scatter(customdata=[EVIL])
