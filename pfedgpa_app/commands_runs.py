@@ -134,7 +134,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _worst(run: Run) -> list[Row]:
-    """Return the clients with the lowest accuracies in the last round that was judged."""
+    """Return the clients with the lowest accuracies in the last round with an evaluation."""
     judged = [row for row in run.clients if JUDGED in row]
     last = max((row["round"] for row in judged), default=0)
     rows = sorted(

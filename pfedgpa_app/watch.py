@@ -19,7 +19,7 @@ from pfedgpa_app.runs import CHECKPOINT, LATEST, is_going_on
 
 _PAUSE = 1.0  # seconds between two looks
 _ROUNDS_SHOWN = 10
-_ROUNDS_JUDGED = 5  # how long they took tells how long the rest takes
+_ROUNDS_TIMED = 5  # of which the median is taken for each round that is left
 _FAILURES_SHOWN = 5
 _INTERRUPTED = 130  # what shells say of Ctrl-C
 
@@ -75,7 +75,7 @@ class Tail:
 
 
 class Followed:
-    """A run as far as its files tell.
+    """A run as far as its files show.
 
     Attributes
     ----------
@@ -120,7 +120,7 @@ class Followed:
 
     def seconds_left(self, now: float) -> float | None:
         """Return about how long the rest takes; None before the first round."""
-        rows = list(self.rounds.values())[-_ROUNDS_JUDGED:]
+        rows = list(self.rounds.values())[-_ROUNDS_TIMED:]
         last = [value_of(row, "seconds-round") for row in rows]
         if not last:
             return None

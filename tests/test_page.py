@@ -219,7 +219,7 @@ def test_a_client_that_claims_another_number_of_partitions_has_no_classes(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "models", "why"),
     [
-        ({}, False, "no model of the run tells"),
+        ({}, False, "no model of the run says"),
         ({"data.dataset": "sites", **OWN}, True, "every site has data of its own"),
         ({"data.dataset": "cifar10", "model.name": "cnn-cifar"}, True, "cifar10 was shared out"),
         ({"data.dataset": "no.such:module", **OWN}, True, "no.such:module was shared out"),
@@ -230,7 +230,7 @@ def test_what_is_not_known_of_classes_is_said_and_nothing_fetched(
 ):
     page = page_of([make_run(tmp_path / "run", models=models, **settings)])
     text = " ".join(Content(page).texts)
-    assert re.search(f"Who holds which classes is left out: .*{why}", text)
+    assert re.search(f"Classes of clients are left out: .*{why}", text)
     assert not list(Path.home().rglob("cifar*"))
 
 
@@ -421,7 +421,7 @@ def test_a_bench_has_its_tables_and_a_curve_a_row(tmp_path: Path):
     assert band["y"] == pytest.approx([0.11, 0.21, 0.31, 0.3, 0.2, 0.1])
 
 
-def test_a_bench_that_judged_once_has_its_tables_alone(tmp_path: Path):
+def test_a_bench_that_evaluated_once_has_its_tables_alone(tmp_path: Path):
     write_bench(tmp_path / "bench")
     for file in (tmp_path / "bench" / "runs").iterdir():
         file.write_text(json.dumps({"rounds": [{"round": 3, "personalized-accuracy": 0.3}]}))

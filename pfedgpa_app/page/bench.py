@@ -1,4 +1,4 @@
-"""What the page has of a bench: its tables, and curves where rounds were judged."""
+"""What the page has of a bench: its tables, and curves where rounds were evaluated."""
 
 import json
 from collections.abc import Mapping, Sequence

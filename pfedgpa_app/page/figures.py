@@ -103,7 +103,7 @@ def _band(curve: Curve, colour: str) -> go.Scatter:
 def last_accuracies(clients: Sequence[Row]) -> dict[int, tuple[float, float | None]]:
     """Return each client's last personalized accuracy, and that after training in its last round.
 
-    Worst first; a client that was never judged has none.
+    Worst first; a client that was never evaluated has none.
     """
     personalized: dict[int, float] = {}
     trained: dict[int, float] = {}
@@ -175,7 +175,7 @@ def seconds(metrics: Sequence[Row]) -> go.Figure:
     whole = [value_of(row, "seconds-round") for row in metrics]
     taken = [sum(each) for each in zip(*parts.values(), strict=True)]
     parts["rest"] = [max(0.0, each - of) for each, of in zip(whole, taken, strict=True)]
-    names = ("clients' training", "learning on the server", "judging, writing, the rest")
+    names = ("clients' training", "learning on the server", "evaluation, writing, the rest")
     _bars(fig, metrics, dict(zip(names, parts.values(), strict=True)), "%{y:.2f} s")
     return fig
 

@@ -1,4 +1,4 @@
-"""Who holds what: the classes of each client and its group, from the run's settings alone."""
+"""Which data clients have: the classes and the group of each, from the run's settings alone."""
 
 import json
 from collections import Counter
@@ -32,14 +32,14 @@ class Holdings:
 
     @classmethod
     def of(cls, run: Run) -> "Holdings":
-        """Return what the settings of a run tell, without a download or a call of own functions."""
+        """Return what the settings of a run say, without a download or a call of own functions."""
         partitions = _partitions(run.path / "models")
         if run.config.data.dataset == SITES:
             return cls(missing="every site has data of its own, of which the server knows nothing")
         if not partitions:
             return cls(
-                missing="no model of the run tells which partition its client has; models are "
-                "written after the last round, by strategies whose server knows them"
+                missing="no model of the run says which partition its client has; models are "
+                "written after the last round, by strategies whose clients keep no part of theirs"
             )
         groups = _groups(run.config, partitions)
         try:

@@ -129,7 +129,7 @@ def _ways(uploads: Points, generated: Points) -> go.Scatter:
 
 
 def kinship(rows: Sequence[Row], groups: Mapping[int, str]) -> go.Figure | None:
-    """Return each client's part in what another is given; None where it was not written down.
+    """Return each upload's part in what clients receive; None where it was not written down.
 
     Clients of a group stand together; where no groups are known, those that share most.
     """
@@ -158,12 +158,12 @@ def kinship(rows: Sequence[Row], groups: Mapping[int, str]) -> go.Figure | None:
             zmax=max(0.01, *others),
             texttemplate="%{z:.2f}" if len(order) <= 12 else None,
             colorbar={"title": {"text": "part"}, "thickness": 12},
-            hovertemplate="client %{y} is given %{z:.3f} of client %{x}<extra></extra>",
+            hovertemplate="client %{y} receives %{z:.3f} of client %{x}'s upload<extra></extra>",
             xgap=1 if len(order) <= 40 else 0,
             ygap=1 if len(order) <= 40 else 0,
         )
         frames.append(go.Frame(name=str(row["round"]), data=[heat]))
-    fig = figure("of whose upload", "who is given it", height=460)
+    fig = figure("client who uploaded", "client who receives", height=460)
     fig.update_xaxes(type="category")
     fig.update_yaxes(type="category", autorange="reversed")
     return _with_frames(fig, frames)

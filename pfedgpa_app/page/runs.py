@@ -108,7 +108,7 @@ def _run(page: Page, run: Run, number: int) -> str:
         parts.append(page.figures(_accuracies(run, clients, holdings)))
     if not holdings.counts:
         parts.append(
-            f'<p class="quiet">Who holds which classes is left out: {escape(holdings.missing)}.</p>'
+            f'<p class="quiet">Classes of clients are left out: {escape(holdings.missing)}.</p>'
         )
     if rows:
         parts.append("<h2>What the server found</h2>")
@@ -150,13 +150,13 @@ def _facts(run: Run) -> str:
 def _accuracies(run: Run, clients: Sequence[Row], holdings: Holdings) -> list[Shown]:
     names = dict(figures.ACCURACIES)
     if run.config.server.evaluate_every == 1:
-        del names["received-accuracy"]  # what was judged in the round before
+        del names["received-accuracy"]  # what was evaluated in the round before
     curves = {label: figures.curve_of([run.metrics], name) for name, label in names.items()}
     shown = [Shown("Accuracy over rounds", _OWN_ACCURACY, figures.accuracy(curves), has_zoom=True)]
     if accuracies := figures.last_accuracies(clients):
         caption = (
-            "On its own test set. Filled: each client's personalized model, as it was last judged. "
-            "Open: what the client made of the model it was sent, by local training."
+            "On its own test set. Filled: each client's personalized model, as last evaluated. "
+            "Open: what the client made of the model it received, by local training."
         )
         mean = fmean(personalized for personalized, _ in accuracies.values())
         drawn = figures.clients(_first(accuracies), mean)
@@ -168,7 +168,7 @@ def _accuracies(run: Run, clients: Sequence[Row], holdings: Holdings) -> list[Sh
         )
         heat = figures.classes(_first(holdings.by_group), run.config.data.classes)
         caption += _left_out(holdings.counts)
-        shown.append(Shown("Who holds which classes", caption, heat, is_wide=True))
+        shown.append(Shown("Classes of each client", caption, heat, is_wide=True))
     return shown
 
 
@@ -203,12 +203,12 @@ def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[S
     ]
     if (heat := method.kinship(rows, holdings.groups)) is not None:
         caption = (
-            "A row is what a client is given, as parts of everyone's upload: those in it are the "
-            "ones it is drawn towards. The scale ends at the largest part of anybody else. Clients "
-            "of a group stand together, or those that share most; of those without a row the "
-            "server had nothing in that round."
+            "A row is the model that a client receives: the part of each client's upload in it. "
+            "The scale ends at the largest part of another client's. Clients of a group stand "
+            "together, or those that share most. A client without a row was no member of the bank "
+            "in that round."
         )
-        shown.append(Shown("Who is drawn towards whom", caption, heat))
+        shown.append(Shown("Kinship: whose uploads a model is made of", caption, heat))
     caption = (
         "Variance of the uploads along each principal axis. Axes above the floor tell clients "
         "apart; in the denoised ones the diffusion model works, after noise of the dotted line's "
@@ -234,7 +234,7 @@ def _costs(run: Run) -> list[Shown]:
         ),
         Shown(
             "Megabytes of each round",
-            "Parameters of all clients together; models that are sent to be judged count as down.",
+            "Parameters of all clients together; models sent for evaluation count as down.",
             figures.megabytes(run.metrics),
         ),
     ]
