@@ -204,9 +204,9 @@ def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[S
     if (heat := method.kinship(rows, holdings.groups)) is not None:
         caption = (
             "A row is the model that a client receives: the part of each client's upload in it. "
-            "The scale ends at the largest part of another client's. Clients of a group stand "
-            "together, or those that share most. A client without a row was no member of the bank "
-            "in that round."
+            "Parts may be negative. The scale ends at the largest part of another client's. "
+            "Clients of a group stand together, or those that share most. A client without a row "
+            "was no member of the bank in that round."
         )
         shown.append(Shown("Kinship: whose uploads a model is made of", caption, heat))
     caption = (
