@@ -41,6 +41,8 @@ figcaption { font-size: .92rem; margin-bottom: .4rem; max-width: 80ch; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: break-word; }
+/* Reasons of failures, which may be one long word. */
+td:nth-child(3):last-child { overflow-wrap: anywhere; min-width: 8rem; }
 tr.marked td, tr.marked th { background: var(--marked); }
 code { font-size: .9em; }
 nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1.4rem 0 1rem; }
