@@ -167,12 +167,13 @@ def report(
     from pfedgpa_app.page.runs import page_of
 
     _check_output(output, "report.html", force)
-    benches = [run for run in runs if is_bench(Path(run).expanduser())]
+    folders = [Path(os.path.expanduser(run)) for run in runs]
+    benches = [folder for folder in folders if is_bench(folder)]
     if benches and len(runs) > 1:
         fail(f"{benches[0]} is a bench; right would be it alone, or runs")
     try:
         if benches:
-            page = page_of_bench(Path(runs[0]).expanduser())
+            page = page_of_bench(benches[0])
         else:
             page = page_of([read_run(run, output_dir) for run in runs])
         write_page(output, page)

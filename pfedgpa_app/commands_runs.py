@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -20,7 +21,7 @@ from pfedgpa_app.console import (
     print_table,
     read_run,
 )
-from pfedgpa_app.report import JUDGED, Row, Run, has_failed, read_runs
+from pfedgpa_app.report import JUDGED, Row, Run, has_failed, read_runs, value_of
 from pfedgpa_app.runs import CHECKPOINT
 
 runs_app = typer.Typer(
@@ -43,7 +44,8 @@ _ACCURACIES = {
 def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputDir = "") -> None:
     """List the runs, oldest first, with their last accuracy."""
     if context.invoked_subcommand is not None:
-        context.default_map = {context.invoked_subcommand: {"output_dir": output_dir}}
+        defaults = {"output_dir": output_dir, "as_json": as_json}
+        context.default_map = {context.invoked_subcommand: defaults}
         return
     folder = Config(output_dir=output_dir).output_path
     found = read_runs(folder)
@@ -77,7 +79,7 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
     found = read_run(run, output_dir)
     facts = _facts(found) | {
         "settings": found.config.changed,
-        "seconds": round(sum(row.get("seconds-round", 0.0) for row in found.metrics), 3),
+        "seconds": round(sum(value_of(row, "seconds-round") for row in found.metrics), 3),
         "accuracies": {name: found.last(name) for name in _ACCURACIES},
         "worst-clients": _worst(found),
         "failures": _failures(found.clients),
@@ -102,7 +104,9 @@ def remove(
         f"{_size(sum(dict(_files(path)).values()))}): {path}"
     )
     for other in read_runs(path.parent):
-        if other.config.earlier_path == path and not (other.path / CHECKPOINT).exists():
+        earlier = other.config.earlier_path
+        is_its = earlier is not None and earlier.resolve() == path.resolve()
+        if is_its and not (other.path / CHECKPOINT).exists():
             print(f"{other.name} goes on from it and has no checkpoint of its own")
     if not yes:
         typer.confirm("Remove it?", abort=True)
@@ -130,7 +134,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _worst(run: Run) -> list[Row]:
-    """Return the clients with the lowest accuracies in the last round that was judged."""
+    """Return the clients with the lowest accuracies in the last round with an evaluation."""
     judged = [row for row in run.clients if JUDGED in row]
     last = max((row["round"] for row in judged), default=0)
     rows = sorted(
@@ -157,13 +161,24 @@ def _failures(rows: list[Row]) -> list[Row]:
 
 
 def _files(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the names in a run's folder and their bytes, those of a folder together."""
+    """Yield the names in a run's folder and their bytes, those of a folder together.
+
+    A run that goes on may replace files meanwhile.
+    """
     for each in sorted(path.iterdir()):
         if each.is_dir():
-            inner = [file for file in each.rglob("*") if file.is_file()]
-            yield f"{each.name}/", sum(file.stat().st_size for file in inner)
-        else:
-            yield each.name, each.stat().st_size
+            yield f"{each.name}/", sum(_num_bytes(file) or 0 for file in each.rglob("*"))
+        elif (num_bytes := _num_bytes(each)) is not None:
+            yield each.name, num_bytes
+
+
+def _num_bytes(file: Path) -> int | None:
+    """Return the size of a file, None if it is none, or not there any more."""
+    try:
+        facts = file.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else None
 
 
 def _described(facts: dict[str, Any]) -> Iterator[str]:

@@ -333,7 +333,7 @@ class Config(StrategySections):
         """The folder of the run to go on from, absolute; None if there is none."""
         if not self.resume_from:
             return None
-        return self.output_path / Path(self.resume_from).expanduser()
+        return self.output_path / os.path.expanduser(self.resume_from)
 
     @property
     def decisive(self) -> dict[str, Scalar]:
@@ -382,7 +382,7 @@ def below_home(path: str) -> Path:
     The working directory of a Flower app is that of whoever started the SuperLink, so nothing may
     depend on it.
     """
-    return Path.home() / Path(path).expanduser()
+    return Path.home() / os.path.expanduser(path)
 
 
 def xdg_folder(variable: str, fallback: str) -> Path:

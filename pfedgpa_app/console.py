@@ -12,7 +12,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.report import Run
+from pfedgpa_app.report import RowError, Run
 from pfedgpa_app.runs import find_run
 
 OutputDir = Annotated[
@@ -42,7 +42,7 @@ _RIGHT = {
 
 
 class OneLineErrors(TyperGroup):
-    """Commands that end with a line where the system refuses a file: there is no bug to trace."""
+    """Commands that end with a line where a file is refused or damaged: that is no bug to trace."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command."""
@@ -52,6 +52,8 @@ class OneLineErrors(TyperGroup):
             raise
         except OSError as error:
             fail(explain(error))
+        except RowError as error:
+            fail(str(error))
 
 
 def explain(error: OSError) -> str:

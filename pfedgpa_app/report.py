@@ -19,6 +19,11 @@ from pfedgpa_app.state import sync_to_disk, writing
 
 Row = dict[str, Any]
 
+
+class RowError(ValueError):
+    """A line of a run's file that is no row; the message names the file."""
+
+
 JUDGED = "personalized-accuracy"
 ROWS = ("clients.jsonl", "method.jsonl", "metrics.jsonl")
 REPORT = "report.html"
@@ -152,19 +157,27 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
 def describe(row: Row, num_rounds: int) -> str:
     """Say in a line what a line of metrics.jsonl has of a round."""
     judged, worst, received, trained = accuracies(row)
-    epsilon = "" if row["epsilon"] is None else f"; epsilon {row['epsilon']:.3g}"
+    epsilon = "" if row.get("epsilon") is None else f"; epsilon {row['epsilon']:.3g}"
+    parts = ("seconds-round", "seconds-clients", "seconds-diffusion")
+    whole, clients, diffusion = (f"{value_of(row, name):.1f}" for name in parts)
     return (
         f"Round {row['round']}/{num_rounds}: personalized accuracy {judged} (worst client "
-        f"{worst}), as sent {received}, after local training {trained}; {row['num-clients']} "
-        f"clients, {row['seconds-round']:.1f} s (clients {row['seconds-clients']:.1f}, diffusion "
-        f"{row['seconds-diffusion']:.1f}){epsilon}"
+        f"{worst}), as sent {received}, after local training {trained}; "
+        f"{value_of(row, 'num-clients')} clients, {whole} s (clients {clients}, diffusion "
+        f"{diffusion}){epsilon}"
     )
+
+
+def value_of(row: Row, name: str) -> float:
+    """Return a number of a round, 0 where it is not known, as in files of older versions."""
+    value: float = row.get(name) or 0
+    return value
 
 
 def accuracies(row: Row) -> list[str]:
     """Return personalized accuracy, worst client, as sent and after training; a dash for none."""
     names = (JUDGED, f"{JUDGED}-worst", "received-accuracy", "finetuned-accuracy")
-    return ["-" if row[name] is None else f"{row[name]:.4f}" for name in names]
+    return ["-" if row.get(name) is None else f"{row[name]:.4f}" for name in names]
 
 
 class RunFolder:
@@ -193,6 +206,7 @@ class RunFolder:
             self.name, self._lock = register(path, config)
             undone.callback(self._lock.close)
             with (path / "config.json").open("x") as file:
+                undone.callback((path / "config.json").unlink)
                 file.write(json.dumps(config.to_flat(), indent=2) + "\n")
             sync_to_disk(path / "config.json")
             undone.pop_all()
@@ -395,10 +409,32 @@ def draw_accuracy(run: Run, file: Path) -> None:
     draw_curves(file, {"": curves}, run.name, "Mean over clients.")
 
 
+def parse_rows(file: Path, lines: bytes) -> list[Row]:
+    """Return the rows in whole lines of a file.
+
+    Raises
+    ------
+    RowError
+        If a line is not a JSON object with a round.
+    """
+    rows = []
+    for line in lines.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("round"), int):
+            raise RowError(
+                f"{file} is damaged: {line[:60]!r}; right would be a JSON object with a round"
+            )
+        rows.append(row)
+    return rows
+
+
 def _read_rows(file: Path) -> list[Row]:
     """Read JSON lines; the last one of a run that was killed may be cut off."""
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    content = file.read_bytes() if file.exists() else b""
+    return parse_rows(file, content[: content.rfind(b"\n") + 1])
 
 
 def _append(file: Path, rows: Sequence[Row]) -> None:

@@ -96,7 +96,7 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
     OSError
         If the output folder cannot be read.
     """
-    path = Path(run).expanduser()
+    path = Path(os.path.expanduser(run))  # Path's own raises where there is no such user
     if (folder / path).is_dir():
         return folder / path
     runs = run_folders(folder)

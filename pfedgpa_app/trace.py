@@ -28,7 +28,7 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
         for it: along the first two principal axes of all members' uploads of this round, from
         their mean, in units of parameters. ``explained`` is the part of the variance on each axis.
     ``kinship``
-        A row a client: each one's part in what it is given.
+        A row a client: the part of each client's upload in what it receives.
     ``parameters``, ``spectrum``, ``floor``, ``rank``, ``start``, ``noise``, ``kept``
         How many parameters are generated, variances along the principal axes, the floor, how many
         axes the denoiser has, its first timestep, the variance of the noise there along each axis

@@ -1,6 +1,5 @@
 """The command ``pfedgpa watch``: follow a run by its files until it is over."""
 
-import json
 import os
 import statistics
 import time
@@ -15,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pfedgpa_app.console import OutputDir, RunArgument, fail, read_run
-from pfedgpa_app.report import Row, Run, accuracies, describe, has_failed
+from pfedgpa_app.report import Row, Run, accuracies, describe, has_failed, parse_rows, value_of
 from pfedgpa_app.runs import CHECKPOINT, LATEST, is_going_on
 
 _PAUSE = 1.0  # seconds between two looks
 _ROUNDS_SHOWN = 10
-_ROUNDS_JUDGED = 5  # how long they took tells how long the rest takes
+_ROUNDS_TIMED = 5  # of which the median is taken for each round that is left
 _FAILURES_SHOWN = 5
 _INTERRUPTED = 130  # what shells say of Ctrl-C
 
@@ -58,6 +57,11 @@ class Tail:
         """Return the whole lines that are new.
 
         Lines that a full disk made their writer take back come a second time.
+
+        Raises
+        ------
+        RowError
+            If one of them is damaged.
         """
         if not self._file.exists():
             return []
@@ -67,11 +71,11 @@ class Tail:
             new = stream.read()
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return parse_rows(self._file, whole)
 
 
 class Followed:
-    """A run as far as its files tell.
+    """A run as far as its files show.
 
     Attributes
     ----------
@@ -116,9 +120,8 @@ class Followed:
 
     def seconds_left(self, now: float) -> float | None:
         """Return about how long the rest takes; None before the first round."""
-        last: list[float] = [
-            row["seconds-round"] for row in list(self.rounds.values())[-_ROUNDS_JUDGED:]
-        ]
+        rows = list(self.rounds.values())[-_ROUNDS_TIMED:]
+        last = [value_of(row, "seconds-round") for row in rows]
         if not last:
             return None
         # Of the first round, most may be start-up.
@@ -160,9 +163,9 @@ def _picture(followed: Followed, now: float) -> Group:
         table.add_row(
             str(server_round),
             *accuracies(row),
-            str(row["num-clients"]),
+            str(value_of(row, "num-clients")),
             Text("\n".join(_failures(followed, server_round)) or "-"),
-            f"{row['seconds-round']:.1f}",
+            f"{value_of(row, 'seconds-round'):.1f}",
         )
     title = Text(f"{followed.run.name}: {followed.run.path}")
     return Group(title, table, Text("" if followed.is_over else _progress(followed, now)))

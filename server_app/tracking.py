@@ -1,4 +1,4 @@
-"""What a run tells TensorBoard or MLflow: its settings, and the numbers of metrics.jsonl."""
+"""What a run writes to TensorBoard or MLflow: its settings, and the numbers of metrics.jsonl."""
 
 import os
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOU
 
 
 class Tracker(Protocol):
-    """What is told; each call may fail, and is then made again."""
+    """Where rounds are written to; each call may fail, and is then made again."""
 
     def write(self, row: Row) -> None:
-        """Tell a round's numbers, and before the first the run's settings."""
+        """Write a round's numbers, and before the first the run's settings."""
 
     def close(self, is_whole: bool) -> None:
         """Say that the run is over, and whether it came to its end."""
@@ -31,14 +31,14 @@ class Tracking:
     """Hands rounds on to the tracker of ``tracking``, if there is one, as long as the run goes on.
 
     What is wrong with a tracker costs the run a line of its log: the rounds are in metrics.jsonl.
-    What it could not be told is told after the next round.
+    What could not be written is written after the next round.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         config = folder.config
         self._setting = config.tracking
         self._tracker: Tracker | None = None
-        self._untold: list[Row] = []
+        self._unwritten: list[Row] = []
         if config.tracking == "tensorboard":
             target = folder.path / "tensorboard" / folder.name
             self._tracker = TensorBoard(target, config.to_flat())
@@ -55,25 +55,28 @@ class Tracking:
             self._tracker.close(kind is None)
         except Exception as problem:
             log(
-                ERROR, 'tracking = "%s": the end of the run is not told: %s', self._setting, problem
+                ERROR,
+                'tracking = "%s": the end of the run could not be written: %s',
+                self._setting,
+                one_line(str(problem)),
             )
 
     def add_round(self, row: Row) -> None:
-        """Tell a round, and those before it that could not be told."""
+        """Write a round, and those before it that could not be written."""
         if self._tracker is None:
             return
-        self._untold.append(row)
+        self._unwritten.append(row)
         try:
-            while self._untold:
-                self._tracker.write(self._untold[0])
-                self._untold.pop(0)
+            while self._unwritten:
+                self._tracker.write(self._unwritten[0])
+                self._unwritten.pop(0)
         except Exception as problem:  # of a package that may raise anything
             log(
                 ERROR,
-                'tracking = "%s": %d round(s) could not be told: %s. The run goes on, and tries '
+                'tracking = "%s": %d round(s) could not be written: %s. The run goes on, and tries '
                 "again after the next round",
                 self._setting,
-                len(self._untold),
+                len(self._unwritten),
                 one_line(str(problem)),
             )
 

@@ -151,11 +151,71 @@ def test_a_run_that_has_just_begun_is_shown(tmp_path: Path):
     assert result.stdout.count("\n  none\n") == 4
 
 
-@pytest.mark.parametrize("option", [[], ["--json"]])
-def test_the_output_folder_may_be_named_before_the_command(tmp_path: Path, option: list[str]):
+DAMAGED = [b"garbage", b"3", b"[3]", b"{}", b'{"round": "1"}', b"\xff"]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+@pytest.mark.parametrize("command", [["runs", "show"], ["watch"], ["report", "--force"]])
+def test_a_damaged_line_is_said_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], line: bytes
+):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "111", 1, CLIENTS)
+    with (tmp_path / "111" / "clients.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    result = invoke(tmp_path, *command, "111")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"{tmp_path}/111/clients.jsonl is damaged: {line!r}; right would be a JSON object with a "
+        "round\n"
+    )
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_run_whose_metrics_are_damaged_is_not_listed(tmp_path: Path, line: bytes):
+    for run in ("111", "222"):
+        make_run(tmp_path / run, 1)
+    with (tmp_path / "111" / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    (listed,) = json.loads(invoke(tmp_path, "runs", "--json").stdout)
+    assert listed["id"] == "222"
+    result = invoke(tmp_path, "runs", "show", "111")
+    assert "metrics.jsonl is damaged" in result.stderr
+
+
+def test_a_line_that_is_being_written_is_passed_over(tmp_path: Path):
+    make_run(tmp_path / "111", 2, CLIENTS)
+    for name in ("metrics.jsonl", "clients.jsonl"):
+        with (tmp_path / "111" / name).open("a") as file:
+            file.write('{"round": 3, "cli')
+    facts = json.loads(invoke(tmp_path, "runs", "show", "111", "--json").stdout)
+    assert facts["rounds"] == 2
+
+
+def test_numbers_that_are_not_known_count_as_none(tmp_path: Path):
     make_run(tmp_path / "111", 1)
-    command = ["runs", "--output-dir", str(tmp_path), "show", "111", *option]
-    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    with (tmp_path / "111" / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 2, "seconds-round": null}\n')
+    assert json.loads(invoke(tmp_path, "runs", "show", "111", "--json").stdout)["seconds"] == 2.5
+
+
+def test_a_file_that_is_replaced_meanwhile_is_passed_over(tmp_path: Path):
+    """A link to nothing stands in for a file that is gone between a look and the next."""
+    make_run(tmp_path / "111", 1)
+    (tmp_path / "111" / "checkpoint.safetensors.unfinished").symlink_to(tmp_path / "gone")
+    files = json.loads(invoke(tmp_path, "runs", "show", "111", "--json").stdout)["files"]
+    assert files.keys() == {"config.json", "metrics.jsonl", "run.json"}
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_options_may_be_named_before_the_command(tmp_path: Path, option: list[str]):
+    make_run(tmp_path / "111", 1)
+    show = [["show", "111", *option], [*option, "show", "111"]]
+    results = [
+        CliRunner().invoke(cli.app, ["runs", "--output-dir", str(tmp_path), *each]) for each in show
+    ]
+    assert results[0].exit_code == 0
+    assert results[0].stdout == results[1].stdout
 
 
 def test_a_run_is_removed_if_the_answer_is_yes(tmp_path: Path):
@@ -195,9 +255,10 @@ def test_who_goes_on_from_a_run_and_has_no_checkpoint_is_named_before_it_is_remo
     make_run(tmp_path / "222", 2, **output, **{"resume-from": "111"})
     make_run(tmp_path / "333", 2, **output, **{"resume-from": str(tmp_path / "111")})
     (tmp_path / "333" / "checkpoint.safetensors").touch()
-    lines = invoke(tmp_path, "runs", "remove", "111", answer="n\n").stdout.splitlines()
-    assert lines[1] == "digits-pfedgpa-2 goes on from it and has no checkpoint of its own"
-    assert not any(line.startswith("digits-pfedgpa-3") for line in lines)
+    for run in ("111", f"{tmp_path}/222/../111"):
+        lines = invoke(tmp_path, "runs", "remove", run, answer="n\n").stdout.splitlines()
+        assert lines[1] == "digits-pfedgpa-2 goes on from it and has no checkpoint of its own"
+        assert not any(line.startswith("digits-pfedgpa-3") for line in lines)
 
 
 def test_what_cannot_be_removed_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

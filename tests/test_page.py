@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from pfedgpa_app import cli
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
+from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.page import figures, method, runs, write_page
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.page.holdings import Holdings
@@ -132,6 +134,14 @@ def test_the_axis_shows_what_the_second_half_of_the_rounds_shows():
     assert high == pytest.approx(0.95 + 0.08 * 0.45)
 
 
+@pytest.mark.parametrize(("num_rounds", "dtick"), [(1, 1), (2, 1), (11, 1), (200, None)])
+def test_rounds_are_labelled_at_whole_numbers(num_rounds: int, dtick: int | None):
+    rows = [{"round": n, "personalized-accuracy": 0.5} for n in range(1, num_rounds + 1)]
+    curve = figures.curve_of([rows], "personalized-accuracy")
+    axes = (figures.accuracy({"ours": curve}), figures.seconds(rows), method.levels(rows))
+    assert [fig.layout.xaxis.dtick for fig in axes] == [dtick] * 3
+
+
 def test_every_curve_has_its_name_at_its_end_and_none_covers_another():
     curves = {f"strategy {n}": {1: [0.1], 2: [0.5 + n / 1e6]} for n in range(9)}
     figure = figures.accuracy(curves)
@@ -165,7 +175,9 @@ def test_clients_are_shown_worst_first_with_their_last_accuracy():
     ]
     last = figures.last_accuracies(rows)
     assert list(last.items()) == [(1, (0.5, None)), (3, (0.7, 0.6))]
-    trained, personalized = figures.clients(last).data
+    fig = figures.clients(last, 0.6)
+    assert fig.layout.annotations[0].text == "mean 0.6000"
+    trained, personalized = fig.data
     assert (personalized.x, personalized.y) == (("1", "3"), (0.5, 0.7))
     assert trained.y == (None, 0.6)
 
@@ -197,10 +209,17 @@ def test_where_no_groups_are_set_the_most_frequent_class_is_one(tmp_path: Path):
     assert holdings.groups[3] == f"mostly {int(counts.argmax())}"
 
 
+def test_a_client_that_claims_another_number_of_partitions_has_no_classes(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    liar = ExportedModel({"weight": torch.zeros(1)}, run.config, 2, ROUNDS, None, (2, 100_000))
+    liar.save(run.path / "models" / "client-2.safetensors")
+    assert sorted(Holdings.of(run).counts) == [0, 1, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("settings", "models", "why"),
     [
-        ({}, False, "no model of the run tells"),
+        ({}, False, "no model of the run says"),
         ({"data.dataset": "sites", **OWN}, True, "every site has data of its own"),
         ({"data.dataset": "cifar10", "model.name": "cnn-cifar"}, True, "cifar10 was shared out"),
         ({"data.dataset": "no.such:module", **OWN}, True, "no.such:module was shared out"),
@@ -211,7 +230,7 @@ def test_what_is_not_known_of_classes_is_said_and_nothing_fetched(
 ):
     page = page_of([make_run(tmp_path / "run", models=models, **settings)])
     text = " ".join(Content(page).texts)
-    assert re.search(f"Who holds which classes is left out: .*{why}", text)
+    assert re.search(f"Classes of clients are left out: .*{why}", text)
     assert not list(Path.home().rglob("cifar*"))
 
 
@@ -304,12 +323,25 @@ def test_runs_that_differ_in_the_seed_are_one_curve_named_by_what_sets_it_apart(
     }
 
 
+def test_a_name_begins_with_what_tells_most_apart(tmp_path: Path):
+    several = [
+        make_run(tmp_path / str(size), **{"client.local-epochs": epochs, "client.batch-size": size})
+        for epochs, size in ((1, 5), (2, 6), (2, 7))
+    ]
+    assert list(grouped(several)) == [
+        "pfedgpa, client.batch-size=5, client.local-epochs=1",
+        "pfedgpa, client.batch-size=6, client.local-epochs=2",
+        "pfedgpa, client.batch-size=7, client.local-epochs=2",
+    ]
+
+
 def test_a_page_of_many_clients_shows_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runs, "_MAX_CLIENTS", 2)
     page = page_of([make_run(tmp_path / "run")])
     assert drawn(page)[1]["data"][1]["x"] == ["0", "1"]
     assert drawn(page)[2]["data"][0]["y"] == ["0", "2"]
-    assert "Of more than 2 clients, the first 2." in page
+    assert page.count("Of 6 clients, the first 2.") == 2
+    assert drawn(page)[1]["layout"]["annotations"][0]["text"] == "mean 0.4250"
 
 
 def test_what_a_client_says_is_text(tmp_path: Path):
@@ -319,6 +351,12 @@ def test_what_a_client_says_is_text(tmp_path: Path):
     assert [tag for tag, _ in content.tags].count("script") == 3
     assert not [tag for tag, _ in content.tags if tag == "img"]
     assert "2-3" in content.texts
+
+
+def test_names_of_classes_and_groups_have_no_tags(tmp_path: Path):
+    (heat,) = figures.classes({0: torch.tensor([1])}, [EVIL]).data
+    plane = method.plane(make_run(tmp_path / "run").method, {0: EVIL})
+    assert "<" not in str((heat.x, [trace.name for trace in plane.data]))
 
 
 def test_data_in_the_page_cannot_end_its_script():
@@ -383,13 +421,41 @@ def test_a_bench_has_its_tables_and_a_curve_a_row(tmp_path: Path):
     assert band["y"] == pytest.approx([0.11, 0.21, 0.31, 0.3, 0.2, 0.1])
 
 
-def test_a_bench_that_judged_once_has_its_tables_alone(tmp_path: Path):
+def test_a_bench_that_evaluated_once_has_its_tables_alone(tmp_path: Path):
     write_bench(tmp_path / "bench")
     for file in (tmp_path / "bench" / "runs").iterdir():
         file.write_text(json.dumps({"rounds": [{"round": 3, "personalized-accuracy": 0.3}]}))
     page = page_of_bench(tmp_path / "bench")
     assert drawn(page) == []
     assert "0.3050 ± 0.0071" in page
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda index: index.pop("runs"),
+        lambda index: index["tables"][0]["rows"].update(x=3),
+        lambda index: index["tables"][0]["rows"]["ours"].append(["0.5", "odd"]),
+    ],
+)
+def test_a_damaged_bench_is_said_in_a_line(tmp_path: Path, damage: Callable[[Any], Any]):
+    write_bench(tmp_path / "bench")
+    file = tmp_path / "bench" / "suite.json"
+    index = json.loads(file.read_text())
+    damage(index)
+    file.write_text(json.dumps(index))
+    result = invoke(tmp_path / "bench", "-o", tmp_path / "page.html")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"{file} is damaged: ")
+
+
+def test_numbers_that_are_not_known_count_as_none(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    unknown = dict.fromkeys(("bytes-up", "bytes-down", "seconds-round", "num-failures"))
+    run.metrics.append({"round": 5, **unknown})
+    page = page_of([run])
+    assert "16 s" in page
+    assert drawn(page)[-1]["data"][0]["y"] == [3.0] * 4 + [0.0]
 
 
 def invoke(*arguments: object):
@@ -446,6 +512,11 @@ def test_a_browser_draws_every_figure_and_has_nothing_to_complain_of(
         make_run(tmp_path / "second", seed=1),
         make_run(tmp_path / "theirs", strategy="fedavg"),
     ]
+    with (tmp_path / "second" / "method.jsonl").open("a") as rows:
+        nothing_denoised = several[1].method[-1] | {"round": 5}
+        for name in ("rank", "start", "noise", "kept"):
+            del nothing_denoised[name]
+        rows.write(json.dumps(nothing_denoised) + "\n")
     file = tmp_path / "page.html"
     write_page(file, page_of(several))
     with Browser(tmp_path / "profile") as browser:
@@ -467,6 +538,22 @@ def test_a_browser_draws_every_figure_and_has_nothing_to_complain_of(
         assert browser.errors == []
         loaded = {url for url in browser.requests if not url.startswith("data:")}
         assert loaded == {file.as_uri()[:100]}
+
+
+@pytest.mark.processes
+@pytest.mark.chromium
+def test_where_all_of_the_axis_is_shown_a_legend_names_the_curves(tmp_path: Path):
+    """Names beside the ends of curves have places for the range of the second half."""
+    file = tmp_path / "page.html"
+    write_page(file, page_of([make_run(tmp_path / "run")]))
+    legend = "document.querySelectorAll('.plot')[0].querySelectorAll('.legendtext').length"
+    names = "document.querySelectorAll('.plot')[0].querySelectorAll('.annotation').length"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(file)
+        for shown in ((0, 3), (3, 0), (0, 3)):
+            assert (browser.run(legend), browser.run(names)) == shown
+            browser.run("document.querySelector('.zoom').click()")
+            browser.run("new Promise(requestAnimationFrame)")
 
 
 @pytest.mark.processes

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pfedgpa_app import runs
+from pfedgpa_app import report, runs
 from pfedgpa_app.config import Config
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.runs import RunNotFoundError, find_run, is_going_on, name_of, run_folders
+from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, settle_earlier
 
 
@@ -95,6 +96,21 @@ def test_a_run_of_an_older_version_is_over(tmp_path: Path):
     begin(tmp_path / "1")
     (tmp_path / "1" / "run.json").unlink()
     assert not is_going_on(tmp_path / "1")
+
+
+def test_a_run_that_cannot_write_its_settings_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begin(tmp_path / "1")
+
+    def fail(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "sync_to_disk", fail)
+    with pytest.raises(WriteError):
+        begin(tmp_path / "2")
+    assert find_run("latest", tmp_path) == tmp_path / "1"
+    assert not is_going_on(tmp_path / "2")
 
 
 def test_where_locks_cannot_be_told_a_run_may_go_on(
@@ -191,7 +207,7 @@ def test_a_path_is_relative_to_the_output_folder_or_to_here(three: Path, tmp_pat
         find_run("5", three)
 
 
-@pytest.mark.parametrize("run", ["latest", "1", "nothing"])
+@pytest.mark.parametrize("run", ["latest", "1", "nothing", "~no-such-user/1"])
 def test_in_an_empty_folder_nothing_is_found(tmp_path: Path, run: str):
     with pytest.raises(RunNotFoundError, match="There is no run"):
         find_run(run, tmp_path / "none")

@@ -1,4 +1,4 @@
-"""What TensorBoard and MLflow are told of a run; both packages are stood in for."""
+"""What a run writes to TensorBoard and MLflow; both packages are stood in for."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ class Weights(nn.Module):
 
 
 class FakeWriter:
-    """In place of SummaryWriter: keeps what it is told, and fails where a test says so."""
+    """In place of SummaryWriter: keeps what is written, and fails where a test says so."""
 
     written: dict[str, list[Any]]
     fails: list[int]
@@ -155,7 +155,7 @@ def test_mlflow_has_the_settings_and_the_numbers_of_a_run(
     ]
 
 
-def test_a_resumed_run_tells_the_rounds_before_too(
+def test_a_resumed_run_writes_the_rounds_before_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow: FakeMLflow
 ):
     run_app(tmp_path, 1, monkeypatch)
@@ -185,8 +185,8 @@ def test_rounds_that_cannot_be_written_are_written_with_the_next(
     assert scalars == [("x", 1, 0.5), ("x", 2, 1.0), ("x", 3, 1.5), ("x", 4, 2.0)]
     assert told[-1] == "close"
     assert caplog.messages == [
-        f'tracking = "tensorboard": {number} round(s) could not be told: No space left on device. '
-        "The run goes on, and tries again after the next round"
+        f'tracking = "tensorboard": {number} round(s) could not be written: No space left on '
+        "device. The run goes on, and tries again after the next round"
         for number in (1, 2)
     ]
 
@@ -204,19 +204,19 @@ def test_a_server_that_is_away_does_not_end_the_run(
     assert sum("the server is away" in text for text in caplog.messages) == 2
 
 
-def test_an_end_that_cannot_be_told_is_logged(
+def test_an_end_that_cannot_be_written_is_logged(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     mlflow: FakeMLflow,
     caplog: pytest.LogCaptureFixture,
 ):
     def fail(status: str) -> None:
-        raise ConnectionError("the server is away")
+        raise ConnectionError("the server\nis away")
 
     monkeypatch.setattr(mlflow, "end_run", fail)
     track(tmp_path, "mlflow", [1])
     assert caplog.messages == [
-        'tracking = "mlflow": the end of the run is not told: the server is away'
+        'tracking = "mlflow": the end of the run could not be written: the server is away'
     ]
 
 
@@ -232,7 +232,7 @@ def test_a_run_that_breaks_off_has_failed(
     assert mlflow.calls[-1] == ("end_run", "FAILED")
 
 
-def test_mlflow_is_told_where_its_variables_say(
+def test_mlflow_writes_where_its_variables_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow: FakeMLflow
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://example.org")

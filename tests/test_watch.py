@@ -110,6 +110,19 @@ def test_ctrl_c_is_neither_the_end_nor_a_failure_of_the_run(
     assert invoke(tmp_path).exit_code == 130
 
 
+def test_rounds_of_an_older_version_have_dashes(tmp_path: Path, folder: RunFolder):
+    for number in (1, 2, 3):
+        folder.add_round({"round": number, "personalized-accuracy": 0.5}, [])
+    folder.__exit__()
+    result = invoke(tmp_path)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == (
+        "Round 1/3: personalized accuracy 0.5000 (worst client -), as sent -, after local training "
+        "-; 0 clients, 0.0 s (clients 0.0, diffusion 0.0)"
+    )
+    assert any("0.5000" in row for row in picture(tmp_path / "111", 0.0))
+
+
 def picture(run: Path, now: float) -> list[str]:
     """Return what a terminal of 100 columns shows."""
     followed = Followed(Run.read(run))

@@ -1,4 +1,4 @@
-"""What the page has of a bench: its tables, and curves where rounds were judged."""
+"""What the page has of a bench: its tables, and curves where rounds were evaluated."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from pfedgpa_app.report import Row
 from pfedgpa_app.tables import INDEX_KIND
 
 _MARKS = {"best": "<strong>{}</strong>", "tied": "<em>{}</em>", "": "{}"}
+_MARKED = "Bold is the best, italic what the test cannot tell from it. "
 _CAPTION = (
     "Mean over the clients and the seeds, each client on its own test set; the band is the range "
     "of the seeds. The axis shows the range of the second half of the rounds."
@@ -29,7 +30,7 @@ def page_of_bench(folder: Path) -> str:
     Raises
     ------
     ValueError
-        If it is none.
+        If it is none, or what lists its results is damaged.
     """
     indices = _indices(folder)
     if not indices:
@@ -38,14 +39,20 @@ def page_of_bench(folder: Path) -> str:
             "pfedgpa bench, which does not repeat finished runs"
         )
     page = Page()
-    bodies = [_index(page, folder, index, name) for name, index in sorted(indices.items())]
+    bodies = []
+    for name, index in indices.items():
+        try:
+            bodies.append(_index(page, folder, index, name))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            right = "right would be as pfedgpa bench writes it"
+            raise ValueError(f"{folder / name}.json is damaged: {error!r}; {right}") from error
     title = next(iter(indices.values()))["title"]
     return page.whole(title, "".join(bodies))
 
 
 def _indices(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
-    for file in folder.glob("*.json"):
+    for file in sorted(folder.glob("*.json")):
         try:
             index = json.loads(file.read_text())
         except (OSError, ValueError):
@@ -94,10 +101,8 @@ def _table(table: Mapping[str, Any]) -> str:
         row = "".join(f"<td>{cell}</td>" for cell in marked)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{row}</tr>')
     head = ("", *table["columns"])
-    note = f"{table['note']} Bold is the best, italic what the test cannot tell from it."
-    if not any(mark for cells in table["rows"].values() for _, mark in cells):
-        note = table["note"]
+    is_marked = any(mark for cells in table["rows"].values() for _, mark in cells)
     return (
         f"<h3>{escape(table['title'])}</h3>{table_of(head, lines)}"
-        f'<p class="quiet">{escape(note)}</p>'
+        f'<p class="quiet">{_MARKED if is_marked else ""}{escape(table["note"])}</p>'
     )

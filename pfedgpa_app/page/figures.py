@@ -11,12 +11,13 @@ from pfedgpa_app.page.look import (
     colour,
     dash,
     figure,
+    label_whole_numbers,
     name_at_ends,
     plain,
     symbol,
     transparent,
 )
-from pfedgpa_app.report import Row
+from pfedgpa_app.report import Row, value_of
 
 ACCURACIES = {
     "personalized-accuracy": "personalized",
@@ -68,7 +69,7 @@ def accuracy(curves: Mapping[str, Curve]) -> go.Figure:
         )
         ends[name] = (rounds[-1], means[-1], colour(number))
     name_at_ends(fig, ends)
-    fig.update_xaxes(tickformat="d")
+    label_whole_numbers(fig, (number for curve in curves.values() for number in curve))
     return fig
 
 
@@ -102,7 +103,7 @@ def _band(curve: Curve, colour: str) -> go.Scatter:
 def last_accuracies(clients: Sequence[Row]) -> dict[int, tuple[float, float | None]]:
     """Return each client's last personalized accuracy, and that after training in its last round.
 
-    Worst first; a client that was never judged has none.
+    Worst first; a client that was never evaluated has none.
     """
     personalized: dict[int, float] = {}
     trained: dict[int, float] = {}
@@ -115,8 +116,8 @@ def last_accuracies(clients: Sequence[Row]) -> dict[int, tuple[float, float | No
     return {client: (personalized[client], trained.get(client)) for client in worst_first}
 
 
-def clients(accuracies: Mapping[int, tuple[float, float | None]]) -> go.Figure:
-    """Return the last accuracy of each client, worst first."""
+def clients(accuracies: Mapping[int, tuple[float, float | None]], mean: float) -> go.Figure:
+    """Return the last accuracy of each client, worst first, and the mean over all."""
     fig = figure("client, worst first", "accuracy")
     names = [str(client) for client in accuracies]
     kinds = (("personalized", symbol(0)), ("after local training", "diamond-open"))
@@ -131,7 +132,6 @@ def clients(accuracies: Mapping[int, tuple[float, float | None]]) -> go.Figure:
                 hovertemplate="client %{x}: %{y:.4f}",
             )
         )
-    mean = fmean(each for each, _ in accuracies.values())
     # The worst, who come first, are below it.
     fig.add_hline(
         y=mean,
@@ -169,13 +169,13 @@ def seconds(metrics: Sequence[Row]) -> go.Figure:
     """Return the seconds of each round, by who took them."""
     fig = figure("round", "seconds", barmode="stack")
     parts = {
-        "clients": [row.get("seconds-clients", 0.0) for row in metrics],
-        "diffusion": [row.get("seconds-diffusion", 0.0) for row in metrics],
+        "clients": [value_of(row, "seconds-clients") for row in metrics],
+        "diffusion": [value_of(row, "seconds-diffusion") for row in metrics],
     }
-    whole = [row.get("seconds-round", 0.0) for row in metrics]
+    whole = [value_of(row, "seconds-round") for row in metrics]
     taken = [sum(each) for each in zip(*parts.values(), strict=True)]
     parts["rest"] = [max(0.0, each - of) for each, of in zip(whole, taken, strict=True)]
-    names = ("clients' training", "learning on the server", "judging, writing, the rest")
+    names = ("clients' training", "learning on the server", "evaluation, writing, the rest")
     _bars(fig, metrics, dict(zip(names, parts.values(), strict=True)), "%{y:.2f} s")
     return fig
 
@@ -184,7 +184,7 @@ def megabytes(metrics: Sequence[Row]) -> go.Figure:
     """Return the megabytes of each round, up and down."""
     fig = figure("round", "megabytes", barmode="stack")
     ways = {
-        f"{way} ({what})": [row.get(f"bytes-{way}", 0) / 1e6 for row in metrics]
+        f"{way} ({what})": [value_of(row, f"bytes-{way}") / 1e6 for row in metrics]
         for way, what in (("down", "to the clients"), ("up", "to the server"))
     }
     _bars(fig, metrics, ways, "%{y:.3f} MB")
@@ -208,5 +208,5 @@ def _bars(
                 hovertemplate=f"round %{{x}}: {template}",
             )
         )
-    fig.update_xaxes(tickformat="d")
+    label_whole_numbers(fig, (row["round"] for row in metrics))
     fig.update_layout(showlegend=True)

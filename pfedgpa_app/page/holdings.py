@@ -1,6 +1,7 @@
-"""Who holds what: the classes of each client and its group, from the run's settings alone."""
+"""Which data clients have: the classes and the group of each, from the run's settings alone."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,14 +32,14 @@ class Holdings:
 
     @classmethod
     def of(cls, run: Run) -> "Holdings":
-        """Return what the settings of a run tell, without a download or a call of own functions."""
+        """Return what the settings of a run say, without a download or a call of own functions."""
         partitions = _partitions(run.path / "models")
         if run.config.data.dataset == SITES:
             return cls(missing="every site has data of its own, of which the server knows nothing")
         if not partitions:
             return cls(
-                missing="no model of the run tells which partition its client has; models are "
-                "written after the last round, by strategies whose server knows them"
+                missing="no model of the run says which partition its client has; models are "
+                "written after the last round, by strategies whose clients keep no part of theirs"
             )
         groups = _groups(run.config, partitions)
         try:
@@ -63,18 +64,17 @@ def _counts(config: Config, partitions: dict[int, tuple[int, int]]) -> dict[int,
     # Data sets take seconds to import, and not every run can tell.
     from pfedgpa_app.data import class_counts
 
-    counts: dict[int, Tensor] = {}
-    totals = {total for _, total in partitions.values()}
-    tables = {total: class_counts(config.data, config.seed, total) for total in totals}
-    for client, (number, total) in partitions.items():
-        table = tables[total]
-        if table is None:
-            raise ValueError(
-                f"how {config.data.dataset} was shared out is not known on this machine, and "
-                "nothing is downloaded or called for it"
-            )
-        counts[client] = table[number]
-    return counts
+    # Clients say of how many partitions theirs is one: whoever is alone with a number lies.
+    shared = Counter(total for _, total in partitions.values()).most_common(1)[0][0]
+    table = class_counts(config.data, config.seed, shared)
+    if table is None:
+        raise ValueError(
+            f"how {config.data.dataset} was shared out is not known on this machine, and "
+            "nothing is downloaded or called for it"
+        )
+    return {
+        client: table[number] for client, (number, total) in partitions.items() if total == shared
+    }
 
 
 def _groups(config: Config, partitions: dict[int, tuple[int, int]]) -> dict[int, str]:

@@ -5,7 +5,7 @@ alone: lines have dashes and names at their ends, points have shapes.
 """
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import plotly.graph_objects as go
@@ -40,6 +40,8 @@ PATTERNS = ("", "/", "x")
 _HEIGHT = 400
 _AROUND = 72
 _NAME = 17
+# Of at most so many whole numbers each has a label.
+_MAX_TICKS = 11
 # Letters of a name at the end of a curve.
 MAX_NAME = 44
 
@@ -85,11 +87,19 @@ def figure(x: str, y: str, height: int = _HEIGHT, **layout: Any) -> go.Figure:
     )
 
 
+def label_whole_numbers(fig: go.Figure, x: Iterable[int]) -> None:
+    """Label the axis of x, such as rounds, at whole numbers alone."""
+    numbers = list(x)
+    is_short = max(numbers, default=0) - min(numbers, default=0) < _MAX_TICKS
+    # Left to itself the browser labels halves too, and the format rounds them: 1, 1, 2, 2.
+    fig.update_xaxes(tickformat="d", dtick=1 if is_short else None)
+
+
 def name_at_ends(fig: go.Figure, ends: Mapping[str, tuple[float, float, str]]) -> None:
     """Write the names of curves beside their ends, one below the other.
 
     ``ends`` has x, y and the colour of each. Names go by the figure's range of y. On narrow
-    screens the script shows the legend instead.
+    screens, and where all of the axis is shown, the script shows the legend instead.
     """
     low, high = fig.layout.yaxis.range
     height = max(fig.layout.height, _AROUND + _NAME * (len(ends) + 1))

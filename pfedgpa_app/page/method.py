@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import pdist
 
-from pfedgpa_app.page.look import colour, figure, name_at_ends, plain, symbol
+from pfedgpa_app.page.look import colour, figure, label_whole_numbers, name_at_ends, plain, symbol
 from pfedgpa_app.report import Row
 
 Points = dict[int, tuple[float, float]]
@@ -65,28 +65,9 @@ def plane(rows: Sequence[Row], groups: Mapping[int, str]) -> go.Figure:
         traces: list[go.Scatter] = [_ways(uploads, generated)]
         for number, name in enumerate(names):
             mine = [client for client in uploads if groups.get(client, "") == name]
-            for places, what, shape in (
-                (uploads, "upload", symbol(number)),
-                (generated, "generated", f"{symbol(number)}-open"),
-            ):
-                traces.append(
-                    go.Scatter(
-                        x=[places[client][0] for client in mine],
-                        y=[places[client][1] for client in mine],
-                        mode="markers",
-                        name=plain(name or what),
-                        legendgroup=name,
-                        showlegend=what == "upload",
-                        marker={
-                            "color": colour(number),
-                            "symbol": shape,
-                            "size": 9 if what == "upload" else 13,
-                            "line": {"width": 2 if what == "generated" else 0},
-                        },
-                        customdata=mine,
-                        hovertemplate=f"client %{{customdata}}, {what}<extra></extra>",
-                    )
-                )
+            for places, what in ((uploads, "upload"), (generated, "generated")):
+                of_group = {client: places[client] for client in mine}
+                traces.append(_group(of_group, name, number, what))
         titles = _axis_titles(row)
         frames.append(go.Frame(name=str(row["round"]), data=traces, layout=titles))
     fig = figure("", "", height=460)
@@ -97,6 +78,27 @@ def plane(rows: Sequence[Row], groups: Mapping[int, str]) -> go.Figure:
         margin = 0.06 * (high - low) or 1.0
         fig.update_layout({axis: {"range": [low - margin, high + margin]}})
     return _with_frames(fig, frames)
+
+
+def _group(places: Points, name: str, number: int, what: str) -> go.Scatter:
+    """Return the points of a group: what its clients uploaded, or what was generated for them."""
+    is_upload = what == "upload"
+    return go.Scatter(
+        x=[x for x, _ in places.values()],
+        y=[y for _, y in places.values()],
+        mode="markers",
+        name=plain(name or what),
+        legendgroup=name,
+        showlegend=is_upload,
+        marker={
+            "color": colour(number),
+            "symbol": symbol(number) if is_upload else f"{symbol(number)}-open",
+            "size": 9 if is_upload else 13,
+            "line": {"width": 0 if is_upload else 2},
+        },
+        customdata=list(places),
+        hovertemplate=f"client %{{customdata}}, {what}<extra></extra>",
+    )
 
 
 def _axis_titles(row: Row) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def _ways(uploads: Points, generated: Points) -> go.Scatter:
 
 
 def kinship(rows: Sequence[Row], groups: Mapping[int, str]) -> go.Figure | None:
-    """Return each client's part in what another is given; None where it was not written down.
+    """Return each upload's part in what clients receive; None where it was not written down.
 
     Clients of a group stand together; where no groups are known, those that share most.
     """
@@ -156,12 +158,12 @@ def kinship(rows: Sequence[Row], groups: Mapping[int, str]) -> go.Figure | None:
             zmax=max(0.01, *others),
             texttemplate="%{z:.2f}" if len(order) <= 12 else None,
             colorbar={"title": {"text": "part"}, "thickness": 12},
-            hovertemplate="client %{y} is given %{z:.3f} of client %{x}<extra></extra>",
+            hovertemplate="client %{y} receives %{z:.3f} of client %{x}'s upload<extra></extra>",
             xgap=1 if len(order) <= 40 else 0,
             ygap=1 if len(order) <= 40 else 0,
         )
         frames.append(go.Frame(name=str(row["round"]), data=[heat]))
-    fig = figure("of whose upload", "who is given it", height=460)
+    fig = figure("client who uploaded", "client who receives", height=460)
     fig.update_xaxes(type="category")
     fig.update_yaxes(type="category", autorange="reversed")
     return _with_frames(fig, frames)
@@ -181,26 +183,7 @@ def _ordered(rows: Sequence[Row], groups: Mapping[int, str]) -> list[int]:
 
 def spectrum(rows: Sequence[Row]) -> go.Figure:
     """Return the variances along the principal axes, the floor, the noise and what is kept."""
-    frames = []
-    for row in rows:
-        variances = [value if value > 0 else None for value in row.get("spectrum", ())]
-        axes = list(range(1, len(variances) + 1))
-        rank = row.get("rank") or 0
-        traces = [
-            _axes_of(axes[:rank], variances[:rank], "denoised", 0, "circle"),
-            _axes_of(axes[rank:], variances[rank:], "not denoised", 1, "square-open"),
-            _level(axes, row.get("floor"), "floor (median)", 2, "dash"),
-            _level(axes, row.get("noise"), "noise added", 3, "dot"),
-            go.Bar(
-                x=axes if "kept" in row else [],
-                y=row.get("kept", [])[: len(axes)],
-                name="part kept",
-                yaxis="y2",
-                marker={"color": colour(5)},
-                hovertemplate="axis %{x}: %{y:.0%} kept<extra></extra>",
-            ),
-        ]
-        frames.append(go.Frame(name=str(row["round"]), data=traces))
+    frames = [go.Frame(name=str(row["round"]), data=_spectrum_of(row)) for row in rows]
     every = [v for row in rows for v in (*row.get("spectrum", ()), row.get("noise")) if v]
     # What is far below the rest is rounding.
     low = max(min(every, default=1e-3), 1e-7 * max(every, default=1.0))
@@ -221,9 +204,31 @@ def spectrum(rows: Sequence[Row]) -> go.Figure:
             "tickformat": ".0%",
             "anchor": "x",
         },
-        xaxis={"anchor": "y2", "tickformat": "d"},
+        xaxis={"anchor": "y2"},
     )
+    label_whole_numbers(fig, range(max(len(row.get("spectrum", ())) for row in rows)))
     return _with_frames(fig, frames)
+
+
+def _spectrum_of(row: Row) -> list[go.Scatter | go.Bar]:
+    variances = [value if value > 0 else None for value in row.get("spectrum", ())]
+    axes = list(range(1, len(variances) + 1))
+    rank = row.get("rank") or 0
+    return [
+        _axes_of(axes[:rank], variances[:rank], "denoised", 0, "circle"),
+        _axes_of(axes[rank:], variances[rank:], "not denoised", 1, "square-open"),
+        _level(axes, row.get("floor"), "floor (median)", 2, "dash"),
+        _level(axes, row.get("noise"), "noise added", 3, "dot"),
+        go.Bar(
+            x=axes,
+            # Of an axis without bars plotly cannot say where it is, and complains.
+            y=row.get("kept", [None] * len(axes))[: len(axes)],
+            name="part kept",
+            yaxis="y2",
+            marker={"color": colour(5)},
+            hovertemplate="axis %{x}: %{y:.0%} kept<extra></extra>",
+        ),
+    ]
 
 
 def _axes_of(
@@ -287,7 +292,7 @@ def levels(rows: Sequence[Row]) -> go.Figure:
         if last:
             ends[name] = (rows[-1]["round"], float(np.log10(last[-1])), colour(number))
     name_at_ends(fig, ends)
-    fig.update_xaxes(tickformat="d")
+    label_whole_numbers(fig, (row["round"] for row in rows))
     return fig
 
 

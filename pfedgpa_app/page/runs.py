@@ -1,16 +1,17 @@
 """What the page has of a run, and of several."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from itertools import islice
+from statistics import fmean
 from typing import TypeVar
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.page import figures, method
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
-from pfedgpa_app.report import Row, Run, mean_and_spread
+from pfedgpa_app.report import Row, Run, mean_and_spread, value_of
 
 Of = TypeVar("Of")
 
@@ -44,20 +45,17 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in runs:
         groups.setdefault(tuple(_settings(run).items()), []).append(run)
     firsts = [_settings(each[0]) for each in groups.values()]
+    # Settings of other strategies are no difference.
+    values = {key: {of[key] for of in firsts if key in of} for of in firsts for key in of}
+    # Of a long name the beginning is shown: what tells most apart comes first.
+    differing = sorted(
+        (key for key in values if key != "strategy" and len(values[key]) > 1),
+        key=lambda key: -len(values[key]),
+    )
     named = {}
     for settings, each in zip(firsts, groups.values(), strict=True):
-        parts = [str(settings["strategy"])] + [
-            f"{key}={value}"
-            for key, value in settings.items()
-            if key != "strategy"
-            and any(
-                other.get(key) != value
-                for other in firsts
-                # Settings of other strategies are no difference.
-                if key in other
-            )
-        ]
-        named[", ".join(parts)] = each
+        parts = [f"{key}={settings[key]}" for key in differing if key in settings]
+        named[", ".join([str(settings["strategy"]), *parts])] = each
     return named
 
 
@@ -110,7 +108,7 @@ def _run(page: Page, run: Run, number: int) -> str:
         parts.append(page.figures(_accuracies(run, clients, holdings)))
     if not holdings.counts:
         parts.append(
-            f'<p class="quiet">Who holds which classes is left out: {escape(holdings.missing)}.</p>'
+            f'<p class="quiet">Classes of clients are left out: {escape(holdings.missing)}.</p>'
         )
     if rows:
         parts.append("<h2>What the server found</h2>")
@@ -129,9 +127,9 @@ def _facts(run: Run) -> str:
         value = run.last(name)
         return "-" if value is None else f"{value:.4f}"
 
-    total = sum(row["bytes-up"] + row["bytes-down"] for row in run.metrics if "bytes-up" in row)
-    failures = sum(row.get("num-failures", 0) for row in run.metrics)
-    seconds = sum(row.get("seconds-round", 0.0) for row in run.metrics)
+    def total(name: str) -> float:
+        return sum(value_of(row, name) for row in run.metrics)
+
     config = run.config
     about = (
         f"{config.strategy} on {config.data.dataset}, {config.data.partition}, seed {config.seed}"
@@ -142,9 +140,9 @@ def _facts(run: Run) -> str:
             ("worst client", accuracy("personalized-accuracy-worst")),
             ("rounds", f"{len(run.metrics)} of {config.num_server_rounds}"),
             ("clients", str(run.num_nodes)),
-            ("failures", str(failures)),
-            ("time", f"{seconds:.0f} s"),
-            ("sent and received", f"{total / 1e6:.1f} MB"),
+            ("failures", str(total("num-failures"))),
+            ("time", f"{total('seconds-round'):.0f} s"),
+            ("sent and received", f"{(total('bytes-up') + total('bytes-down')) / 1e6:.1f} MB"),
         ]
     )
 
@@ -152,31 +150,36 @@ def _facts(run: Run) -> str:
 def _accuracies(run: Run, clients: Sequence[Row], holdings: Holdings) -> list[Shown]:
     names = dict(figures.ACCURACIES)
     if run.config.server.evaluate_every == 1:
-        del names["received-accuracy"]  # what was judged in the round before
+        del names["received-accuracy"]  # what was evaluated in the round before
     curves = {label: figures.curve_of([run.metrics], name) for name, label in names.items()}
-    most = f" Of more than {_MAX_CLIENTS} clients, the first {_MAX_CLIENTS}."
-    most = most if run.num_nodes > _MAX_CLIENTS else ""
     shown = [Shown("Accuracy over rounds", _OWN_ACCURACY, figures.accuracy(curves), has_zoom=True)]
-    if accuracies := _first(figures.last_accuracies(clients)):
+    if accuracies := figures.last_accuracies(clients):
         caption = (
-            "On its own test set. Filled: each client's personalized model, as it was last judged. "
-            "Open: what the client made of the model it was sent, by local training."
+            "On its own test set. Filled: each client's personalized model, as last evaluated. "
+            "Open: what the client made of the model it received, by local training."
         )
-        drawn = figures.clients(accuracies)
-        shown.append(Shown("Accuracy of each client", caption + most, drawn))
+        mean = fmean(personalized for personalized, _ in accuracies.values())
+        drawn = figures.clients(_first(accuracies), mean)
+        shown.append(Shown("Accuracy of each client", caption + _left_out(accuracies), drawn))
     if holdings.counts:
         caption = (
             "Training images of each class, counted from the run's settings and seed. Clients of "
             "a group stand together."
         )
         heat = figures.classes(_first(holdings.by_group), run.config.data.classes)
-        shown.append(Shown("Who holds which classes", caption + most, heat, is_wide=True))
+        caption += _left_out(holdings.counts)
+        shown.append(Shown("Classes of each client", caption, heat, is_wide=True))
     return shown
 
 
 def _first(clients: dict[int, Of]) -> dict[int, Of]:
     """Return those that have a place in a figure."""
     return dict(islice(clients.items(), _MAX_CLIENTS))
+
+
+def _left_out(clients: Collection[int]) -> str:
+    more = len(clients) > _MAX_CLIENTS
+    return f" Of {len(clients)} clients, the first {_MAX_CLIENTS}." if more else ""
 
 
 _OWN_ACCURACY = (
@@ -200,12 +203,12 @@ def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[S
     ]
     if (heat := method.kinship(rows, holdings.groups)) is not None:
         caption = (
-            "A row is what a client is given, as parts of everyone's upload: those in it are the "
-            "ones it is drawn towards. The scale ends at the largest part of anybody else. Clients "
-            "of a group stand together, or those that share most; of those without a row the "
-            "server had nothing in that round."
+            "A row is the model that a client receives: the part of each client's upload in it. "
+            "Parts may be negative. The scale ends at the largest part of another client's. "
+            "Clients of a group stand together, or those that share most. A client without a row "
+            "was no member of the bank in that round."
         )
-        shown.append(Shown("Who is drawn towards whom", caption, heat))
+        shown.append(Shown("Kinship: whose uploads a model is made of", caption, heat))
     caption = (
         "Variance of the uploads along each principal axis. Axes above the floor tell clients "
         "apart; in the denoised ones the diffusion model works, after noise of the dotted line's "
@@ -231,7 +234,7 @@ def _costs(run: Run) -> list[Shown]:
         ),
         Shown(
             "Megabytes of each round",
-            "Parameters of all clients together; models that are sent to be judged count as down.",
+            "Parameters of all clients together; models sent for evaluation count as down.",
             figures.megabytes(run.metrics),
         ),
     ]
@@ -281,8 +284,9 @@ def _settings_table(config: Config) -> str:
         (changed if value != default else rest).append(line)
     head = ("setting", "value", "")
     first = table_of(head, changed) if changed else ""
+    differ = "1 differs" if len(changed) == 1 else f"{len(changed)} differ"
     return (
-        f"<p>{len(changed)} differ from the defaults.</p>{first}"
+        f"<p>{differ} from the defaults.</p>{first}"
         f"<details><summary>{len(rest)} settings with their defaults</summary>"
         f"{table_of(head, rest)}</details>"
     )

@@ -14,6 +14,13 @@ function merged(into, from) {
   return into;
 }
 
+// Names at the ends of curves take room, and have places for one range of the axis.
+function withLegend(layout) {
+  if (!layout.annotations || layout.showlegend !== false) return;
+  Object.assign(layout, { annotations: [], showlegend: true });
+  layout.margin = { ...layout.margin, r: 24 };
+}
+
 // Colours and sizes depend on the screen, which the figures know nothing of.
 function dressed(figure, frame) {
   const css = getComputedStyle(document.body);
@@ -30,11 +37,8 @@ function dressed(figure, frame) {
   }
   for (const shape of layout.shapes || []) shape.line = { ...shape.line, color: quiet };
   if (narrow.matches) {
+    withLegend(layout);
     layout.margin = { ...layout.margin, l: 48, r: 12 };
-    if (layout.annotations && layout.showlegend === false) {
-      layout.annotations = [];
-      layout.showlegend = true;
-    }
   }
   const scale = [[0, of("--low")], [0.5, of("--middle")], [1, of("--high")]];
   const data = (frame || figure).data.map((trace) =>
@@ -50,7 +54,10 @@ function draw(plot) {
   const slider = plot.closest("section").querySelector("input[type=range]");
   const frame = figure.frames && slider ? figure.frames[Number(slider.value)] : null;
   const [data, layout] = dressed(figure, frame);
-  if (plot.dataset.all === "true") layout.yaxis = { ...layout.yaxis, range: [0, 1.02] };
+  if (plot.dataset.all === "true") {
+    layout.yaxis = { ...layout.yaxis, range: [0, 1.02] };
+    withLegend(layout);
+  }
   Plotly.react(plot, data, layout, { displayModeBar: false, responsive: true });
 }
 

@@ -31,7 +31,8 @@ figcaption { font-size: .92rem; margin-bottom: .4rem; max-width: 80ch; }
 .numbers div { background: var(--soft); border-radius: .5rem; padding: .6rem .9rem; }
 .numbers dt { font-size: .85rem; color: var(--quiet); }
 .numbers dd { margin: 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-.figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; }
+.figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem;
+  margin: .8rem 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   padding: .9rem 1rem; margin: 0; min-width: 0; }
 .wide { grid-column: 1 / -1; }
@@ -39,14 +40,16 @@ figcaption { font-size: .92rem; margin-bottom: .4rem; max-width: 80ch; }
 .table { overflow-x: auto; max-height: 32rem; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
+  vertical-align: top; overflow-wrap: break-word; }
+/* Reasons of failures, which may be one long word. */
+td:nth-child(3):last-child { overflow-wrap: anywhere; min-width: 8rem; }
 tr.marked td, tr.marked th { background: var(--marked); }
 code { font-size: .9em; }
 nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1.4rem 0 1rem; }
 button { font: inherit; color: var(--text); background: var(--soft); cursor: pointer;
   border: 1px solid var(--line); border-radius: .4rem; padding: .3rem .8rem; }
-button[aria-selected=true] { border-color: var(--accent); box-shadow: inset 0 -3px var(--accent);
-  font-weight: 600; }
+button[aria-selected=true], button[aria-pressed=true] { border-color: var(--accent);
+  box-shadow: inset 0 -3px var(--accent); font-weight: 600; }
 .zoom { font-size: .85rem; padding: .1rem .6rem; }
 .rounds { position: sticky; top: 0; z-index: 5; display: flex; align-items: center; gap: .8rem;
   background: var(--ground); border-bottom: 1px solid var(--line); padding: .6rem 0;
