@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pfedgpa_app.diffusion.mixture import chunks_of, rows_of
+from pfedgpa_app.diffusion.mixture import pieces_of
 
 # Directions with less than this part of the largest variance are rounding errors.
 _RELATIVE_TOLERANCE = 1e-8
@@ -52,8 +52,7 @@ class Spectrum:
         """Analyze vectors ``(d,)`` by their Gram matrix, in float64 and one pass over them."""
         mean = torch.empty_like(vectors[0])
         gram = mean.new_zeros(len(vectors), len(vectors), dtype=torch.float64)
-        for chunk in chunks_of(vectors):
-            rows = rows_of(vectors, chunk)
+        for chunk, rows in pieces_of(vectors):
             mean[chunk] = rows.mean(dim=0).to(mean.dtype)
             rows -= mean[chunk].double()
             gram += rows @ rows.T
@@ -198,8 +197,7 @@ class Subspace:
         eigenvalues = spectrum.eigenvalues[:dim]
         weights = (spectrum.eigenvectors[:, :dim] / (eigenvalues * len(vectors)).sqrt()).T
         basis = spectrum.mean.new_empty(dim, len(spectrum.mean))
-        for chunk in chunks_of(vectors):
-            rows = rows_of(vectors, chunk)
+        for chunk, rows in pieces_of(vectors):
             rows -= spectrum.mean[chunk].double()
             basis[:, chunk] = (weights @ rows).to(basis.dtype)
         return cls(spectrum.mean, basis, float(eigenvalues.mean().sqrt()) if dim else 1.0)
@@ -225,8 +223,7 @@ class Subspace:
         What sticks out of the subspace has no probability under the model and is dropped.
         """
         coordinates = self.mean.new_zeros(len(vectors), self.dim, dtype=torch.float64)
-        for chunk in chunks_of(vectors):
-            rows = rows_of(vectors, chunk)
+        for chunk, rows in pieces_of(vectors):
             rows -= self.mean[chunk].double()
             coordinates += rows @ self.basis[:, chunk].double().T
         return (coordinates / self.scale).to(self.basis.dtype)
@@ -254,8 +251,8 @@ def divergence(vectors: Sequence[Tensor], origin: Tensor) -> float:
     ones nothing.
     """
     gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for chunk in chunks_of(vectors):
-        ways = rows_of(vectors, chunk) - origin[chunk].double()
+    for chunk, ways in pieces_of(vectors):
+        ways -= origin[chunk].double()
         gram += ways @ ways.T
     one, other = torch.triu_indices(len(vectors), len(vectors), offset=1)
     squares = gram.diagonal()
