@@ -86,9 +86,10 @@ def _measure(model: str, mode: str) -> dict[str, Any]:
     begin = time.perf_counter()
     aggregator.fit(1)
     ratios = []
-    for client, upload in aggregator.bank.members.items():
-        centre = centres[client % GROUPS]
-        ratios.append((aggregator.personalize(client) - centre).norm() / (upload - centre).norm())
+    models = aggregator.personalize_each(range(CLIENTS))
+    for client, generated in enumerate(models):
+        centre, upload = centres[client % GROUPS], aggregator.bank.members[client]
+        ratios.append((generated - centre).norm() / (upload - centre).norm())
     return {
         "dim": layout.dim,
         "seconds": time.perf_counter() - begin,

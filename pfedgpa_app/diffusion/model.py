@@ -1,6 +1,6 @@
 """The diffusion model of the clients' parameters: a space, a denoiser in it, a noise level."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -274,9 +274,11 @@ class ParameterDiffusion:
         ``of`` ``(num_mixtures, num_clients)`` has each client's part in them.
         """
         assert self.shrinkage is not None
-        outside = self.shrinkage.weights(of, begin=self.space.dim)
-        inside = self._reconstructed(row @ self.generated for row in of.to(self.generated.dtype))
-        return mix(outside, vectors).add_(inside)
+        mixtures = mix(self.shrinkage.weights(of, begin=self.space.dim), vectors)
+        # One by one, as below: a product of all is rounded otherwise with their number.
+        for mixture, row in zip(mixtures, of.to(self.generated.dtype), strict=True):
+            mixture += self.space.reconstruct(row @ self.generated)
+        return mixtures
 
     def _without_too_much(
         self,
@@ -312,15 +314,11 @@ class ParameterDiffusion:
         What the vectors have outside of the space is averaged over each client's kin: it is the
         noise of each, and whoever has no kin keeps its own.
         """
-        inside = self._reconstructed(row @ self.coordinates for row in weights)
-        return mix(weights, vectors).sub_(inside).add_(self._reconstructed(generated))
-
-    def _reconstructed(self, coordinates: Iterable[Tensor]) -> Tensor:
-        """Return the vectors ``(n, d)`` of coordinates ``(dim,)``.
-
-        One by one, since a product of all is rounded otherwise with their number.
-        """
-        return torch.stack([self.space.reconstruct(each) for each in coordinates])
+        realized = mix(weights, vectors)
+        for each, row, coordinates in zip(realized, weights, generated, strict=True):
+            each -= self.space.reconstruct(row @ self.coordinates)
+            each += self.space.reconstruct(coordinates)
+        return realized
 
 
 def first_timestep(config: DiffusionConfig, spectrum: Spectrum, rank: int) -> int:
