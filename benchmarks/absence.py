@@ -15,7 +15,7 @@ import torch
 import typer
 
 from benchmarks.small_images import CLIENTS, SMALL_IMAGES
-from pfedgpa_app.report import RoundRecord, mean_and_spread
+from pfedgpa_app.rounds import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.simulation import read_config, simulate
 

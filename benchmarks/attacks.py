@@ -31,7 +31,7 @@ from pfedgpa_app.evaluation import logits_of
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.report import RoundRecord, mean_and_spread
+from pfedgpa_app.rounds import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.replies import EXTRAS, Upload
 from server_app.simulation import PoolGrid, read_config, simulate

@@ -19,7 +19,7 @@ from opacus.accountants.utils import get_noise_multiplier
 from benchmarks.small_images import SMALL_IMAGES
 from pfedgpa_app.config import ClientConfig
 from pfedgpa_app.privacy import quiet_opacus, sampling_plan
-from pfedgpa_app.report import mean_and_spread
+from pfedgpa_app.rounds import mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.simulation import read_config, simulate
 

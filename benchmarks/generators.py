@@ -22,7 +22,7 @@ from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion import mix
 from pfedgpa_app.parameters import StateDict, head_names
-from pfedgpa_app.report import mean_and_spread
+from pfedgpa_app.rounds import mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.simulation import read_config, simulate
 from server_app.strategies import PFedGPA

@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.small_images import CLIENTS, SMALL_IMAGES
-from pfedgpa_app.report import RoundRecord, mean_and_spread
+from pfedgpa_app.rounds import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table
 from server_app.replies import Upload
 from server_app.simulation import read_config, simulate

@@ -22,7 +22,7 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
 from pfedgpa_app.models import build_model
-from pfedgpa_app.report import mean_and_spread
+from pfedgpa_app.rounds import mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.replies import Upload
 from server_app.simulation import read_config, simulate

@@ -21,7 +21,8 @@ from pfedgpa_app.console import (
     print_table,
     read_run,
 )
-from pfedgpa_app.report import JUDGED, Row, Run, has_failed, read_runs, value_of
+from pfedgpa_app.report import Run, read_runs
+from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT
 
 runs_app = typer.Typer(

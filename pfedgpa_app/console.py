@@ -12,7 +12,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.report import RowError, Run
+from pfedgpa_app.report import Run
+from pfedgpa_app.rounds import RowError
 from pfedgpa_app.runs import find_run
 
 OutputDir = Annotated[

@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
-from pfedgpa_app.report import mean_and_spread
+from pfedgpa_app.rounds import mean_and_spread
 
 SIGNIFICANCE = 0.05
 INDEX_KIND = "pfedgpa-bench-1"

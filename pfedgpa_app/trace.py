@@ -10,7 +10,7 @@ from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.diffusion import ParameterDiffusion, Spectrum, Subspace
 from pfedgpa_app.diffusion.model import schedule_of
 from pfedgpa_app.randomness import repeatable
-from pfedgpa_app.report import Row
+from pfedgpa_app.rounds import Row
 
 MAX_CLIENTS = 100
 """So many members have coordinates, those with the lowest numbers. More have no kinship."""

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pfedgpa_app.console import OutputDir, RunArgument, fail, read_run
-from pfedgpa_app.report import Row, Run, accuracies, describe, has_failed, parse_rows, value_of
+from pfedgpa_app.report import Run
+from pfedgpa_app.rounds import Row, accuracies, describe, has_failed, parse_rows, value_of
 from pfedgpa_app.runs import CHECKPOINT, LATEST, is_going_on
 
 _PAUSE = 1.0  # seconds between two looks

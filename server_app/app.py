@@ -12,7 +12,8 @@ from flwr.superlink.grid import InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import NO_REPLY, REPORT, Run, RunFolder, describe, summarize
+from pfedgpa_app.report import REPORT, Run, RunFolder
+from pfedgpa_app.rounds import NO_REPLY, describe, summarize
 from pfedgpa_app.runs import CHECKPOINT
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, resume, settle_earlier, write_checkpoint

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import JUDGED, RoundRecord, mean_and_spread, summarize
+from pfedgpa_app.rounds import JUDGED, RoundRecord, mean_and_spread, summarize
 from pfedgpa_app.section import Count, Section
 from pfedgpa_app.state import writing
 from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.report import RoundRecord, Run
+from pfedgpa_app.report import Run
+from pfedgpa_app.rounds import RoundRecord
 from pfedgpa_app.runs import CHECKPOINT, RunNotFoundError, find_run
 from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg

@@ -17,7 +17,7 @@ from pfedgpa_app.parameters import (
     ParameterLayout,
     StateDict,
 )
-from pfedgpa_app.report import NO_REPLY
+from pfedgpa_app.rounds import NO_REPLY
 
 # The SuperLink's words about a node that it does not hear of any more.
 _GONE = (

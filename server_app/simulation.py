@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from pfedgpa_app.config import Config, flatten
 from pfedgpa_app.data import client_data
 from pfedgpa_app.preflight import preflight
-from pfedgpa_app.report import RoundRecord, Row, summarize
+from pfedgpa_app.rounds import RoundRecord, Row, summarize
 from server_app.app import make_strategy
 from server_app.roster import PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg

@@ -8,7 +8,8 @@ from typing import Any, Protocol, Self
 
 from flwr.common import log
 
-from pfedgpa_app.report import JUDGED, Row, RunFolder
+from pfedgpa_app.report import RunFolder
+from pfedgpa_app.rounds import JUDGED, Row
 from pfedgpa_app.section import Scalar
 from server_app.replies import one_line
 

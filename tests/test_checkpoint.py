@@ -8,7 +8,8 @@ from flwr.app import ArrayRecord
 from simulated_grid import SimulatedGrid, learning_grid, weights
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.report import RunFolder, summarize
+from pfedgpa_app.report import RunFolder
+from pfedgpa_app.rounds import summarize
 from pfedgpa_app.state import load_state, save_state
 from server_app.app import make_strategy
 from server_app.checkpoint import (

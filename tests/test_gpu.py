@@ -8,7 +8,7 @@ import torch
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.report import RoundRecord
+from pfedgpa_app.rounds import RoundRecord
 from pfedgpa_app.strategies import STRATEGY_INFO
 from server_app.simulation import simulate
 

@@ -25,7 +25,8 @@ from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown
 from pfedgpa_app.page.look import COLOURS
 from pfedgpa_app.page.runs import grouped, page_of
-from pfedgpa_app.report import RoundRecord, Run, RunFolder, summarize
+from pfedgpa_app.report import Run, RunFolder
+from pfedgpa_app.rounds import RoundRecord, summarize
 from pfedgpa_app.state import WriteError
 from pfedgpa_app.tables import INDEX_KIND
 

@@ -14,15 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.report import (
-    RoundRecord,
-    Run,
-    RunFolder,
-    draw_accuracy,
-    mean_and_spread,
-    read_runs,
-    summarize,
-)
+from pfedgpa_app.report import Run, RunFolder, draw_accuracy, read_runs
+from pfedgpa_app.rounds import RoundRecord, mean_and_spread, summarize
 from pfedgpa_app.state import WriteError
 
 

@@ -11,7 +11,8 @@ from typer.testing import CliRunner, Result
 
 from pfedgpa_app import cli, watch
 from pfedgpa_app.config import Config
-from pfedgpa_app.report import RoundRecord, Row, Run, RunFolder, summarize
+from pfedgpa_app.report import Run, RunFolder
+from pfedgpa_app.rounds import RoundRecord, Row, summarize
 from pfedgpa_app.watch import Followed, Tail
 
 NUM_ROUNDS = 3

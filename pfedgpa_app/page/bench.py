@@ -8,7 +8,7 @@ from typing import Any
 
 from pfedgpa_app.page import figures
 from pfedgpa_app.page.html import Page, Shown, table_of, tabs
-from pfedgpa_app.report import Row
+from pfedgpa_app.rounds import Row
 from pfedgpa_app.tables import INDEX_KIND
 
 _MARKS = {"best": "<strong>{}</strong>", "tied": "<em>{}</em>", "": "{}"}

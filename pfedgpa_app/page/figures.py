@@ -17,7 +17,7 @@ from pfedgpa_app.page.look import (
     symbol,
     transparent,
 )
-from pfedgpa_app.report import Row, value_of
+from pfedgpa_app.rounds import Row, value_of
 
 ACCURACIES = {
     "personalized-accuracy": "personalized",

@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import pdist
 
 from pfedgpa_app.page.look import colour, figure, label_whole_numbers, name_at_ends, plain, symbol
-from pfedgpa_app.report import Row
+from pfedgpa_app.rounds import Row
 
 Points = dict[int, tuple[float, float]]
 # Numbers of all kinship matrices of a page, which has every k-th round where there are more.

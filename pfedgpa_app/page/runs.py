@@ -11,7 +11,8 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.page import figures, method
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
-from pfedgpa_app.report import Row, Run, mean_and_spread, value_of
+from pfedgpa_app.report import Run
+from pfedgpa_app.rounds import Row, mean_and_spread, value_of
 
 Of = TypeVar("Of")
 

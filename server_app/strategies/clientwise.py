@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.report import RoundRecord
+from pfedgpa_app.rounds import RoundRecord
 from server_app.messages import draw, make_messages, num_bytes, shared_metrics
 from server_app.outliers import outliers
 from server_app.replies import ReplyError, Upload, read_metrics, read_spent, read_upload

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from pfedgpa_app.parameters import ParameterLayout, StateDict
-from pfedgpa_app.report import Row
+from pfedgpa_app.rounds import Row
 from pfedgpa_app.state import states_below, states_under
 from server_app.global_model import GlobalModel, average_of
 from server_app.replies import ReplyError, Upload

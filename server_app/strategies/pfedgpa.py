@@ -13,7 +13,7 @@ from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import SKETCH
 from pfedgpa_app.guard import unusual
 from pfedgpa_app.parameters import ParameterLayout, StateDict
-from pfedgpa_app.report import Row
+from pfedgpa_app.rounds import Row
 from pfedgpa_app.state import below, under
 from pfedgpa_app.trace import trace_of
 from pfedgpa_app.vault import DiskVault, Vault

@@ -1,0 +1,196 @@
+"""What happened in a round, as rows of a run's files and as lines to read."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+JUDGED = "personalized-accuracy"
+NO_REPLY = "no reply"
+BUDGET_SPENT = "privacy budget spent"
+TRAINING_METRICS = (
+    "num-examples",
+    "accuracy-before",
+    "loss-before",
+    "accuracy-after",
+    "loss-after",
+    "seconds",
+    "epsilon",
+)
+
+
+class RowError(ValueError):
+    """A line of a run's file that is no row; the message names the file."""
+
+
+@dataclass
+class RoundRecord:
+    """What happened in one round, as a strategy sees it.
+
+    Attributes
+    ----------
+    server_round
+        The round, from 1.
+    clients
+        A row a client.
+    seconds_clients
+        Wall-clock seconds from sending the training messages to the last reply.
+    seconds_diffusion
+        Seconds the server spent on learning from the uploads.
+    num_nodes
+        Clients that were connected when the round began.
+    bytes_down, bytes_up
+        Parameters sent to and received from clients.
+    """
+
+    server_round: int
+    clients: dict[int, Row] = field(default_factory=dict)
+    seconds_clients: float = 0.0
+    seconds_diffusion: float = 0.0
+    num_nodes: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def expect(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
+        """Note who was asked to train."""
+        for client, node_id in zip(clients, node_ids, strict=True):
+            self._row(client).update({"node-id": str(node_id), "status": NO_REPLY})
+
+    def trained(self, client: int, metrics: Mapping[str, float], num_bytes: int) -> None:
+        """Note the metrics of an upload; of what a client sends, only those we know."""
+        known = {name: metrics[name] for name in TRAINING_METRICS if name in metrics}
+        self._row(client).update({"status": "ok", **known})
+        self.bytes_up += num_bytes
+
+    def spent(self, client: int, epsilon: float) -> None:
+        """Note that a client did not train, since that would exceed its privacy budget."""
+        self._row(client).update({"status": BUDGET_SPENT, "epsilon": epsilon})
+
+    def unusual(self, client: int, reason: str) -> None:
+        """Note why others do not learn from a client in this round."""
+        self._row(client)["unusual"] = reason
+
+    def failed(self, client: int, reason: str) -> None:
+        """Note why a client is out of the round."""
+        self._row(client)["status"] = reason
+
+    def evaluated(self, client: int, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of a client's personalized model."""
+        self._row(client).update(
+            {
+                f"personalized-{name}": metrics[name]
+                for name in ("accuracy", "loss")
+                if name in metrics
+            }
+        )
+
+    @property
+    def num_trained(self) -> int:
+        """Number of uploads that were used."""
+        return sum(row.get("status") == "ok" for row in self.clients.values())
+
+    @property
+    def num_failures(self) -> int:
+        """Number of clients that were asked to train and sent no usable reply."""
+        return sum(map(has_failed, self.clients.values()))
+
+    def column(self, name: str) -> list[float]:
+        """Return what the clients have under a name, by client."""
+        return [row[name] for _, row in sorted(self.clients.items()) if name in row]
+
+    def _row(self, client: int) -> Row:
+        return self.clients.setdefault(client, {"round": self.server_round, "client": client})
+
+
+def has_failed(row: Row) -> bool:
+    """Tell whether a client was asked to train and sent no usable reply."""
+    return row.get("status", "ok") not in ("ok", BUDGET_SPENT)
+
+
+def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
+    """Return the line of a round in metrics.jsonl; a mean of no client is None."""
+    accuracies = record.column("personalized-accuracy")
+    return {
+        "round": record.server_round,
+        "strategy": strategy,
+        "personalized-accuracy": _mean(accuracies),
+        "personalized-loss": _mean(record.column("personalized-loss")),
+        "personalized-accuracy-worst": min(accuracies, default=None),
+        "personalized-accuracy-std": statistics.pstdev(accuracies) if accuracies else None,
+        "received-accuracy": _mean(record.column("accuracy-before")),
+        "finetuned-accuracy": _mean(record.column("accuracy-after")),
+        "finetuned-loss": _mean(record.column("loss-after")),
+        "num-nodes": record.num_nodes,
+        "num-clients": record.num_trained,
+        "num-failures": record.num_failures,
+        "epsilon": max(record.column("epsilon"), default=None),
+        "seconds-clients": round(record.seconds_clients, 3),
+        "seconds-diffusion": round(record.seconds_diffusion, 3),
+        "seconds-round": round(seconds_round, 3),
+        "bytes-down": record.bytes_down,
+        "bytes-up": record.bytes_up,
+    }
+
+
+def describe(row: Row, num_rounds: int) -> str:
+    """Say in a line what a line of metrics.jsonl has of a round."""
+    judged, worst, received, trained = accuracies(row)
+    epsilon = "" if row.get("epsilon") is None else f"; epsilon {row['epsilon']:.3g}"
+    parts = ("seconds-round", "seconds-clients", "seconds-diffusion")
+    whole, clients, diffusion = (f"{value_of(row, name):.1f}" for name in parts)
+    return (
+        f"Round {row['round']}/{num_rounds}: personalized accuracy {judged} (worst client "
+        f"{worst}), as sent {received}, after local training {trained}; "
+        f"{value_of(row, 'num-clients')} clients, {whole} s (clients {clients}, diffusion "
+        f"{diffusion}){epsilon}"
+    )
+
+
+def value_of(row: Row, name: str) -> float:
+    """Return a number of a round, 0 where it is not known, as in files of older versions."""
+    value: float = row.get(name) or 0
+    return value
+
+
+def accuracies(row: Row) -> list[str]:
+    """Return personalized accuracy, worst client, as sent and after training; a dash for none."""
+    names = (JUDGED, f"{JUDGED}-worst", "received-accuracy", "finetuned-accuracy")
+    return ["-" if row.get(name) is None else f"{row[name]:.4f}" for name in names]
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
+    """Write mean ± standard deviation; one value has no deviation, and none is a dash."""
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def parse_rows(file: Path, lines: bytes) -> list[Row]:
+    """Return the rows in whole lines of a file.
+
+    Raises
+    ------
+    RowError
+        If a line is not a JSON object with a round.
+    """
+    rows = []
+    for line in lines.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("round"), int):
+            raise RowError(
+                f"{file} is damaged: {line[:60]!r}; right would be a JSON object with a round"
+            )
+        rows.append(row)
+    return rows
+
+
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None
