@@ -40,12 +40,9 @@ class PoolGrid:
         The nodes that are not connected now.
     client_app
         The module of the ClientApp.
-    batched
-        The module that answers the training messages of all nodes at once.
     """
 
     client_app: ClassVar[str] = "client_app.app"
-    batched: ClassVar[str] = "client_app.batched"
 
     def __init__(self, config: Config, num_clients: int, num_processes: int) -> None:
         self.run_config = config.to_flat()
@@ -57,7 +54,9 @@ class PoolGrid:
         if config.data.dataset != "sites":  # once, before the processes fork
             client_data(config.data, config.seed, 0, num_clients)
         context = multiprocessing.get_context("fork")
-        self._is_batched = config.client.engine == "vmap"
+        # Another ClientApp trains in its own way, one client after the other.
+        is_own = self.client_app != PoolGrid.client_app
+        self._is_batched = config.client.engine == "vmap" and not is_own
         has_pool = num_processes and not self._is_batched
         self._pool = context.Pool(num_processes, _identify) if has_pool else None
 
@@ -83,7 +82,7 @@ class PoolGrid:
         types = {message.metadata.message_type for message in messages}
         tasks = [(self.client_app, *each) for each in zip(messages, contexts, strict=True)]
         if self._is_batched and types == {MessageType.TRAIN}:
-            answers = _answer_together(self.batched, messages, contexts)
+            answers = _answer_together(messages, contexts)
         elif self._pool:
             answers = self._pool.starmap(_answer, tasks, chunksize=1)
         else:
@@ -172,8 +171,8 @@ def _answer(module: str, message: Message, context: Context) -> tuple[Message, R
 
 
 def _answer_together(
-    module: str, messages: list[Message], contexts: list[Context]
+    messages: list[Message], contexts: list[Context]
 ) -> list[tuple[Message, RecordDict]]:
-    """Return what `_answer` returns, of all nodes."""
-    replies = importlib.import_module(module).train_messages(messages, contexts)
+    """Return what `_answer` returns, of all nodes, whose training is one graph."""
+    replies = importlib.import_module("client_app.batched").train_messages(messages, contexts)
     return [(reply, each.state) for reply, each in zip(replies, contexts, strict=True)]

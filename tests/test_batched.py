@@ -265,6 +265,10 @@ RUN = {
 }
 
 
+class OtherApp(PoolGrid):
+    client_app = "no_such_app"
+
+
 def run(**settings) -> list[dict]:
     config = Config.from_flat({**RUN, **settings})
     _, rows = simulate(config, NUM_CLIENTS, num_processes=0)
@@ -287,6 +291,12 @@ def test_clients_that_train_together_need_no_processes():
     grid = PoolGrid(config, NUM_CLIENTS, 2)
     assert not multiprocessing.active_children()
     grid.close()
+
+
+def test_clients_with_another_app_train_by_that_app():
+    config = Config.from_flat({**RUN, "client.engine": "vmap"})
+    with pytest.raises(ModuleNotFoundError, match="no_such_app"):
+        simulate(config, NUM_CLIENTS, num_processes=0, make_grid=OtherApp)
 
 
 def test_the_benchmark_measures_both_engines():
