@@ -14,7 +14,8 @@ from statistics import fmean
 import typer
 
 from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
-from server_app.bench import Suite, curves
+from server_app.bench_tables import curves
+from server_app.suites import Suite
 
 DOCS = Path("docs")
 SUITE = Path("conf/suites/first-run.toml")

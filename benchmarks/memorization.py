@@ -24,9 +24,9 @@ from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import ParameterLayout
 from pfedgpa_app.rounds import mean_and_spread
 from pfedgpa_app.tables import Cell, Table
-from server_app.bench import Suite
 from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
+from server_app.suites import Suite
 
 SUITE = Path("conf/suites/ablation.toml")
 CLIENTS = 20

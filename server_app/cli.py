@@ -23,7 +23,7 @@ from pfedgpa_app.state import writing
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
-    from server_app.bench import BenchRun, Suite
+    from server_app.suites import BenchRun, Suite
 
 
 @app.command()
@@ -67,7 +67,8 @@ def bench(
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     from pfedgpa_app.preflight import ENGINE_ON_FLOWER
-    from server_app.bench import Suite, SuiteError, execute, num_processes
+    from server_app.bench import execute, num_processes
+    from server_app.suites import Suite, SuiteError
 
     sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -147,7 +148,7 @@ def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dic
 def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> None:
     """Write tables and figure, and print the tables."""
     from pfedgpa_app.tables import CSV_HEAD
-    from server_app.bench import draw, index_of, tables
+    from server_app.bench_tables import draw, index_of, tables
 
     formats = {"txt": "text", "md": "markdown", "tex": "latex", "csv": "csv"}
     found = tables(suite, runs, folder, shlex.join(["pfedgpa", "bench", *sys.argv[2:]]))

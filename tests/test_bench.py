@@ -20,9 +20,9 @@ from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.strategies import FedProxConfig
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table, compare, p_value
-from server_app import bench
-from server_app.bench import Suite
+from server_app import bench, bench_tables, suites
 from server_app.cli import app
+from server_app.suites import Suite
 
 PROJECT = Path(__file__).parents[1]
 SUITES = sorted((PROJECT / "conf" / "suites").glob("*.toml"))
@@ -127,13 +127,13 @@ def test_what_is_finished_is_not_run_again(
     first = invoke(suite, "--rows", "local", "--processes", 0, "--results", folder)
     assert first.exit_code == 0, first.output
     executed: list[str] = []
-    execute = bench.BenchRun.execute
+    execute = suites.BenchRun.execute
 
-    def counted(run: bench.BenchRun, folder: Path) -> None:
+    def counted(run: suites.BenchRun, folder: Path) -> None:
         executed.append(run.name)
         execute(run, folder)
 
-    monkeypatch.setattr(bench.BenchRun, "execute", counted)
+    monkeypatch.setattr(suites.BenchRun, "execute", counted)
     second = invoke(suite, "--processes", 0, "--results", folder)
     assert "4 runs, 2 finished before, 2 to go" in second.output
     assert executed == ["ditto, seed 0", "ditto, seed 1"]
@@ -206,7 +206,7 @@ def test_a_run_says_why_it_failed_where_no_traceback_can_be_written(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    monkeypatch.setattr(bench, "simulate", lambda *arguments, **keywords: (None, []))
+    monkeypatch.setattr(suites, "simulate", lambda *arguments, **keywords: (None, []))
     with pytest.raises(SystemExit):
         bench._execute(run, tmp_path)
     assert "json cannot be written: the disk is full; right would be free" in capfd.readouterr().err
@@ -358,13 +358,13 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
         ]
         accuracies = {number: dict.fromkeys(range(3), 0.4) for number in (1, 2, 3)}
         run.write(tmp_path, rows, accuracies, 1.0)
-    tables = bench.tables(read, read.runs(), tmp_path, "command")
+    tables = bench_tables.tables(read, read.runs(), tmp_path, "command")
     reached = {table.title: table.rows["local"][0].text for table in tables}
     assert reached["Two rivals: until 0.3"] == "2.5 / 3.8 / 1.2"
     assert reached["Two rivals: until 0.99"] == "-"
     # In the first and the third round of two runs.
     assert "(4 times a client's training was of no use)" in tables[0].note
-    bench.draw(read, read.runs(), tmp_path, tmp_path / "curves.png")
+    bench_tables.draw(read, read.runs(), tmp_path, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
     # Of ditto there is no result.
     texts = texts_of(tmp_path / "curves.svg")
@@ -382,7 +382,7 @@ def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):
         ]
         accuracies = {number: dict.fromkeys(range(3), number / 10) for number in (1, 2, 3)}
         run.write(tmp_path, rows, accuracies, 1.0)
-    judged, bytes_up = bench.tables(read, read.runs(), tmp_path, "command")
+    judged, bytes_up = bench_tables.tables(read, read.runs(), tmp_path, "command")
     assert judged.columns == ["round 2", "round 3"]
     assert [cell.values[0] for cell in judged.rows["local"]] == pytest.approx([0.15, 0.25])
     assert [cell.text for cell in bytes_up.rows["local"]] == ["15 ± 0", "25 ± 0"]

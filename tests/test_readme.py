@@ -11,7 +11,7 @@ from pfedgpa_app.config import Config, flatten
 from pfedgpa_app.data import ImageStats
 from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.models import build_model
-from server_app.bench import Suite
+from server_app.suites import Suite
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()

@@ -11,8 +11,8 @@ from pfedgpa_app.config import DATASETS, DataConfig
 from pfedgpa_app.data import clients
 from pfedgpa_app.data.sources import Dataset, load_dataset
 from pfedgpa_app.randomness import make_generator
-from server_app.bench import Suite
 from server_app.cli import app
+from server_app.suites import Suite
 
 PROJECT = Path(__file__).parents[1]
 SUITES = sorted((PROJECT / "conf" / "suites").glob("*.toml"))

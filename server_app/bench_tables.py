@@ -1,0 +1,170 @@
+"""What a bench found: tables, their index and the figure."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
+from pfedgpa_app.rounds import JUDGED, mean_and_spread
+from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
+from server_app.suites import BenchRun, Result, Suite
+
+
+def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> list[Table]:
+    """Return the tables of a suite: the judged number, further measures and rounds to targets."""
+    results = _results(runs, folder)
+    found = [result for each in results.values() for result in each.values()]
+    rounds = {run.config.num_server_rounds for run in runs}
+    last = suite.judged_rounds
+    judged = "last round" if last == 1 else f"mean of the last {last} rounds"
+    if suite.horizons:
+        judged += " up to the column's"
+    elif len(rounds) == 1:
+        judged += f" of {rounds.pop()}"
+    note = (
+        f"Accuracy of everyone's personalized model on its own test set, {judged}; mean ± standard "
+        f"deviation over seeds {', '.join(map(str, suite.seeds))}. Marked: the best, and what a "
+        "paired t-test over seeds and clients does not tell from it (5 %). Clients of a seed are "
+        "not independent, so what is not marked may still be as good on other seeds. "
+        f"{len(found)} of {len(runs)} runs, {sum(each['seconds'] for each in found):.0f} seconds "
+        f"of computing: {command}"
+    )
+    if failures := sum(row["num-failures"] for each in found for row in each["rounds"]):
+        note += f" ({failures} times a client's training was of no use)"
+    compared = {
+        column: compare(
+            {
+                row: {
+                    seed: _per_client(result["accuracies"][judged_rounds])
+                    for seed, result in results[case, row].items()
+                }
+                for row in suite.rows
+            },
+            len(suite.seeds),
+        )
+        for column, (case, judged_rounds) in suite.columns.items()
+    }
+    made = [
+        _table(
+            suite,
+            suite.title,
+            [*suite.columns],
+            lambda column, row: compared[column][row],
+            note,
+        )
+    ]
+    for measure in suite.measures:
+
+        def mean(column: str, row: str, measure: str = measure) -> Cell:
+            case, judged_rounds = suite.columns[column]
+            each = results[case, row].values()
+            means = [fmean(r[measure] for r in result["rounds"][judged_rounds]) for result in each]
+            text = mean_and_spread(means, 0 if measure.startswith("bytes") else 4)
+            return partial_cell(Cell(text, values=means), len(suite.seeds))
+
+        title, what = f"{suite.title}: {measure}", f"A round, {judged}."
+        if measure == "bytes-down":
+            what += " Models that are sent to be judged are counted in."
+        made.append(_table(suite, title, [*suite.columns], mean, what))
+    for target in suite.targets:
+
+        def reached(case: str, row: str, target: float = target) -> Cell:
+            cell = Cell(_to_target(list(results[case, row].values()), target))
+            return cell if len(results[case, row]) == len(suite.seeds) else Cell("failed")
+
+        note = (
+            "Rounds / megabytes up and down, models that are sent to be judged among them / server "
+            "seconds of learning until the mean accuracy is reached, mean over seeds; a dash where "
+            "a seed never did."
+        )
+        made.append(_table(suite, f"{suite.title}: until {target}", [*suite.cases], reached, note))
+    return made
+
+
+def index_of(suite: Suite, runs: list[BenchRun], folder: Path, found: list[Table]) -> Result:
+    """Return what `pfedgpa report` reads of a bench: its tables, and where its results are."""
+    where = [
+        {
+            "case": run.case,
+            "row": run.row,
+            "seed": run.config.seed,
+            "file": str(run.file(folder).relative_to(folder)),
+        }
+        for run in runs
+    ]
+    tables = [table.facts() for table in found]
+    return {"kind": INDEX_KIND, "title": suite.title, "tables": tables, "runs": where}
+
+
+def _results(runs: list[BenchRun], folder: Path) -> dict[tuple[str, str], dict[int, Result]]:
+    """Return what is finished, by case and row and then by seed."""
+    results: dict[tuple[str, str], dict[int, Result]] = {}
+    for run in runs:
+        seeds = results.setdefault((run.case, run.row), {})
+        if (result := run.result(folder)) is not None:
+            seeds[run.config.seed] = result
+    return results
+
+
+def _table(
+    suite: Suite,
+    title: str,
+    columns: list[str],
+    cell: Callable[[str, str], Cell],
+    note: str,
+) -> Table:
+    rows = {row: [cell(column, row) for column in columns] for row in suite.rows}
+    return Table(title, [column or "all" for column in columns], rows, note)
+
+
+def _per_client(rounds: list[dict[str, float]]) -> dict[int, float]:
+    """Return each client's mean over rounds that give accuracies by client."""
+    return {int(client): fmean(each[client] for each in rounds) for client in rounds[0]}
+
+
+def _to_target(results: list[Result], target: float) -> str:
+    reached = [list(_until(result["rounds"], target)) for result in results]
+    if not reached or any(rows[-1][JUDGED] < target for rows in reached):
+        return "-"
+    rounds = fmean(len(rows) for rows in reached)
+    up_and_down = (sum(row["bytes-up"] + row["bytes-down"] for row in rows) for rows in reached)
+    seconds = (sum(row["seconds-diffusion"] for row in rows) for rows in reached)
+    return f"{rounds:.1f} / {fmean(up_and_down) / 1e6:.1f} / {fmean(seconds):.1f}"
+
+
+def _until(rows: list[dict[str, Any]], target: float) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        yield row
+        if row[JUDGED] >= target:
+            return
+
+
+def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
+    """Draw every run's judged number, or its curve, a panel a case, as PNG and SVG beside it.
+
+    Raises
+    ------
+    OSError
+        If they cannot be written.
+    """
+    if suite.curve:
+        draw_curves(file, curves(suite, runs, folder), suite.title, BANDS)
+        return
+    results, judged = _results(runs, folder), slice(-suite.judged_rounds, None)
+
+    def over_seeds(case: str, row: str) -> list[float]:
+        found = results[case, row].values()
+        return [fmean(_per_client(each["accuracies"][judged]).values()) for each in found]
+
+    panels = {case: {row: over_seeds(case, row) for row in suite.rows} for case in suite.cases}
+    draw_dots(file, panels, suite.title)
+
+
+def curves(suite: Suite, runs: list[BenchRun], folder: Path) -> dict[str, list[Curve]]:
+    """Return the accuracies over rounds of each row that has a result, by case."""
+    found: dict[str, list[Curve]] = {case: [] for case in suite.cases}
+    for (case, row), results in _results(runs, folder).items():
+        if repeats := [[each[JUDGED] for each in result["rounds"]] for result in results.values()]:
+            found[case].append(Curve.over(row, range(1, len(repeats[0]) + 1), repeats))
+    return found
