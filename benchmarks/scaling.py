@@ -31,6 +31,7 @@ MODELS = {
         DatasetInfo((1, 14, 14), 10),
         "heads*",
     ),
+    "mlp of 50,000 features": ("mlp", DatasetInfo((50_000,), 10), "fc3*"),
     "resnet18": ("resnet18", DatasetInfo((3, 32, 32), 10), "fc*"),
 }
 MODES = ("whole", "last layer")
