@@ -17,7 +17,6 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
-from byzfl import ALittleIsEnough, InnerProductManipulation, Mimic
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum
 from torch import Tensor
@@ -83,9 +82,16 @@ def gaussian(ratio: float) -> Forge:
     return forge
 
 
-def knowing(attack: Callable[[Tensor], Tensor]) -> Forge:
+def knowing(name: str, **settings: float) -> Forge:
     """Return an attack of ByzFL, which replaces a move by something made of the honest ones."""
-    return lambda own, honest, generator: attack(honest)
+
+    def forge(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
+        import byzfl  # only where it is needed: it takes seconds
+
+        forged: Tensor = getattr(byzfl, name)(**settings)(honest)
+        return forged
+
+    return forge
 
 
 def adaptive(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
@@ -105,9 +111,9 @@ def adaptive(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
 ATTACKS = {
     "sign flip": Attack(lambda own, honest, generator: -own),
     "10 times as far": Attack(lambda own, honest, generator: 10 * own),
-    "inner product": Attack(knowing(InnerProductManipulation(tau=2.0))),
-    "a little is enough": Attack(knowing(ALittleIsEnough(tau=1.5))),
-    "mimic": Attack(knowing(Mimic(epsilon=0))),
+    "inner product": Attack(knowing("InnerProductManipulation", tau=2.0)),
+    "a little is enough": Attack(knowing("ALittleIsEnough", tau=1.5)),
+    "mimic": Attack(knowing("Mimic", epsilon=0)),
     "noise": Attack(gaussian(1.0)),
     "noise, 100 times as far": Attack(gaussian(100.0)),
     "the same, rounds 1 and 2 only": Attack(gaussian(100.0), last_round=2),

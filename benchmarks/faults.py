@@ -28,6 +28,8 @@ from benchmarks.network import (
 
 PATIENCE = 900.0
 """Seconds to wait for what takes some on an idle machine."""
+PAUSE = 5.0
+"""Seconds from one look to the next where it costs a process or two."""
 FAULTY_CLIENT = "benchmarks.faulty_client:app"
 
 
@@ -70,7 +72,7 @@ class Federation(Network):
                 self.start_client(client)
             return len(self.node_ids(name)) > connected
 
-        wait_until(is_in, PATIENCE)
+        wait_until(is_in, PATIENCE, PAUSE)
         return time.monotonic() - begin
 
     def node_config(self, client: int, more: str = "") -> str:

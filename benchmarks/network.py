@@ -62,7 +62,7 @@ class Network:
         """Start a program of this environment; its output goes to the end of ``<name>.log``."""
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [BIN / program, *arguments],
+                [program, *arguments],
                 env=self.env | (env or {}),
                 cwd=self.folder,
                 stdout=log,
@@ -81,9 +81,10 @@ class Network:
         return max(folders, key=lambda path: path.stat().st_ctime, default=None)
 
     def kill(self, name: str) -> None:
-        """Send SIGKILL to a process and all that it started."""
-        kill_with_descendants(self.processes[name].pid)
+        """Send SIGKILL to a process and all that it started, and wait until they have ended."""
+        killed = kill_with_descendants(self.processes[name].pid)
         self.processes.pop(name).wait()
+        wait_until(lambda: parents().keys().isdisjoint(killed))
 
     def __enter__(self) -> "Network":
         return self
@@ -133,12 +134,12 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], timeout: float = 
     wait_until(answers, timeout)
 
 
-def wait_until(holds: Callable[[], bool], timeout: float = 120) -> None:
-    """Wait until something holds that is looked at again and again."""
+def wait_until(holds: Callable[[], bool], timeout: float = 120, pause: float = 0.05) -> None:
+    """Wait until something holds that is looked at again and again, with pauses between."""
     deadline = time.monotonic() + timeout
     while not holds():
         assert time.monotonic() < deadline, f"not so within {timeout:.0f} s"
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 def read_lines(folder: Path | None, name: str = "metrics.jsonl") -> list[dict]:
@@ -159,18 +160,26 @@ def end_all(processes: Iterable[subprocess.Popen[bytes]], folder: Path, *, show_
             print(f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}")
 
 
-def kill_with_descendants(*processes: int) -> None:
+def kill_with_descendants(*processes: int) -> list[int]:
     """Send SIGKILL to processes and all that they started, Ray's daemons and workers included."""
-    for process in with_descendants(*processes):
+    killed = with_descendants(*processes)
+    for process in killed:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+    return killed
 
 
 def with_descendants(*processes: int) -> list[int]:
     """Return process ids and those of all that the processes started."""
-    listing = subprocess.check_output(["ps", "-e", "-o", "pid=,ppid="], text=True)
-    parents = dict(map(int, line.split()) for line in listing.splitlines())
+    parent_of = parents()
     found = list(processes)
     for process in found:  # which grows on the way
-        found += [child for child, parent in parents.items() if parent == process]
+        found += [child for child, parent in parent_of.items() if parent == process]
     return found
+
+
+def parents() -> dict[int, int]:
+    """Return the parent of every process that has not ended, with all its threads."""
+    listing = subprocess.check_output(["ps", "-e", "-o", "pid=,ppid=,state=,nlwp="], text=True)
+    rows = (line.split() for line in listing.splitlines())
+    return {int(row[0]): int(row[1]) for row in rows if row[2] != "Z" or int(row[3]) > 1}

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import VisionTransformer
 
 from pfedgpa_app.config import DataConfig, DatasetInfo
 from pfedgpa_app.data import load_dataset
@@ -46,6 +45,8 @@ def cnn(info: DatasetInfo) -> nn.Module:
 
 def vision_transformer(info: DatasetInfo) -> nn.Module:
     """Return torchvision's vision transformer in small: 49 patches, 2 layers, 32 units."""
+    from torchvision.models import VisionTransformer  # only where it is needed: it takes seconds
+
     model = VisionTransformer(
         image_size=14,
         patch_size=2,

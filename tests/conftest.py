@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import warm
 
+from benchmarks import network
 from pfedgpa_app.data.sources import DEBIAN_FASHION_MNIST
 
 # Small tensors: more threads are slower, and the same on every machine is better than fast.
@@ -50,8 +49,10 @@ def own_home(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def warm_processes() -> Iterator[None]:
-    """Fork off the processes of Flower's apps from one that has imported their packages."""
-    path = (warm.commands(), Path(sys.executable).parent, os.environ["PATH"])
+    """Fork off Flower's processes from one that has imported their packages."""
+    started, listed = warm.start(), network.parents
+    path = (started.folder, network.BIN, os.environ["PATH"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", os.pathsep.join(map(str, path)))
+        patch.setattr(network, "parents", lambda: started.parents(listed()))
         yield

@@ -1,6 +1,5 @@
 """The containers of docker/ read from its files, and as processes on loopback."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel
 
-from benchmarks.network import BIN, PROJECT, end_all, free_port, wait_until
+from benchmarks.network import PROJECT, end_all, flower_environment, free_port, wait_until
 
 DOCKER = PROJECT / "docker"
 
@@ -172,7 +171,7 @@ class Demo:
     def environment(self, name: str) -> dict[str, str]:
         """Return the image's environment; only the programs are those here."""
         given = Dockerfile().environment
-        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        path = flower_environment(self.folder)["PATH"]
         return {key: self.here(name, text) for key, text in given.items()} | {"PATH": path}
 
     def start(self, name: str) -> None:
@@ -201,7 +200,8 @@ class Demo:
         """Wait until a service is as others need it."""
         process = self.processes[name]
         if condition == "service_healthy":
-            wait_until(lambda: process.poll() is not None or self.is_healthy(name), 300)
+            # A health check is a process, so that there are not many of them.
+            wait_until(lambda: process.poll() is not None or self.is_healthy(name), 300, 0.5)
             assert process.poll() is None, f"{name} ended"
         else:
             assert process.wait(timeout=480) == 0, f"{name} failed"

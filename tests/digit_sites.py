@@ -22,9 +22,11 @@ from server_app.strategies import ClientwiseFedAvg
 
 CLIENTS = 8
 # Every message has a process of its own, and half of its time would be that of the packages that
-# share out a data set; so sites have their own data. Nobody evaluates: what a client was sent is
-# judged before it trains (accuracy-before) anyway.
+# share out a data set; so sites have their own data. Every tensor takes requests to two servers and
+# back; so the model has two. Nobody evaluates: what a client was sent is judged before it trains
+# (accuracy-before) anyway.
 QUICK = {
+    "model.name": "benchmarks.waiting_model:model",
     "data.dataset": "sites",
     "data.shape": "1x8x8",
     "data.num-classes": 10,
@@ -36,13 +38,13 @@ QUICK = {
 LEARNED = re.compile(r"[1-9]\d* dimensions from timestep")
 
 
-def write_sites(folder: Path) -> Path:
-    """Write the digits of every client, those of the first one as pictures."""
+def write_sites(folder: Path, pictures: int | None = None) -> Path:
+    """Write the digits of every client, those of one as pictures."""
     for client in range(CLIENTS):
         data = client_data(DataConfig(), 0, client, CLIENTS)
-        if client == 0:
-            write_pictures(folder / "0.npz" / "train", data.train_images, data.train_labels)
-            write_pictures(folder / "0.npz" / "test", data.test_images, data.test_labels)
+        if client == pictures:
+            write_pictures(folder / f"{client}.npz" / "train", data.train_images, data.train_labels)
+            write_pictures(folder / f"{client}.npz" / "test", data.test_images, data.test_labels)
             continue
         images = torch.cat([data.train_images, data.test_images])
         labels = torch.cat([data.train_labels, data.test_labels])

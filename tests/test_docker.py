@@ -27,6 +27,7 @@ ROUNDS = 1
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize("way", WAYS)
 def test_the_services_bring_a_run_to_its_end(tmp_path: Path, way: str):
     compose = read_compose(*WAYS[way], ROUNDS=ROUNDS)

@@ -1,29 +1,67 @@
 """What breaks on a network: processes killed and frozen, SuperNodes without registration."""
 
+import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 from typing import Any, NamedTuple
 
 import pytest
 from digit_sites import CLIENTS, LEARNED, QUICK, statuses, undisturbed, without, write_sites
 
-from benchmarks.faults import PATIENCE, SecureFederation, connect_unregistered
+from benchmarks.faults import PATIENCE, PAUSE, SecureFederation, connect_unregistered
 from benchmarks.network import read_lines, wait_until
+from benchmarks.waiting_model import PIPE, held
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("warm_processes")]
 
-# Clients are killed and frozen while they train, which must take longer than to notice it.
-LONG = {**QUICK, "client.local-epochs": 250}
+# The round in which a client is killed while it trains, and another one is frozen.
+FAULT = 2
+
+
+class HeldFederation(SecureFederation):
+    """A federation whose clients, if they have a pipe, train when the test lets them."""
+
+    def pipe(self, name: str) -> Path:
+        """Return the pipe of a SuperNode."""
+        return self.folder / f"{name}.pipe"
+
+    def start_supernode(self, name: str, *arguments: Any, **options: Any) -> Popen[bytes]:
+        """Start a SuperNode that knows its pipe."""
+        env = {PIPE: str(self.pipe(name))}
+        return super().start_supernode(name, *arguments, **options, env=env)
+
+    def let_wait(self, *clients: int) -> None:
+        """From now on, let clients wait in each training."""
+        for client in clients:
+            os.mkfifo(self.pipe(f"client-{client}"))
+
+    def let_be(self, *clients: int) -> None:
+        """From the next training on, let clients train without waiting."""
+        for client in clients:
+            self.pipe(f"client-{client}").unlink()
+
+    @contextmanager
+    def in_training(self, *clients: int) -> Iterator[None]:
+        """Wait until clients train, and let them on at the end."""
+        with held(*(self.pipe(f"client-{client}") for client in clients), timeout=PATIENCE):
+            yield
+
+    def let_train(self, *clients: int) -> None:
+        """Wait until clients train, and let them on."""
+        with self.in_training(*clients):
+            pass
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureFederation]:
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldFederation]:
     folder = tmp_path_factory.mktemp("secure")
     sites = write_sites(tmp_path_factory.mktemp("sites"))
-    with SecureFederation(folder, CLIENTS, sites=sites) as started:
+    with HeldFederation(folder, CLIENTS, sites=sites) as started:
         started.start_superlink()
         started.start_clients(0, 1, 2)
         yield started
@@ -33,31 +71,36 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureFeder
 
 
 @pytest.fixture(scope="module")
-def killed_runs(federation: SecureFederation) -> list[Path]:
+def killed_runs(federation: HeldFederation) -> list[Path]:
     """Kill the ServerApp in round 2, the SuperLink in round 3; return the folders of the runs."""
-    settings = {**LONG, "num-server-rounds": 3, "server.min-available-nodes": 3}
+    everyone = (0, 1, 2)
+    settings = {**QUICK, "num-server-rounds": 3, "server.min-available-nodes": 3}
+    federation.let_wait(*everyone)
     federation.start_run("run", **settings)
     connect_unregistered(federation)
+    federation.let_train(*everyone)
     federation.wait_for_rounds(1)
-    federation.wait_for_training(0)
-    federation.kill_below("superlink", "flwr-serverapp")
+    with federation.in_training(*everyone):
+        federation.kill_below("superlink", "flwr-serverapp")
     folders = [federation.run_folder()]
 
     federation.start_run("resumed", **settings, **{"resume-from": folders[0].name})
+    federation.let_train(*everyone)
     federation.wait_for_rounds(2, "resumed")
-    federation.wait_for_training(0)
-    federation.kill("superlink")
+    with federation.in_training(*everyone):
+        federation.kill("superlink")
     folders.append(federation.run_folder())
 
+    federation.let_be(*everyone)
     federation.start_superlink()
     federation.start_run("resumed-again", **settings, **{"resume-from": folders[1].name})
     return [*folders, federation.wait_for_end("resumed-again")]
 
 
 def test_killed_and_resumed_a_run_gives_the_digits_of_one_that_was_never_disturbed(
-    federation: SecureFederation, killed_runs: list[Path]
+    federation: HeldFederation, killed_runs: list[Path]
 ):
-    strategy, expected = undisturbed(federation, clients=3, rounds=3, **LONG)
+    strategy, expected = undisturbed(federation, clients=3, rounds=3)
     assert without(read_lines(killed_runs[-1])) == without(expected)
     last = [row for row in read_lines(killed_runs[-1], "clients.jsonl") if row["round"] == 3]
     assert without(last, "node-id") == without(list(strategy.record.clients.values()), "node-id")
@@ -66,7 +109,7 @@ def test_killed_and_resumed_a_run_gives_the_digits_of_one_that_was_never_disturb
 
 
 def test_clients_find_the_restarted_superlink_and_keep_their_ids(
-    federation: SecureFederation, killed_runs: list[Path]
+    federation: HeldFederation, killed_runs: list[Path]
 ):
     for client in range(3):
         ids = federation.node_ids(f"client-{client}")
@@ -76,10 +119,14 @@ def test_clients_find_the_restarted_superlink_and_keep_their_ids(
 
 
 def test_the_superlink_counts_killed_runs_as_failed(
-    federation: SecureFederation, killed_runs: list[Path]
+    federation: HeldFederation, killed_runs: list[Path]
 ):
     for folder in killed_runs[:-1]:
-        wait_until(lambda folder=folder: federation.status(folder) == "finished:failed")
+
+        def has_failed(folder: Path = folder) -> bool:
+            return federation.status(folder) == "finished:failed"
+
+        wait_until(has_failed, PATIENCE, PAUSE)
     assert federation.status(killed_runs[-1]) == "finished:completed"
 
 
@@ -92,7 +139,7 @@ def test_the_superlink_counts_killed_runs_as_failed(
     ],
 )
 def test_supernodes_that_nobody_registered_are_refused(
-    federation: SecureFederation,
+    federation: HeldFederation,
     killed_runs: list[Path],
     name: str,
     says: str,
@@ -113,8 +160,6 @@ class Disturbed(NamedTuple):
 
     clients: list[dict[str, Any]]
     rounds: list[dict[str, Any]]
-    fault: int
-    """The round in which it happens."""
     timeout: float
 
     def statuses(self, client: int) -> dict[int, str]:
@@ -123,27 +168,28 @@ class Disturbed(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def disturbed(federation: SecureFederation, killed_runs: list[Path]) -> Disturbed:
+def disturbed(federation: HeldFederation, killed_runs: list[Path]) -> Disturbed:
     """Run until everyone takes part again, and end the run."""
     # As long as clients certainly need, on a machine that may have other work to do.
-    seconds = [row["seconds-clients"] for row in read_lines(killed_runs[-1])]
-    timeout = max(60.0, 4 * min(seconds))
-    settings = {**LONG, "server.min-available-nodes": 4, "server.round-timeout": timeout}
+    timeout = max(60.0, 4 * read_lines(killed_runs[-1])[-1]["seconds-clients"])
+    settings = {**QUICK, "server.min-available-nodes": 4, "server.round-timeout": timeout}
     federation.start_clients(3)
+    federation.let_wait(2, 3)
     federation.start_run("disturbed", **settings, **{"num-server-rounds": 100})
+    federation.let_train(2, 3)
     federation.wait_for_rounds(1, "disturbed")
-    federation.wait_for_training(2, 3)
-    fault = len(federation.rows()) + 1
-    federation.kill("client-2")
-    begin = time.monotonic()
-    with federation.frozen("client-3"):
-        federation.start_client(4)
-        federation.restart_client(2)
-        federation.wait_for_rounds(fault, "disturbed")
-        time.sleep(max(0.0, begin + timeout - time.monotonic()))
+    with federation.in_training(2, 3):
+        federation.let_be(2, 3)
+        federation.kill("client-2")
+        begin = time.monotonic()
+        with federation.frozen("client-3"):
+            federation.start_client(4)
+            federation.restart_client(2)
+            federation.wait_for_rounds(FAULT, "disturbed")
+            time.sleep(max(0.0, begin + timeout - time.monotonic()))
 
     def take_part() -> bool:
-        rows = [row for row in federation.rows("clients.jsonl") if row["round"] > fault]
+        rows = [row for row in federation.rows("clients.jsonl") if row["round"] > FAULT]
         used = Counter(row["client"] for row in rows if row["status"] == "ok")
         return all(used[client] >= 1 for client in (2, 3)) and used[4] >= 2
 
@@ -154,16 +200,16 @@ def disturbed(federation: SecureFederation, killed_runs: list[Path]) -> Disturbe
     # Nobody needs this network any more, and the next one needs the processor.
     for name in [*federation.processes]:
         federation.kill(name)
-    return Disturbed(read_lines(folder, "clients.jsonl"), read_lines(folder), fault, timeout)
+    return Disturbed(read_lines(folder, "clients.jsonl"), read_lines(folder), timeout)
 
 
 @pytest.mark.parametrize("client", [2, 3])
 def test_a_round_ends_without_a_client_that_is_killed_or_frozen(disturbed: Disturbed, client: int):
     status = disturbed.statuses(client)
     assert status[1] == "ok"
-    assert "Node Unavailable" in status[disturbed.fault] or status[disturbed.fault] == "no reply"
+    assert "Node Unavailable" in status[FAULT] or status[FAULT] == "no reply"
     # The SuperLink takes a silent node for connected for a minute at most.
-    assert disturbed.rounds[disturbed.fault - 1]["seconds-clients"] < disturbed.timeout + 15
+    assert disturbed.rounds[FAULT - 1]["seconds-clients"] < disturbed.timeout + 15
 
 
 def test_the_others_take_part_in_every_round(disturbed: Disturbed):
@@ -172,19 +218,19 @@ def test_the_others_take_part_in_every_round(disturbed: Disturbed):
 
 
 def test_a_registered_client_that_was_killed_is_back_under_its_id(
-    federation: SecureFederation, disturbed: Disturbed
+    federation: HeldFederation, disturbed: Disturbed
 ):
     before, after = federation.node_ids("client-2")
     assert before == after
     assert {row["node-id"] for row in disturbed.clients if row["client"] == 2} == {before}
-    later = [status for n, status in disturbed.statuses(2).items() if n > disturbed.fault]
+    later = [status for n, status in disturbed.statuses(2).items() if n > FAULT]
     assert "ok" in later
 
 
 def test_a_frozen_client_takes_part_again_and_its_late_reply_is_not_read(
-    federation: SecureFederation, disturbed: Disturbed
+    federation: HeldFederation, disturbed: Disturbed
 ):
-    later = [status for n, status in disturbed.statuses(3).items() if n > disturbed.fault]
+    later = [status for n, status in disturbed.statuses(3).items() if n > FAULT]
     assert "ok" in later
     replies = federation.log("client-3").count("Sending: train message")
     assert replies > list(disturbed.statuses(3).values()).count("ok")
@@ -192,7 +238,7 @@ def test_a_frozen_client_takes_part_again_and_its_late_reply_is_not_read(
 
 
 def test_a_client_that_joins_late_is_onboarded_and_then_a_member(
-    federation: SecureFederation, disturbed: Disturbed
+    federation: HeldFederation, disturbed: Disturbed
 ):
     first, second, *_ = (n for n, status in disturbed.statuses(4).items() if status == "ok")
     lines = re.findall(

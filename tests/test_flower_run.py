@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -10,14 +11,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.network import Network, free_port, read_lines, wait_until, with_descendants
+from benchmarks.network import (
+    BIN,
+    Network,
+    free_port,
+    read_lines,
+    wait_until,
+    with_descendants,
+)
 from pfedgpa_app.config import Config
 from server_app.simulation import simulate
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("warm_processes")]
 
 # Seconds to wait for what takes less than a minute on a machine with nothing else to do.
 PATIENCE = 900
+# Seconds from one look at all processes to the next.
+PAUSE = 0.5
 
 
 class SuperLink(Network):
@@ -149,15 +159,20 @@ def test_benchmarks_give_the_digits_of_a_run(one_worker: tuple[str, list[dict], 
 
 
 def test_two_workers_and_a_kill_between_give_the_same_digits(
-    superlink: SuperLink, one_worker: tuple[str, list[dict], Path], tmp_path: Path
+    superlink: SuperLink,
+    one_worker: tuple[str, list[dict], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     _, expected, _ = one_worker
+    # Once all processes start as they do for users, and import what they need.
+    monkeypatch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
     with SuperLink(tmp_path) as doomed:
         killed = doomed.run_until_killed(1, clients=4, workers=2, **QUICK)
     begun = read_lines(killed)
     assert without_seconds(begun) == without_seconds(expected[: len(begun)])
     assert not (killed / "models").exists(), "the run was over before it was killed"
-    log, resumed, _ = superlink.run(4, workers=2, **QUICK, **{"resume-from": str(killed)})
+    log, resumed, _ = superlink.run(4, workers=1, **QUICK, **{"resume-from": str(killed)})
     assert without_seconds(resumed) == without_seconds(expected), log
     # Rows of completed rounds are taken over as they are, with the seconds they took.
     kept = [row for row in resumed if row in begun]
@@ -177,7 +192,7 @@ def test_a_cluster_of_two_machines_gives_the_digits_of_one(
 ):
     _, expected, _ = one_worker
     cluster.start("run", *cluster.simulation_command(4, **QUICK))
-    wait_until(lambda: cluster.clients() == {"head", "worker"}, PATIENCE)
+    wait_until(lambda: cluster.clients() == {"head", "worker"}, PATIENCE, PAUSE)
     wait_until(lambda: cluster.processes["run"].poll() is not None, PATIENCE)
     assert without_seconds(read_lines(cluster.run_folder())) == without_seconds(expected)
 
@@ -198,7 +213,7 @@ def test_a_baseline_runs_on_the_same_settings_by_clients_that_share_a_gpu(
 
 def test_wrong_settings_stop_the_run_before_training_and_all_are_named(superlink: SuperLink):
     wrong = {"diffusion.start": 5000, "server.fraction-train": 0.0, "data.dominant-classes": 11}
-    log, rows, folder = superlink.run(2, workers=2, **wrong)
+    log, rows, folder = superlink.run(2, workers=1, **wrong)
     assert rows == []
     assert folder is None
     for key, value in wrong.items():

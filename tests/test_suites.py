@@ -1,6 +1,7 @@
 """The quick version of every suite, whole."""
 
 import csv
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from pfedgpa_app.config import DATASETS, DataConfig
-from pfedgpa_app.data import clients
+from pfedgpa_app.data import clients, sources
 from pfedgpa_app.data.sources import Dataset, load_dataset
 from pfedgpa_app.randomness import make_generator
 from server_app.cli import app
@@ -18,6 +19,10 @@ PROJECT = Path(__file__).parents[1]
 SUITES = sorted((PROJECT / "conf" / "suites").glob("*.toml"))
 
 pytestmark = [pytest.mark.fashion_mnist, pytest.mark.slow]
+
+
+# Unpacked once for all suites, which do not change it.
+fashion_mnist = cache(sources._debian_fashion_mnist)
 
 
 def without_network(config: DataConfig, seed: int) -> Dataset:
@@ -38,6 +43,7 @@ def test_the_quick_version_of_a_suite_ends_with_all_its_numbers(
 ):
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr(clients, "load_dataset", without_network)
+    monkeypatch.setattr(sources, "_debian_fashion_mnist", fashion_mnist)
     command = ["bench", str(file), "--quick", "--processes", "0", "--results", str(tmp_path)]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
