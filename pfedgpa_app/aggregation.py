@@ -310,9 +310,9 @@ class GenerativeAggregator:
     def _of_retired(self, clients: Sequence[int]) -> dict[int, Tensor]:
         """Return what clients receive that are retired, ``(d,)``.
 
-        A model of its own is of long ago: it is given what those members are given that ask for
-        the same. Where nobody does, or it is not known, it is its own. Whose file was damaged is
-        given what one may expect of whom nothing is known.
+        Their own models are of long ago: each receives what those members do that ask for the same.
+        Where nobody does, or it is not known, it receives its own. If its file was damaged, it is
+        treated as a client of which nothing is known.
         """
         found, asking = {}, {}
         for client in clients:
