@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from torchvision.datasets import CIFAR10, EMNIST, FashionMNIST
-from torchvision.datasets import utils as torchvision_utils
 
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data import DataError, image_stats, load_dataset, normalize, sources
@@ -133,7 +131,7 @@ def test_no_other_process_reads_while_one_unpacks(tmp_path, monkeypatch):
         except Timeout:
             locked.append(True)
 
-    monkeypatch.setattr(FashionMNIST, "download", download)
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", download)
     load_dataset(DataConfig(dataset="fashion-mnist", root=str(tmp_path)), seed=0)
     assert locked == [True, True]
 
@@ -152,7 +150,9 @@ def test_emnist_is_unpacked_and_put_upright(tmp_path, monkeypatch, split, num_cl
     raw = tmp_path / "EMNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "gzip.zip").write_bytes(archive.getvalue())
-    monkeypatch.setattr(EMNIST, "md5", hashlib.md5(archive.getvalue()).hexdigest())
+    monkeypatch.setattr(
+        "torchvision.datasets.EMNIST.md5", hashlib.md5(archive.getvalue()).hexdigest()
+    )
 
     dataset = load_dataset(DataConfig(dataset=f"emnist-{split}", root=str(tmp_path)), seed=0)
     assert np.array_equal(dataset.images[:, 0].numpy(), np.concatenate(upright))
@@ -161,6 +161,8 @@ def test_emnist_is_unpacked_and_put_upright(tmp_path, monkeypatch, split, num_cl
 
 
 def test_cifar10_is_unpacked_with_its_channels_first(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10  # it takes seconds
+
     images = RNG.integers(0, 256, (6, 10, 3, 32, 32), dtype=np.uint8)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     entries = {
@@ -205,11 +207,13 @@ def test_a_damaged_file_is_an_error_that_names_the_data_set(tmp_path):
 
 
 def test_missing_files_are_downloaded_from_the_official_address(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
     wanted = []
     monkeypatch.setattr(
-        torchvision_utils, "_urlretrieve", lambda url, *_args, **_kwargs: wanted.append(url)
+        "torchvision.datasets.utils._urlretrieve", lambda url, *_args, **_kwargs: wanted.append(url)
     )
-    monkeypatch.setattr(torchvision_utils, "_get_redirect_url", lambda url, max_hops: url)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, max_hops: url)
     with pytest.raises(DataError, match="not found or corrupted"):
         load_dataset(DataConfig(dataset="cifar10", root=str(tmp_path)), seed=0)
     assert wanted == [CIFAR10.url]

@@ -11,7 +11,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.mod import LocalDpMod
 from flwr.supercore.task_identity import TaskIdentity
-from opacus.accountants import RDPAccountant
 from scipy import optimize, stats
 from small_task import IMAGES, LABELS, PLAIN_SGD, small_task
 from torch import nn
@@ -266,6 +265,8 @@ def test_epsilon_of_all_examples_is_near_the_exact_one_and_never_less(rounds: in
 
 
 def test_epsilon_of_drawn_examples_is_that_of_opacus():
+    from opacus.accountants import RDPAccountant  # it takes seconds
+
     accountant = RDPAccountant()
     ledger = Ledger()
     for noise, rate, steps in [(1.1, 0.1, 7), (1.1, 0.1, 3), (0.8, 0.5, 2)]:
@@ -279,6 +280,8 @@ def test_epsilon_of_drawn_examples_is_that_of_opacus():
 
 
 def test_a_client_adds_up_what_it_tells_over_the_rounds():
+    from opacus.accountants import RDPAccountant
+
     for settings, noise, rate, steps in [
         (UPDATE, math.sqrt(2 * math.log(1.25 / DELTA)) / 50.0, 1.0, 1),
         (EXAMPLE, 2.0, 1 / 3, 6),  # 30 images in batches of 10, 2 epochs

@@ -1,4 +1,4 @@
-"""Replies are falsified, and sites are not what they should be: everyone else loses nothing."""
+"""Replies are falsified, sites and settings are wrong: everyone else loses nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,3 +129,12 @@ def test_a_client_that_is_not_registered_is_a_new_one_when_it_is_back(
     wait_until(lambda: len(federation.node_ids("client-0")) == 2, PATIENCE)
     before, after = federation.node_ids("client-0")
     assert before != after
+
+
+def test_wrong_settings_stop_the_run_before_training_and_all_are_named(federation: Federation):
+    wrong = {"diffusion.start": 5000, "server.fraction-train": 0.0, "data.dominant-classes": 11}
+    federation.start_run("wrong", **wrong)
+    federation.processes.pop("wrong").wait(PATIENCE)
+    assert federation.run_folder() is None
+    for key, value in wrong.items():
+        assert f"{key} = {value}" in federation.log("wrong")

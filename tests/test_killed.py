@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from simulated_grid import SimulatedGrid, learning_grid, weights
 from torch import nn
 
-from pfedgpa_app.report import ROWS, RunFolder
+from pfedgpa_app import report
+from pfedgpa_app.report import ROWS, Run, RunFolder
 from pfedgpa_app.state import WriteError, load_state
 from server_app import app
 from server_app.checkpoint import CHECKPOINT, CHECKPOINT_KIND, write_checkpoint
@@ -45,6 +46,18 @@ def run_app(output: Path, run_id: int, first_id: int = 1000, **settings: object)
         patch.setattr(app, "preflight", lambda config: Weights())
         app.main(learning_grid(first_id), context)
     return output / str(run_id)
+
+
+@pytest.fixture(autouse=True)
+def figure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare runs the drawing itself, which takes a third of their time, unless a disk is full."""
+
+    def leave_files(run: Run, file: Path) -> None:
+        for suffix in (".png", ".svg"):
+            file.with_suffix(suffix).write_text("drawn")
+
+    if "disk" not in request.fixturenames:
+        monkeypatch.setattr(report, "draw_accuracy", leave_files)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ SETTINGS = {
     "client.local-epochs": 3,
     "client.learning-rate": 0.05,
     "diffusion.measure-every": 3,
-    "diffusion.train-steps": 50,
+    "diffusion.train-steps": 20,
     "onboarding.rounds": 1,
 }
 

@@ -398,7 +398,7 @@ def test_the_server_asks_every_client_again_when_it_is_time():
     bad = [torch.ones(2, SKETCH + 1), torch.full((2, SKETCH), torch.nan)]
     nodes = {number: half(float(number), each) for number, each in enumerate([*halves, *bad])}
     grid = SimulatedGrid(nodes)
-    strategy = PFedGPA(diffusion=DiffusionConfig(measure_every=3))
+    strategy = PFedGPA(diffusion=DiffusionConfig(measure_every=3, train_steps=20))
     start(strategy, grid, num_rounds=5)
     # Also those that never tell what can be used: nobody has others measure all the time.
     assert asked(grid) == {1: set(range(6)), 4: set(range(6))}
@@ -412,7 +412,7 @@ def test_all_are_asked_after_some_rounds_and_when_somebody_is_new():
     nodes = {number: half(float(number), torch.ones(2, SKETCH)) for number in range(4)}
     grid = SimulatedGrid(nodes)
     strategy = PFedGPA(
-        diffusion=DiffusionConfig(measure_every=3, guard=False),
+        diffusion=DiffusionConfig(measure_every=3, guard=False, train_steps=20),
         onboarding=OnboardingConfig(late_clients=1, join_round=3),
     )
     start(strategy, grid, num_rounds=7)
@@ -421,7 +421,7 @@ def test_all_are_asked_after_some_rounds_and_when_somebody_is_new():
 
 def test_what_is_sent_to_be_measured_from_is_the_members_mean():
     grid = SimulatedGrid({n: half(float(n), torch.zeros(2, SKETCH)) for n in range(4)})
-    strategy = PFedGPA(diffusion=DiffusionConfig(measure_every=2, guard=False))
+    strategy = PFedGPA(diffusion=DiffusionConfig(measure_every=2, guard=False, train_steps=20))
     start(strategy, grid, num_rounds=3)
     sent = [
         message.content["extras"].to_torch_state_dict()["common"]
@@ -446,5 +446,5 @@ def test_clients_that_cannot_answer_are_used_as_they_are():
 
 def test_nobody_is_asked_where_kin_is_shared_with():
     grid = SimulatedGrid({1: site(1.0), 2: site(5.0)})
-    start(PFedGPA(diffusion=DiffusionConfig(sharing="kin")), grid)
+    start(PFedGPA(diffusion=DiffusionConfig(sharing="kin", train_steps=20)), grid)
     assert asked(grid) == {}

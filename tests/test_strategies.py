@@ -131,8 +131,12 @@ BAD = {
 }
 
 
+def quick_pfedgpa() -> PFedGPA:
+    return PFedGPA(diffusion=DiffusionConfig(train_steps=20))
+
+
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-@pytest.mark.parametrize("strategy", [ClientwiseFedAvg, Local, FedAvgFT, PFedGPA])
+@pytest.mark.parametrize("strategy", [ClientwiseFedAvg, Local, FedAvgFT, quick_pfedgpa])
 def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(strategy, bad):
     grid = SimulatedGrid({**groups(), 8: lambda message: bad})
     faulty = strategy()
