@@ -17,7 +17,11 @@ from benchmarks.faults import PATIENCE, PAUSE, SecureFederation, connect_unregis
 from benchmarks.network import read_lines, wait_until
 from benchmarks.waiting_model import PIPE, held
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("warm_processes")]
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.slow,  # it waits for what the SuperLink takes a minute to notice
+    pytest.mark.usefixtures("warm_processes"),
+]
 
 # The round in which a client is killed while it trains, and another one is frozen.
 FAULT = 2
