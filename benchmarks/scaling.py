@@ -85,15 +85,16 @@ def _measure(model: str, mode: str) -> dict[str, Any]:
     aggregator = _aggregator(centres)
     begin = time.perf_counter()
     aggregator.fit(1)
+    models = list(aggregator.personalize_each(range(CLIENTS)))
+    seconds, memory = time.perf_counter() - begin, _peak_bytes() - before
     ratios = []
-    models = aggregator.personalize_each(range(CLIENTS))
     for client, generated in enumerate(models):
         centre, upload = centres[client % GROUPS], aggregator.bank.members[client]
         ratios.append((generated - centre).norm() / (upload - centre).norm())
     return {
         "dim": layout.dim,
-        "seconds": time.perf_counter() - begin,
-        "memory": (_peak_bytes() - before) / (CLIENTS * layout.dim * 4),
+        "seconds": seconds,
+        "memory": memory / (CLIENTS * layout.dim * 4),
         "error": float(torch.stack(ratios).mean()),
     }
 
