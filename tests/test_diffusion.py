@@ -291,6 +291,25 @@ def test_the_unet_keeps_the_shape_and_sees_the_timestep(num_levels: int):
     assert not torch.equal(early, late)
 
 
+def test_a_denoiser_is_trained_by_torchs_adam_along_torchs_cosine():
+    bank, steps = normal(5, 3).float(), 30
+    ours, theirs = (ResidualDenoiser(3, hidden_size=8, num_blocks=1) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"train_steps": steps, "batch_size": 4, "learning_rate": 0.02}
+    train_denoiser(ours, SCHEDULE, bank, **settings, generator=make_generator(3))
+    generator = make_generator(3)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=0.02)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(5, (4,), generator=generator)
+        optimizer.zero_grad()
+        ddpm_loss(theirs, SCHEDULE, bank[rows], generator).backward()
+        optimizer.step()
+        decay.step()
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_the_unet_learns_what_distinguishes_two_signals():
     """On two points it comes far below where it began, and never below the optimum."""
     pattern = torch.sin(torch.arange(32) / 3).sign()

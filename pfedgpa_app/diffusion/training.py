@@ -1,7 +1,10 @@
 """Training a denoiser on a bank of vectors, with DDPM's simple loss."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from pfedgpa_app.diffusion.inversion import Denoiser
 from pfedgpa_app.diffusion.schedule import NoiseSchedule
@@ -36,17 +39,39 @@ def train_denoiser(
 ) -> None:
     """Train a denoiser in place on the vectors of a bank ``(num_vectors, dim)``.
 
-    Adam with a learning rate that falls to zero along a cosine. Every batch is drawn from the bank
-    with replacement.
+    Adam with a learning rate that falls to zero along a cosine, by what `torch.optim.Adam` calls
+    itself: the class imports torch's compiler, a second or more in every new process. Every batch
+    is drawn from the bank with replacement.
     """
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=learning_rate, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, train_steps)
+    parameters: list[Tensor] = list(denoiser.parameters())
+    means, squares = ([torch.zeros_like(each) for each in parameters] for _ in range(2))
+    steps = [torch.zeros((), device=each.device) for each in parameters]
     denoiser.train()
-    for _ in range(train_steps):
+    for number in range(train_steps):
         rows = torch.randint(len(bank), (batch_size,), generator=generator, device=generator.device)
         loss = ddpm_loss(denoiser, schedule, bank[rows], generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        decay.step()
+        gradients = list(torch.autograd.grad(loss, parameters))
+        with torch.no_grad():
+            adam(
+                parameters,
+                gradients,
+                means,
+                squares,
+                [],
+                steps,
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=learning_rate,
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )
+        # From step to step, as `CosineAnnealingLR` does, so that it is rounded alike.
+        learning_rate *= _cosine(number + 1, train_steps) / _cosine(number, train_steps)
     denoiser.eval()
+
+
+def _cosine(step: int, num_steps: int) -> float:
+    return 1 + math.cos(math.pi * step / num_steps)
