@@ -27,7 +27,7 @@ LINES = {
     "[ROUND 1/": "Ray and the simulation are up, the clients are counted",
     "aggregate_train: Received": "clients have imported what they need, and trained",
     "configure_evaluate": "the server has learned",
-    "Round 1/": "the models are judged",
+    "Round 1/": "the models are evaluated",
 }
 
 
