@@ -13,6 +13,7 @@ import typer
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.console import (
+    Json,
     OneLineErrors,
     OutputDir,
     RunArgument,
@@ -29,7 +30,6 @@ runs_app = typer.Typer(
     cls=OneLineErrors, invoke_without_command=True, help="List runs, look at one, remove one."
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _NUM_WORST = 5
 _ACCURACIES = {
     JUDGED: "personalized",

@@ -16,6 +16,7 @@ from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RowError
 from pfedgpa_app.runs import find_run
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OutputDir = Annotated[
     str, typer.Option(help="Folder of the runs, relative to the home folder; '' is the default.")
 ]

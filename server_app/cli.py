@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ import typer
 
 from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
-from pfedgpa_app.console import fail
+from pfedgpa_app.console import Json, fail
 from pfedgpa_app.state import writing
 from server_app.superlink import run_on_flower
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def bench(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A suite, as those of conf/suites.")],
     quick: Annotated[
         bool, typer.Option("--quick", help="Only show that it works, in minutes.")
@@ -57,6 +58,7 @@ def bench(
         bool,
         typer.Option("--fresh", help="Run again what is finished, as after a change of code."),
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Run a suite of strategies, seeds and settings, and print its tables.
 
@@ -70,6 +72,9 @@ def bench(
     from server_app.bench import execute, num_processes
     from server_app.suites import Suite, SuiteError
 
+    output = sys.stdout
+    if as_json:  # it alone: progress and reasons go where errors go
+        context.with_resource(redirect_stdout(sys.stderr))
     sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, (os.environ.get("PYTHONPATH"), os.getcwd()))
@@ -126,7 +131,9 @@ def bench(
             failed = execute(pending, folder, processes and at_a_time, advance)
     # What was chosen is in the name, so that a call for other cases writes beside it.
     parts = (file.stem, "quick" if quick else "", *(cases or ()), *(rows or ()), seeds)
-    _write(suite, runs, folder, re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))))
+    index = _write(suite, runs, folder, re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))))
+    if as_json:
+        print(json.dumps(index, indent=1), file=output)
     if failed:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         fail(
@@ -145,8 +152,8 @@ def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dic
     return {name: each for name, each in named.items() if name.startswith(tuple(prefixes or [""]))}
 
 
-def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> None:
-    """Write tables and figure, and print the tables."""
+def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> dict[str, Any]:
+    """Write tables and figure, print the tables, and return their index."""
     from pfedgpa_app.tables import CSV_HEAD
     from server_app.bench_tables import draw, index_of, tables
 
@@ -163,6 +170,7 @@ def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> N
     print("\n" + "\n".join(table.text() for table in found))
     print(f"Tables and figure: {folder}/{name}.{{{','.join(formats)},png,svg}}")
     print(f"A page of them: {shlex.join(['pfedgpa', 'report', str(folder)])}")
+    return index
 
 
 @contextmanager

@@ -126,6 +126,10 @@ def test_what_is_finished_is_not_run_again(
     folder = tmp_path / "results"
     first = invoke(suite, "--rows", "local", "--processes", 0, "--results", folder)
     assert first.exit_code == 0, first.output
+    printed = invoke(suite, "--rows", "local", "--results", folder, "--json")
+    (index,) = folder.glob("*.json")
+    assert json.loads(printed.stdout) == json.loads(index.read_text())
+    assert "0 to go" in printed.stderr
     executed: list[str] = []
     execute = suites.BenchRun.execute
 
