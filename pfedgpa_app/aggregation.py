@@ -153,7 +153,13 @@ class GenerativeAggregator:
         return next(self.personalize_each([client]))
 
     def personalize_each(self, clients: Sequence[int]) -> Iterator[Tensor]:
-        """Yield what `personalize` returns of each client, by few passes over the bank."""
+        """Yield what `personalize` returns of each client, by few passes over the bank.
+
+        Raises
+        ------
+        KeyError
+            As `personalize`, before the first of those that are made in the same pass.
+        """
         for begin in range(0, len(clients), TOGETHER):
             with repeatable(num_threads=1):
                 together = self._personalized(clients[begin : begin + TOGETHER])

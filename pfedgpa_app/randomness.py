@@ -42,16 +42,17 @@ def repeatable(num_threads: int | None = None) -> Iterator[None]:
     number of cores; on small tensors one is also the fastest, by far where other processes want
     the cores. None leaves the threads as they are.
     """
-    before = torch.backends.cudnn.deterministic, torch.get_num_threads()
-    torch.backends.cudnn.deterministic = True
+    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
     if num_threads:
         torch.set_num_threads(num_threads)
     try:
         yield
     finally:
-        torch.backends.cudnn.deterministic = before[0]
+        cudnn.deterministic, cudnn.benchmark = before
         if num_threads:
-            torch.set_num_threads(before[1])
+            torch.set_num_threads(threads)
 
 
 def resolve_device(name: str) -> torch.device:

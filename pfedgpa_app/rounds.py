@@ -184,7 +184,7 @@ def parse_rows(file: Path, lines: bytes) -> list[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("round"), int):
+        if not isinstance(row, dict) or type(row.get("round")) is not int:
             raise RowError(
                 f"{file} is damaged: {line[:60]!r}; right would be a JSON object with a round"
             )

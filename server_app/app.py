@@ -13,7 +13,7 @@ from flwr.superlink.grid import InMemoryGrid
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
-from pfedgpa_app.rounds import NO_REPLY, describe, summarize
+from pfedgpa_app.rounds import NO_REPLY, RowError, describe, summarize
 from pfedgpa_app.runs import CHECKPOINT
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, resume, settle_earlier, write_checkpoint
@@ -62,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
                 _run(grid, strategy, folder, tracking)
             finally:
                 log(INFO, "Run %s: %s", name, path)
-    except (WriteError, JoinTimeoutError) as error:
+    except (WriteError, JoinTimeoutError, RowError) as error:
         go_on = f'. Then resume-from="{context.run_id}" goes on from its last checkpoint'
         log(ERROR, "%s%s", error, go_on if (path / CHECKPOINT).exists() else "")
         raise

@@ -75,6 +75,7 @@ def _end_with(parent: Any) -> None:
 def _execute(run: BenchRun, folder: Path) -> None:
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        os.dup2(sys.stderr.fileno(), 1)  # what own modules print is no part of the bench's output
     file = run.traceback_file(folder)
     file.unlink(missing_ok=True)
     try:

@@ -19,6 +19,7 @@ import typer
 from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
 from pfedgpa_app.console import Json, fail
+from pfedgpa_app.rounds import RowError, value_of
 from pfedgpa_app.state import writing
 from server_app.superlink import run_on_flower
 
@@ -195,10 +196,10 @@ def _on(superlink: str, run: "BenchRun", folder: Path) -> dict[str, str]:
                 ]
         if finished.num_nodes != run.clients:
             return {run.name: f"{finished.num_nodes} SuperNodes; right would be {run.clients}"}
-        seconds = sum(row["seconds-round"] for row in finished.metrics)
+        seconds = sum(value_of(row, "seconds-round") for row in finished.metrics)
         run.write(folder, finished.metrics, accuracies, seconds)
     except typer.Exit:
         return {run.name: "see its log above"}
-    except (OSError, ArithmeticError, RuntimeError) as error:
+    except (OSError, ArithmeticError, RuntimeError, RowError) as error:
         return {run.name: str(error)}
     return {}

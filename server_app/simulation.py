@@ -54,9 +54,12 @@ class PoolGrid:
         if config.data.dataset != "sites":  # once, before the processes fork
             client_data(config.data, config.seed, 0, num_clients)
         context = multiprocessing.get_context("fork")
-        # Another ClientApp trains in its own way, one client after the other.
-        is_own = self.client_app != PoolGrid.client_app
-        self._is_batched = config.client.engine == "vmap" and not is_own
+        self._is_batched = config.client.engine == "vmap"
+        if self._is_batched and self.client_app != PoolGrid.client_app:
+            raise ValueError(
+                f'client.engine = "vmap": {self.client_app} trains one client after the other; '
+                'right would be "loop"'
+            )
         has_pool = num_processes and not self._is_batched
         self._pool = context.Pool(num_processes, _identify) if has_pool else None
 

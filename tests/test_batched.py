@@ -293,9 +293,9 @@ def test_clients_that_train_together_need_no_processes():
     grid.close()
 
 
-def test_clients_with_another_app_train_by_that_app():
+def test_another_app_does_not_train_many_clients_together():
     config = Config.from_flat({**RUN, "client.engine": "vmap"})
-    with pytest.raises(ModuleNotFoundError, match="no_such_app"):
+    with pytest.raises(ValueError, match=r'no_such_app trains one .*right would be "loop"'):
         simulate(config, NUM_CLIENTS, num_processes=0, make_grid=OtherApp)
 
 

@@ -127,18 +127,20 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-def kept() -> tuple[int, bool]:
-    return torch.get_num_threads(), torch.backends.cudnn.deterministic
+def kept() -> tuple[int, bool, bool]:
+    cudnn = torch.backends.cudnn
+    return torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
 
 
 @pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize(("num_threads", "inside"), [(1, 1), (None, 3)])
 def test_what_is_set_for_the_same_digits_lasts_as_long_as_the_block(
-    num_threads: int | None, inside: int
+    num_threads: int | None, inside: int, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with repeatable(num_threads):
-        assert kept() == (inside, True)
-    assert kept() == (3, False)
+        assert kept() == (inside, True, False)
+    assert kept() == (3, False, True)
     with pytest.raises(ZeroDivisionError), repeatable(num_threads):
         raise ZeroDivisionError
-    assert kept() == (3, False)
+    assert kept() == (3, False, True)

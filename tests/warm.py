@@ -50,7 +50,6 @@ PACKAGES = (
     "scipy.optimize",
     "sklearn.datasets",
     "torch",
-    "torch._dynamo",  # which every optimizer of torch imports
 )
 # What is started in place of a command: it lives as long as the process that it asks for, which
 # ends with it, passes SIGTERM on and ends as that does.

@@ -48,7 +48,7 @@ def mix(weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
     """Return sums of vectors ``(d,)`` with weights ``(..., num_vectors)``, ``(..., d)``.
 
     Many mixtures cost little more than one, whose cost is the pass over the vectors. The sums are
-    in float64, so that a mixture does not depend on which others are made in the same pass.
+    in float64: rounded to float32, a mixture hardly ever depends on the others of its pass.
     """
     weights = weights.double()
     # Most are 0 where clients have few kin, which spares the pass over the others' vectors.

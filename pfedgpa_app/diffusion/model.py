@@ -299,8 +299,8 @@ class ParameterDiffusion:
         cut = less.any(dim=1).nonzero()[:, 0].tolist()
         if not cut:
             return generated
-        mixtures, taken = mix(weights[cut], vectors), mix(less[cut], vectors)
-        for row, mixture, take in zip(cut, mixtures, taken, strict=True):
+        for row in cut:  # one by one: all of them would be as large again as what is generated
+            mixture, take = mix(torch.stack([weights[row], less[row]]), vectors)
             place, total = own[row], weights[row].abs().sum()
             others = total - (weights[row, place].abs() if place is not None else 0)
             part = float(less[row].abs().sum() / max(others, _NEGLIGIBLE * total))

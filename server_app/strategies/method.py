@@ -16,8 +16,9 @@ from server_app.replies import ReplyError, Upload
 class ServerMethod:
     """All that a strategy may override. It knows clients by number, and nothing of messages.
 
-    In a round come `prepare`, `training_state` and `extras` of each client, `check` of each upload,
-    `judge` and `counts`, `combine` and `learn`, then `evaluation_state` and `evaluation_extras`.
+    In a round come `prepare`, `training_states` and `extras` of each client, `check` of each
+    upload, `judge` and `counts`, `combine` and `learn`, then `evaluation_states` and
+    `evaluation_extras`.
 
     Parameters
     ----------
