@@ -197,7 +197,13 @@ def disturbed(federation: HeldFederation, killed_runs: list[Path]) -> Disturbed:
         used = Counter(row["client"] for row in rows if row["status"] == "ok")
         return all(used[client] >= 1 for client in (2, 3)) and used[4] >= 2
 
+    def has_logged(num_rounds: int) -> bool:
+        return federation.log("disturbed").count("newcomers in this round") >= num_rounds
+
     wait_until(take_part, PATIENCE)
+    num_rounds = len(federation.rows())
+    # Flower hands a log on some seconds later, and not what is new when a run is stopped.
+    wait_until(lambda: has_logged(num_rounds), PATIENCE)
     folder = federation.run_folder()
     federation.flwr("stop", folder.name, "test")
     federation.wait_for_end("disturbed")
