@@ -21,7 +21,8 @@ from benchmarks.small_images import CLIENTS, SMALL_IMAGES
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion import mix
-from pfedgpa_app.parameters import StateDict, head_names
+from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.parameters import head_names
 from pfedgpa_app.rounds import mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.simulation import read_config, simulate
@@ -107,10 +108,10 @@ class WithAggregator(PFedGPA):
 
     aggregator_type: type[GenerativeAggregator] = TrajectoryAggregator
 
-    def begin(self, state: StateDict) -> None:
+    def begin(self, spec: ModelSpec) -> None:
         """Make the aggregator."""
-        super().begin(state)
-        initial = self.global_model.vector(state)
+        super().begin(spec)
+        initial = self.global_model.vector(spec.initial)
         self.aggregator = self.aggregator_type(
             initial, self.diffusion, self.onboarding, seed=self.seed
         )
@@ -129,9 +130,10 @@ class ByHead(WithAggregator):
 
     aggregator: HeadAggregator
 
-    def begin(self, state: StateDict) -> None:
+    def begin(self, spec: ModelSpec) -> None:
         """Tell the aggregator how large the head, the last of the parameters, is."""
-        super().begin(state)
+        super().begin(spec)
+        state = spec.initial
         size = sum(state[name].numel() for name in head_names(state))
         head = self.aggregator.initial[-size:]
         self.aggregator.heads = GenerativeAggregator(head, self.diffusion, seed=self.seed)

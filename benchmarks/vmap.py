@@ -11,6 +11,7 @@ are the processor's, which other work on the machine has no part in.
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -130,6 +131,7 @@ def _task(name: str, device: torch.device, client: int, images: int, epochs: int
         offset=torch.zeros(NUM_CLASSES, device=device),
         memory={},
         generator=make_generator(0, "local", client),
+        build=partial(build_model, name, info, 0),
     )
 
 

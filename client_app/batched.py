@@ -1,7 +1,7 @@
 """Local training of many clients at once, for simulations in one process.
 
 The clients' models have one shape: their parameters are stacked, and every step is one graph over
-all of them, where `client_app.training` trains one client after the other. Many small computations
+all of them, where `pfedgpa_app.training` trains one client after the other. Many small computations
 become a few large ones. The digits differ by rounding alone: every client takes the same steps, on
 the same batches, in the same order.
 """
@@ -20,10 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from client_app.messages import prepare, training_reply
 from client_app.methods import Fit, Task
-from client_app.training import Momenta, batches, step
 from pfedgpa_app.data import ImageStats, normalize
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import repeatable
+from pfedgpa_app.training import Momenta, batches, step
 
 
 def train_messages(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
@@ -128,7 +128,7 @@ class _Samples(NamedTuple):
 
 
 def _gradients(model: nn.Module) -> Callable[..., StateDict]:
-    """Return the gradients of the loss of `client_app.training`, of stacked models at once.
+    """Return the gradients of the loss of `pfedgpa_app.training`, of stacked models at once.
 
     It takes stacks of what ``loss`` takes; the mean over a batch is a sum with ``weights``.
     """

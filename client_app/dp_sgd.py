@@ -7,11 +7,11 @@ from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from client_app.training import Loss, dropout_from
 from pfedgpa_app.config import ClientConfig, PrivacyConfig
 from pfedgpa_app.data import ImageStats, normalize
 from pfedgpa_app.privacy import Uniform, gaussian, quiet_opacus, sampling_plan
-from pfedgpa_app.randomness import repeatable
+from pfedgpa_app.randomness import drawing_from, repeatable
+from pfedgpa_app.training import Loss
 
 
 class _Optimizer(DPOptimizer):
@@ -74,7 +74,7 @@ def train_privately(
     )
     optimizer.uniform = uniform
     try:
-        with dropout_from(generator, images.device), repeatable(), quiet_opacus():
+        with drawing_from(generator, images.device), repeatable(), quiet_opacus():
             for _ in range(num_steps):
                 drawn = uniform(len(images)) < sample_rate
                 rows = drawn.nonzero()[:, 0].to(images.device)

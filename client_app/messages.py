@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from logging import ERROR
 from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordValues, RecordDict
 from flwr.common import log
+from torch import nn
 
 from client_app.kept_model import check_model_path, keep_model
 from client_app.methods import METHODS, Method, Task, Trained
@@ -15,6 +17,7 @@ from client_app.node import PRIVACY, NodeError, client_number, node_partition
 from pfedgpa_app.config import Config, ConfigError, below_home
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import Evaluation, class_prior
+from pfedgpa_app.model_spec import fingerprint
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import StateDict, copy_of
 from pfedgpa_app.privacy import (
@@ -30,6 +33,8 @@ MEMORY = "memory"
 """The record of Flower's state of a client in which its method keeps what it keeps."""
 EXTRAS = "extras"
 """The record of a message with what a strategy and its clients exchange beside the model."""
+FINGERPRINT = "fixed-weights"
+"""In a message's config, the hash of the weights that it does not contain."""
 BUDGET_SPENT = "budget-spent"
 """The metric of a reply by a client that did not train, since that would exceed its budget."""
 
@@ -92,6 +97,9 @@ def training_reply(
     if privacy.is_on:
         context.state[PRIVACY] = MetricRecord({**task.ledger.columns()})
         metrics["epsilon"] = task.ledger.epsilon(privacy.delta)
+    # What did not come is not sent back.
+    sent = message.content.array_records["arrays"].keys()
+    state = {name: tensor for name, tensor in state.items() if name in sent}
     content = RecordDict({"arrays": ArrayRecord(state), "metrics": MetricRecord(metrics)})
     if trained.extras:
         content[EXTRAS] = ArrayRecord(copy_of(trained.extras))
@@ -131,9 +139,10 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     if config.client.torch_threads:
         torch.set_num_threads(config.client.torch_threads)
     device = resolve_device(config.client.device)
-    model = build_model(config.model.name, config.data.info, config.seed)
+    build = partial(build_model, config.model.name, config.data.info, config.seed)
+    model = build()
     records = message.content.array_records
-    received = records["arrays"].to_torch_state_dict()
+    received = with_own_weights(model, records["arrays"].to_torch_state_dict(), message)
     model.load_state_dict(received, strict=True)
     extras = records[EXTRAS].to_torch_state_dict() if EXTRAS in records else {}
     kept = context.state.array_records.get(MEMORY)
@@ -149,10 +158,32 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         offset=(prior if config.client.class_prior else torch.zeros_like(prior)).to(device),
         memory=_to(device, kept.to_torch_state_dict() if kept else {}),
         generator=make_generator(config.seed, "local", client, server_round),
+        build=build,
         ledger=kept_ledger(context, config, len(data.train_labels), server_round),
         uniform=seeded_uniform(noise) if config.privacy.seeded_noise else secure_uniform,
     )
     return task, METHODS[config.strategy]()
+
+
+def with_own_weights(model: nn.Module, received: StateDict, message: Message) -> StateDict:
+    """Return the received parameters, and of the model what messages do not contain.
+
+    Raises
+    ------
+    NodeError
+        If what the model has is not what the server's has.
+    """
+    expected = message.content.config_records["config"].get(FINGERPRINT)
+    if expected is None:
+        return received
+    state = copy_of(model.state_dict())
+    own = {name: tensor for name, tensor in state.items() if name not in received}
+    if fingerprint(own) != expected:
+        raise NodeError(
+            "the frozen weights that model.name makes here are not those of the server; right "
+            "would be the same file of weights everywhere, or model.send-frozen = true"
+        )
+    return received | own
 
 
 def round_of(message: Message) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pfedgpa_app.data import ImageStats, normalize
+from pfedgpa_app.randomness import drawing_from, make_generator
 
 
 class Evaluation(NamedTuple):
@@ -54,7 +55,9 @@ def logits_of(
         Images that are in the model at a time.
     """
     model.eval()
-    with autocast(images.device, precision):
+    # So that what draws at random in evaluation too gives the same each time.
+    generator = make_generator(0, "evaluation")
+    with drawing_from(generator, images.device), autocast(images.device, precision):
         logits = [model(normalize(batch, stats)) for batch in images.split(batch_size)]
     return torch.cat(logits).float()
 

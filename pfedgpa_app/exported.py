@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData, ImageStats, client_data
 from pfedgpa_app.evaluation import Evaluation, class_prior, evaluate, log_prior, logits_of
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import build_model
-from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.section import OptionalCount, Positive, Section
 from pfedgpa_app.state import load_state, save_state
 
@@ -229,7 +230,8 @@ class ExportedModel:
         config = self.config
         self._trust(f'model.name = "{config.model.name}"')
         module = build_model(config.model.name, config.data.info, config.seed)
-        ParameterLayout.of(module.state_dict()).check(self.state)
+        # Frozen weights may be other ones here: those of the run are in the file.
+        replace(ModelSpec.of(module), fixed=frozenset()).layout().check(self.state)
         module.load_state_dict(self.state)
         return module
 

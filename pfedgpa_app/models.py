@@ -1,6 +1,5 @@
 """The models that clients train. Every one maps ``(batch, *shape)`` to logits."""
 
-import copy
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,14 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from pfedgpa_app.config import DatasetInfo
-from pfedgpa_app.parameters import head_names
+from pfedgpa_app.model_spec import ModelError
 from pfedgpa_app.randomness import initialized_by, make_generator
 
 _MLP_WIDTH = 64
-
-
-class ModelError(ValueError):
-    """A model that cannot be built, or that does not fit the data."""
 
 
 def small_cnn(info: DatasetInfo) -> nn.Module:
@@ -169,11 +164,13 @@ def mixing_layers(model: nn.Module) -> list[str]:
     ]
 
 
-def unfit_for_vmap(model: nn.Module, info: DatasetInfo) -> list[str]:
+def unfit_for_vmap(build: Callable[[], nn.Module], info: DatasetInfo) -> list[str]:
     """Say why many such models cannot be trained as one graph, as ``client.engine = "vmap"`` does.
 
     Beside layers that are known not to go with it, a step of two models on blank images is tried.
     """
+    trials = [build().train() for _ in range(2)]
+    model = trials[0]
     if mixing := mixing_layers(model):
         return [f"layers that mix or remember the images of a batch are out: {', '.join(mixing)}"]
     drawing = [
@@ -183,7 +180,6 @@ def unfit_for_vmap(model: nn.Module, info: DatasetInfo) -> list[str]:
     ]
     if drawing:
         return [f"layers that draw at random are out: {', '.join(drawing)}"]
-    trials = [copy.deepcopy(model).train() for _ in range(2)]
     images = torch.zeros(2, 2, *info.shape)
     parameters, buffers = stack_module_state(trials)
 
@@ -206,21 +202,3 @@ def unfit_for_vmap(model: nn.Module, info: DatasetInfo) -> list[str]:
 
 def _named(name: str, layer: nn.Module) -> str:
     return f"{name or 'the model'} ({type(layer).__name__})"
-
-
-def head_of(model: nn.Module) -> nn.Linear:
-    """Return the last layer that has parameters, which maps features to logits.
-
-    Raises
-    ------
-    ModelError
-        If it is not linear.
-    """
-    name = head_names(model.state_dict())[0].rpartition(".")[0]
-    head = model.get_submodule(name)
-    if not isinstance(head, nn.Linear):
-        raise ModelError(
-            f"the last layer with parameters, {name or 'the model itself'}, is "
-            f"{type(head).__name__}; right would be a model that ends in torch.nn.Linear"
-        )
-    return head

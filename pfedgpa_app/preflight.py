@@ -1,16 +1,17 @@
 """What can be wrong with right settings: models, layers, devices, packages that are not there."""
 
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
-import torch
-from torch import nn
-
 from pfedgpa_app.config import Config, ConfigError
-from pfedgpa_app.models import ModelError, build_model, head_of, unfit_for_vmap
-from pfedgpa_app.parameters import ParameterError, ParameterLayout
+from pfedgpa_app.model_spec import ModelError, ModelSpec, inspect_model
+from pfedgpa_app.models import build_model, unfit_for_vmap
+from pfedgpa_app.parameters import ParameterError
 from pfedgpa_app.privacy import require_opacus, unfit_layers
 from pfedgpa_app.randomness import resolve_device
 from pfedgpa_app.strategies import STRATEGY_INFO
+from pfedgpa_app.trial import differences_of_builds, problems_in_training, unfit_entries
 
 ENGINE_ON_FLOWER = (
     'client.engine = "vmap": is for `pfedgpa bench`, whose clients train in one process; '
@@ -18,7 +19,7 @@ ENGINE_ON_FLOWER = (
 )
 
 
-def preflight(config: Config, *, one_process: bool = False) -> nn.Module:
+def preflight(config: Config, *, one_process: bool = False) -> ModelSpec:
     """Build the model of a run, and try whatever else would only fail in its middle.
 
     ``one_process`` says that all clients train in one process, as in `pfedgpa bench`. Elsewhere
@@ -31,36 +32,9 @@ def preflight(config: Config, *, one_process: bool = False) -> nn.Module:
     """
     problems = []
     try:
-        model = build_model(config.model.name, config.data.info, config.seed)
-        layout = ParameterLayout.of(model.state_dict(), config.diffusion.patterns)
-        problems += [
-            f'model.name = "{config.model.name}": {entry.name} is {entry.dtype}, which cannot be '
-            "sent and averaged; right would be torch.float32 or torch.float16"
-            for entry in layout.entries
-            if entry.dtype.is_complex or not _has_numpy(entry.dtype)
-        ]
-        if STRATEGY_INFO[config.strategy].needs_linear_head:
-            head_of(model)
-        if config.privacy.is_on:
-            require_opacus(config.privacy)
-            problems += [
-                f'model.name = "{config.model.name}": with privacy.mode = "{config.privacy.mode}", '
-                + problem
-                for problem in unfit_layers(model, config.data.info, config.privacy)
-            ]
-        if config.client.engine == "vmap":
-            problems += [
-                f'model.name = "{config.model.name}": with client.engine = "vmap", {problem}; '
-                'right would be client.engine = "loop"'
-                for problem in unfit_for_vmap(model, config.data.info)
-            ]
-    except ModelError as error:
-        problems.append(str(error))
+        spec = _checked_model(config)
     except ConfigError as error:
         problems += error.problems
-    except ParameterError as error:
-        patterns = config.diffusion.generated_layers
-        problems.append(f'diffusion.generated-layers = "{patterns}": {error}')
     if config.client.engine == "vmap" and not one_process:
         problems.append(ENGINE_ON_FLOWER)
     try:
@@ -74,13 +48,77 @@ def preflight(config: Config, *, one_process: bool = False) -> nn.Module:
         )
     if problems:
         raise ConfigError(problems)
-    return model
+    return spec
 
 
-def _has_numpy(dtype: torch.dtype) -> bool:
-    """Return whether NumPy, and so Flower's arrays, has a type."""
+def _checked_model(config: Config) -> ModelSpec:
+    """Return what there is to know of the model.
+
+    Raises
+    ------
+    ConfigError
+        If it does not go with the settings.
+    """
+    info, named = config.data.info, f'model.name = "{config.model.name}"'
+    build = partial(build_model, config.model.name, info, config.seed)
+
+    def refuse_if(problems: list[str]) -> None:
+        if problems:
+            raise ConfigError([f"{named}: {problem}" for problem in problems])
+
     try:
-        torch.empty(0, dtype=dtype).numpy()
-    except TypeError:
-        return False
-    return True
+        first, second = build(), build()
+    except ModelError as error:
+        raise ConfigError([str(error)]) from error
+    refuse_if(unfit_entries(first))
+    refuse_if(differences_of_builds(first, second))
+    if not ModelSpec.of(first).trained:
+        refuse_if(["none of its parameters requires a gradient: there is nothing to train"])
+    refuse_if(problems_in_training(build, config))
+    spec = replace(inspect_model(build, info), sends_fixed=config.model.send_frozen)
+    problems = unfit_heads(spec, config.strategy)
+    if config.client.engine == "vmap":
+        problems += [
+            f'with client.engine = "vmap", {problem}; right would be client.engine = "loop"'
+            for problem in unfit_for_vmap(build, info)
+        ]
+    if config.privacy.is_on:
+        require_opacus(config.privacy)
+        problems += [
+            f'with privacy.mode = "{config.privacy.mode}", {problem}'
+            for problem in unfit_layers(build, info, config.privacy)
+        ]
+    refuse_if(problems)
+    try:
+        layout = spec.layout(config.diffusion.patterns)
+    except ParameterError as error:
+        patterns = config.diffusion.generated_layers
+        raise ConfigError([f'diffusion.generated-layers = "{patterns}": {error}']) from error
+    try:
+        layout.check(layout.to_send(spec.initial))
+    except ParameterError as error:
+        refuse_if([f"as it is built, {error}"])
+    return spec
+
+
+def unfit_heads(spec: ModelSpec, strategy: str) -> list[str]:
+    """Say why a strategy cannot find, or replace, the head that it needs."""
+    needs, head = STRATEGY_INFO[strategy].head, spec.head
+    if not needs:
+        return []
+    with_strategy = f'with strategy = "{strategy}", '
+    if head is None:
+        return [
+            f"{with_strategy}there should be a layer whose output is the logits, and none was found"
+        ]
+    layer = head.layer or "the model itself"
+    if needs != "any" and head.size == (0, 0):
+        return [
+            f"{with_strategy}the layer that makes the logits, {layer}, should be torch.nn.Linear"
+        ]
+    if needs == "plain" and not head.weights:
+        return [
+            f"{with_strategy}the weight of the layer that makes the logits, {layer}, should be a "
+            "parameter that trains, neither frozen nor parametrized"
+        ]
+    return []

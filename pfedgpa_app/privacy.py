@@ -1,6 +1,5 @@
 """Differential privacy of what clients upload: noise, and the account of what it tells of them."""
 
-import copy
 import importlib.util
 import math
 import os
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pfedgpa_app.config import ClientConfig, ConfigError, DatasetInfo, PrivacyConfig
+from pfedgpa_app.model_spec import ModelSpec, changes_in_training
 from pfedgpa_app.models import mixing_layers
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
@@ -30,6 +30,8 @@ _RANDOM_BITS = 52
 
 def secure_uniform(size: int) -> Tensor:
     """Draw from the system's randomness, which nobody can know or repeat."""
+    if not size:
+        return torch.empty(0, dtype=torch.float64)
     words = torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64)
     return _between(words & (2**_RANDOM_BITS - 1))
 
@@ -57,6 +59,7 @@ def update_deviation(config: PrivacyConfig) -> float:
 def private_update(
     state: Mapping[str, Tensor],
     received: Mapping[str, Tensor],
+    spec: ModelSpec,
     config: PrivacyConfig,
     uniform: Uniform,
 ) -> StateDict:
@@ -64,12 +67,13 @@ def private_update(
 
     The update ``state - received`` is shortened to the length ``clip_norm`` where it is longer, and
     noise of `update_deviation` is added to each entry. An update that is not finite counts as 0.
-    What is counted in whole numbers stays as it was received.
+    What does not train, such as frozen weights, buffers and counters, stays as it was received. A
+    tied tensor is noised once: two copies with different noise would tell more.
     """
     moves = {
         name: tensor.double() - received[name].double()
         for name, tensor in state.items()
-        if tensor.is_floating_point()
+        if name in spec.trained and name not in spec.aliases
     }
     norm = math.hypot(*(float(move.norm()) for move in moves.values()))
     deviation = update_deviation(config)
@@ -78,7 +82,7 @@ def private_update(
         kept = move * min(1.0, config.clip_norm / max(norm, 1e-300))
         kept = kept if math.isfinite(norm) else torch.zeros_like(move)
         noised = received[name].double() + kept + deviation * gaussian(move, uniform)
-        private[name] = noised.to(state[name].dtype)
+        private |= dict.fromkeys(spec.with_aliases([name]), noised.to(state[name].dtype))
     return private
 
 
@@ -206,22 +210,29 @@ def require_opacus(config: PrivacyConfig) -> None:
         )
 
 
-def unfit_layers(model: nn.Module, info: DatasetInfo, config: PrivacyConfig) -> list[str]:
+def unfit_layers(
+    build: Callable[[], nn.Module], info: DatasetInfo, config: PrivacyConfig
+) -> list[str]:
     """Say which layers of a model cannot be trained, or uploaded, with differential privacy."""
-    if mixing := mixing_layers(model):
+    if mixing := mixing_layers(build()):
         return [
             f"layers that mix or remember the images of a batch are out: {', '.join(mixing)}; "
             "right would be torch.nn.GroupNorm or LayerNorm"
         ]
     if config.mode != "example":
         return []
-    return _refused_by_opacus(model) or _without_gradients(model, info)
+    if statistics := sorted(changes_in_training(build, info).statistics):
+        return [
+            f"buffers that training changes are out, since they tell of the images: "
+            f"{', '.join(statistics)}; right would be a model without them"
+        ]
+    return _refused_by_opacus(build()) or _without_gradients(build(), info)
 
 
 def _refused_by_opacus(model: nn.Module) -> list[str]:
     from opacus.validators import ModuleValidator
 
-    errors = ModuleValidator.validate(copy.deepcopy(model).train())
+    errors = ModuleValidator.validate(model.train())
     return list(dict.fromkeys(f"Opacus cannot train it: {error}" for error in errors))
 
 
@@ -231,7 +242,7 @@ def _without_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
 
     try:
         with initialized_by(make_generator(0, "trial")), quiet_opacus():
-            trial = GradSampleModule(copy.deepcopy(model).train())
+            trial = GradSampleModule(model.train())
             logits = trial(torch.zeros(2, *info.shape))
             functional.cross_entropy(logits, torch.zeros(2, dtype=torch.long)).backward()
     except Exception as error:  # Opacus and the user's model raise whatever they like

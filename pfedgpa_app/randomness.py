@@ -1,9 +1,11 @@
 """Random generators that depend on what they are for, never on who ran before."""
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -23,14 +25,41 @@ def make_generator(
 def initialized_by(generator: torch.Generator) -> Iterator[None]:
     """Let the modules that are built in the block draw their parameters from ``generator``.
 
-    torch initializes modules from its global CPU generator, which is put back afterwards.
+    torch initializes modules from its global CPU generator. NumPy's and Python's, which a model of
+    a user's may draw from, follow the same seed. All three are put back afterwards.
     """
     before = torch.default_generator.get_state()
     torch.default_generator.set_state(generator.get_state())
     try:
-        yield
+        with _others_seeded(generator.initial_seed()):
+            yield
     finally:
         torch.default_generator.set_state(before)
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Let what draws from global generators follow the seed of ``generator``.
+
+    These are layers such as dropout, and whatever a model of a user's draws from NumPy or Python.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _others_seeded(generator.initial_seed()):
+        torch.manual_seed(generator.initial_seed())
+        yield
+
+
+@contextmanager
+def _others_seeded(seed: int) -> Iterator[None]:
+    """Seed NumPy's and Python's global generators, and put them back afterwards."""
+    before = np.random.get_state(), random.getstate()  # noqa: NPY002
+    np.random.seed([seed % 2**32, seed >> 32 & 0xFFFFFFFF])  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before[0])  # noqa: NPY002
+        random.setstate(before[1])
 
 
 @contextmanager

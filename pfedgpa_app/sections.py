@@ -127,6 +127,7 @@ class ModelConfig(Section):
     """The model that every client trains."""
 
     name: Literal["cnn-8x8", "cnn-28x28", "cnn-cifar", "resnet18", "mlp"] | OwnFunction = "cnn-8x8"
+    send_frozen: bool = True
 
 
 class ClientConfig(Section):

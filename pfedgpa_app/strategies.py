@@ -19,14 +19,15 @@ class StrategyInfo(NamedTuple):
     is_plain
         Whether its clients train by plain SGD and upload nothing but parameters, so that noise can
         make that private, and many clients can be trained as one graph.
-    needs_linear_head
-        Whether it works on the features under a linear layer.
+    head
+        What it needs of the layer that makes the logits: "" nothing, "any" that there is one,
+        "linear" that it is linear, "plain" that its weight can be replaced too.
     depends_on_length
         Whether a round depends on how many there are in all.
     """
 
     is_plain: bool = False
-    needs_linear_head: bool = False
+    head: Literal["", "any", "linear", "plain"] = ""
     depends_on_length: bool = False
 
 
@@ -36,15 +37,15 @@ STRATEGY_INFO: dict[str, StrategyInfo] = {
     "fedavg": StrategyInfo(is_plain=True),
     "fedavg-ft": StrategyInfo(is_plain=True),
     "fedprox": StrategyInfo(),
-    "fedper": StrategyInfo(),
-    "fedrep": StrategyInfo(),
+    "fedper": StrategyInfo(head="any"),
+    "fedrep": StrategyInfo(head="any"),
     "ditto": StrategyInfo(),
-    "fedrod": StrategyInfo(needs_linear_head=True),
+    "fedrod": StrategyInfo(head="plain"),
     "fedamp": StrategyInfo(),
-    "fedpac": StrategyInfo(needs_linear_head=True),
+    "fedpac": StrategyInfo(head="linear"),
     "pfedhn": StrategyInfo(),
     # Its clients get their points after a part of all rounds.
-    "floco": StrategyInfo(needs_linear_head=True, depends_on_length=True),
+    "floco": StrategyInfo(head="plain", depends_on_length=True),
     "ifca": StrategyInfo(),
 }
 """Every name that the setting ``strategy`` may have."""

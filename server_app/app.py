@@ -31,16 +31,16 @@ def main(grid: Grid, context: Context) -> None:
     """Run the configured strategy and leave a folder with all that came of it."""
     try:
         config = settle_earlier(Config.from_flat(context.run_config))
-        initial, earlier = preflight(config).state_dict(), None
+        spec, earlier = preflight(config), None
         strategy = make_strategy(config)
         strategy.roster.ids_stay = not isinstance(grid, InMemoryGrid)
         path = config.output_path / str(context.run_id)
         if config.server.bank == "disk":
             strategy.store_below(path, config.earlier_path)
         if config.resume_from:
-            earlier = resume(config, strategy, initial)
+            earlier = resume(config, strategy, spec)
         else:
-            strategy.begin(initial)
+            strategy.begin(spec)
     except (ConfigError, ResumeError) as error:
         log(ERROR, "%s", error)
         raise

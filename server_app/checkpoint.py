@@ -7,7 +7,7 @@ keep.
 from pathlib import Path
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RoundRecord
 from pfedgpa_app.runs import CHECKPOINT, RunNotFoundError, find_run
@@ -53,10 +53,10 @@ def settle_earlier(config: Config) -> Config:
     return config.model_copy(update={"resume_from": path.name if is_below else str(path)})
 
 
-def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> Run:
+def resume(config: Config, strategy: ClientwiseFedAvg, spec: ModelSpec) -> Run:
     """Bring a strategy into the state of the run ``config.resume_from``, which is settled.
 
-    ``initial`` is the state_dict of the configured model.
+    ``spec`` is that of the configured model.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def resume(config: Config, strategy: ClientwiseFedAvg, initial: StateDict) -> Ru
             f"num-server-rounds = {config.num_server_rounds}: the run has completed "
             f"{facts['round']} rounds; right would be that or more"
         )
-    strategy.begin(initial)
+    strategy.begin(spec)
     try:
         strategy.restore(tensors)
     except ValueError as error:  # of the layout's or of the aggregator's

@@ -2,10 +2,12 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
+from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.parameters import StateDict, weighted_average
 from pfedgpa_app.state import below, under
 from server_app.momentum import Momentum
 from server_app.replies import Upload
@@ -19,8 +21,8 @@ class GlobalModel:
 
     Parameters
     ----------
-    initial
-        The model before the first round, whose tensors are in the order of the vectors.
+    spec
+        The model, whose tensors are in the order of the vectors.
     patterns
         Of the names of the parameters that are generated.
     beta
@@ -32,14 +34,15 @@ class GlobalModel:
         If a pattern takes no tensor of it, or nothing would be generated.
     """
 
-    def __init__(self, initial: StateDict, patterns: Sequence[str], beta: float) -> None:
-        self.layout = ParameterLayout.of(initial, patterns)
-        self.average = initial
-        self.momentum = Momentum(beta)
+    def __init__(self, spec: ModelSpec, patterns: Sequence[str], beta: float) -> None:
+        self.spec = spec
+        self.layout = spec.layout(patterns)
+        self.average = spec.initial
+        self.momentum = Momentum(beta, spec.trained)
 
     def move_to(self, combined: StateDict) -> None:
         """Move the average to what a round's uploads are combined to."""
-        self.average = self.momentum.step(self.average, combined)
+        self.average = self.spec.refreshed(self.momentum.step(self.average, combined))
 
     def vector(self, state: StateDict) -> Tensor:
         """Return the generated parameters of a state_dict, ``(d,)``."""
@@ -47,7 +50,7 @@ class GlobalModel:
 
     def with_vector(self, vector: Tensor) -> StateDict:
         """Return the state_dict of generated parameters ``(d,)``; the rest is the average's."""
-        return self.layout.merge(vector, self.layout.rest(self.average))
+        return self.spec.refreshed(self.layout.merge(vector, self.layout.rest(self.average)))
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""
@@ -62,8 +65,8 @@ class GlobalModel:
             If it is another model's.
         """
         average = below("average", tensors)
-        self.layout.check(average)
-        self.average = {entry.name: average[entry.name] for entry in self.layout.entries}
+        replace(self.layout, sends_fixed=True).check(average)
+        self.average = self.layout.received(average)
         self.momentum.restore(below("momentum", tensors))
 
 

@@ -9,6 +9,9 @@ from pfedgpa_app.parameters import StateDict
 from server_app.replies import EXTRAS
 from server_app.roster import Roster
 
+FINGERPRINT = "fixed-weights"
+"""In a message's config, the hash of the weights that it does not contain: clients have them."""
+
 
 def draw(clients: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
     """Draw ``size`` of the clients, and sort them."""
@@ -22,19 +25,20 @@ def make_messages(
     clients: Sequence[int],
     states: Iterable[StateDict],
     extras_of: Callable[[int], StateDict],
+    to_send: Callable[[StateDict], StateDict],
     contents: Callable[[ArrayRecord], dict[str, ArrayRecord | ConfigRecord]],
 ) -> list[Message]:
     """Make a message a client, each with its state; the same state is one record for all.
 
-    ``contents`` names the records of a message, given that of the state. Beside them is what
-    ``extras_of`` returns, if it is anything.
+    ``to_send`` returns what of a state goes out. ``contents`` names the records of a message, given
+    that of the state. Beside them is what ``extras_of`` returns, if it is anything.
     """
     made: dict[int, tuple[StateDict, ArrayRecord]] = {}
     messages = []
     for client, state in zip(clients, states, strict=True):
         if id(state) not in made:
             # The state is kept with its record: ids are unique among living objects only.
-            made[id(state)] = (state, ArrayRecord(state))
+            made[id(state)] = (state, ArrayRecord(to_send(state)))
         content = RecordDict({**contents(made[id(state)][1])})
         if extras := extras_of(client):
             content[EXTRAS] = ArrayRecord(extras)

@@ -1,5 +1,6 @@
 """Momentum of what the server sends: going on in the direction of the last steps."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -16,22 +17,23 @@ class Momentum:
     ----------
     beta
         In 0 .. 1; 0 has the new parameters taken as they are.
+    trained
+        Names of the tensors that train. Others have no momentum: frozen weights, counters, the
+        statistics of normalization layers.
     """
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self, beta: float, trained: Collection[str]) -> None:
         self.beta = beta
+        self.trained = trained
         self.velocity: StateDict = {}
 
     def step(self, old: StateDict, new: StateDict) -> StateDict:
-        """Return where the parameters go that were ``old`` and would be ``new``.
-
-        Integer tensors and the statistics of normalization layers have no momentum.
-        """
+        """Return where the parameters go that were ``old`` and would be ``new``."""
         if not self.beta:
             return new
         moved = dict(new)
         for name, tensor in new.items():
-            if not tensor.is_floating_point() or "running_" in name:
+            if name not in self.trained:
                 continue
             last = self.velocity.get(name, torch.zeros_like(tensor))
             self.velocity[name] = self.beta * last + (tensor - old[name])

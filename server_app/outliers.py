@@ -26,9 +26,16 @@ def outliers(
     """
     if len(uploads) < 3:
         return {}
-    moves = {client: _distance(upload.state, upload.sent) for client, upload in uploads.items()}
+    layout = next(iter(uploads.values())).layout
+    skipped = layout.fixed.keys() | layout.unbounded.keys()  # infinite differences say nothing
+
+    def distance(left: StateDict, right: StateDict | None = None) -> float:
+        compared = {name: tensor for name, tensor in left.items() if name not in skipped}
+        return _distance(compared, right)
+
+    moves = {client: distance(upload.state, upload.sent) for client, upload in uploads.items()}
     # Where most do not move at all, parameters as long as the average are the measure.
-    median_move = statistics.median(moves.values()) or _distance(average)
+    median_move = statistics.median(moves.values()) or distance(average)
     reasons = {}
     for client, move in moves.items():
         if move > MAX_RATIO * median_move:

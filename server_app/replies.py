@@ -143,7 +143,7 @@ def max_bytes(*layouts: ParameterLayout | None) -> int:
     That is twice of what ``layouts`` ask for, so that of most that are too large `read_upload`
     still tells which array it is.
     """
-    entries = [entry for layout in layouts if layout is not None for entry in layout.entries]
+    entries = [entry for layout in layouts if layout is not None for entry in layout.sent]
     return 2 * sum(entry.numel * entry.dtype.itemsize for entry in entries) + _SPARE_BYTES
 
 
@@ -151,11 +151,11 @@ def _read_state(arrays: ArrayRecord, layout: ParameterLayout) -> StateDict:
     """Return the tensors of a record that fit a layout."""
     try:
         layout.check_names(arrays)
-        state = {entry.name: _read_array(arrays[entry.name], entry) for entry in layout.entries}
+        state = {entry.name: _read_array(arrays[entry.name], entry) for entry in layout.sent}
         layout.check(state)
     except ParameterError as error:
         raise ReplyError(one_line(str(error), 1000)) from error
-    return state
+    return layout.received(state)
 
 
 def read_metrics(

@@ -138,13 +138,15 @@ def simulate(
             rows.append(summarize(strategy.record, config.strategy, seconds))
             on_round(strategy.record)
 
+    if not strategy.has_begun:
+        strategy.begin(preflight(config, one_process=True))
     grid: Any = make_grid(config, num_clients, num_processes)
     level = FLOWER_LOGGER.level
     FLOWER_LOGGER.setLevel(logging.WARNING)
     try:
         strategy.start(
             grid,
-            initial_arrays=ArrayRecord(preflight(config, one_process=True).state_dict()),
+            initial_arrays=ArrayRecord(strategy.average),
             num_rounds=num_rounds,
             evaluate_fn=end_round,
         )

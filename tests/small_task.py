@@ -1,5 +1,8 @@
 """Models of a few parameters, whose training can be redone by hand."""
 
+import copy
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +42,7 @@ def small_task(config: Config, *, body: bool = False, offset: Tensor | None = No
         offset=torch.zeros(2) if offset is None else offset,
         memory={},
         generator=make_generator(0),
+        build=partial(copy.deepcopy, model),
     )
 
 

@@ -84,7 +84,10 @@ def test_nothing_is_pickled(file: Path):
 
 @every_source
 def test_nothing_draws_from_a_global_generator(file: Path):
-    assert global_randomness(file.read_text()) == []
+    # The one place that seeds what models of a user's draw from, and puts it back.
+    seeding = {"random", "np.random.get_state", "np.random.seed", "np.random.set_state"}
+    allowed = seeding if file.name == "randomness.py" else set()
+    assert set(global_randomness(file.read_text())) == allowed
 
 
 @pytest.mark.parametrize(

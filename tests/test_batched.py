@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def make_task(number: int, device: str = "cpu", **settings) -> Task:
         offset=torch.randn(10, generator=draw).to(device),
         memory={},
         generator=make_generator(2, number),
+        build=partial(build_model, config.model.name, DIGITS, number),
     )
 
 

@@ -12,12 +12,12 @@ from client_app import messages
 from client_app.app import query
 from client_app.messages import evaluate_message, train_message
 from client_app.node import NodeError
-from client_app.training import train
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError
 from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, site_data
 from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.training import train
 
 
 def test_training_depends_on_seed_client_and_round_alone():

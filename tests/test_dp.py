@@ -1,5 +1,6 @@
 """Differential privacy: what is added to uploads, what it costs, and who stops when."""
 
+import copy
 import importlib.util
 import logging
 import math
@@ -21,6 +22,7 @@ from client_app.messages import evaluate_message, train_message
 from pfedgpa_app import preflight
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError, PrivacyConfig
 from pfedgpa_app.data import client_data
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import copy_of
 from pfedgpa_app.privacy import (
@@ -43,6 +45,7 @@ SETTINGS = {"client.local-epochs": 2, "client.device": "cpu", "privacy.seeded-no
 UPDATE = {**SETTINGS, "privacy.mode": "update", "privacy.epsilon": 50.0, "privacy.clip-norm": 0.1}
 EXAMPLE = {**SETTINGS, "privacy.mode": "example", "privacy.noise-multiplier": 2.0}
 MODEL = build_model("cnn-8x8", DATASETS["digits"], seed=0)
+SPEC = ModelSpec.of(MODEL)
 DELTA = PrivacyConfig().delta
 
 
@@ -129,7 +132,7 @@ def test_an_update_is_clipped_and_noised_as_by_flowers_localdpmod(monkeypatch, l
         return Message(RecordDict({"arrays": ArrayRecord(state)}), reply_to=request)
 
     expected = arrays_of(mod(message(MessageType.TRAIN), context({}), client).content)
-    actual = private_update(state, received, settings, in_the_middle)
+    actual = private_update(state, received, SPEC, settings, in_the_middle)
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, atol=1e-7, rtol=1e-5)
     assert deviations == [pytest.approx(update_deviation(settings))] * len(state)
@@ -138,7 +141,8 @@ def test_an_update_is_clipped_and_noised_as_by_flowers_localdpmod(monkeypatch, l
 def test_the_noise_of_an_upload_has_the_deviation_that_the_settings_say():
     settings = PrivacyConfig(mode="update", epsilon=2.0, clip_norm=0.25)
     received = {"w": torch.full((40_000,), 3.0)}
-    noised = private_update(received, received, settings, seeded_uniform(make_generator(0)))["w"]
+    spec, uniform = ModelSpec.of_state(received), seeded_uniform(make_generator(0))
+    noised = private_update(received, received, spec, settings, uniform)["w"]
     # Two updates of length 1/4 are at most 1/2 apart.
     expected = 0.5 * math.sqrt(2 * math.log(1.25 / 1e-5)) / 2.0
     assert stats.kstest((noised - 3.0).numpy(), "norm", args=(0, expected)).pvalue > 1e-3
@@ -149,7 +153,8 @@ def test_an_update_of_nothing_and_one_without_end_are_noise_alone():
     received = {"w": torch.ones(3), "count": torch.tensor(4)}
     for value in (1.0, math.inf, math.nan):
         state = {"w": torch.full((3,), value), "count": torch.tensor(9)}
-        private = private_update(state, received, settings, in_the_middle)
+        spec = ModelSpec.of_state(received)
+        private = private_update(state, received, spec, settings, in_the_middle)
         assert torch.equal(private["w"], received["w"])
         # A number of batches would tell that of the images.
         assert torch.equal(private["count"], received["count"])
@@ -431,11 +436,11 @@ def trained_steps(settings: dict) -> list[float]:
 @pytest.mark.parametrize("settings", [UPDATE, EXAMPLE])
 def test_the_server_of_pfedgpa_does_not_ask_for_halves(settings: dict):
     strategy = make_strategy(Config.from_flat(settings))
-    strategy.begin(copy_of(MODEL.state_dict()))
+    strategy.begin(ModelSpec.of_state(copy_of(MODEL.state_dict())))
     strategy.prepare(1, [0, 1, 2])
     assert strategy.extras(0) == {}
     plain = make_strategy(Config())
-    plain.begin(copy_of(MODEL.state_dict()))
+    plain.begin(ModelSpec.of_state(copy_of(MODEL.state_dict())))
     plain.prepare(1, [0, 1, 2])
     assert plain.extras(0)
 
@@ -506,7 +511,8 @@ class Attention(Unused):
 def test_models_that_cannot_be_trained_privately_are_refused(
     monkeypatch, settings: dict, model, said: str | None
 ):
-    monkeypatch.setattr(preflight, "build_model", lambda *arguments: model())
+    made = model()
+    monkeypatch.setattr(preflight, "build_model", lambda *arguments: copy.deepcopy(made))
     config = Config.from_flat(settings)
     if said is None:
         preflight.preflight(config)
@@ -592,7 +598,7 @@ def test_columns_of_the_benchmark_spend_the_epsilon_of_their_headings(epsilon: f
 def test_a_round_tells_the_largest_epsilon_in_its_log(monkeypatch, caplog, tmp_path: Path):
     config = Config.from_flat(EXAMPLE)
     strategy = make_strategy(config)
-    strategy.begin(preflight.preflight(config).state_dict())
+    strategy.begin(preflight.preflight(config))
     strategy.record.server_round = 1
     strategy.record.trained(0, {"num-examples": 3, "epsilon": 1.5}, 10)
     strategy.record.spent(1, 2.25)

@@ -17,6 +17,7 @@ from simulated_grid import SimulatedGrid, learning_grid, weights
 from torch import nn
 
 from pfedgpa_app import report
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.report import ROWS, Run, RunFolder
 from pfedgpa_app.state import WriteError, load_state
 from server_app import app
@@ -227,7 +228,7 @@ def test_what_an_unfinished_checkpoint_left_does_no_harm(tmp_path: Path, expecte
     left_over.write_bytes(b"half of a")
     assert_same_results(run_app(tmp_path, 3, **{"resume-from": "2"}), expected)
     strategy = app.make_strategy(app.Config())
-    strategy.begin(weights(1.0))
+    strategy.begin(ModelSpec.of_state(weights(1.0)))
     write_checkpoint(folder, strategy)
     assert not left_over.exists()
     load_state(folder / CHECKPOINT, CHECKPOINT_KIND)

@@ -20,14 +20,14 @@ from small_task import (
     layers_of,
     small_task,
 )
-from torch import nn
 
 from client_app.messages import evaluate_message, train_message
 from client_app.methods import METHODS, Method, Task
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import evaluate
-from pfedgpa_app.models import ModelError, build_model, head_of
+from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import head_names
 from pfedgpa_app.strategies import STRATEGY_INFO, DittoConfig, FedProxConfig, FedRepConfig
 from server_app.app import make_strategy
@@ -142,12 +142,6 @@ def test_fedrod_needs_no_example_of_every_class():
     assert all(bool(tensor.isfinite().all()) for tensor in uploaded.values())
 
 
-def test_a_head_that_is_not_linear_is_named():
-    model = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
-    with pytest.raises(ModelError, match=r"1, is PReLU; right would be .* torch\.nn\.Linear"):
-        head_of(model)
-
-
 KEEPERS = [name for name, strategy in STRATEGIES.items() if strategy.clients_keep_parts]
 
 
@@ -180,7 +174,7 @@ def test_a_head_that_stays_with_its_client_is_not_uploaded(name: str):
 def test_a_run_whose_clients_keep_parts_is_not_gone_on_from():
     config = Config(strategy="ditto", resume_from="4711")
     with pytest.raises(ResumeError, match="the clients of ditto keep parts of their models"):
-        resume(config, make_strategy(config), MODEL.state_dict())
+        resume(config, make_strategy(config), ModelSpec.of_state(MODEL.state_dict()))
 
 
 def test_the_class_prior_is_added_to_the_logits_in_prediction():
@@ -224,7 +218,7 @@ def test_every_strategy_is_made_from_the_settings(name: str):
     strategy = make_strategy(config)
     assert type(strategy) is STRATEGIES[name]
     assert strategy.seed == 3
-    strategy.begin(build_model("cnn-8x8", config.data.info, 0).state_dict())
+    strategy.begin(ModelSpec.of_state(build_model("cnn-8x8", config.data.info, 0).state_dict()))
 
 
 class Remembers(Method):

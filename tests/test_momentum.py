@@ -6,6 +6,8 @@ from flwr.app import ArrayRecord
 from simulated_grid import SimulatedGrid, received, site, start, weights
 
 from pfedgpa_app.config import DiffusionConfig
+from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.parameters import default_trained
 from server_app.momentum import ClientMomentum, Momentum
 from server_app.strategies import ClientwiseFedAvg, PFedGPA
 
@@ -13,7 +15,7 @@ UPLOAD = DiffusionConfig(generator="upload", rank=1)
 
 
 def test_the_average_goes_on_by_a_part_of_its_last_step():
-    momentum = Momentum(0.5)
+    momentum = Momentum(0.5, {"w"})
     old = {"w": torch.tensor([1.0, 0.0])}
     first = momentum.step(old, {"w": torch.tensor([2.0, 4.0])})
     assert first["w"].tolist() == [2.0, 4.0]  # v = (1, 4)
@@ -22,7 +24,7 @@ def test_the_average_goes_on_by_a_part_of_its_last_step():
 
 
 def test_counters_and_running_statistics_have_no_momentum():
-    momentum = Momentum(0.9)
+    momentum = Momentum(0.9, default_trained(weights(0.0)))
     momentum.step(weights(0.0), weights(1.0))
     moved = momentum.step(weights(1.0), weights(3.0))
     assert moved["layer.weight"][0, 0] == pytest.approx(1 + 0.9 * 1 + 2)
@@ -68,7 +70,7 @@ def test_momentum_survives_a_checkpoint(strategy):
     first = new()
     start(first, SimulatedGrid(nodes), num_rounds=2)
     second = new()
-    second.begin(weights(0.0))
+    second.begin(ModelSpec.of_state(weights(0.0)))
     second.restore(first.state())
     second.completed_rounds = 2
     second.roster.resume(dict(first.roster.clients))

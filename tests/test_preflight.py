@@ -1,6 +1,7 @@
 """What is tried before a run begins."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,12 +12,17 @@ from pfedgpa_app import preflight
 from pfedgpa_app.config import ClientConfig, Config, ConfigError
 
 
+def copies_of(model: nn.Module) -> Callable[..., nn.Module]:
+    """Return what makes a model anew each time, as the function of a user's does."""
+    return lambda *arguments: copy.deepcopy(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64])
 def test_tensors_that_cannot_be_sent_or_averaged_are_named(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=dtype))
-    monkeypatch.setattr(preflight, "build_model", lambda *arguments: model)
+    monkeypatch.setattr(preflight, "build_model", copies_of(model))
     with pytest.raises(ConfigError, match=rf"1\.weight is {dtype}.*float32") as caught:
         preflight.preflight(Config())
     assert "0.weight" not in str(caught.value)
@@ -26,15 +32,13 @@ def test_tensors_that_cannot_be_sent_or_averaged_are_named(
 def test_methods_of_heads_need_a_model_that_ends_in_one(
     monkeypatch: pytest.MonkeyPatch, strategy: str
 ):
-    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
-    monkeypatch.setattr(preflight, "build_model", lambda *arguments: model)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+    monkeypatch.setattr(preflight, "build_model", copies_of(model))
     config = Config(strategy=strategy)
-    if strategy == "fedrep":  # it only tells the last layer's tensors from the others
-        preflight.preflight(config)
+    if strategy == "fedrep":  # it only tells the head's tensors from the others
+        assert preflight.preflight(config).head.layer == "2"
         return
-    with pytest.raises(
-        ConfigError, match=r"1, is BatchNorm1d; right would be .* torch\.nn\.Linear"
-    ):
+    with pytest.raises(ConfigError, match=r"makes the logits, 2, should be torch\.nn\.Linear"):
         preflight.preflight(config)
 
 
@@ -77,11 +81,13 @@ class Branches(Own):
     ("model", "reason"),
     [
         (
-            nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)),
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 10)),
             r"mix or remember .* 1 \(BatchNorm2d",
         ),
         (
-            nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), nn.Linear(8, 10)),
+            nn.Sequential(
+                nn.InstanceNorm2d(1, track_running_stats=True), nn.Flatten(), nn.Linear(64, 10)
+            ),
             r"0 \(InstanceNorm2d\)",
         ),
         (
@@ -96,7 +102,7 @@ class Branches(Own):
 def test_models_that_cannot_train_as_one_graph_are_refused(
     monkeypatch: pytest.MonkeyPatch, model: nn.Module, reason: str
 ):
-    monkeypatch.setattr(preflight, "build_model", lambda *arguments: model)
+    monkeypatch.setattr(preflight, "build_model", copies_of(model))
     with pytest.raises(ConfigError, match=f'"vmap", .*{reason}.*; right would be .* = "loop"'):
         preflight.preflight(VMAP, one_process=True)
     preflight.preflight(Config())
@@ -113,9 +119,9 @@ def test_models_that_cannot_train_as_one_graph_are_refused(
 def test_other_models_of_a_user_s_train_as_one_graph(
     monkeypatch: pytest.MonkeyPatch, model: nn.Module
 ):
-    monkeypatch.setattr(preflight, "build_model", lambda *arguments: model)
+    monkeypatch.setattr(preflight, "build_model", copies_of(model))
     before = copy.deepcopy(model.state_dict())
-    state = preflight.preflight(VMAP, one_process=True).state_dict()
+    state = preflight.preflight(VMAP, one_process=True).initial
     assert all(torch.equal(state[name], before[name]) for name in before)
 
 

@@ -27,6 +27,7 @@ from client_app.methods import METHODS
 from client_app.methods.fedpac import class_means, head_statistics
 from client_app.methods.floco import Simplex
 from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import states_below
 from pfedgpa_app.strategies import FedAMPConfig, FedPACConfig, FlocoConfig, PFedHNConfig
@@ -297,7 +298,7 @@ class TestPFedHN:
         grid = SimulatedGrid({1: site(1.0)})
         strategy.min_available_nodes = 1
         strategy.min_train_nodes = strategy.min_evaluate_nodes = 1
-        strategy.begin(weights(0.0))
+        strategy.begin(ModelSpec.of_state(weights(0.0)))
         embedding = strategy._embedding(0).double().numpy()
         linear = [layer for layer in strategy.network if isinstance(layer, nn.Linear)]
         matrices = [layer.weight.detach().double().numpy().copy() for layer in linear]
@@ -341,7 +342,7 @@ class TestPFedHN:
     def test_a_model_that_is_too_large_is_refused(self):
         strategy = PFedHN(settings=PFedHNConfig(hidden_size=20_000))
         with pytest.raises(ConfigError, match=r"pfedhn.hidden-size = 20000: .*1,200,120,000"):
-            strategy.begin(weights(0.0))
+            strategy.begin(ModelSpec.of_state(weights(0.0)))
 
     def test_clients_have_models_of_their_own_from_the_beginning(self):
         grid = SimulatedGrid({node: site(float(node)) for node in (1, 2)})
@@ -401,7 +402,7 @@ class TestFloco:
         model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
         endpoints = torch.randn(3, 2, 2, generator=make_generator(5))
         center = torch.tensor([0.2, 0.3, 0.5])
-        simplex = Simplex(model, endpoints.clone(), center, 0.4, make_generator(6))
+        simplex = Simplex(model, ["1.weight"], endpoints.clone(), center, 0.4, make_generator(6))
         inputs = IMAGES.flatten(1)
         expected = inputs @ (center[:, None, None] * endpoints).sum(0).T + model[1].bias
         torch.testing.assert_close(simplex.eval()(IMAGES), expected)
@@ -458,7 +459,7 @@ class TestFloco:
         grid = SimulatedGrid({1: self.node(2.0, 10), 2: self.node(2.0, 10)})
         strategy.start(grid, ArrayRecord(weights_with_head(0.0)), num_rounds=2)
         first = Floco(num_endpoints=2)
-        first.begin(weights_with_head(0.0))
+        first.begin(ModelSpec.of_state(weights_with_head(0.0)))
         torch.testing.assert_close(strategy.endpoints, 2 + 0.5 * (2 - first.endpoints))
 
     def test_endpoints_beyond_all_others_cost_their_sender_the_round(self):
@@ -529,7 +530,7 @@ class TestIFCA:
         }
         grid = SimulatedGrid(nodes)
         strategy = IFCA(num_clusters=3)
-        strategy.begin(weights(0.5))
+        strategy.begin(ModelSpec.of_state(weights(0.5)))
         untouched = strategy.clusters[2]
         strategy.start(grid, ArrayRecord(weights(0.5)), num_rounds=1)
         values = [float(strategy.clusters[n]["layer.weight"][0, 0]) for n in range(2)]
@@ -543,12 +544,12 @@ class TestIFCA:
     def test_initial_models_have_the_same_entries_in_another_order(self):
         strategy = IFCA(num_clusters=2)
         initial = weights(0.0) | {"layer.weight": torch.arange(4.0).reshape(2, 2)}
-        strategy.begin(initial)
+        strategy.begin(ModelSpec.of_state(initial))
         first, second = strategy.clusters.values()
         assert torch.equal(first["layer.weight"], initial["layer.weight"])
         assert sorted(second["layer.weight"].flatten().tolist()) == [0, 1, 2, 3]
         other = IFCA(num_clusters=20)
-        other.begin(initial)
+        other.begin(ModelSpec.of_state(initial))
         orders = {tuple(c["layer.weight"].flatten().tolist()) for c in other.clusters.values()}
         assert len(orders) > 5
 
@@ -581,7 +582,7 @@ def test_what_is_restored_goes_on_with_the_same_digits(name: str):
     assert all(row["num-failures"] == 0 for row in rows)
     half, _ = simulate(config, 3, num_rounds=2, num_processes=0)
     restored = STRATEGIES[name].of(config, roster=half.roster)
-    restored.begin(half.average)
+    restored.begin(ModelSpec.of_state(half.average))
     restored.restore(half.state())
     restored.record.server_round = 2
     for client in range(4):  # the last one never took part

@@ -7,12 +7,12 @@ import pytest
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from simulated_grid import Answer, SimulatedGrid, learning_grid, weights
-from torch import nn
 from typer.testing import CliRunner
 
 from client_app.messages import evaluate_message, train_message
 from pfedgpa_app import cli
 from pfedgpa_app.exported import ExportedModel
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.page import runs as pages
 from pfedgpa_app.report import Run
 from pfedgpa_app.state import WriteError
@@ -87,13 +87,6 @@ def test_a_run_leaves_a_page_and_what_the_server_learned(tmp_path: Path):
         assert f"<h3>{title}" in page
 
 
-class Weights(nn.Module):
-    """The model of the learning sites."""
-
-    def state_dict(self, *args, **kwargs):
-        return weights(0.0)
-
-
 def run_with_errors_first(path: Path, monkeypatch: pytest.MonkeyPatch, error: Error) -> list[dict]:
     """Run the ServerApp among sites of which nobody trains in the first round; return the rows."""
     grid = learning_grid(first_id=10)
@@ -102,7 +95,7 @@ def run_with_errors_first(path: Path, monkeypatch: pytest.MonkeyPatch, error: Er
         grid.nodes[node] = lambda message, answer=answer, replies=replies: (
             next(replies, None) or answer(message)
         )
-    monkeypatch.setattr(app, "preflight", lambda config: Weights())
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
     settings = {"output-dir": str(path), "num-server-rounds": 2, "diffusion.train-steps": 5}
     main(grid, Context(1, 1, {}, RecordDict(), settings))
     return [json.loads(line) for line in (path / "1" / "metrics.jsonl").read_text().splitlines()]

@@ -14,6 +14,7 @@ from flwr.app import (
 from simulated_grid import Answer, SimulatedGrid, received, site, start, upload, weights
 
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
+from pfedgpa_app.model_spec import ModelSpec
 from server_app import roster as roster_module
 from server_app.roster import JoinTimeoutError, PartitionRoster, Roster
 from server_app.simulation import simulate
@@ -205,7 +206,7 @@ def test_what_clients_told_of_their_data_survives_a_checkpoint(strategy):
     grid = SimulatedGrid({1: telling(1.0, 5.0), 2: telling(2.0, 6.0, partition=[1, 2])})
     start(before, grid, num_rounds=1)
     after = strategy()
-    after.begin(weights(0.0))
+    after.begin(ModelSpec.of_state(weights(0.0)))
     after.restore(before.state())
     assert after.sites.keys() == {0, 1}
     for client, told in before.sites.items():
@@ -228,7 +229,7 @@ def configured(
     strategy: ClientwiseFedAvg, grid: SimulatedGrid
 ) -> tuple[list[Message], list[Message]]:
     """Return the training messages of a first round, and honest replies to them."""
-    strategy.begin(weights(0.0))
+    strategy.begin(ModelSpec.of_state(weights(0.0)))
     asked = list(strategy.configure_train(1, ArrayRecord(weights(0.0)), ConfigRecord(), grid))
     return asked, list(grid.send_and_receive(asked))
 
@@ -393,7 +394,7 @@ def test_onboarding_goes_on_after_a_restart():
     strategy = PFedGPA(diffusion=UNGUARDED, onboarding=OnboardingConfig(rounds=2))
     start(strategy, grid)
     again = PFedGPA(diffusion=UNGUARDED, onboarding=OnboardingConfig(rounds=2))
-    again.begin(weights(0.0))
+    again.begin(ModelSpec.of_state(weights(0.0)))
     again.restore(strategy.state())
     assert again.aggregator.bank.clients[7].rounds_onboarded == 1
     for client in range(8):

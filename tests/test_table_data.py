@@ -13,7 +13,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 from client_app.messages import evaluate_message, train_message
-from client_app.training import train
 from pfedgpa_app import cli
 from pfedgpa_app.arrays import FileError
 from pfedgpa_app.config import ClientConfig, Config, DataConfig
@@ -22,6 +21,7 @@ from pfedgpa_app.data.sources import Dataset
 from pfedgpa_app.images import read_images
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.training import train
 
 RNG = np.random.default_rng(0)
 TABLE = {

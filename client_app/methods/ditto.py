@@ -1,12 +1,10 @@
 """Ditto: a personal model beside the global one, which it is drawn to."""
 
-import copy
-
 from torch import Tensor, nn
 
 from client_app.methods.method import Method, Task, Trained
-from client_app.training import cross_entropy, proximal
 from pfedgpa_app.parameters import copy_of
+from pfedgpa_app.training import cross_entropy, proximal
 
 
 class Ditto(Method):
@@ -18,9 +16,7 @@ class Ditto(Method):
 
     def personal_model(self, task: Task) -> nn.Module:
         """Return the personal model, or what was received before there is one."""
-        model = copy.deepcopy(task.model)
-        model.load_state_dict(task.memory or task.received)
-        return model
+        return task.new_model(task.memory or task.received)
 
     def train(self, task: Task) -> Trained:
         """Train both models, and upload the global one."""

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from client_app.methods.method import Method, Task, Trained
-from client_app.training import cross_entropy, proximal
 from pfedgpa_app.parameters import copy_of
+from pfedgpa_app.training import cross_entropy, proximal
 
 
 class FedAMP(Method):

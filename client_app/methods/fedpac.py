@@ -6,10 +6,10 @@ from torch.nn import functional
 
 from client_app.methods.heads import logits_and_features, training_only
 from client_app.methods.method import Method, Task, Trained
-from client_app.training import Loss
 from pfedgpa_app.data import normalize
 from pfedgpa_app.evaluation import autocast
-from pfedgpa_app.parameters import StateDict, copy_of, head_names
+from pfedgpa_app.parameters import StateDict, copy_of
+from pfedgpa_app.training import Loss
 
 
 class FedPAC(Method):
@@ -26,7 +26,7 @@ class FedPAC(Method):
         settings, model, labels = task.config.fedpac, task.model, task.data.train_labels
         before = all_features(task)
         extras = head_statistics(before, labels, task.data.info.num_classes)
-        head = head_names(model.state_dict())
+        head = task.head.names
         body = [name for name, _ in model.named_parameters() if name not in head]
         rate, epochs = settings.head_learning_rate, settings.head_epochs
         with training_only(model, head):
@@ -47,7 +47,7 @@ def aligned(task: Task, features: Tensor) -> Loss:
         targets = torch.where(known, task.extras["class-means"], own["class-means"])
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        logits, features = logits_and_features(model, images)
+        logits, features = logits_and_features(model, task.head, images)
         value = functional.cross_entropy(logits.float() + task.offset, labels)
         if targets is not None:
             value = value + strength * functional.mse_loss(features.float(), targets[labels])
@@ -63,7 +63,7 @@ def all_features(task: Task) -> Tensor:
     data = task.data
     with autocast(data.train_images.device, task.config.client.precision):
         features = [
-            logits_and_features(task.model, normalize(batch, data.stats))[1]
+            logits_and_features(task.model, task.head, normalize(batch, data.stats))[1]
             for batch in data.train_images.split(512)
         ]
     return torch.cat(features).float()

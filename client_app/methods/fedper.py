@@ -3,7 +3,7 @@
 from torch import nn
 
 from client_app.methods.method import Method, Task, Trained
-from pfedgpa_app.parameters import copy_of, head_names
+from pfedgpa_app.parameters import copy_of
 
 
 class FedPer(Method):
@@ -21,7 +21,7 @@ class FedPer(Method):
         """Train everything and keep the head."""
         self.fit(task, self.personal_model(task))
         state = copy_of(task.model.state_dict())
-        task.memory = {name: state[name] for name in head_names(state)}
+        task.memory = {name: state[name] for name in task.head.names}
         shared = state | {name: task.received[name] for name in task.memory}
         return Trained(copy_of(shared), {})
 

@@ -5,7 +5,6 @@ from torch import nn
 from client_app.methods.fedper import FedPer
 from client_app.methods.heads import training_only
 from client_app.methods.method import Task
-from pfedgpa_app.parameters import head_names
 
 
 class FedRep(FedPer):
@@ -17,7 +16,7 @@ class FedRep(FedPer):
 
     def fit(self, task: Task, model: nn.Module) -> None:
         """Train head and body one after the other."""
-        head = head_names(model.state_dict())
+        head = task.head.names
         body = [name for name, _ in model.named_parameters() if name not in head]
         with training_only(model, head):
             task.fit(model, epochs=task.config.fedrep.head_epochs)

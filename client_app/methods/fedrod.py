@@ -6,20 +6,21 @@ from torch.nn import functional
 
 from client_app.methods.heads import logits_and_features
 from client_app.methods.method import Method, Task, Trained
-from pfedgpa_app.models import head_of
-from pfedgpa_app.parameters import StateDict, copy_of, head_names
+from pfedgpa_app.model_spec import Head
+from pfedgpa_app.parameters import StateDict, copy_of
 
 
 class TwoHeads(nn.Module):
     """A model whose logits get those of a personal head on the same features."""
 
-    def __init__(self, generic: nn.Module) -> None:
+    def __init__(self, generic: nn.Module, head: Head) -> None:
         super().__init__()
-        head = head_of(generic)
+        layer = generic.get_submodule(head.layer)
         self.generic = generic
-        has_bias = head.bias is not None
-        self.personal = nn.Linear(head.in_features, head.out_features, bias=has_bias)
-        self.personal.to(head.weight.device)
+        self.head = head
+        num_classes, dim = head.size
+        self.personal = nn.Linear(dim, num_classes, bias=layer.bias is not None)
+        self.personal.to(next(layer.parameters()).device)
         for parameter in self.personal.parameters():
             nn.init.zeros_(parameter)
 
@@ -28,7 +29,7 @@ class TwoHeads(nn.Module):
 
         The personal ones teach the personal head alone.
         """
-        logits, features = logits_and_features(self.generic, images)
+        logits, features = logits_and_features(self.generic, self.head, images)
         return logits, logits.detach() + self.personal(features.detach())
 
     def forward(self, images: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class FedRoD(Method):
 
     def personal_model(self, task: Task) -> nn.Module:
         """Return the model with both heads."""
-        model = TwoHeads(task.model)
+        model = TwoHeads(task.model, task.head)
         if task.memory:
             model.personal.load_state_dict(task.memory)
         return model
@@ -56,9 +57,11 @@ class FedRoD(Method):
     def personal_state(self, task: Task) -> StateDict:
         """Return the model with one head, the sum of both."""
         state = copy_of(task.model.state_dict())
-        prefix = head_names(state)[0].rpartition(".")[0]
+        layer = task.head.layer
         for name, tensor in task.memory.items():
-            state[f"{prefix}.{name}" if prefix else name] += tensor.cpu()
+            whole = f"{layer}.{name}" if layer else name
+            summed = state[whole] + tensor.cpu()
+            state |= dict.fromkeys(task.spec.with_aliases([whole]), summed)
         return state
 
     def train(self, task: Task) -> Trained:

@@ -1,12 +1,13 @@
 """Floco: heads are points of a simplex, of which each client trains its own region."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from client_app.methods.method import Method, Task, Trained
-from pfedgpa_app.models import head_of
-from pfedgpa_app.parameters import StateDict, copy_of, head_names
+from pfedgpa_app.parameters import StateDict, copy_of
 
 
 class Simplex(nn.Module):
@@ -16,6 +17,8 @@ class Simplex(nn.Module):
     ----------
     model
         Ends in a linear layer.
+    weight_names
+        All names of this layer's weight.
     endpoints
         ``(num_endpoints, num_classes, dim)``.
     center
@@ -29,14 +32,14 @@ class Simplex(nn.Module):
     def __init__(
         self,
         model: nn.Module,
+        weight_names: Sequence[str],
         endpoints: Tensor,
         center: Tensor,
         radius: float | None,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        head_of(model)
-        self.weight_name = head_names(model.state_dict())[0]
+        self.weight_names = weight_names
         self.model = model
         self.endpoints = nn.Parameter(endpoints)
         self.center = center
@@ -47,14 +50,17 @@ class Simplex(nn.Module):
         """Return the logits of the center, or of a random point of the region in training."""
         point = self._sample() if self.training else self.center
         weight = torch.tensordot(point.to(self.endpoints), self.endpoints, dims=1)
-        logits: Tensor = functional_call(self.model, {self.weight_name: weight}, (images,))
+        logits: Tensor = functional_call(self.model, self._state(weight), (images,))
         return logits
 
     def state_at_center(self) -> StateDict:
         """Return the model at the client's point, with one head."""
         endpoints = self.endpoints.detach()
         weight = torch.tensordot(self.center.to(endpoints), endpoints, dims=1)
-        return copy_of(self.model.state_dict() | {self.weight_name: weight})
+        return copy_of(self.model.state_dict() | self._state(weight))
+
+    def _state(self, weight: Tensor) -> StateDict:
+        return dict.fromkeys(self.weight_names, weight)
 
     def _sample(self) -> Tensor:
         size = len(self.center)
@@ -78,6 +84,7 @@ class Floco(Method):
             extras = task.extras
             self.simplex = Simplex(
                 task.model,
+                task.head.weights,
                 extras["endpoints"].clone(),
                 extras["center"],
                 task.config.floco.radius if bool(extras["has-region"]) else None,

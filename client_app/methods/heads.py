@@ -1,26 +1,27 @@
-"""The head of a model: its last layer, which maps features to logits."""
+"""The head of a model: the layer that maps features to logits."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from pfedgpa_app.models import head_of
+from pfedgpa_app.model_spec import Head
 
 
-def logits_and_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def logits_and_features(model: nn.Module, head: Head, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return a model's logits ``(n, num_classes)`` and the inputs of its head, ``(n, dim)``."""
     inputs: list[Tensor] = []
-    handle = head_of(model).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    layer = model.get_submodule(head.layer)
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
         logits = model(images)
     finally:
         handle.remove()
-    return logits, inputs[0]
+    return logits, inputs[-1]
 
 
 @contextmanager
-def training_only(model: nn.Module, names: list[str]) -> Iterator[None]:
+def training_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Keep all parameters as they are but those of these names."""
     frozen = [
         parameter

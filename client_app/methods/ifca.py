@@ -39,7 +39,9 @@ class IFCA(Method):
 
     def _models(self, task: Task) -> dict[int, StateDict]:
         received = {int(task.extras["received"]): task.received}
-        return received | states_below("cluster", task.extras)
+        others = states_below("cluster", task.extras)
+        # What never changes may be left out of messages.
+        return received | {number: task.received | state for number, state in others.items()}
 
     def _loss(self, task: Task) -> float:
         data, precision = task.data, task.config.client.precision

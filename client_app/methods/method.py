@@ -1,18 +1,26 @@
 """What a client does with the model that it is sent: plain local training, by default."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from client_app.training import Loss, cross_entropy, train
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData
 from pfedgpa_app.evaluation import Evaluation, evaluate
+from pfedgpa_app.model_spec import (
+    Head,
+    ModelError,
+    ModelSpec,
+    changes_in_training,
+    find_head,
+)
 from pfedgpa_app.parameters import StateDict, copy_of
 from pfedgpa_app.privacy import Ledger, Uniform, cost_of_round, private_update, secure_uniform
+from pfedgpa_app.training import Loss, cross_entropy, train
 
 
 @dataclass
@@ -41,6 +49,8 @@ class Task:
         What the client's uploads have told so far of its data, where they are private.
     uniform
         Draws what makes them private.
+    build
+        Makes the configured model anew, on the CPU.
     """
 
     model: nn.Module
@@ -51,8 +61,37 @@ class Task:
     offset: Tensor
     memory: StateDict
     generator: torch.Generator
+    build: Callable[[], nn.Module]
     ledger: Ledger = field(default_factory=Ledger)
     uniform: Uniform = secure_uniform
+
+    def new_model(self, state: StateDict) -> nn.Module:
+        """Return another model, with the parameters of a state_dict.
+
+        It is built, since not every model that was trained can be copied.
+        """
+        model = self.build().to(self.data.train_images.device)
+        model.load_state_dict(state)
+        return model
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """What of the model trains."""
+        return ModelSpec.of(self.build())
+
+    @cached_property
+    def head(self) -> Head:
+        """The layer that makes the logits.
+
+        Raises
+        ------
+        ModelError
+            If there is none.
+        """
+        head = find_head(self.build(), self.data.info)
+        if head is None:
+            raise ModelError("the model has no layer that makes the logits")
+        return head
 
     def fit(
         self,
@@ -97,7 +136,11 @@ class Task:
             return state
         cost = cost_of_round(privacy, self.config.client, len(self.data.train_labels))
         self.ledger = self.ledger.after(*cost)
-        private = private_update(state, copy_of(self.received), privacy, self.uniform)
+        received = copy_of(self.received)
+        private = private_update(state, received, self.spec, privacy, self.uniform)
+        derived = changes_in_training(self.build, self.data.info).derived
+        if derived is not None:
+            private = derived.refreshed(private)
         self.model.load_state_dict(private)
         return private
 

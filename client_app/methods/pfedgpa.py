@@ -1,6 +1,5 @@
 """pFedGPA's clients: FedAvg's, who tell now and then how far two halves of their images agree."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -50,8 +49,7 @@ def _halves(task: Task) -> Iterator[Fit]:
     if len(order) < 4:
         return
     for number, rows in enumerate(order.to(data.train_labels.device).tensor_split(2)):
-        model = copy.deepcopy(task.model)
-        model.load_state_dict(layout.merge(start, rest))
+        model = task.new_model(layout.merge(start, rest))
         half = data._replace(
             train_images=data.train_images[rows], train_labels=data.train_labels[rows]
         )
@@ -78,6 +76,6 @@ def _half_moves(task: Task, models: Sequence[nn.Module]) -> Tensor:
 
 def _start(task: Task) -> tuple[ParameterLayout, Tensor]:
     """Return the layout of the generated parameters, and those from which the halves start."""
-    layout = ParameterLayout.of(task.received, task.config.diffusion.patterns)
+    layout = task.spec.layout(task.config.diffusion.patterns)
     common = task.extras[COMMON]
     return layout, common if len(common) else layout.split(task.received)[0]

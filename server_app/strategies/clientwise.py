@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any, Self
 
@@ -19,10 +20,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import RoundRecord
-from server_app.messages import draw, make_messages, num_bytes, shared_metrics
+from server_app.messages import FINGERPRINT, draw, make_messages, num_bytes, shared_metrics
 from server_app.outliers import outliers
 from server_app.replies import ReplyError, Upload, read_metrics, read_spent, read_upload
 from server_app.roster import Roster, by_addressee
@@ -120,7 +122,11 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
     ) -> Result:
         """Run all rounds, as Flower's `FedAvg` does; with `begin`, if it was not called before."""
         if not self.has_begun:
-            self.begin(initial_arrays.to_torch_state_dict())
+            initial = initial_arrays.to_torch_state_dict()
+            if self.model is None:
+                self.begin(ModelSpec.of_state(initial))
+            else:
+                self.begin(ModelSpec.of(self.model, initial))
         self._last_round = self.completed_rounds + num_rounds
         return super().start(
             grid,
@@ -256,12 +262,17 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         config: ConfigRecord,
     ) -> list[Message]:
         """Make a message a client, and take note of whom each is for."""
+        spec, layout = self.global_model.spec, self.global_model.layout
         config = ConfigRecord({**config, "server-round": self.record.server_round})
+        if not spec.sends_fixed:
+            config[FINGERPRINT] = spec.fingerprint
 
         def contents(arrays: ArrayRecord) -> dict[str, ArrayRecord | ConfigRecord]:
             return {self.arrayrecord_key: arrays, self.configrecord_key: config}
 
-        messages = make_messages(kind, self.roster, clients, states, extras_of, contents)
+        messages = make_messages(
+            kind, self.roster, clients, states, extras_of, layout.to_send, contents
+        )
         self.record.bytes_down += sum(map(num_bytes, messages))
         # Flower writes the ids of the messages into their metadata when it sends them.
         self._addressees = [message.metadata for message in messages]
@@ -295,7 +306,8 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
             except ReplyError as error:
                 self._refuse(client, str(error))
                 continue
-            uploads[client], sizes[client] = upload, num_bytes(reply)
+            state = self.global_model.spec.refreshed(upload.state)
+            uploads[client], sizes[client] = replace(upload, state=state), num_bytes(reply)
         names = [entry.name for entry in self.extras_layout.entries] if self.extras_layout else []
         for client, reason in outliers(uploads, self.average, names).items():
             self._refuse(client, reason)

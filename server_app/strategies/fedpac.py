@@ -9,7 +9,8 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.parameters import ParameterLayout, StateDict, head_names, weighted_average
+from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.momentum import Momentum
 from server_app.replies import ReplyError, Upload
@@ -58,11 +59,11 @@ class FedPAC(FedAvgFT):
         """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
         return super().of(config, judged=config.fedpac.judged, **kwargs)
 
-    def begin(self, state: StateDict) -> None:
+    def begin(self, spec: ModelSpec) -> None:
         """Take note of the head's size."""
-        super().begin(state)
-        # The weights of a linear layer; clients say so where a head is something else.
-        num_classes, dim = state[head_names(state)[0]].flatten(1).shape
+        super().begin(spec)
+        head = spec.linear_head
+        self.head_names, (num_classes, dim) = head.names, head.size
         self.extras_layout = ParameterLayout.of(
             {
                 "class-means": torch.zeros(num_classes, dim),
@@ -100,15 +101,19 @@ class FedPAC(FedAvgFT):
         """Combine the heads and the classes' means."""
         super().learn(server_round, uploads)
         self._learn_means([upload.extras for upload in uploads.values()])
-        names = head_names(self.average)
-        heads = [{name: upload.state[name] for name in names} for upload in uploads.values()]
+        heads = [
+            {name: upload.state[name] for name in self.head_names} for upload in uploads.values()
+        ]
         weighted = torch.stack([upload.extras["weighted-means"] for upload in uploads.values()])
         variances = torch.cat([upload.extras["variance"] for upload in uploads.values()])
         for row, client in enumerate(uploads):
             shares = head_shares(weighted, variances, row)
             combined = weighted_average(heads, shares.tolist())
-            head = self.heads.setdefault(client, Head(combined, Momentum(self.momentum)))
+            head = self.heads.setdefault(client, Head(combined, self._new_momentum()))
             head.move_to(combined)
+
+    def _new_momentum(self) -> Momentum:
+        return Momentum(self.momentum, self.global_model.spec.trained)
 
     def _learn_means(self, extras: list[StateDict]) -> None:
         counts = torch.stack([each["class-counts"] for each in extras])
@@ -123,7 +128,9 @@ class FedPAC(FedAvgFT):
     def training_state(self, client: int) -> StateDict:
         """Return the average with the client's head."""
         head = self.heads.get(client)
-        return self.average | (head.state if head else {})
+        if head is None:
+            return self.average
+        return self.global_model.spec.refreshed(self.average | head.state)
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return what the client made of it, or what it would be sent."""
@@ -145,7 +152,7 @@ class FedPAC(FedAvgFT):
         super().restore(tensors)
         self.means = below("means", tensors)
         self.heads = {
-            client: Head(state, Momentum(self.momentum))
+            client: Head(state, self._new_momentum())
             for client, state in states_below("head", tensors).items()
         }
         for client, velocity in states_below("head-momentum", tensors).items():

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.parameters import ParameterLayout, StateDict, head_names, weighted_average
+from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import below, under
 from server_app.momentum import Momentum
@@ -43,7 +44,7 @@ class Floco(ClientwiseFedAvg):
         self.num_endpoints = num_endpoints
         self.projection_round = projection_round
         self.endpoints = torch.empty(0)
-        self.endpoint_momentum = Momentum(self.momentum)
+        self.endpoint_momentum = Momentum(self.momentum, {"endpoints"})
         self.updates: dict[int, Tensor] = {}
         self.points: dict[int, Tensor] = {}
 
@@ -58,11 +59,11 @@ class Floco(ClientwiseFedAvg):
             **kwargs,
         )
 
-    def begin(self, state: StateDict) -> None:
+    def begin(self, spec: ModelSpec) -> None:
         """Draw the endpoints."""
-        super().begin(state)
-        self.weight_name = head_names(state)[0]
-        num_classes, dim = state[self.weight_name].flatten(1).shape
+        super().begin(spec)
+        head = spec.linear_head
+        self.weight_names, (num_classes, dim) = head.weights, head.size
         generator = make_generator(self.seed, "endpoints")
         draws = torch.randn(self.num_endpoints, num_classes, dim, generator=generator)
         self.endpoints = draws * (2 / (num_classes + dim)) ** 0.5
@@ -96,7 +97,7 @@ class Floco(ClientwiseFedAvg):
     def evaluation_state(self, client: int) -> StateDict:
         """Return the average with the head at the client's point."""
         weight = torch.tensordot(self._point(client), self.endpoints, dims=1)
-        return self.average | {self.weight_name: weight}
+        return self.average | dict.fromkeys(self.weight_names, weight)
 
     def training_state(self, client: int) -> StateDict:
         """Return the same."""

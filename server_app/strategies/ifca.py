@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import below, states_below, states_under, under
@@ -32,7 +33,8 @@ class IFCA(ClientwiseFedAvg):
     def __init__(self, *, num_clusters: int = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.clusters: dict[int, StateDict] = {}
-        self.momenta = [Momentum(self.momentum) for _ in range(num_clusters)]
+        self.num_clusters = num_clusters
+        self.momenta: list[Momentum] = []
         self.choices: dict[int, int] = {}
 
     @classmethod
@@ -40,26 +42,31 @@ class IFCA(ClientwiseFedAvg):
         """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
         return super().of(config, num_clusters=config.ifca.num_clusters, **kwargs)
 
-    def begin(self, state: StateDict) -> None:
+    def begin(self, spec: ModelSpec) -> None:
         """Draw the clusters' initial models."""
-        super().begin(state)
+        super().begin(spec)
+        self.momenta = [Momentum(self.momentum, spec.trained) for _ in range(self.num_clusters)]
         layout = self.global_model.layout
-        vector, rest = layout.split(state)
+        vector, rest = layout.split(spec.initial)
         sizes = [entry.numel for entry in layout.generated]
-        self.clusters = {0: state}
-        for cluster in range(1, len(self.momenta)):
+        self.clusters = {0: spec.initial}
+        for cluster in range(1, self.num_clusters):
             generator = make_generator(self.seed, "cluster", cluster)
             shuffled = [
                 piece[torch.randperm(len(piece), generator=generator)]
                 for piece in vector.split(sizes)
             ]
-            self.clusters[cluster] = layout.merge(torch.cat(shuffled), rest)
-        self.extras_layout = ParameterLayout.of({"choice": torch.zeros(len(self.momenta))})
+            self.clusters[cluster] = spec.refreshed(layout.merge(torch.cat(shuffled), rest))
+        self.extras_layout = ParameterLayout.of({"choice": torch.zeros(self.num_clusters)})
 
     def extras(self, client: int) -> StateDict:
         """Return the number of the cluster whose model it is sent, and the others' models."""
         own = self.choices.get(client, 0)
-        others = {number: state for number, state in self.clusters.items() if number != own}
+        others = {
+            number: self.global_model.layout.to_send(state)
+            for number, state in self.clusters.items()
+            if number != own
+        }
         return {"received": torch.tensor(own)} | states_under("cluster", others)
 
     def check(self, client: int, upload: Upload) -> None:
@@ -88,7 +95,8 @@ class IFCA(ClientwiseFedAvg):
             if members:
                 weights = [upload.num_examples for upload in members]
                 average = weighted_average([upload.state for upload in members], weights)
-                self.clusters[cluster] = momentum.step(self.clusters[cluster], average)
+                moved = momentum.step(self.clusters[cluster], average)
+                self.clusters[cluster] = self.global_model.spec.refreshed(moved)
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the model of the cluster that a client last chose, at first that of the first."""

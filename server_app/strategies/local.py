@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.replies import Upload
@@ -16,10 +17,10 @@ class Local(ClientwiseFedAvg):
         self.initial: StateDict = {}
         self.uploads: dict[int, StateDict] = {}
 
-    def begin(self, state: StateDict) -> None:
+    def begin(self, spec: ModelSpec) -> None:
         """Keep the initial model."""
-        super().begin(state)
-        self.initial = state
+        super().begin(spec)
+        self.initial = spec.initial
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""

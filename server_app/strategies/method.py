@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.rounds import Row
 from pfedgpa_app.state import states_below, states_under
@@ -28,6 +30,9 @@ class ServerMethod:
         Fixes all that the strategy draws at random.
     momentum : float
         Part of its last step by which the average goes on.
+    model : torch.nn.Module, optional
+        The clients' model, if `start` shall know what of it trains. Without it everything of
+        floating point does, but the statistics of normalization layers.
     **kwargs : Any
         The arguments of what comes next in the order of classes, Flower's `FedAvg`.
 
@@ -55,26 +60,33 @@ class ServerMethod:
     global_model: GlobalModel
 
     def __init__(
-        self, *, generated_layers: Sequence[str], seed: int, momentum: float, **kwargs: Any
+        self,
+        *,
+        generated_layers: Sequence[str],
+        seed: int,
+        momentum: float,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.generated_layers = tuple(generated_layers)
         self.seed = seed
         self.momentum = momentum
+        self.model = model
         self.has_begun = False
         self.extras_layout: ParameterLayout | None = None
         self.sites: dict[int, StateDict] = {}
         self.unusual: dict[int, str] = {}
 
-    def begin(self, state: StateDict) -> None:
-        """Make all that depends on the initial model, whose tensors are in the vectors' order.
+    def begin(self, spec: ModelSpec) -> None:
+        """Make all that depends on the clients' model, whose tensors are in the vectors' order.
 
         Raises
         ------
         ParameterError
             If a pattern takes no tensor of it, or nothing would be generated.
         """
-        self.global_model = GlobalModel(state, self.generated_layers, self.momentum)
+        self.global_model = GlobalModel(spec, self.generated_layers, self.momentum)
         self.has_begun = True
 
     @property

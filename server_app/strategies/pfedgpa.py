@@ -12,6 +12,7 @@ from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import SKETCH
 from pfedgpa_app.guard import unusual
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.rounds import Row
 from pfedgpa_app.state import below, under
@@ -119,11 +120,11 @@ class PFedGPA(ClientwiseFedAvg):
             **kwargs,
         )
 
-    def begin(self, state: StateDict) -> None:
+    def begin(self, spec: ModelSpec) -> None:
         """Make the aggregator for the initial model."""
-        super().begin(state)
+        super().begin(spec)
         self.aggregator = GenerativeAggregator(
-            self.global_model.vector(state),
+            self.global_model.vector(spec.initial),
             self.diffusion,
             self.onboarding,
             seed=self.seed,

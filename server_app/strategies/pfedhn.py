@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
 from pfedgpa_app.state import below, under
@@ -50,7 +51,7 @@ class PFedHN(ClientwiseFedAvg):
         """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
         return super().of(config, settings=config.pfedhn, **kwargs)
 
-    def begin(self, state: StateDict) -> None:
+    def begin(self, spec: ModelSpec) -> None:
         """Build the hypernetwork of a model.
 
         Raises
@@ -58,7 +59,7 @@ class PFedHN(ClientwiseFedAvg):
         ConfigError
             If it would be too large.
         """
-        super().begin(state)
+        super().begin(spec)
         settings, dim = self.settings, self.global_model.layout.dim
         size = settings.hidden_size
         num_weights = size * (dim + settings.hidden_layers * size)
