@@ -15,6 +15,7 @@ import typer
 from pfedgpa_app.commands_runs import runs_app
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.console import OneLineErrors, OutputDir, RunArgument, fail, read_run
+from pfedgpa_app.files import read_toml
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.watch import watch
 
@@ -233,9 +234,9 @@ def _load(file: Path | None, overrides: list[str]) -> Config:
     flat: dict[str, Any] = {}
     try:
         if file is not None:
-            flat |= flatten(tomllib.loads(file.read_text()))
-        for override in overrides:
-            flat |= flatten(tomllib.loads(override))
+            flat |= flatten(read_toml(file))
+        for override in overrides:  # UTF-8 too, whatever the locale
+            flat |= flatten(tomllib.loads(os.fsencode(override).decode()))
         return Config.from_flat(flat)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
+from pfedgpa_app.files import native_path, read_text, read_toml
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
 from pfedgpa_app.section import Count, Section
@@ -109,7 +110,7 @@ class Suite(Section):
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise SuiteError("\n  ".join([f"{file} is no suite:", *wrong])) from error
-        base = _read_toml(file.parent / suite.base) if suite.base else {}
+        base = _read_toml(file.parent / native_path(suite.base)) if suite.base else {}
         if (suite.targets or suite.horizons) and not suite.curve:
             raise SuiteError(
                 f"{file}: targets and horizons need every round; right would be curve = true"
@@ -229,7 +230,7 @@ class Suite(Section):
 
 def _read_toml(file: Path) -> Settings:
     try:
-        return tomllib.loads(file.read_text())
+        return read_toml(file)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SuiteError(f"{file} is not TOML: {error}; right would be as in conf/") from error
 
@@ -263,7 +264,7 @@ class BenchRun:
     def result(self, folder: Path) -> Result | None:
         """Return what an earlier call found, None if there is nothing whole."""
         try:
-            result: Result = json.loads(self.file(folder).read_text())
+            result: Result = json.loads(read_text(self.file(folder)))
         except (OSError, ValueError):
             return None
         return result
@@ -348,7 +349,7 @@ class BenchRun:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                part.write_text(json.dumps(result))
+                part.write_text(json.dumps(result), encoding="utf-8")
                 part.replace(file)
             finally:
                 part.unlink(missing_ok=True)

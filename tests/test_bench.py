@@ -206,7 +206,7 @@ def test_a_run_says_why_it_failed_where_no_traceback_can_be_written(
 ):
     run = replace(Suite.read(suite).runs()[0], judged_rounds=0)
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fail)
