@@ -4,8 +4,9 @@ import json
 import os
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -206,10 +207,12 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
     from pfedgpa_app.images import find_files, read_images
 
     data = model.config.data
-    images = read_images(
-        find_files(paths), data.info.shape, lambda note: print(note, file=sys.stderr)
-    )
-    while batch := list(islice(images, 256)):
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    images = read_images(find_files(paths, note), data.info.shape, note)
+    for batch in _batches(images, 256):
         probabilities = model.predict(torch.stack([image for _, image in batch]))
         best, classes = probabilities.max(dim=1)
         rows = zip(batch, classes.tolist(), best.tolist(), probabilities.tolist(), strict=True)
@@ -219,6 +222,15 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
                 print(json.dumps(result | {"probability": probability, "probabilities": row}))
             else:
                 print(f"{name}\t{data.classes[label]}\t{probability:.4f}")
+
+
+def _batches(
+    images: Iterable[tuple[str, torch.Tensor]], size: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Yield images of one type together, since floats beside bytes would all become floats."""
+    for _, alike in groupby(images, lambda each: each[1].dtype):
+        while batch := list(islice(alike, size)):
+            yield batch
 
 
 def _print_evaluation(model: "ExportedModel", as_json: bool) -> None:
