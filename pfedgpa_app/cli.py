@@ -16,7 +16,7 @@ import typer
 from pfedgpa_app.commands_runs import runs_app
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.console import OneLineErrors, OutputDir, RunArgument, fail, read_run
-from pfedgpa_app.files import read_toml
+from pfedgpa_app.files import read_toml, text_of
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.watch import watch
 
@@ -218,7 +218,7 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
         rows = zip(batch, classes.tolist(), best.tolist(), probabilities.tolist(), strict=True)
         for (name, _), label, probability, row in rows:
             if as_json:
-                result = {"file": name, "class": label, "class-name": data.classes[label]}
+                result = {"file": text_of(name), "class": label, "class-name": data.classes[label]}
                 print(json.dumps(result | {"probability": probability, "probabilities": row}))
             else:
                 print(f"{name}\t{data.classes[label]}\t{probability:.4f}")

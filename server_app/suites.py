@@ -6,6 +6,7 @@ import os
 import platform
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
-from pfedgpa_app.files import native_path, read_text, read_toml
+from pfedgpa_app.files import composed, native_path, quoted, read_text, read_toml
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
 from pfedgpa_app.section import Count, Section
@@ -120,6 +121,12 @@ class Suite(Section):
             right = ", ".join(sorted(known))
             raise SuiteError(f"{file}: measures has {unknown}; right would be some of {right}")
         for name, each in (("cases", suite.cases), ("rows", suite.rows)):
+            look_alike = [key for key, n in Counter(map(composed, each)).items() if n > 1]
+            if look_alike:
+                raise SuiteError(
+                    f"{file}: {name} has {quoted(look_alike[0])} twice, in two forms of Unicode; "
+                    "right would be two names"
+                )
             for key, of_key in each.items():
                 for setting in RESERVED | ({"clients"} if name == "rows" else set()):
                     if setting in dict(flatten(of_key)):
@@ -232,7 +239,9 @@ def _read_toml(file: Path) -> Settings:
     try:
         return read_toml(file)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SuiteError(f"{file} is not TOML: {error}; right would be as in conf/") from error
+        raise SuiteError(
+            f"{file} is not TOML: {error}; right would be as in conf/, in UTF-8"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,9 @@ def test_a_site_and_its_predictions_are_the_same_where_the_locale_is_ascii(tmp_p
     assert done.stderr == b""
     first = done.stdout.splitlines()[0].split(b"\t")
     assert first == [os.fsencode(folder.relative_to(tmp_path) / "ä0.png"), b"na?ve", b"1.0000"]
+    line = f"predict model {folder.relative_to(tmp_path)} --json"
+    result = json.loads(in_ascii(COMMANDS, line, folder=tmp_path).stdout.splitlines()[0])
+    assert result["file"] == str(folder.relative_to(tmp_path) / "ä0.png")
     script = """
 from pathlib import Path
 from pfedgpa_app.config import Config

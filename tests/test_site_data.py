@@ -152,8 +152,11 @@ def test_a_class_with_a_comma_stands_in_quotes(tmp_path: Path):
     wrong = DataConfig(dataset="sites", shape="1x6x4", class_names="right,left, upper")
     with pytest.raises(DataError, match=r'comma stands there in double quotes: "left, upper"'):
         site_data(tmp_path, wrong, 0)
+    (tmp_path / "right" / ".thumbnails").mkdir(parents=True)
     config = wrong.model_copy(update={"class_names": 'right, "left, upper"'})
-    assert site_data(tmp_path, config, 0).train_labels.tolist() == [1, 1, 1]
+    notes: list[str] = []
+    assert site_data(tmp_path, config, 0, notes.append).train_labels.tolist() == [1, 1, 1]
+    assert notes == [f'{tmp_path / "right"}: class "right" has no pictures']
 
 
 def test_a_class_that_would_be_passed_over_is_refused(tmp_path: Path):
@@ -317,6 +320,22 @@ def test_what_is_wrong_with_arrays_is_said(tmp_path: Path, fault: str):
     np.savez(tmp_path / "scans.npz", **arrays)
     with pytest.raises(DataError, match=message):
         site_data(tmp_path / "scans.npz", CONFIG, 0)
+
+
+def test_a_folder_of_a_class_that_may_not_be_read_is_not_passed_over(
+    together: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pictures(together / "benign" / "old", 3, first=50)
+    scandir = os.scandir
+
+    def forbidden(path: str) -> object:
+        if str(path).endswith("old"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(DataError, match=r"Permission denied: .*old"):
+        site_data(together, CONFIG, 0)
 
 
 def test_a_folder_that_may_not_be_read_is_an_error_of_the_data(

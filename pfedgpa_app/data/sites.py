@@ -90,6 +90,8 @@ def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
             )
         if found.others:
             note(f"{class_folder}: passed over: {counted(found.others)}")
+        if not found.pictures:
+            note(f"{class_folder}: class {quoted(name)} has no pictures")
         images += [read_picture(file, channels, size) for file in found.pictures]
         labels += [config.classes.index(name)] * len(found.pictures)
     if not images:
