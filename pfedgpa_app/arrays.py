@@ -22,8 +22,6 @@ from pfedgpa_app.sections import by_x
 MAX_BYTES = 8 * 2**30
 # What numpy's file format puts before the data, generously.
 MAX_HEADER_BYTES = 4096
-
-
 # Of a feature's range, how much of it float32 may lose.
 _MAX_LOSS = 1e-3
 # Entries of a table that are looked at together.

@@ -97,20 +97,21 @@ def find_files(
         If there is no such file, its suffix tells of no images, or a folder has no pictures.
     """
     paths, files = list(paths), list[Path]()
+    arrays = {path for path in paths if path.suffix.lower() == ".npz"}
     for path in paths:
         if not path.exists():
             raise FileError(f"{path}: no such file")
-        inside = set(path.iterdir()) if path.is_dir() else set()
-        arrays = {given for given in paths if given.suffix.lower() == ".npz"}
-        found, others = sort_out(inside - arrays), ""
-        if found.others:
-            others = f" ({counted(found.others)})"
-            note(f"{path}: passed over: {counted(found.others)}")
-        if path.suffix.lower() in SUFFIXES and not path.is_dir():
-            found.pictures.append(path)
-        if not found.pictures:
-            raise FileError(f"{path}: no images{others}; right would be {', '.join(SUFFIXES)}")
-        files += found.pictures
+        if path.is_dir():
+            pictures, others = sort_out(set(path.iterdir()) - arrays)
+        else:
+            is_one = path.suffix.lower() in SUFFIXES
+            pictures, others = [path] if is_one else [], Counter()
+        if not pictures:
+            there = f" ({counted(others)})" if others else ""
+            raise FileError(f"{path}: no images{there}; right would be {', '.join(SUFFIXES)}")
+        if others:
+            note(f"{path}: passed over: {counted(others)}")
+        files += pictures
     return files
 
 
