@@ -128,7 +128,9 @@ class Federation(Network):
         found = []
         for process in with_descendants(self.processes[name].pid)[1:]:
             with contextlib.suppress(OSError):
-                if f"/{program}\0" in Path(f"/proc/{process}/cmdline").read_text():
+                if f"/{program}\0" in Path(f"/proc/{process}/cmdline").read_text(
+                    encoding="utf-8", errors="replace"
+                ):
                     found.append(process)
         return found
 
@@ -148,7 +150,9 @@ class Federation(Network):
     def flwr(self, *arguments: str | Path) -> str:
         """Return what a `flwr` command prints."""
         command = ["flwr", *arguments]
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, encoding="utf-8", check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -258,10 +262,10 @@ def copy_app(folder: Path, client_app: str) -> Path:
         shutil.copytree(
             PROJECT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
         )
-    settings = (PROJECT / "pyproject.toml").read_text()
+    settings = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
     falsified = settings.replace('clientapp = "client_app.app:app"', f'clientapp = "{client_app}"')
     assert falsified != settings
-    (folder / "pyproject.toml").write_text(falsified)
+    (folder / "pyproject.toml").write_text(falsified, encoding="utf-8")
     for name in ("README.md", "LICENSE"):
         shutil.copy(PROJECT / name, folder)
     return folder

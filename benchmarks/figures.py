@@ -137,7 +137,7 @@ def read(name: str, table: str) -> Panels:
 
 def cells_of(name: str, table: str) -> list[dict[str, str]]:
     """Return the cells of a table of docs/results."""
-    with (DOCS / "results" / name).open(newline="") as stream:
+    with (DOCS / "results" / name).open(newline="", encoding="utf-8-sig") as stream:
         return [cell for cell in csv.DictReader(stream) if cell["table"] == table]
 
 

@@ -53,7 +53,7 @@ def measure(clients: int, members: int, bank: str, dim: int = DIM) -> dict[str, 
     """
     row = [f"--clients={clients}", f"--members={members}", f"--bank={bank}", f"--dim={dim}"]
     command = [sys.executable, "-m", "benchmarks.many_clients", *row]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     result: dict[str, float] = json.loads(done.stdout)

@@ -73,7 +73,7 @@ class Network:
 
     def log(self, name: str) -> str:
         """Return what a process has written so far."""
-        return (self.folder / f"{name}.log").read_text(errors="replace")
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def run_folder(self) -> Path | None:
         """Return the folder of the latest run."""
@@ -112,7 +112,9 @@ def configure_connection(folder: Path, port: int, security: str) -> None:
     """Write how `flwr run . test` reaches the SuperLink."""
     file = folder / "flwr" / "config.toml"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(f'[superlink.test]\naddress = "127.0.0.1:{port}"\n{security}\n')
+    file.write_text(
+        f'[superlink.test]\naddress = "127.0.0.1:{port}"\n{security}\n', encoding="utf-8"
+    )
 
 
 def free_port() -> int:
@@ -145,7 +147,7 @@ def wait_until(holds: Callable[[], bool], timeout: float = 120, pause: float = 0
 def read_lines(folder: Path | None, name: str = "metrics.jsonl") -> list[dict]:
     """Return the whole lines of a file of JSON lines."""
     file = folder and folder / name
-    text = file.read_text() if file and file.exists() else ""
+    text = file.read_text(encoding="utf-8") if file and file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -157,7 +159,7 @@ def end_all(processes: Iterable[subprocess.Popen[bytes]], folder: Path, *, show_
         process.wait()
     if show_logs:
         for file in sorted(folder.glob("*.log")):
-            print(f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}")
+            print(f"--- {file.name}\n{file.read_text(encoding='utf-8', errors='replace')[-3000:]}")
 
 
 def kill_with_descendants(*processes: int) -> list[int]:
@@ -180,6 +182,8 @@ def with_descendants(*processes: int) -> list[int]:
 
 def parents() -> dict[int, int]:
     """Return the parent of every process that has not ended, with all its threads."""
-    listing = subprocess.check_output(["ps", "-e", "-o", "pid=,ppid=,state=,nlwp="], text=True)
+    listing = subprocess.check_output(
+        ["ps", "-e", "-o", "pid=,ppid=,state=,nlwp="], text=True, encoding="utf-8"
+    )
     rows = (line.split() for line in listing.splitlines())
     return {int(row[0]): int(row[1]) for row in rows if row[2] != "Z" or int(row[3]) > 1}

@@ -101,7 +101,7 @@ def main(
         tables.append(Table(f"{name}: rounds since joining", headings, cells, note))
         print(tables[-1].markdown(), flush=True)
     if results:
-        results.write_text(CSV_HEAD + "".join(table.csv() for table in tables))
+        results.write_text(CSV_HEAD + "".join(table.csv() for table in tables), encoding="utf-8")
 
 
 def curve(file: Path, case: Case, method: str, join_round: int, rounds: int, seed: int) -> Curve:

@@ -26,6 +26,7 @@ from benchmarks.faults import (
 )
 from benchmarks.network import read_lines, wait_until
 from pfedgpa_app.figures import ACCURACY, COLOURS, drawing, in_percent
+from pfedgpa_app.files import read_text
 
 CLIENTS = 4
 ROUNDS = 6
@@ -176,7 +177,7 @@ def main(
     results.parent.mkdir(parents=True, exist_ok=True)
     for name, case in CASES.items():
         if name.startswith(cases) and name not in read(results):
-            with results.open("a") as file:
+            with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"case": name, **measure(case)}) + "\n")
             print(f"{name}: done", flush=True)
     done = read(results)
@@ -187,7 +188,7 @@ def main(
 
 def read(results: Path) -> dict[str, Result]:
     """Return the results so far by case."""
-    lines = results.read_text().splitlines() if results.exists() else []
+    lines = read_text(results).splitlines() if results.exists() else []
     found = [json.loads(line) for line in lines]
     return {
         each["case"]: each for each in sorted(found, key=lambda each: [*CASES].index(each["case"]))

@@ -10,7 +10,6 @@ count.
 
 import subprocess
 import tempfile
-import tomllib
 from pathlib import Path
 from statistics import fmean
 
@@ -18,6 +17,7 @@ import typer
 
 from benchmarks.network import PROJECT, Network, read_lines
 from pfedgpa_app.config import flatten
+from pfedgpa_app.files import read_toml
 
 CLIENTS, WORKERS = 20, 2
 
@@ -36,9 +36,9 @@ def main(rounds: int = 7) -> None:
 
 def measure(network: Network, rounds: int, every: int) -> str:
     """Return the row of a run."""
-    text = (PROJECT / "conf" / "fashion-mnist-20.toml").read_text()
+    file = PROJECT / "conf" / "fashion-mnist-20.toml"
     settings = {
-        **dict(flatten(tomllib.loads(text))),
+        **dict(flatten(read_toml(file))),
         "num-server-rounds": rounds,
         "server.evaluate-every": every,
         # Halves are measured in the first round, and not again within so few.

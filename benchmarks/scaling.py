@@ -49,7 +49,7 @@ def measure(model: str, mode: str) -> dict[str, Any]:
         a part of the upload's distance from the centre of its group.
     """
     command = [sys.executable, "-m", "benchmarks.scaling", "--model", model, "--mode", mode]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     result: dict[str, Any] = json.loads(done.stdout)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from logging import ERROR
+from logging import ERROR, WARNING
 from typing import cast
 
 import torch
@@ -222,7 +222,9 @@ def load_data(config: Config, context: Context) -> ClientData:
     """
     path = context.node_config.get("data-path")
     if path is not None:
-        return site_data(below_home(str(path)), config.data, config.seed)
+        return site_data(
+            below_home(str(path)), config.data, config.seed, lambda note: log(WARNING, "%s", note)
+        )
     partition = node_partition(context)
     assert partition is not None  # only a node with a data-path may have none
     return client_data(config.data, config.seed, *partition)

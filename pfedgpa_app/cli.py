@@ -4,8 +4,9 @@ import json
 import os
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ import typer
 from pfedgpa_app.commands_runs import runs_app
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.console import OneLineErrors, OutputDir, RunArgument, fail, read_run
+from pfedgpa_app.files import read_toml, text_of
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.watch import watch
 
@@ -205,19 +207,30 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
     from pfedgpa_app.images import find_files, read_images
 
     data = model.config.data
-    images = read_images(
-        find_files(paths), data.info.shape, lambda note: print(note, file=sys.stderr)
-    )
-    while batch := list(islice(images, 256)):
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    images = read_images(find_files(paths, note), data.info.shape, note)
+    for batch in _batches(images, 256):
         probabilities = model.predict(torch.stack([image for _, image in batch]))
         best, classes = probabilities.max(dim=1)
         rows = zip(batch, classes.tolist(), best.tolist(), probabilities.tolist(), strict=True)
         for (name, _), label, probability, row in rows:
             if as_json:
-                result = {"file": name, "class": label, "class-name": data.classes[label]}
+                result = {"file": text_of(name), "class": label, "class-name": data.classes[label]}
                 print(json.dumps(result | {"probability": probability, "probabilities": row}))
             else:
                 print(f"{name}\t{data.classes[label]}\t{probability:.4f}")
+
+
+def _batches(
+    images: Iterable[tuple[str, torch.Tensor]], size: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Yield images of one type together, since floats beside bytes would all become floats."""
+    for _, alike in groupby(images, lambda each: each[1].dtype):
+        while batch := list(islice(alike, size)):
+            yield batch
 
 
 def _print_evaluation(model: "ExportedModel", as_json: bool) -> None:
@@ -233,9 +246,9 @@ def _load(file: Path | None, overrides: list[str]) -> Config:
     flat: dict[str, Any] = {}
     try:
         if file is not None:
-            flat |= flatten(tomllib.loads(file.read_text()))
-        for override in overrides:
-            flat |= flatten(tomllib.loads(override))
+            flat |= flatten(read_toml(file))
+        for override in overrides:  # UTF-8 too, whatever the locale
+            flat |= flatten(tomllib.loads(os.fsencode(override).decode()))
         return Config.from_flat(flat)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')

@@ -22,6 +22,7 @@ from pfedgpa_app.console import (
     print_table,
     read_run,
 )
+from pfedgpa_app.files import text_of
 from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT
@@ -121,7 +122,7 @@ def _facts(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "id": run.path.name,
-        "path": str(run.path),
+        "path": text_of(str(run.path)),
         "began": began.isoformat(timespec="seconds"),
         "state": run.state,
         "strategy": run.config.strategy,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from pfedgpa_app.contradictions import contradictions
+from pfedgpa_app.files import native_path
 from pfedgpa_app.section import Count, Scalar
 from pfedgpa_app.sections import (
     DATASETS,
@@ -155,7 +156,7 @@ class Config(StrategySections):
         """The folder of the run to go on from, absolute; None if there is none."""
         if not self.resume_from:
             return None
-        return self.output_path / os.path.expanduser(self.resume_from)
+        return self.output_path / os.path.expanduser(native_path(self.resume_from))
 
     @property
     def decisive(self) -> dict[str, Scalar]:

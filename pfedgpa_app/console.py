@@ -1,6 +1,8 @@
 """What the commands of ``pfedgpa`` have in common."""
 
+import codecs
 import errno
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -29,6 +31,8 @@ RunArgument = Annotated[
 ]
 
 _WIDER_THAN_ANY = 10_000
+_REPLACED = "pfedgpa-replaced"
+_PLAIN = {"±": b"+-", "–": b"-", "—": b"-", "…": b"...", "×": b"x"}  # noqa: RUF001
 
 # What would be right where the system refuses something.
 _RIGHT = {
@@ -43,8 +47,32 @@ _RIGHT = {
 }
 
 
+def _replaced(error: UnicodeError) -> tuple[bytes, int]:
+    """Return what stands for characters that a terminal does not have, such as ± in ASCII.
+
+    The bytes of a file's name that Python has as surrogates are printed as they are.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    written = (
+        bytes([ord(each) - 0xDC00]) if "\udc80" <= each <= "\udcff" else _PLAIN.get(each, b"?")
+        for each in error.object[error.start : error.end]
+    )
+    return b"".join(written), error.end
+
+
+codecs.register_error(_REPLACED, _replaced)
+
+
 class OneLineErrors(TyperGroup):
     """Commands that end with a line where a file is refused or damaged: that is no bug to trace."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=_REPLACED)
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command."""

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
+from pfedgpa_app.arrays import LEVELS
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData, ImageStats, client_data
 from pfedgpa_app.evaluation import Evaluation, class_prior, evaluate, log_prior, logits_of
@@ -134,7 +135,8 @@ class ExportedModel:
         ----------
         images
             ``(num_examples, *shape)``: images ``(channels, height, width)`` or another shape, uint8
-            or float32 like the data set that the model was trained on. A table may be of either.
+            or int32 (16 bits), or float32 like the data set that the model was trained on. A table
+            may be of either.
 
         Raises
         ------
@@ -149,10 +151,10 @@ class ExportedModel:
         stats = self._known_stats
         # Float data counts as normalized, which no uint8 data is.
         is_float = not bool(stats.mean.any()) and bool((stats.std == 1).all())
-        dtype = torch.float32 if is_float else torch.uint8
-        if len(shape) > 1 and images.dtype != dtype:
+        dtypes = [torch.float32] if is_float else [torch.uint8, LEVELS]
+        if len(shape) > 1 and images.dtype not in dtypes:
             raise ExportError(
-                f"examples of {images.dtype}; right would be {dtype}, in the units of the data "
+                f"examples of {images.dtype}; right would be {dtypes[0]}, in the units of the data "
                 "that the model was trained on (an .npz file can hold both)"
             )
         offset = self._offset

@@ -1,40 +1,117 @@
 """Images from files, and what else models take, in their shape."""
 
+import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pfedgpa_app.arrays import FileError, check_regular, read_examples
+from pfedgpa_app.files import is_hidden
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PICTURES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (*PICTURES, ".npz")
 # Of a picture. Decoding takes up to 14 bytes a pixel, which are then 700 MB.
 MAX_PIXELS = 50_000_000
+# Where a PNG file has its bits a channel; Pillow does not tell.
+_PNG_DEPTH = 24
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
+class Found(NamedTuple):
+    """What is in a folder beside what is hidden (`is_hidden`)."""
+
+    pictures: list[Path]
+    """In the order of their names."""
+    others: Counter[str]
+    """How many files of each other kind there are, and how many folders that were not entered."""
+
+
+def sort_out(paths: Iterable[Path]) -> Found:
+    """Tell the pictures among the entries of a folder from what is nothing to read."""
+    pictures, others = [], Counter[str]()
+    for path in sorted(path for path in paths if not is_hidden(path.name)):
+        kind = path.suffix.lower()
+        if path.is_dir():
+            others["folder"] += 1
+        elif kind in PICTURES:
+            pictures.append(path)
+        else:
+            others[kind or "without a suffix"] += 1
+    return Found(pictures, others)
+
+
+def counted(others: Counter[str]) -> str:
+    """Write down how many there are of each kind."""
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
+
+
+def find_pictures(folder: Path) -> Found:
+    """Return what is in a folder and in the folders below, as far as they are not hidden.
+
+    Raises
+    ------
+    FileError
+        If one is a link, since a loop of them would never end, or count twice.
+    OSError
+        If one cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    entered = []
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in folders:
+            if (Path(root) / name).is_symlink():
+                raise FileError(
+                    f"{Path(root) / name}: is a link to a folder; right would be the folder itself"
+                )
+        entered.append((root, files))
+    found = Found([], Counter())
+    for root, files in sorted(entered):
+        inside = sort_out(Path(root) / name for name in files)
+        found.pictures.extend(inside.pictures)
+        found.others.update(inside.others)
+    return found
+
+
+def find_files(
+    paths: Iterable[Path], note: Callable[[str], None] = lambda text: None
+) -> list[Path]:
     """Return files as they are, and in place of a folder its pictures by name.
+
+    ``note`` is told what else is in a folder.
 
     Raises
     ------
     FileError
         If there is no such file, its suffix tells of no images, or a folder has no pictures.
     """
-    files: list[Path] = []
+    paths, files = list(paths), list[Path]()
+    arrays = {path for path in paths if path.suffix.lower() == ".npz"}
     for path in paths:
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        else:
-            found = [path] if path.suffix.lower() in SUFFIXES else []
         if not path.exists():
             raise FileError(f"{path}: no such file")
-        if not found:
-            raise FileError(f"{path}: no images; right would be {', '.join(SUFFIXES)}")
-        files += found
+        if path.is_dir():
+            pictures, others = sort_out(set(path.iterdir()) - arrays)
+        else:
+            is_one = path.suffix.lower() in SUFFIXES
+            pictures, others = [path] if is_one else [], Counter()
+        if not pictures:
+            there = f" ({counted(others)})" if others else ""
+            raise FileError(f"{path}: no images{there}; right would be {', '.join(SUFFIXES)}")
+        if others:
+            note(f"{path}: passed over: {counted(others)}")
+        files += pictures
     return files
 
 
@@ -43,9 +120,9 @@ def read_images(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield images ``(channels, height, width)``, or examples of another shape, with their names.
 
-    Pictures are uint8, grey or RGB whatever their files have. The array ``x`` of an .npz file,
-    ``(n, *shape)``, is uint8 or becomes float32. Images of another height or width are resized,
-    and ``note`` is told of the first.
+    Pictures are uint8, or `LEVELS` of 16 bits, grey or RGB whatever their files have. The array
+    ``x`` of an .npz file, ``(n, *shape)``, is as `read_examples` has it. Images of another height
+    or width are resized, and ``note`` is told of the first.
 
     Raises
     ------
@@ -89,16 +166,17 @@ def _by(size: Sequence[int]) -> str:
 
 
 def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -> Tensor:
-    """Return a PNG or JPEG file as uint8, ``(channels, height, width)``, upright.
+    """Return a PNG or JPEG file, ``(channels, height, width)``, upright.
 
-    Nothing is decoded whose header tells of another ``size``, ``(height, width)``, if one is given,
-    or of more than `MAX_PIXELS`.
+    It is uint8, and `LEVELS` if it is of 16 bits of grey that 8 cannot tell. Nothing is decoded
+    whose header tells of another ``size``, ``(height, width)``, if one is given, or of more than
+    `MAX_PIXELS`.
 
     Raises
     ------
     FileError
-        If it cannot be read, has another size or too many pixels, or there is no way to so many
-        channels.
+        If it cannot be read, has another size or too many pixels, there is no way to so many
+        channels, or something would be lost: frames, transparency, or the half of 16 bits a colour.
     """
     from PIL import Image, ImageOps
 
@@ -118,11 +196,16 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
                 raise _size_error(file, picture.size, size)
             if picture.width * picture.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            has_levels = picture.mode.startswith("I")  # 16 bits a pixel, which convert would cut
+            if problem := _what_is_lost(file, picture, has_levels):
+                raise FileError(f"{file}: {problem}")
+            picture.info.pop("transparency", None)  # of nothing that is there
             ImageOps.exif_transpose(picture, in_place=True)
             if size is not None and picture.size != (size[1], size[0]):
                 raise _size_error(file, picture.size, size)
-            if picture.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off
-                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+            if has_levels:
+                grey = _read_levels(np.asarray(picture).astype(np.int32))
+                return grey.expand(channels, *grey.shape).contiguous()
             pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
     except FileError:
         raise
@@ -133,6 +216,39 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
     except (OSError, ValueError, SyntaxError) as error:
         raise FileError(f"{file}: cannot be read ({error})") from error
     return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+
+def _read_levels(grey: "np.ndarray[Any, Any]") -> Tensor:
+    """Return a picture's 16 bits of grey, ``(height, width)``, as 8 where nothing is lost by it."""
+    eight, rest = np.divmod(grey, 257)
+    return torch.from_numpy(grey if rest.any() else eight.astype(np.uint8))
+
+
+def _what_is_lost(file: Path, picture: "Image.Image", has_levels: bool) -> str | None:
+    """Say what an array of a picture would lack; None if nothing."""
+    if picture.format == "PNG" and getattr(picture, "is_animated", False):
+        return "is animated; right would be a file a frame"
+    if picture.format == "PNG" and not has_levels:
+        with file.open("rb") as stream:
+            header = stream.read(_PNG_DEPTH + 1)
+        if header[_PNG_DEPTH:] == bytes([16]):
+            return (
+                f"has 16 bits a channel and is {picture.mode}, of which 8 could be read; right "
+                "would be 16 bits of grey, 8 bits a channel, or an .npz file of uint16"
+            )
+    hidden = picture.info.get("transparency")
+    if has_levels:
+        is_opaque = hidden is None or not bool((np.asarray(picture) == hidden).any())
+    elif hidden is not None or "A" in picture.getbands():
+        is_opaque = picture.convert("RGBA").getchannel("A").getextrema()[0] == 255
+    else:
+        is_opaque = True
+    if not is_opaque:
+        return (
+            "is transparent in places, and nothing says what is behind; right would be a picture "
+            "on its background"
+        )
+    return None
 
 
 def _size_error(file: Path, given: tuple[int, int], size: Sequence[int]) -> FileError:

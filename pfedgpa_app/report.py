@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.figures import Curve, draw_curves
+from pfedgpa_app.files import read_text
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.rounds import Row, parse_rows
 from pfedgpa_app.runs import is_going_on, name_of, register, run_folders
@@ -51,7 +52,7 @@ class RunFolder:
             # First of all: a folder with settings is a run, and then has its name and its lock.
             self.name, self._lock = register(path, config)
             undone.callback(self._lock.close)
-            with (path / "config.json").open("x") as file:
+            with (path / "config.json").open("x", encoding="utf-8") as file:
                 undone.callback((path / "config.json").unlink)
                 file.write(json.dumps(config.to_flat(), indent=2) + "\n")
             sync_to_disk(path / "config.json")
@@ -138,7 +139,7 @@ class Run:
             If the folder is not one of a run.
         """
         try:
-            flat = json.loads((path / "config.json").read_text())
+            flat = json.loads(read_text(path / "config.json"))
             if "strategy" not in flat:
                 raise ValueError("config.json names no strategy")
             config = Config.from_older(flat)
@@ -266,7 +267,7 @@ def _append(file: Path, rows: Sequence[Row]) -> None:
     with writing(file):
         size = file.stat().st_size if file.exists() else 0
         try:
-            with file.open("a") as stream:
+            with file.open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in rows)
             # A checkpoint must not outlast the rows of its rounds.
             sync_to_disk(file)

@@ -10,6 +10,7 @@ from io import FileIO
 from pathlib import Path
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.files import is_hidden, read_text, text_of
 
 RUN_FILE = "run.json"
 CHECKPOINT = "checkpoint.safetensors"
@@ -56,10 +57,12 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
 def name_of(path: Path) -> str:
     """Return a run's name; one of an older version has none but its id."""
     try:
-        name = json.loads((path / RUN_FILE).read_text())["name"]
-        return name if re.fullmatch("[a-z0-9-]+", name) else path.name
+        name = json.loads(read_text(path / RUN_FILE))["name"]
+        if re.fullmatch("[a-z0-9-]+", name):
+            return str(name)
     except (OSError, ValueError, TypeError, KeyError):
-        return path.name
+        pass
+    return text_of(path.name)
 
 
 def is_going_on(path: Path) -> bool:
@@ -68,7 +71,7 @@ def is_going_on(path: Path) -> bool:
     A run of an older version, which has no ``run.json``, counts as over.
     """
     try:
-        with (path / RUN_FILE).open() as file:
+        with (path / RUN_FILE).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -123,6 +126,8 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
 def run_folders(folder: Path) -> list[Path]:
     """Return the folders below an output folder that have a ``config.json``, oldest first.
 
+    Hidden ones, such as those of a bin, are passed over.
+
     Raises
     ------
     OSError
@@ -130,6 +135,8 @@ def run_folders(folder: Path) -> list[Path]:
     """
     found = []
     for path in folder.iterdir() if folder.exists() else ():
+        if is_hidden(path.name):
+            continue
         with contextlib.suppress(OSError):  # it is none, or is being removed
             found.append(((path / "config.json").stat().st_mtime_ns, path))
     return [path for _, path in sorted(found)]

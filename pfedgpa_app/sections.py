@@ -1,12 +1,15 @@
 """The sections of the settings, and what they name: data sets and models."""
 
+import csv
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
+from pfedgpa_app.files import composed, native_path
 from pfedgpa_app.section import (
     Count,
     Fraction,
@@ -59,6 +62,25 @@ MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
 }
 
 
+def _split_names(names: str) -> list[str]:
+    """Split names at commas; one with a comma stands in double quotes, as in a CSV file."""
+    line = " ".join(names.splitlines())
+    return next(csv.reader([line], skipinitialspace=True, strict=True), [])
+
+
+def _check_names(names: str) -> str:
+    try:
+        _split_names(names)
+    except csv.Error as error:
+        raise PydanticCustomError(
+            "names",
+            "should be names with commas between them, and one that has a comma in double quotes, "
+            """such as '"left, upper",right' ({reason})""",
+            {"reason": str(error)},
+        ) from error
+    return names
+
+
 class DataConfig(Section):
     """Which data, and how the clients share it."""
 
@@ -77,7 +99,7 @@ class DataConfig(Section):
     root: str = ""
     shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*(x[1-9]\d*)*$")] = ""
     num_classes: OptionalCount = 0
-    class_names: str = ""
+    class_names: Annotated[str, AfterValidator(_check_names)] = ""
     partition: Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"] = (
         "dominant-classes"
     )
@@ -109,8 +131,9 @@ class DataConfig(Section):
 
     @property
     def named_classes(self) -> tuple[str, ...]:
-        """The names of ``class-names``, by label; none where none are given."""
-        return tuple(name.strip() for name in self.class_names.split(",") if name.strip())
+        """The names of ``class-names``, by label, in Unicode's NFC; none where none are given."""
+        names = (composed(name.strip()) for name in _split_names(self.class_names))
+        return tuple(name for name in names if name)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -231,7 +254,7 @@ def below_home(path: str) -> Path:
     The working directory of a Flower app is that of whoever started the SuperLink, so nothing may
     depend on it.
     """
-    return Path.home() / os.path.expanduser(path)
+    return Path.home() / os.path.expanduser(native_path(path))
 
 
 def xdg_folder(variable: str, fallback: str) -> Path:
@@ -243,6 +266,6 @@ def xdg_folder(variable: str, fallback: str) -> Path:
     return (base if base.is_absolute() else Path.home() / fallback) / "pfedgpa"
 
 
-def by_x(shape: Iterable[int | None]) -> str:
+def by_x(shape: Iterable[int | str | None]) -> str:
     """Write a shape as ``data.shape`` has it, with * for any size."""
     return "x".join("*" if size is None else str(size) for size in shape)

@@ -10,6 +10,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.files import read_text
 from server_app.suites import BenchRun
 
 BYTES_A_RUN = 2 * 2**30
@@ -19,7 +20,7 @@ BYTES_A_RUN = 2 * 2**30
 def num_processes() -> int:
     """Return how many runs at a time cores and free memory allow."""
     try:  # with what the system would give back of its cache
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = read_text(Path("/proc/meminfo")).splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))
         free = int(available.split()[1]) * 1024
     except (OSError, StopIteration):
@@ -83,7 +84,8 @@ def _execute(run: BenchRun, folder: Path) -> None:
     except Exception as error:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(traceback.format_exc())
+            text = traceback.format_exc()
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError:  # as on a full disk
             file.unlink(missing_ok=True)
             print(f"{run.name}: {error}", file=sys.stderr, flush=True)
@@ -95,4 +97,4 @@ def _why(exit_code: int, file: Path) -> str:
         return f"its process ended with {exit_code}; -9 may be a lack of memory"
     if not file.exists():
         return "see its error above; its traceback could not be written"
-    return f"{file.read_text().strip().splitlines()[-1]}\n    (traceback: {file})"
+    return f"{read_text(file).strip().splitlines()[-1]}\n    (traceback: {file})"

@@ -19,6 +19,7 @@ import typer
 from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
 from pfedgpa_app.console import Json, fail
+from pfedgpa_app.files import composed, native_path, text_of
 from pfedgpa_app.rounds import RowError, value_of
 from pfedgpa_app.state import writing
 from server_app.superlink import run_on_flower
@@ -132,7 +133,8 @@ def bench(
             failed = execute(pending, folder, processes and at_a_time, advance)
     # What was chosen is in the name, so that a call for other cases writes beside it.
     parts = (file.stem, "quick" if quick else "", *(cases or ()), *(rows or ()), seeds)
-    index = _write(suite, runs, folder, re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))))
+    name = re.sub(r"[^\w.]+", "-", composed("-".join(filter(None, parts))))
+    index = _write(suite, runs, folder, native_path(name))
     if as_json:
         print(json.dumps(index, indent=1), file=output)
     if failed:
@@ -147,10 +149,12 @@ def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dic
 
     Raises ValueError if a prefix chooses nothing.
     """
-    for prefix in prefixes or ():
-        if not any(name.startswith(prefix) for name in named):
-            raise ValueError(f"no {kind} begins with {prefix!r}; there are {', '.join(named)}")
-    return {name: each for name, each in named.items() if name.startswith(tuple(prefixes or [""]))}
+    begins = [composed(prefix) for prefix in prefixes or ()]
+    for begin in begins:
+        if not any(composed(name).startswith(begin) for name in named):
+            raise ValueError(f"no {kind} begins with {begin!r}; there are {', '.join(named)}")
+    chosen = tuple(begins or [""])
+    return {name: each for name, each in named.items() if composed(name).startswith(chosen)}
 
 
 def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> dict[str, Any]:
@@ -159,14 +163,17 @@ def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> d
     from server_app.bench_tables import draw, index_of, tables
 
     formats = {"txt": "text", "md": "markdown", "tex": "latex", "csv": "csv"}
-    found = tables(suite, runs, folder, shlex.join(["pfedgpa", "bench", *sys.argv[2:]]))
+    command = shlex.join(["pfedgpa", "bench", *map(text_of, sys.argv[2:])])
+    found = tables(suite, runs, folder, command)
     with writing(folder / name):
         for suffix, form in formats.items():
             head, between = (CSV_HEAD, "") if form == "csv" else ("", "\n")
             written = head + between.join(getattr(table, form)() for table in found)
-            (folder / f"{name}.{suffix}").write_text(written)
+            file = folder / f"{name}.{suffix}"
+            file.write_text(written, encoding="utf-8")
         index = index_of(suite, runs, folder, found)
-        (folder / f"{name}.json").write_text(json.dumps(index, indent=1) + "\n")
+        listed = json.dumps(index, indent=1) + "\n"
+        (folder / f"{name}.json").write_text(listed, encoding="utf-8")
         draw(suite, runs, folder, folder / f"{name}.png")
     print("\n" + "\n".join(table.text() for table in found))
     print(f"Tables and figure: {folder}/{name}.{{{','.join(formats)},png,svg}}")

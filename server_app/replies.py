@@ -33,8 +33,8 @@ BUDGET_SPENT = "budget-spent"
 MAX_PARTITIONS = 100_000
 # Whole numbers beyond are not exact as floats.
 MAX_WEIGHT = 2**53
-# Channels of images, or features of a table.
-_MAX_CHANNELS = 2**15
+# Channels of images, or features of a table: those of gene expression have tens of thousands.
+_MAX_CHANNELS = 2**20
 # Room for headers, and for what a strategy asks for in some rounds alone.
 _SPARE_BYTES = 2**24
 
@@ -217,8 +217,8 @@ def _read_image_stats(mean: Any, std: Any) -> Tensor:
     are_lists = isinstance(mean, list) and isinstance(std, list)
     if not are_lists or not 1 <= len(mean) == len(std) <= _MAX_CHANNELS:
         raise ReplyError(
-            'the metrics "image-mean" and "image-std" should be lists with a number a channel, '
-            f"of 1 to {_MAX_CHANNELS} channels"
+            'the metrics "image-mean" and "image-std" should be lists with a number a channel or '
+            f"feature, of 1 to {_MAX_CHANNELS}"
         )
     stats = torch.tensor([[*map(float, mean)], [*map(float, std)]])
     if not bool((stats.abs() < MAX_ABSOLUTE).all()) or not bool((stats[1] > 0).all()):

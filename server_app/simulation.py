@@ -8,7 +8,6 @@ import importlib
 import logging
 import multiprocessing
 import time
-import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from pfedgpa_app.config import Config, flatten
 from pfedgpa_app.data import client_data
+from pfedgpa_app.files import read_toml
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import RoundRecord, Row, summarize
 from server_app.app import make_strategy
@@ -159,7 +159,7 @@ def simulate(
 def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
     """Read a file of conf/ with other settings on top, such as ``{"seed": 1}``."""
     cpu = {"client.device": "cpu", "diffusion.device": "cpu"}
-    flat = dict(flatten(tomllib.loads(file.read_text())))
+    flat = dict(flatten(read_toml(file)))
     return Config.from_flat(flat | cpu | dict(overrides))
 
 

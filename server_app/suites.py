@@ -6,6 +6,7 @@ import os
 import platform
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
+from pfedgpa_app.files import composed, native_path, quoted, read_text, read_toml
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
 from pfedgpa_app.section import Count, Section
@@ -109,7 +111,7 @@ class Suite(Section):
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise SuiteError("\n  ".join([f"{file} is no suite:", *wrong])) from error
-        base = _read_toml(file.parent / suite.base) if suite.base else {}
+        base = _read_toml(file.parent / native_path(suite.base)) if suite.base else {}
         if (suite.targets or suite.horizons) and not suite.curve:
             raise SuiteError(
                 f"{file}: targets and horizons need every round; right would be curve = true"
@@ -119,6 +121,12 @@ class Suite(Section):
             right = ", ".join(sorted(known))
             raise SuiteError(f"{file}: measures has {unknown}; right would be some of {right}")
         for name, each in (("cases", suite.cases), ("rows", suite.rows)):
+            look_alike = [key for key, n in Counter(map(composed, each)).items() if n > 1]
+            if look_alike:
+                raise SuiteError(
+                    f"{file}: {name} has {quoted(look_alike[0])} twice, in two forms of Unicode; "
+                    "right would be two names"
+                )
             for key, of_key in each.items():
                 for setting in RESERVED | ({"clients"} if name == "rows" else set()):
                     if setting in dict(flatten(of_key)):
@@ -229,9 +237,11 @@ class Suite(Section):
 
 def _read_toml(file: Path) -> Settings:
     try:
-        return tomllib.loads(file.read_text())
+        return read_toml(file)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SuiteError(f"{file} is not TOML: {error}; right would be as in conf/") from error
+        raise SuiteError(
+            f"{file} is not TOML: {error}; right would be as in conf/, in UTF-8"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -263,7 +273,7 @@ class BenchRun:
     def result(self, folder: Path) -> Result | None:
         """Return what an earlier call found, None if there is nothing whole."""
         try:
-            result: Result = json.loads(self.file(folder).read_text())
+            result: Result = json.loads(read_text(self.file(folder)))
         except (OSError, ValueError):
             return None
         return result
@@ -348,7 +358,7 @@ class BenchRun:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                part.write_text(json.dumps(result))
+                part.write_text(json.dumps(result), encoding="utf-8")
                 part.replace(file)
             finally:
                 part.unlink(missing_ok=True)

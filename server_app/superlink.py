@@ -23,7 +23,7 @@ def run_on_flower(config: Config, clients: int, superlink: str) -> Run:
     # The app's environment need not be this one.
     config = config.model_copy(update={"output_dir": str(config.output_path)})
     before = {run.path for run in read_runs(config.output_path)}
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as overrides:
+    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as overrides:
         overrides.writelines(f"{key} = {_toml(v)}\n" for key, v in config.to_flat().items())
         overrides.flush()
         command = [_flwr(), "run", ".", superlink, "--stream", "--run-config", overrides.name]
@@ -48,10 +48,16 @@ def _follow(command: list[str], superlink: str) -> deque[str]:
     # A SuperLink that is started for it need not install what this command runs in already, and
     # what flwr prints must come at once, or an interrupt would not know what to stop.
     env = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", **os.environ}
-    env["PYTHONUNBUFFERED"] = "1"
+    env |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     try:
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=env,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:

@@ -1,6 +1,7 @@
 """Which way imports run, and what no source may use."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,48 @@ def unsafe_files(source: str) -> list[str]:
         for name, keywords, _ in used(source)
         if name in ("torch.load", "torch.save") or "allow_pickle" in keywords
     ]
+
+
+def texts_of_the_locale(source: str) -> list[str]:
+    """Return the calls that read or write text in whatever encoding the locale has."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name, call = ast.unparse(node.func), ast.unparse(node)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        no_text = ("os.open", "Image.open", "archive.open")
+        is_binary = re.search(r"'[rwxa]+b'", call) or name in no_text
+        opens = name.rpartition(".")[2] in ("open", "fdopen", "NamedTemporaryFile")
+        of_path = name.endswith((".read_text", ".write_text"))
+        if of_path or keywords.get("text") == "True" or (opens and not is_binary):
+            found += [] if "encoding" in keywords else [call]
+    return found
+
+
+@pytest.mark.parametrize(
+    "file",
+    [*SOURCES, *sorted((PROJECT / "benchmarks").glob("*.py")), *(PROJECT / "docker").glob("*.py")],
+    ids=lambda file: str(file.relative_to(PROJECT)),
+)
+def test_text_is_utf_8_whatever_the_locale(file: Path):
+    assert texts_of_the_locale(file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "open(name)",
+        "file.open('a')",
+        "file.open(newline='')",
+        "file.read_text(errors='replace')",
+        "file.write_text(text)",
+        "tempfile.NamedTemporaryFile('w', suffix='.toml')",
+        "subprocess.run(command, text=True)",
+    ],
+)
+def test_the_search_for_texts_of_the_locale_finds_them(source: str):
+    assert texts_of_the_locale(source) == [source]
 
 
 @every_source

@@ -206,7 +206,7 @@ def test_a_run_says_why_it_failed_where_no_traceback_can_be_written(
 ):
     run = replace(Suite.read(suite).runs()[0], judged_rounds=0)
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fail)
@@ -304,6 +304,11 @@ def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: 
         ('"ditto"', '"dito"', 'ditto: .*\n.*strategy = "dito"'),
         ("[rows.ditto]", "[rows.ditto]\nclients = 4", "rows.ditto must not set clients"),
         ("[rows.ditto]", "[rows.ditto]\nseed = 4", "rows.ditto must not set seed"),
+        (
+            "[rows.ditto]",
+            '[rows."\u00e9"]\n[rows."e\u0301"]\n[rows.ditto]',
+            'rows has "\u00e9" twice, in two forms of Unicode; right would be two names',
+        ),
         ("[settings]", "[settings]\nseed = 1", "settings must not have any of"),
         ("[settings]", "[settings]\nserver.fraction-evaluate = 0.5", "right would be 1.0"),
         ("[settings]", "[settings]\ntracking = 'mlflow'", "tracking"),

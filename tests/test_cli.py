@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +19,9 @@ from typer.testing import CliRunner
 
 from pfedgpa_app import cli
 from pfedgpa_app.config import Config
-from pfedgpa_app.data import client_data, image_stats, load_dataset
+from pfedgpa_app.data import ImageStats, client_data, image_stats, load_dataset
 from pfedgpa_app.evaluation import evaluate
+from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.models import build_model
 from pfedgpa_app.report import RunFolder
 from pfedgpa_app.state import WriteError
@@ -301,6 +303,47 @@ def test_predictions_have_a_line_an_image(runner: CliRunner, model_file: Path, p
     assert result.stdout.splitlines() == [
         f"{name}\t{classes[row % 3]}\t{best[row % 3]:.4f}" for row, name in enumerate(names)
     ]
+
+
+def test_pictures_beside_floats_do_not_count_as_normalized(
+    runner: CliRunner, tmp_path: Path, pictures: Path
+):
+    """Of a tensor of both, all would be floats."""
+    file = tmp_path / "model.safetensors"
+    state = build_model("cnn-8x8", Config().data.info, seed=3).state_dict()
+    ExportedModel(state, Config(), 0, 1, ImageStats(torch.zeros(1), torch.ones(1))).save(file)
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 1, 8, 8), np.float32))
+    for given in ([tmp_path / "a.npz", pictures], [pictures, tmp_path / "a.npz"]):
+        result = runner.invoke(cli.app, ["predict", str(file), *map(str, given)])
+        assert result.exit_code == 1
+        assert "examples of torch.uint8; right would be torch.float32" in result.stderr
+        assert ".png" not in result.stdout
+
+
+def test_pictures_of_sixteen_bits_are_seen_as_those_of_eight(
+    runner: CliRunner, model_file: Path, pictures: Path
+):
+    """A level that only 16 bits have, a pixel each, changes little."""
+    whole = runner.invoke(cli.app, ["predict", str(model_file), str(pictures), "--json"])
+    for number in range(3):
+        pixels = DIGITS.images[number, 0].numpy().astype(np.uint16) * 257
+        pixels[0, 0] += 1
+        Image.fromarray(pixels).save(pictures / f"{number}.png")
+    finer = runner.invoke(cli.app, ["predict", str(model_file), str(pictures), "--json"])
+    rows = [map(json.loads, result.stdout.splitlines()) for result in (whole, finer)]
+    one, other = (torch.tensor([row["probabilities"] for row in each]) for each in rows)
+    assert len(one) == 3
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one, other, rtol=0.01, atol=1e-4)
+
+
+def test_what_predict_passes_over_is_said(runner: CliRunner, model_file: Path, pictures: Path):
+    (pictures / "a.tif").touch()
+    (pictures / "._0.png").touch()
+    shutil.copytree(pictures, pictures / ".ipynb_checkpoints")
+    result = runner.invoke(cli.app, ["predict", str(model_file), str(pictures)])
+    assert result.stderr == f"{pictures}: passed over: 1 .tif\n"
+    assert len(result.stdout.splitlines()) == 3
 
 
 def test_predictions_in_json_have_all_probabilities(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from digits_client import MODEL, SETTINGS, context, message, same, trained
 from flwr.app import Context, MessageType, RecordDict
+from PIL import Image
 
 from client_app import messages
 from client_app.app import query
@@ -99,6 +100,22 @@ def test_a_site_without_its_data_says_so_to_its_operator(tmp_path: Path, monkeyp
     assert said == [
         f"This node cannot take part: {tmp_path / 'own.npz'}: no such folder of images or .npz file"
     ]
+
+
+def test_a_site_tells_its_operator_what_it_passes_over(tmp_path: Path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(messages, "log", lambda level, text, *args: said.append(text % args))
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in "abc":
+            Image.new("L", (8, 8), 100 * number).save(folder / f"{name}.png")
+        (folder / "d.dcm").touch()
+    context = own_site(tmp_path)
+    context.node_config["data-path"] = str(tmp_path)
+    (tmp_path / "own.npz").unlink()
+    train_message(message(MessageType.TRAIN), context)
+    assert said == [f"{tmp_path / str(number)}: passed over: 1 .dcm" for number in range(2)]
 
 
 def test_a_node_without_data_path_has_no_part_in_what_sites_bring():

@@ -236,6 +236,34 @@ def test_own_float_images_reach_the_model_unchanged(own):
     assert np.array_equal(normalize(dataset.images, image_stats(dataset)).numpy(), images)
 
 
+@pytest.mark.parametrize("labels", ["<u2", ">i8", "<u4", "<u8", "<i1"])
+@pytest.mark.parametrize("examples", ["<f2", ">f4", "<f8", "<u2", ">u2"])
+def test_own_arrays_of_other_types_are_read(own, examples, labels):
+    images = good_images().astype(examples)
+    dataset = load_dataset(own((images, good_labels().astype(labels))), seed=0)
+    assert dataset.images.dtype == (torch.int32 if "u2" in examples else torch.float32)
+    assert np.array_equal(dataset.images.numpy(), images)
+    assert dataset.labels.tolist() == good_labels().tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float64, torch.bfloat16])
+def test_own_tensors_of_other_types_are_read(own, dtype):
+    images = torch.from_numpy(good_images()).to(dtype)
+    dataset = load_dataset(own((images, torch.from_numpy(good_labels()).to(torch.uint16))), seed=0)
+    assert torch.equal(dataset.images.float(), images.float())
+    assert dataset.labels.tolist() == good_labels().tolist()
+
+
+def test_sixteen_bits_train_as_eight_do(own):
+    eight = load_dataset(own((good_images(), good_labels())), seed=0)
+    both = [eight, eight._replace(images=eight.images.to(torch.int32) * 257)]
+    stats = [image_stats(each) for each in both]
+    for one, other in zip(*stats, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    normalized = [normalize(each.images, of) for each, of in zip(both, stats, strict=True)]
+    np.testing.assert_allclose(*normalized, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
     [
@@ -249,10 +277,12 @@ def test_own_float_images_reach_the_model_unchanged(own):
         ((good_images(), good_labels(29)), r"30 examples .*\(29,\), right would be \(30,\)"),
         ((good_images(), good_labels()[:, None]), r"\(30, 1\), right would be \(30,\)"),
         ((good_images(0), good_labels(0)), "no sample"),
-        ((good_images() / 255, good_labels()), "float64, right would be uint8 or float32"),
+        ((good_images().astype(np.int16), good_labels()), "int16, right would be uint8, uint16"),
+        ((good_images() > 9, good_labels()), "bool, right would be uint8, uint16 or floats"),
         ((np.full((30, 1, 4, 5), np.inf, np.float32), good_labels()), "NaN or infinity"),
         ((good_images(), good_labels().astype(float)), "float64, right would be whole numbers"),
         ((good_images(), good_labels() == 0), "bool, right would be whole numbers"),
+        ((good_images(), np.full(30, 2**64 - 1, np.uint64)), "up to 18446744073709551615, right"),
         ((good_images(), good_labels() + 1), "from 1 to 3, right would be 0 to 2"),
         ((good_images(), good_labels() - 1), "from -1 to 1, right would be 0 to 2"),
         ((good_images(4), good_labels(4)), "class 1 has one sample, right would be two or more"),

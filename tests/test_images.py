@@ -1,7 +1,9 @@
 """Images from files."""
 
 import os
+import struct
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pfedgpa_app.arrays import FileError
+from pfedgpa_app.arrays import LEVELS, FileError
 from pfedgpa_app.images import find_files, read_images
 
 
@@ -39,6 +41,69 @@ def test_a_grey_picture_is_read_pixel_by_pixel(tmp_path: Path, mode: str | None)
 def test_a_picture_of_sixteen_bits_is_read_as_one_of_eight(tmp_path: Path):
     (image,), _ = read(picture(tmp_path / "a.png", GREY.astype(np.uint16) * 257))
     assert torch.equal(image, torch.from_numpy(GREY)[None])
+
+
+def test_a_picture_of_sixteen_bits_keeps_its_levels(tmp_path: Path):
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    picture(tmp_path / "a.png", levels)
+    for channels in (1, 3):
+        (image,), _ = read(tmp_path / "a.png", (channels, 8, 8))
+        assert image.dtype == LEVELS
+        assert np.array_equal(image, np.stack([levels] * channels))
+
+
+def png_of_sixteen_bits(file: Path, colour_type: int, channels: int) -> None:
+    """Write what Pillow cannot: 16 bits a channel of more than one."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
+    rows = zlib.compress((bytes(1) + b"\x12\x34" * 8 * channels) * 8)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+def grey_with_alpha(file: Path) -> None:
+    Image.fromarray(np.dstack([GREY, 255 - GREY]), "LA").save(file)
+
+
+LOSSES = {
+    "16 bits a colour": (lambda file: png_of_sixteen_bits(file, 2, 3), "16 bits a channel"),
+    "16 bits and alpha": (lambda file: png_of_sixteen_bits(file, 4, 2), "16 bits a channel"),
+    "alpha": (grey_with_alpha, "transparent in places"),
+    "a transparent colour": (
+        lambda file: Image.fromarray(RGB).save(file, transparency=tuple(map(int, RGB[1, 1]))),
+        "transparent in places",
+    ),
+    "a transparent level": (
+        lambda file: Image.fromarray(GREY.astype(np.uint16) * 100).save(file, transparency=400),
+        "transparent in places",
+    ),
+    "frames": (
+        lambda file: Image.fromarray(GREY).save(
+            file, save_all=True, append_images=[Image.fromarray(GREY.T)]
+        ),
+        "is animated; right would be a file a frame",
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_picture_that_would_lose_something_is_refused(tmp_path: Path, loss: str):
+    write, message = LOSSES[loss]
+    write(tmp_path / "a.png")
+    with pytest.raises(FileError, match=rf"a\.png: .*{message}"):
+        read(tmp_path / "a.png", (3, 8, 8))
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparency_of_nothing_that_is_there_is_none(tmp_path: Path):
+    palette = Image.fromarray(GREY // 32).convert("P")
+    palette.save(tmp_path / "a.png", transparency=bytes([255] * 200 + [0]))
+    (image,), _ = read(tmp_path / "a.png")
+    assert torch.equal(image, torch.from_numpy(GREY // 32)[None])
 
 
 def test_a_coloured_picture_is_read_channel_by_channel(tmp_path: Path):
@@ -89,7 +154,7 @@ def test_an_array_is_read_as_it_is(tmp_path: Path, dtype: type):
         ({"x": np.array([{}], dtype=object)}, "x is object"),
         (
             {"x": np.zeros((1, 8, 8))},
-            r"right would be uint8 or floating point of shape \(n, 1, height, width\)",
+            r"right would be uint8, uint16 or floats of shape \(n, 1, height, width\)",
         ),
         ({"x": np.zeros((1, 3, 8, 8))}, r"right would be .*\(n, 1, height, width\)"),
         ({"x": np.full((1, 1, 8, 8), "a")}, "x is <U1"),
@@ -168,8 +233,14 @@ def test_several_images_in_one_file_are_refused(tmp_path: Path):
 def test_files_are_found_in_folders_by_name(tmp_path: Path):
     folder = tmp_path / "folder"
     folder.mkdir()
-    for name in ("b.png", "a.JPG", "notes.txt", "c.jpeg", "d.npz"):
+    hidden = ("._b.png", ".hidden.jpg", "Thumbs.db")
+    for name in ("b.png", "a.JPG", "notes.txt", "c.jpeg", "d.npz", *hidden):
         (folder / name).touch()
+    (folder / "@eaDir").mkdir()
+    (folder / "more.png").mkdir()
+    notes: list[str] = []
+    find_files([folder], notes.append)
+    assert notes == [f"{folder}: passed over: 1 .npz, 1 .txt, 1 folder"]
     single = tmp_path / "x.npz"
     single.touch()
     assert find_files([single, folder]) == [
@@ -180,10 +251,18 @@ def test_files_are_found_in_folders_by_name(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("none.png", "no such file"), ("notes.txt", "right would be .png"), ("empty", "no images")],
+    [
+        ("none.png", "no such file"),
+        ("notes.txt", "right would be .png"),
+        ("empty", "no images"),
+        ("scans", r"no images \(2 \.tif\); right would be"),
+    ],
 )
 def test_what_cannot_be_images_is_named(tmp_path: Path, name: str, reason: str):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "scans").mkdir()
+    for number in "12":
+        (tmp_path / "scans" / f"{number}.tif").touch()
     with pytest.raises(FileError, match=f"{name}: .*{reason}"):
         find_files([tmp_path / name])

@@ -61,6 +61,19 @@ def test_groups_have_negatives_and_half_the_contrast():
     assert with_contrast(torch.tensor([-1.0, 2.0]), -0.5).tolist() == [0.5, -1.0]
 
 
+def test_sixteen_bits_are_shifted_as_eight_are():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    finer = images.to(torch.int32) * 257
+    for factor in (-1.0, 0.5, 2.0):
+        shifted_finer = with_contrast(finer, factor)
+        assert shifted_finer.dtype == finer.dtype
+        difference = shifted_finer / 257 - with_contrast(images, factor).float()
+        assert difference.abs().max() <= 0.5
+    assert torch.equal(rotated(finer, 90), rotated(images, 90).to(torch.int32) * 257)
+    assert rotated(finer, 30).dtype == finer.dtype
+    assert (rotated(finer, 30) / 257 - rotated(images, 30).float()).abs().max() <= 0.51
+
+
 def test_each_group_has_a_permutation_of_the_labels_and_the_first_none():
     everything = torch.arange(10)
 

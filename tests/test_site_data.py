@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from pfedgpa_app.config import DataConfig
-from pfedgpa_app.data import DataError, image_stats, site_data
+from pfedgpa_app.data import DataError, image_stats, normalize, site_data
 from pfedgpa_app.data.sources import Dataset
 
 CONFIG = DataConfig(dataset="sites", shape="1x6x4", class_names="normal,benign,malignant")
@@ -88,11 +89,100 @@ def test_without_class_names_folders_are_called_after_labels(tmp_path: Path):
     assert site_data(tmp_path, config, 0).train_labels.tolist() == [7, 7, 7]
 
 
-def test_what_is_hidden_or_no_image_is_passed_over(together: Path):
-    (together / ".cache").mkdir()
-    (together / "benign" / "Thumbs.db").write_bytes(b"x")
-    data = site_data(together, CONFIG, 0)
-    assert len(data.train_labels) + len(data.test_labels) == 15
+HIDDEN = [".ipynb_checkpoints", ".thumbnails", "@eaDir", ".Trash-1000", "__MACOSX", "$RECYCLE.BIN"]
+
+
+@pytest.mark.parametrize("below", [".", "benign", "benign/2024"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_what_is_hidden_is_no_data_at_any_depth(together: Path, below: str, hidden: str):
+    """Copies of pictures, which would otherwise be both trained on and tested with."""
+    (together / below).mkdir(exist_ok=True)
+    shutil.copytree(together / "malignant", together / below / hidden / "malignant")
+    shutil.copy(together / "malignant/100.png", together / below / hidden)
+    for name in ("._000.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (together / below / name).write_bytes(b"x")
+    notes: list[str] = []
+    data = site_data(together, CONFIG, 0, notes.append)
+    assert sorted(greys(data.train_images) + greys(data.test_images)) == [
+        *range(10),
+        *range(100, 105),
+    ]
+    assert notes == []
+
+
+def test_a_hidden_link_to_a_folder_is_passed_over(together: Path):
+    (together / "benign" / ".again").symlink_to(together / "benign")
+    assert len(site_data(together, CONFIG, 0).train_labels) == 12
+
+
+def test_what_is_no_picture_is_counted_by_kind(together: Path):
+    (together / "benign" / "old").mkdir()
+    for name in ("a.tif", "old/b.TIF", "old/c.dcm", "README"):
+        (together / "benign" / name).touch()
+    for name in ("notes.txt", "stray.png"):
+        (together / name).touch()
+    notes: list[str] = []
+    assert len(site_data(together, CONFIG, 0, notes.append).train_labels) == 12
+    assert notes == [
+        f"{together}: passed over: 1 .txt, 1 picture in no class folder",
+        f"{together / 'benign'}: passed over: 1 .dcm, 2 .tif, 1 without a suffix",
+    ]
+
+
+def test_what_is_beside_train_and_test_is_counted(apart: Path):
+    (apart / "val").mkdir()
+    (apart / "labels.csv").touch()
+    notes: list[str] = []
+    site_data(apart, CONFIG, 0, notes.append)
+    assert notes == [f"{apart}: passed over: 1 .csv, 1 folder"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_that_look_alike_are_one(tmp_path: Path, form: str):
+    pictures(tmp_path / unicodedata.normalize("NFD", "naïf"), 4)
+    config = CONFIG.model_copy(update={"class_names": unicodedata.normalize(form, "naïf,malin")})
+    assert site_data(tmp_path, config, 0).train_labels.tolist() == [0, 0, 0]
+    pictures(tmp_path / unicodedata.normalize("NFC", "naïf"), 4)
+    with pytest.raises(DataError, match=r'has two folders of the name "naïf".*right would be one'):
+        site_data(tmp_path, config, 0)
+
+
+def test_a_class_with_a_comma_stands_in_quotes(tmp_path: Path):
+    pictures(tmp_path / "left, upper", 4)
+    wrong = DataConfig(dataset="sites", shape="1x6x4", class_names="right,left, upper")
+    with pytest.raises(DataError, match=r'comma stands there in double quotes: "left, upper"'):
+        site_data(tmp_path, wrong, 0)
+    (tmp_path / "right" / ".thumbnails").mkdir(parents=True)
+    config = wrong.model_copy(update={"class_names": 'right, "left, upper"'})
+    notes: list[str] = []
+    assert site_data(tmp_path, config, 0, notes.append).train_labels.tolist() == [1, 1, 1]
+    assert notes == [f'{tmp_path / "right"}: class "right" has no pictures']
+
+
+def test_a_class_that_would_be_passed_over_is_refused(tmp_path: Path):
+    pictures(tmp_path / "b", 4)
+    pictures(tmp_path / ".a", 4)
+    config = CONFIG.model_copy(update={"class_names": ".a,b"})
+    with pytest.raises(DataError, match=r'named "\.a" are passed over; right would be another'):
+        site_data(tmp_path, config, 0)
+
+
+def test_pictures_of_sixteen_bits_keep_their_levels(tmp_path: Path):
+    """A scan of 12 bits would have 16 levels if it were cut to 8."""
+    scans = np.random.default_rng(0).integers(0, 4096, (10, 6, 4), dtype=np.uint16)
+    (tmp_path / "benign").mkdir()
+    for number, scan in enumerate(scans):
+        Image.fromarray(scan).save(tmp_path / "benign" / f"{number}.png")
+    # One of 8 bits beside them is as bright as it would be in 16.
+    Image.new("L", (4, 6), 10).save(tmp_path / "benign" / "8bits.png")
+    data = site_data(tmp_path, CONFIG, 0)
+    levels = torch.cat([data.train_images, data.test_images]).squeeze(1).numpy()
+    wanted = [*scans, np.full((6, 4), 10 * 257)]
+    assert sorted(map(np.ndarray.tolist, levels)) == sorted(map(np.ndarray.tolist, wanted))
+    pool = data.train_images.numpy().astype(np.float64) / 257
+    assert float(data.stats.mean) == pytest.approx(pool.mean(), rel=1e-6)
+    normalized = normalize(data.train_images, data.stats)
+    np.testing.assert_allclose(normalized, (pool - pool.mean()) / pool.std(), atol=1e-5)
 
 
 def test_colours_are_read_as_the_settings_want_them(tmp_path: Path):
@@ -154,13 +244,16 @@ FAULTS = {
     "no images": (remove("train/normal", "train/malignant"), r"has the folders \(none\)"),
     "other classes": (
         write("train/malign/1.png"),
-        r"malign, malignant, normal; right would be .* normal, benign, malignant",
+        r'"malign", "malignant", "normal"; right would be .* "normal", "benign", "malignant"$',
     ),
     "unreadable": (write("train/normal/broken.png"), r"broken\.png: cannot be read"),
     "wrong size": (too_wide, r"wide\.png: is 6x5; right would be 6x4"),
     "a loop": (loop, r"train/normal/again: is a link to a folder; right would be the folder"),
     "no file": (pipe, r"pipe\.png: is a pipe, .*right would be a regular file"),
-    "other format": (write("test/benign/1.tif"), r"1\.tif: right would be a \.png or \.jpg"),
+    "other format alone": (
+        write("train/benign/1.tif"),
+        r'train/benign: class "benign" has no pictures, but 1 \.tif; right would be \.png',
+    ),
 }
 
 
@@ -188,6 +281,12 @@ def test_a_photograph_that_lies_in_its_file_is_measured_upright(tmp_path: Path):
     for name in ("1.jpg", "2.jpg"):
         Image.new("L", (6, 4)).save(tmp_path / "benign" / name, exif=turned)
     assert site_data(tmp_path, CONFIG, 0).train_images.shape == (1, 1, 6, 4)
+
+
+def test_a_file_of_another_kind_is_not_called_missing(tmp_path: Path):
+    (tmp_path / "scans.csv").touch()
+    with pytest.raises(DataError, match=r"scans\.csv: is a file of another kind; right would be"):
+        site_data(tmp_path / "scans.csv", CONFIG, 0)
 
 
 def test_class_folders_without_images_are_empty(tmp_path: Path):
@@ -221,6 +320,22 @@ def test_what_is_wrong_with_arrays_is_said(tmp_path: Path, fault: str):
     np.savez(tmp_path / "scans.npz", **arrays)
     with pytest.raises(DataError, match=message):
         site_data(tmp_path / "scans.npz", CONFIG, 0)
+
+
+def test_a_folder_of_a_class_that_may_not_be_read_is_not_passed_over(
+    together: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pictures(together / "benign" / "old", 3, first=50)
+    scandir = os.scandir
+
+    def forbidden(path: str) -> object:
+        if str(path).endswith("old"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(DataError, match=r"Permission denied: .*old"):
+        site_data(together, CONFIG, 0)
 
 
 def test_a_folder_that_may_not_be_read_is_an_error_of_the_data(

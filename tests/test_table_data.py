@@ -1,7 +1,9 @@
 """Data that is no picture: tables, and what takes pictures alone."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,14 +16,16 @@ from typer.testing import CliRunner
 
 from client_app.messages import evaluate_message, train_message
 from pfedgpa_app import cli
-from pfedgpa_app.arrays import FileError
+from pfedgpa_app.arrays import FileError, as_examples
 from pfedgpa_app.config import ClientConfig, Config, DataConfig
-from pfedgpa_app.data import DataError, image_stats, load_dataset, normalize, site_data
+from pfedgpa_app.data import DataError, ImageStats, image_stats, load_dataset, normalize, site_data
 from pfedgpa_app.data.sources import Dataset
+from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.images import read_images
 from pfedgpa_app.models import build_model
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.training import train
+from server_app.simulation import simulate
 
 RNG = np.random.default_rng(0)
 TABLE = {
@@ -130,6 +134,51 @@ def test_a_kept_model_of_a_table_predicts_rows(context: Context, tmp_path: Path)
     assert {row["class-name"] for row in rows} <= {"well", "ill"}
     hits = [row["class"] == label for row, label in zip(rows, data.test_labels, strict=True)]
     assert sum(hits) / len(hits) == metrics["accuracy"]
+
+
+def test_a_table_as_wide_as_those_of_gene_expression_is_trained_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Its clients tell mean and deviation of each of 40,000 features."""
+    own = ModuleType("genes")
+    own.load = lambda root: (RNG.poisson(3, (30, 40_000)), np.arange(30) % 2)
+    monkeypatch.setitem(sys.modules, "genes", own)
+    flat = {
+        **TABLE,
+        "data.dataset": "genes:load",
+        "data.shape": "40000",
+        "data.partition": "iid",
+        "data.train-samples": 0,
+        "num-server-rounds": 1,
+        "client.local-epochs": 1,
+        "strategy": "fedavg",
+    }
+    records = []
+    strategy, _ = simulate(Config.from_flat(flat), 2, num_processes=0, on_round=records.append)
+    assert [row["status"] for row in records[0].clients.values()] == ["ok", "ok"]
+    stats = ImageStats(*strategy.sites[0]["image-stats"])
+    state = build_model("mlp", Config.from_flat(flat).data.info, 0).state_dict()
+    ExportedModel(state, Config.from_flat(flat), 0, 1, stats).save(tmp_path / "model")
+    rows = as_examples(own.load(None)[0], (40_000,), to_train=False)
+    assert ExportedModel.load(tmp_path / "model").predict(rows).shape == (30, 2)
+
+
+def test_a_feature_of_the_smallest_numbers_divides_nothing():
+    """Their deviation is none in float32."""
+    table = np.array([[0.0], [1e-45]] * 10, np.float32)
+    assert torch.isfinite(normalize(dataset(table).images, image_stats(dataset(table)))).all()
+
+
+@pytest.mark.parametrize("piece", [2, 2**24])
+def test_statistics_of_a_wide_table_are_the_same_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, piece: int
+):
+    monkeypatch.setattr("pfedgpa_app.data.sources.PIECE", piece)
+    table = RNG.normal(size=(20, 7)).astype(np.float32)
+    stats = image_stats(dataset(table))
+    rows = table[np.arange(20) % 5 != 0].astype(np.float64)
+    np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(stats.std, rows.std(0), rtol=1e-6)
 
 
 def test_pictures_are_no_rows_of_a_table(tmp_path: Path):

@@ -19,7 +19,7 @@ class ClientData(NamedTuple):
     """
 
     train_images: Tensor
-    """``(n, *shape)``, uint8 or float32 as in `Dataset`."""
+    """``(n, *shape)``, of a type as in `Dataset`."""
     train_labels: Tensor
     """``(n,)``, int64."""
     test_images: Tensor

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from pfedgpa_app.arrays import LEVELS
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.randomness import make_generator
 
@@ -21,7 +22,8 @@ def shifted(
 
     - ``rotation`` turns its images by ``360 g / G`` degrees, quarter turns exactly;
     - ``contrast`` makes a pixel p ``m + f (p - m)``, with the middle m of the range (127.5, or 0 of
-      floats) and ``f = (-1)^g / 2^(g // 2)``: as it is, negative, half the contrast, and so on;
+      floats; 32767.5 of 16 bits) and ``f = (-1)^g / 2^(g // 2)``: as it is, negative, half the
+      contrast, and so on;
     - ``permuted-labels`` gives group 0 the labels as they are, and others a permutation each.
 
     By client, angle, contrast (1/4 to 1, either sign) and permutation are drawn from the seed.
@@ -29,7 +31,7 @@ def shifted(
     Parameters
     ----------
     images : Tensor
-        ``(n, channels, height, width)``, uint8 or float32; for ``permuted-labels`` of any shape.
+        ``(n, channels, height, width)``, as in `Dataset`; for ``permuted-labels`` of any shape.
     labels : Tensor
         ``(n,)``, int64.
     """
@@ -68,9 +70,10 @@ def rotated(images: Tensor, degrees: float) -> Tensor:
 
 def with_contrast(images: Tensor, factor: float) -> Tensor:
     """Return images whose pixels are ``factor`` times as far from the middle of their range."""
-    if images.dtype != torch.uint8:
+    if images.is_floating_point():
         return images * factor
-    return (127.5 + factor * (images.float() - 127.5)).round().clamp(0, 255).to(torch.uint8)
+    end = 2**16 - 1 if images.dtype == LEVELS else 2**8 - 1
+    return (end / 2 + factor * (images.float() - end / 2)).round().clamp(0, end).to(images.dtype)
 
 
 def _draw(generator: torch.Generator, end: float) -> float:

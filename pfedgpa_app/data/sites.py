@@ -1,24 +1,31 @@
 """A site's own data: a folder of images, or an .npz file of examples of any shape."""
 
-import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from pfedgpa_app.arrays import FileError, read_examples, read_labels
+from pfedgpa_app.arrays import FileError, alike, read_examples, read_labels
 from pfedgpa_app.config import DataConfig, by_x
 from pfedgpa_app.data.clients import ClientData
 from pfedgpa_app.data.sources import DataError, Part, assemble, image_stats
-from pfedgpa_app.images import PICTURES, read_picture
+from pfedgpa_app.files import composed, is_hidden, quoted
+from pfedgpa_app.images import PICTURES, counted, find_pictures, read_picture, sort_out
+
+Note = Callable[[str], None]
 
 
-def site_data(path: Path, config: DataConfig, seed: int) -> ClientData:
+def site_data(
+    path: Path, config: DataConfig, seed: int, note: Note = lambda text: None
+) -> ClientData:
     """Return all data of a site, normalized by itself.
 
     A folder has ``train/`` and ``test/``, each with a folder of PNG or JPEG files for every class
     (torchvision's ImageFolder layout), or the class folders alone. An .npz file has examples
     ``x``, ``(n, *shape)``, and labels ``y``, ``(n,)``. Where nothing is set apart for testing,
-    ``test_fraction`` of each class is, drawn by the seed.
+    ``test_fraction`` of each class is, drawn by the seed. What is hidden is no data, at any depth
+    of a folder; ``note`` is told what else in it is not read, if anything.
 
     Raises
     ------
@@ -27,9 +34,15 @@ def site_data(path: Path, config: DataConfig, seed: int) -> ClientData:
     """
     try:
         if path.is_dir():
-            parts = _read_folder(path, config)
+            parts = _read_folder(path, config, note)
         elif path.suffix.lower() == ".npz" and path.is_file():
-            parts = [(read_examples(path, config.info.shape), read_labels(path))]
+            examples = read_examples(path, config.info.shape, to_train=True)
+            parts = [(examples, read_labels(path))]
+        elif path.is_file():
+            raise DataError(
+                f"{path}: is a file of another kind; right would be a folder of images or an .npz "
+                "file with examples x and labels y"
+            )
         else:
             raise DataError(f"{path}: no such folder of images or .npz file")
     except (FileError, OSError) as error:
@@ -46,7 +59,7 @@ def site_data(path: Path, config: DataConfig, seed: int) -> ClientData:
     )
 
 
-def _read_folder(path: Path, config: DataConfig) -> list[Part]:
+def _read_folder(path: Path, config: DataConfig, note: Note) -> list[Part]:
     if not config.info.is_image:
         raise DataError(
             f"{path}: is a folder, of pictures, and data.shape is {by_x(config.info.shape)}; right "
@@ -55,46 +68,79 @@ def _read_folder(path: Path, config: DataConfig) -> list[Part]:
     given = [name for name in ("train", "test") if (path / name).is_dir()]
     if len(given) == 1:
         raise DataError(f"{path}: has {given[0]}/ alone; right would be train/ and test/")
-    return [_read_classes(path / name, config) for name in given or ["."]]
+    parts = [_read_classes(path / name, config, note) for name in given or ["."]]
+    if given:
+        _note_others(path, [entry for entry in path.iterdir() if entry.name not in given], note)
+    return parts
 
 
-def _read_classes(folder: Path, config: DataConfig) -> Part:
+def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
     """Return the images and labels of a folder with a folder for every class."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset  # it takes seconds
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
+    folders = _class_folders(folder, [entry for entry in entries if entry.is_dir()], config.classes)
+    _note_others(folder, [entry for entry in entries if not entry.is_dir()], note)
+    channels, *size = config.info.shape
+    images, labels = [], []
+    for name, class_folder in sorted(folders.items()):
+        found = find_pictures(class_folder)
+        if found.others and not found.pictures:
+            raise DataError(
+                f"{class_folder}: class {quoted(name)} has no pictures, but {counted(found.others)}"
+                f"; right would be {', '.join(PICTURES)}"
+            )
+        if found.others:
+            note(f"{class_folder}: passed over: {counted(found.others)}")
+        if not found.pictures:
+            note(f"{class_folder}: class {quoted(name)} has no pictures")
+        images += [read_picture(file, channels, size) for file in found.pictures]
+        labels += [config.classes.index(name)] * len(found.pictures)
+    if not images:
+        raise DataError(f"{folder}: there are no images in its class folders")
+    return torch.stack(alike(images)), torch.tensor(labels)
 
-    classes = config.classes
-    found = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
-    if not found or found - set(classes):
+
+def _class_folders(folder: Path, entries: list[Path], classes: Sequence[str]) -> dict[str, Path]:
+    """Return the folders by their classes, compared as names that look alike are."""
+    if hidden := [name for name in classes if is_hidden(name)]:
+        raise DataError(
+            f"{folder}: folders named {_list(hidden)} are passed over; right would be another name "
+            "of that class (data.class-names)"
+        )
+    found: dict[str, Path] = {}
+    for entry in entries:
+        name = composed(entry.name)
+        if name in found:
+            raise DataError(
+                f"{folder}: has two folders of the name {quoted(name)}, which differ in Unicode's "
+                "normalization alone; right would be one"
+            )
+        found[name] = entry
+    if not found or found.keys() - set(classes):
         raise DataError(
             f"{folder}: has the folders {_list(sorted(found))}; right would be folders named after "
             f"the classes (data.class-names), which are {_list(classes)}"
+            + _comma_hint(found.keys() - set(classes))
         )
-    labels = {name: label for label, name in enumerate(classes) if name in found}
-    for name in labels:
-        _refuse_linked_folders(folder / name)
-    files = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
-    if not files:
-        raise DataError(f"{folder}: there are no images in its class folders")
-    channels, *size = config.info.shape
-    images = []
-    for name, _ in files:
-        if not name.lower().endswith(PICTURES):
-            raise DataError(f"{name}: right would be a {' or '.join(PICTURES)} file")
-        images.append(read_picture(Path(name), channels, size))
-    return torch.stack(images), torch.tensor([label for _, label in files])
+    return found
 
 
-def _refuse_linked_folders(folder: Path) -> None:
-    """Refuse links to folders inside of one: a loop of them would never end, or count twice."""
-    for root, names, _ in os.walk(folder):
-        for name in names:
-            if (Path(root) / name).is_symlink():
-                raise DataError(
-                    f"{Path(root) / name}: is a link to a folder; right would be the folder itself"
-                )
+def _comma_hint(names: set[str]) -> str:
+    """Say how a class is named that has a comma in its name, if one may have."""
+    with_comma = sorted(name for name in names if "," in name)
+    if not with_comma:
+        return ""
+    return f"; a name with a comma stands there in double quotes: {quoted(with_comma[0])}"
 
 
-def _list(names: list[str] | tuple[str, ...]) -> str:
+def _note_others(folder: Path, entries: list[Path], note: Note) -> None:
+    """Tell of what is beside the folders that are read."""
+    found = sort_out(entries)
+    others = found.others + Counter({"picture in no class folder": len(found.pictures)})
+    if others:
+        note(f"{folder}: passed over: {counted(others)}")
+
+
+def _list(names: Sequence[str]) -> str:
     """Return names for a message, the first of them if they are many."""
-    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    shown = ", ".join(map(quoted, names[:20])) + (", …" if len(names) > 20 else "")
     return shown or "(none)"

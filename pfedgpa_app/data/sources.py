@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from pfedgpa_app.arrays import LEVELS, PIECE, ArrayError, alike, as_examples, as_labels
 from pfedgpa_app.config import DATASETS, SITES, DataConfig, DatasetInfo, by_x
 
 # Where Debian's package dataset-fashion-mnist puts the original files.
@@ -31,7 +32,7 @@ class Dataset(NamedTuple):
 
     images: Tensor
     """The examples, ``(n, *shape)``: images are ``(n, channels, height, width)``, uint8 but for
-    float32 of an own data set; tables are ``(n, features)``."""
+    float32, or `LEVELS` of 16 bits, of an own data set; tables are ``(n, features)``."""
     labels: Tensor
     """``(n,)``, int64."""
     is_test: Tensor
@@ -41,7 +42,7 @@ class Dataset(NamedTuple):
 class ImageStats(NamedTuple):
     """Mean and standard deviation of each channel, ``(channels,)``, in units of the images.
 
-    Of a table, those of each feature.
+    Those of 16 bits are in levels of 8 bits too. Of a table, those of each feature.
     """
 
     mean: Tensor
@@ -70,7 +71,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     elif name in DATASETS:
         parts = _torchvision(name, config.root_path)
     else:
-        parts = [_own(name, config.root_path)]
+        parts = [_own(config)]
     return assemble(parts, config, seed, name)
 
 
@@ -84,8 +85,11 @@ def assemble(parts: list[Part], config: DataConfig, seed: int, name: str) -> Dat
     """
     for images, labels in parts:
         _check(images, labels, config.info, name)
-    images = torch.cat([images for images, _ in parts])
-    labels = torch.cat([labels for _, labels in parts]).long()
+    if len(parts) == 1:  # which may be too large for a second copy
+        images, labels = parts[0][0], parts[0][1].long()
+    else:
+        images = torch.cat(alike([images for images, _ in parts]))
+        labels = torch.cat([labels for _, labels in parts]).long()
     if len(parts) == 2:
         return Dataset(images, labels, torch.arange(len(labels)) >= len(parts[0][1]))
     return Dataset(images, labels, _stratified(labels, config.test_fraction, seed, name))
@@ -103,14 +107,15 @@ def image_stats(dataset: Dataset) -> ImageStats:
     channels = dataset.images.shape[1]
     if dataset.images.is_floating_point():
         return ImageStats(torch.zeros(channels), torch.ones(channels))
-    # Counting the 256 values is exact and needs no float copy of the images.
-    counts = torch.zeros(channels, 256, dtype=torch.float64)
+    # Counting the values is exact and needs no float copy of the images.
+    num_levels, unit = (2**16, 257) if dataset.images.dtype == LEVELS else (2**8, 1)
+    counts = torch.zeros(channels, num_levels, dtype=torch.float64)
     for chunk in (~dataset.is_test).nonzero().squeeze(1).split(10_000):
         for channel in range(channels):
             pixels = dataset.images[chunk, channel].flatten()
-            counts[channel] += torch.bincount(pixels, minlength=256)
+            counts[channel] += torch.bincount(pixels, minlength=num_levels)
     shares = counts / counts.sum(1, keepdim=True)
-    values = torch.arange(256, dtype=torch.float64)
+    values = torch.arange(num_levels, dtype=torch.float64) / unit
     mean = shares @ values
     std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
     # A channel without any contrast stays as it is, instead of becoming 0 / 0.
@@ -119,11 +124,19 @@ def image_stats(dataset: Dataset) -> ImageStats:
 
 def _feature_stats(table: Tensor) -> ImageStats:
     """Return the statistics of a table's features, ``(n, features)``; constant ones become 0."""
-    values = table.double()
+    blocks = [  # a copy of a wide table in float64 would be large
+        _feature_block(block.double()) for block in table.split(max(1, PIECE // len(table)), dim=1)
+    ]
+    mean, std = (torch.cat(each) for each in zip(*blocks, strict=True))
+    return ImageStats(mean, std)
+
+
+def _feature_block(values: Tensor) -> tuple[Tensor, Tensor]:
     # Rounding leaves equal values a deviation just above 0, by which others must not be divided.
     is_constant = values.amax(0) == values.amin(0)
-    std = torch.where(is_constant, 1.0, values.std(0, correction=0))
-    return ImageStats(values.mean(0).float(), std.float())
+    std = torch.where(is_constant, 1.0, values.std(0, correction=0)).float()
+    # The smallest numbers that there are may have a deviation that is none in float32.
+    return values.mean(0).float(), torch.where(std > 0, std, 1.0)
 
 
 def normalize(images: Tensor, stats: ImageStats) -> Tensor:
@@ -133,7 +146,8 @@ def normalize(images: Tensor, stats: ImageStats) -> Tensor:
     """
     each = (-1, *(1,) * (images.ndim - 2))
     mean, std = (values.to(images.device).view(each) for values in stats)
-    return (images.float() - mean) / std
+    values = images.float() / 257 if images.dtype == LEVELS else images.float()
+    return (values - mean) / std
 
 
 def _digits() -> Part:
@@ -217,8 +231,9 @@ def _upright(images: Tensor, name: str) -> Tensor:
     return images[:, None]
 
 
-def _own(name: str, root: Path) -> Part:
+def _own(config: DataConfig) -> Part:
     """Call ``package.module:function`` with the folder of the data sets."""
+    name = config.dataset
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
@@ -227,18 +242,16 @@ def _own(name: str, root: Path) -> Part:
             f"{name}: cannot be imported ({error}). data.dataset names a function as "
             f'"package.module:function", of a package that is installed where the clients run'
         ) from error
-    pair = function(root)
+    pair = function(config.root_path)
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise DataError(f"{name}: returns {type(pair).__name__}, right would be (examples, labels)")
-    tensors = []
-    for what, values in zip(("examples", "labels"), pair, strict=True):
-        if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
-            values = torch.from_numpy(np.ascontiguousarray(values))
-        if not isinstance(values, Tensor):
-            kind = f"{type(values).__name__} of {getattr(values, 'dtype', 'objects')}"
-            raise DataError(f"{name}: {what} are a {kind}, right would be a tensor or NumPy array")
-        tensors.append(values)
-    return tensors[0], tensors[1]
+    what = "examples"
+    try:
+        examples = as_examples(pair[0], config.info.shape, to_train=True)
+        what = "labels"
+        return examples, as_labels(pair[1])
+    except ArrayError as error:
+        raise DataError(f"{name}: {what} are {error}") from error
 
 
 def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None:
@@ -254,12 +267,6 @@ def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None
         )
     if len(images) == 0:
         raise DataError(f"{name}: there is no sample in it")
-    if images.dtype not in (torch.uint8, torch.float32):
-        raise DataError(f"{name}: examples are {images.dtype}, right would be uint8 or float32")
-    if images.is_floating_point() and not bool(torch.isfinite(images).all()):
-        raise DataError(f"{name}: examples hold NaN or infinity, right would be finite numbers")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DataError(f"{name}: labels are {labels.dtype}, right would be whole numbers (int64)")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= info.num_classes:
         raise DataError(

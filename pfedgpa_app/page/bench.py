@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.files import is_hidden, read_text, text_of
 from pfedgpa_app.page import figures
 from pfedgpa_app.page.html import Page, Shown, table_of, tabs
 from pfedgpa_app.rounds import Row
@@ -52,13 +53,13 @@ def page_of_bench(folder: Path) -> str:
 
 def _indices(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(file for file in folder.glob("*.json") if not is_hidden(file.name)):
         try:
-            index = json.loads(file.read_text())
+            index = json.loads(read_text(file))
         except (OSError, ValueError):
             continue
         if isinstance(index, dict) and index.get("kind") == INDEX_KIND:
-            found[file.stem] = index
+            found[text_of(file.stem)] = index
     return found
 
 
@@ -78,7 +79,7 @@ def _index(page: Page, folder: Path, index: Mapping[str, Any], name: str) -> str
 def _rounds(file: Path) -> list[list[Row]]:
     """Return the rounds of a result, if the run is finished."""
     try:
-        return [json.loads(file.read_text())["rounds"]]
+        return [json.loads(read_text(file))["rounds"]]
     except (OSError, ValueError, KeyError):
         return []
 
