@@ -31,7 +31,7 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import states_below
 from pfedgpa_app.strategies import FedAMPConfig, FedPACConfig, FlocoConfig, PFedHNConfig
 from server_app.simulation import simulate
-from server_app.strategies import IFCA, STRATEGIES, FedAMP, FedPAC, Floco, PFedHN
+from server_app.strategies import IFCA, STRATEGIES, FedAMP, FedPAC, Floco, PFedHN, fedamp
 from server_app.strategies.fedamp import attention
 from server_app.strategies.fedpac import head_shares
 from server_app.strategies.floco import onto_simplex, project, riesz_energy
@@ -73,6 +73,18 @@ class TestFedAMP:
         start(FedAMP(alpha=0.3, sigma=6.0, momentum=0.5), grid, num_rounds=4)
         # Both upload the number of the round: their cloud models are 1, 2, 3 without momentum.
         assert [each[1] for each in received(grid, "train")] == [0.0, 1.0, 2.0, 3.0 + 0.5 * (2 - 1)]
+
+    def test_a_cloud_model_is_mixed_once_a_round(self, monkeypatch: pytest.MonkeyPatch):
+        mixed = []
+
+        def mix(vectors: torch.Tensor, row: int, alpha: float, sigma: float) -> torch.Tensor:
+            mixed.append(row)
+            return attention(vectors, row, alpha, sigma)
+
+        monkeypatch.setattr(fedamp, "attention", mix)
+        grid = SimulatedGrid({1: by_round(site), 2: by_round(site)})
+        start(FedAMP(alpha=0.3, sigma=6.0, momentum=0.5), grid, num_rounds=3)
+        assert mixed == [0, 1, 0, 1]  # in the first round both are sent the average
 
     def test_training_is_drawn_to_the_cloud_model(self):
         settings = FedAMPConfig(alpha=0.5, penalty=0.3)
