@@ -5,7 +5,7 @@ import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from pfedgpa_app.console import (
 )
 from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
-from pfedgpa_app.runs import CHECKPOINT
+from pfedgpa_app.runs import CHECKPOINT, began_at
 
 runs_app = typer.Typer(
     cls=OneLineErrors, invoke_without_command=True, help="List runs, look at one, remove one."
@@ -117,12 +117,11 @@ def remove(
 
 def _facts(run: Run) -> dict[str, Any]:
     """Return what is said of a run in a list."""
-    began = datetime.fromtimestamp((run.path / "config.json").stat().st_mtime, UTC)
     return {
         "name": run.name,
         "id": run.path.name,
         "path": str(run.path),
-        "began": began.isoformat(timespec="seconds"),
+        "began": began_at(run.path).isoformat(timespec="seconds"),
         "state": run.state,
         "strategy": run.config.strategy,
         "dataset": run.config.data.dataset,
