@@ -14,15 +14,15 @@ import typer
 
 from pfedgpa_app.commands_runs import runs_app
 from pfedgpa_app.config import Config, ConfigError, flatten
-from pfedgpa_app.console import OneLineErrors, OutputDir, RunArgument, fail, read_run
+from pfedgpa_app.console import OutputDir, RunArgument, fail, make_app, read_run
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.watch import watch
 
 if TYPE_CHECKING:
     from pfedgpa_app.exported import ExportedModel
 
-app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False)
-config_app = typer.Typer(help="Settings.", no_args_is_help=True)
+app = make_app(no_args_is_help=True, add_completion=False)
+config_app = make_app(help="Settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(runs_app, name="runs")
 app.command()(watch)

@@ -14,10 +14,10 @@ import typer
 from pfedgpa_app.config import Config
 from pfedgpa_app.console import (
     Json,
-    OneLineErrors,
     OutputDir,
     RunArgument,
     fail,
+    make_app,
     make_table,
     print_table,
     read_run,
@@ -26,9 +26,7 @@ from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT, began_at
 
-runs_app = typer.Typer(
-    cls=OneLineErrors, invoke_without_command=True, help="List runs, look at one, remove one."
-)
+runs_app = make_app(invoke_without_command=True, help="List runs, look at one, remove one.")
 
 _NUM_WORST = 5
 _ACCURACIES = {

@@ -1,6 +1,7 @@
 """What the commands of ``pfedgpa`` have in common."""
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -12,6 +13,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.errors import described
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RowError
 from pfedgpa_app.runs import find_run
@@ -27,6 +29,9 @@ RunArgument = Annotated[
         metavar="RUN",
     ),
 ]
+
+DEBUG = "PFEDGPA_DEBUG"
+"""The environment variable with which an error is raised as it is."""
 
 _WIDER_THAN_ANY = 10_000
 
@@ -44,18 +49,35 @@ _RIGHT = {
 
 
 class OneLineErrors(TyperGroup):
-    """Commands that end with a line where a file is refused or damaged: that is no bug to trace."""
+    """Commands that end with a line, whatever is wrong.
+
+    A file that is refused or damaged is no bug to trace. For all else, own models and loaders among
+    it, there is `DEBUG`.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command."""
+        if os.environ.get(DEBUG):
+            return super().invoke(ctx)
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # whoever reads has seen enough
+        # How a command ends, and a reader that has seen enough.
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except OSError as error:
             fail(explain(error))
         except RowError as error:
             fail(str(error))
+        except Exception as error:
+            fail(f"{described(error)}; {DEBUG}=1 shows its traceback")
+
+
+def make_app(**options: Any) -> typer.Typer:
+    """Return commands that are `OneLineErrors`.
+
+    Tracebacks of `DEBUG` are Python's: Typer's print all variables, weights among them.
+    """
+    return typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False, **options)
 
 
 def explain(error: OSError) -> str:

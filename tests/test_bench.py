@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.network import wait_until
+from pfedgpa_app.console import DEBUG
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.strategies import FedProxConfig
@@ -183,7 +184,9 @@ def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: P
     assert replace(run, row="x", case="y", config=same).file(tmp_path) == run.file(tmp_path)
 
 
-def test_a_failed_run_is_reported_and_the_others_go_on(suite: Path, tmp_path: Path):
+def test_a_failed_run_is_reported_and_the_others_go_on(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     # Only in its middle does a step size turn out to be too large.
     suite.write_text(SUITE + "\n[rows.diverging]\nclient.learning-rate = 1e30\n")
     result = invoke(suite, "--seeds", "0", "--processes", 2, "--results", tmp_path / "results")
@@ -197,6 +200,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(suite: Path, tmp_path: Pa
     assert line.split() == ["diverging", "failed"]
     arguments = ["bench", str(suite), "--rows", "diverging", "--processes", "0"]
     arguments += ["--results", str(tmp_path / "0")]
+    assert "RuntimeError: round 1: " in CliRunner().invoke(app, arguments).stderr
+    monkeypatch.setenv(DEBUG, "1")
     with pytest.raises(RuntimeError, match=r"round 1: .*nan"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 

@@ -15,6 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from pfedgpa_app.config import DATASETS, SITES, DataConfig, DatasetInfo, by_x
+from pfedgpa_app.errors import described
 
 # Where Debian's package dataset-fashion-mnist puts the original files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -227,7 +228,12 @@ def _own(name: str, root: Path) -> Part:
             f"{name}: cannot be imported ({error}). data.dataset names a function as "
             f'"package.module:function", of a package that is installed where the clients run'
         ) from error
-    pair = function(root)
+    except Exception as error:  # code of the user's raises whatever it likes
+        raise DataError(f"{name}: importing it failed with {described(error)}") from error
+    try:
+        pair = function(root)
+    except Exception as error:
+        raise DataError(f"{name}: failed with {described(error)}") from error
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise DataError(f"{name}: returns {type(pair).__name__}, right would be (examples, labels)")
     tensors = []
