@@ -289,6 +289,16 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
     assert quick.title == "Two rivals (quick)"
 
 
+@pytest.mark.parametrize("section", ["", "[quick]", "[quick]\nsettings = {}"])
+def test_quick_is_refused_where_nothing_would_be_less(suite: Path, tmp_path: Path, section: str):
+    suite.write_text(SUITE.partition("[quick]")[0] + section)
+    result = invoke(suite, "--quick", "--results", tmp_path / "results")
+    assert result.exit_code == 1
+    assert f"{suite}: no [quick] says what is less with --quick; right would be" in result.stderr
+    assert "\n[quick]\nseeds = [0]\n" in result.stderr
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("name", ["none.toml", "wrong.toml"])
 def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: str):
     (tmp_path / "wrong.toml").write_text("seed = ")
@@ -314,6 +324,7 @@ def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: 
         ("[settings]", "[settings]\ntracking = 'mlflow'", "tracking"),
         ("[settings]", "[cases.a]\nclients = 'x'\n[settings]", "clients = x; right would be"),
         ('rows = ["local"]', 'rows = ["x"]', "quick.rows has"),
+        ('rows = ["local"]', "rows = []", "quick.rows: List should have at least 1 item"),
         ("clients = 3", "clients = 3\ntargets = [0.5]", "right would be curve = true"),
         ("clients = 3", "clients = 3\nhorizons = [2]", "right would be curve = true"),
         ("clients = 3", "clients = 3\ncurve = true\nhorizons = [2, 1, 4]", r"has \[1, 4\]; .* = 2"),
