@@ -14,7 +14,14 @@ import typer
 
 from pfedgpa_app.commands_runs import runs_app
 from pfedgpa_app.config import Config, ConfigError, flatten
-from pfedgpa_app.console import OutputDir, RunArgument, fail, make_app, read_run
+from pfedgpa_app.console import (
+    OutputDir,
+    RunArgument,
+    fail,
+    make_app,
+    read_run,
+    whole_numbers,
+)
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.watch import watch
 
@@ -35,7 +42,7 @@ Overrides = Annotated[
     typer.Option("--config", "-c", help="key=value as in TOML, such as diffusion.fidelity=0.5."),
 ]
 ClassCounts = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Images of each class that the client trained on, such as 12,0,30; a model that was "
         "trained with client.class-prior predicts with them."
@@ -82,7 +89,7 @@ def export(
     client: Annotated[int, typer.Option(min=0, help="Number of the client.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (safetensors).")],
     force: Annotated[bool, typer.Option(help="Write in place of a file that exists.")] = False,
-    class_counts: ClassCounts = "",
+    class_counts: ClassCounts = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="Call own functions that the run names, from here.")
     ] = False,
@@ -122,7 +129,7 @@ def predict(
         bool, typer.Option("--test-set", help="Judge the model on its client's own test set.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a result.")] = False,
-    class_counts: ClassCounts = "",
+    class_counts: ClassCounts = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="Call own functions that the file names, from here.")
     ] = False,
@@ -132,13 +139,13 @@ def predict(
 
     if test_set == bool(images):
         fail("right would be either images or --test-set")
-    if test_set and class_counts:
+    if test_set and class_counts is not None:
         fail("--class-counts: the test set comes with its training set, which is counted")
     if trust:
         sys.path.insert(0, os.getcwd())
     try:
         exported = ExportedModel.load(model, trusted=trust)
-        if class_counts:
+        if class_counts is not None:
             exported = exported.with_class_counts(_counts(class_counts))
         if images:
             _print_classes(exported, images, as_json)
@@ -175,7 +182,10 @@ def report(
         if benches:
             page = page_of_bench(benches[0])
         else:
-            page = page_of([read_run(run, output_dir) for run in runs])
+            found = [read_run(run, output_dir) for run in runs]
+            if len({run.path.resolve() for run in found}) < len(found):
+                fail(f"{', '.join(run.name for run in found)}: right would be each run once")
+            page = page_of(found)
         write_page(output, page)
     except (OSError, ValueError) as error:
         fail(str(error))
@@ -192,13 +202,8 @@ def _check_output(output: Path, example: str, force: bool) -> None:
         fail(f"{output} exists; --force writes in its place")
 
 
-def _counts(text: str) -> list[int] | None:
-    if not text:
-        return None
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        fail(f'--class-counts {text}: right would be whole numbers, such as "12,0,30"')
+def _counts(text: str | None) -> list[int] | None:
+    return None if text is None else whole_numbers("--class-counts", text, "12,0,30")
 
 
 def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> None:
@@ -235,7 +240,10 @@ def _load(file: Path | None, overrides: list[str]) -> Config:
         if file is not None:
             flat |= flatten(tomllib.loads(file.read_text()))
         for override in overrides:
-            flat |= flatten(tomllib.loads(override))
+            settings = dict(flatten(tomllib.loads(override)))
+            if not settings:
+                fail(f'--config "{override}": right would be, for example, seed=1')
+            flat |= settings
         return Config.from_flat(flat)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -95,6 +96,17 @@ def read_run(run: str, output_dir: str) -> Run:
         return Run.read(find_run(run, Config(output_dir=output_dir).output_path, Path.cwd()))
     except ValueError as error:
         fail(str(error))
+
+
+def whole_numbers(option: str, text: str, example: str) -> list[int]:
+    """Return the numbers of an option that takes several, or end the command."""
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,15}", number) for number in numbers):
+        fail(
+            f'{option} "{text}": right would be whole numbers from 0, of up to 15 digits, such as '
+            f'"{example}"'
+        )
+    return [int(number) for number in numbers]
 
 
 def make_table(*columns: str) -> Table:

@@ -18,8 +18,9 @@ import typer
 
 from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
-from pfedgpa_app.console import Json, fail
+from pfedgpa_app.console import Json, fail, whole_numbers
 from pfedgpa_app.rounds import RowError, value_of
+from pfedgpa_app.section import NUM_SEEDS
 from pfedgpa_app.state import writing
 from server_app.superlink import run_on_flower
 
@@ -34,7 +35,9 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Only show that it works, in minutes.")
     ] = False,
-    seeds: Annotated[str, typer.Option(help="Comma-separated, instead of the suite's.")] = "",
+    seeds: Annotated[
+        str | None, typer.Option(help="Comma-separated, instead of the suite's.")
+    ] = None,
     rows: Annotated[
         list[str] | None, typer.Option(help="Only rows whose names begin so; may be repeated.")
     ] = None,
@@ -83,7 +86,7 @@ def bench(
     try:
         suite = Suite.read(file, quick=quick)
         changed = {
-            "seeds": [int(seed) for seed in seeds.split(",")] if seeds else suite.seeds,
+            "seeds": suite.seeds if seeds is None else _seeds(seeds),
             "rows": _chosen(suite.rows, rows, "row"),
             "cases": _chosen(suite.cases, cases, "case"),
         }
@@ -131,7 +134,7 @@ def bench(
         else:
             failed = execute(pending, folder, processes and at_a_time, advance)
     # What was chosen is in the name, so that a call for other cases writes beside it.
-    parts = (file.stem, "quick" if quick else "", *(cases or ()), *(rows or ()), seeds)
+    parts = (file.stem, "quick" if quick else "", *(cases or ()), *(rows or ()), seeds or "")
     index = _write(suite, runs, folder, re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))))
     if as_json:
         print(json.dumps(index, indent=1), file=output)
@@ -142,12 +145,26 @@ def bench(
         )
 
 
+def _seeds(text: str) -> list[int]:
+    """Return the seeds of the option, or end the command."""
+    seeds = whole_numbers("--seeds", text, "0,1,2")
+    if len(set(seeds)) < len(seeds):
+        fail(f'--seeds "{text}": right would be each once')
+    if max(seeds) >= NUM_SEEDS:
+        fail(f'--seeds "{text}": right would be less than {NUM_SEEDS}')
+    return seeds
+
+
 def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dict[str, Any]:
     """Return those whose names begin with one of the prefixes, in the suite's order.
 
-    Raises ValueError if a prefix chooses nothing.
+    Raises ValueError if a prefix chooses nothing, or says nothing.
     """
+    if prefixes and len(set(prefixes)) < len(prefixes):
+        raise ValueError(f"--{kind}s {', '.join(prefixes)}: right would be each once")
     for prefix in prefixes or ():
+        if not prefix:
+            raise ValueError(f'--{kind}s "": right would be the beginning of a {kind}\'s name')
         if not any(name.startswith(prefix) for name in named):
             raise ValueError(f"no {kind} begins with {prefix!r}; there are {', '.join(named)}")
     return {name: each for name, each in named.items() if name.startswith(tuple(prefixes or [""]))}

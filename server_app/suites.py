@@ -19,13 +19,13 @@ from pydantic import Field, ValidationError
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
-from pfedgpa_app.section import Count, Section
+from pfedgpa_app.section import Count, Section, Seed
 from pfedgpa_app.state import writing
 from server_app.simulation import simulate
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 
 Names = Annotated[list[str], Field(min_length=1)]
 

@@ -289,6 +289,41 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
     assert quick.title == "Two rivals (quick)"
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--seeds", "a"], '--seeds "a": right would be whole numbers from 0'),
+        (["--seeds", ""], '--seeds "": right would be whole numbers from 0'),
+        (["--seeds", "1,,2"], '--seeds "1,,2": right would be whole numbers from 0'),
+        (["--seeds", "-1"], '--seeds "-1": right would be whole numbers from 0'),
+        (["--seeds", "1.0"], '--seeds "1.0": right would be whole numbers from 0'),
+        (["--seeds", "1, 1"], '--seeds "1, 1": right would be each once'),
+        (["--seeds", "2147483648"], '--seeds "2147483648": right would be less than 2147483648'),
+        (["--rows", ""], '--rows "": right would be the beginning of a row\'s name'),
+        (["--rows", "local", "--rows", "local"], "--rows local, local: right would be each once"),
+        (["--rows", "x"], "no row begins with 'x'; there are local, ditto"),
+        (["--cases", "x"], "no case begins with 'x'; there are one"),
+        (["--cases", ""], '--cases "": right would be the beginning of a case\'s name'),
+    ],
+)
+def test_an_option_that_is_wrong_is_said_in_a_line_and_nothing_runs(
+    suite: Path, tmp_path: Path, options: list[str], problem: str
+):
+    suite.write_text(SUITE + "\n[cases.one]\nnum-server-rounds = 2\n")
+    result = invoke(suite, *options, "--results", tmp_path / "results")
+    assert result.exit_code == 1
+    assert problem in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("processes", ["-2", "a", ""])
+def test_a_number_of_processes_that_is_none_is_refused(suite: Path, processes: str):
+    result = invoke(suite, "--processes", processes)
+    assert result.exit_code == 2
+    assert "Invalid value for '--processes'" in result.stderr
+
+
 @pytest.mark.parametrize("section", ["", "[quick]", "[quick]\nsettings = {}"])
 def test_quick_is_refused_where_nothing_would_be_less(suite: Path, tmp_path: Path, section: str):
     suite.write_text(SUITE.partition("[quick]")[0] + section)

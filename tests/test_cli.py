@@ -74,6 +74,13 @@ def test_wrong_settings_are_all_named(runner: CliRunner):
     ]
 
 
+@pytest.mark.parametrize("override", ["", "# seed=1"])
+def test_an_override_of_nothing_is_refused(runner: CliRunner, override: str):
+    result = runner.invoke(cli.app, ["config", "check", "-c", override])
+    assert result.exit_code == 1
+    assert result.stderr == f'--config "{override}": right would be, for example, seed=1\n'
+
+
 @pytest.mark.parametrize("override", ["strategy=local", "seed", "seed=1 2"])
 def test_an_override_that_is_not_toml_is_refused_with_an_example(runner: CliRunner, override: str):
     result = runner.invoke(cli.app, ["config", "check", "-c", override])
@@ -262,9 +269,13 @@ def test_class_counts_travel_from_export_to_predict(
     predict = ["predict", str(file), str(pictures)]
     only_six = runner.invoke(cli.app, [*predict, "--class-counts", "0,0,0,0,0,0,999999999,0,0,0"])
     assert [line.split("\t")[1] for line in only_six.stdout.splitlines()] == ["6"] * 3
-    wrong = runner.invoke(cli.app, [*predict, "--class-counts", "a,b"])
-    assert wrong.exit_code == 1
-    assert "--class-counts a,b: right would be whole numbers" in wrong.stderr
+    for counts in ("", "a,b", "-1,2", "1,,2", "1.5", "1" * 16, "²"):
+        wrong = runner.invoke(cli.app, [*predict, "--class-counts", counts])
+        assert wrong.exit_code == 1
+        assert wrong.stderr == (
+            f'--class-counts "{counts}": right would be whole numbers from 0, of up to 15 digits, '
+            'such as "12,0,30"\n'
+        )
     twice = runner.invoke(
         cli.app, ["predict", str(file), "--test-set", "--class-counts", "1,1,1,1,1,1,1,1,1,1"]
     )
