@@ -176,7 +176,7 @@ def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> d
     from server_app.bench_tables import draw, index_of, tables
 
     formats = {"txt": "text", "md": "markdown", "tex": "latex", "csv": "csv"}
-    found = tables(suite, runs, folder, shlex.join(["pfedgpa", "bench", *sys.argv[2:]]))
+    found = tables(suite, runs, folder, name, shlex.join(["pfedgpa", "bench", *sys.argv[2:]]))
     with writing(folder / name):
         for suffix, form in formats.items():
             head, between = (CSV_HEAD, "") if form == "csv" else ("", "\n")

@@ -94,6 +94,16 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
     for suffix in ("txt", "md", "tex", "csv"):
         text = (tmp_path / "here" / f"suite.{suffix}").read_text()
         assert "local" in text
+        assert ("seconds of computing: pfedgpa bench" in text) == (suffix != "csv")
+    latex = (tmp_path / "here" / "suite.tex").read_text()
+    labels = re.findall(r"\\label{(.+?)}", latex)
+    assert labels == ["tab:suite", "tab:suite-bytes-up"]
+    captions = re.findall(r"\\caption{(.+?)}\n", latex)
+    assert [caption.partition(". ")[0] for caption in captions] == [
+        "Two rivals",
+        "Two rivals: bytes-up",
+    ]
+    assert "pfedgpa bench" not in "".join(captions)
     with (tmp_path / "here" / "suite.csv").open() as stream:
         rows = {row["row"]: row for row in csv.DictReader(stream) if row["table"] == "Two rivals"}
     for name in ("local", "ditto"):
@@ -413,7 +423,7 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
         ]
         accuracies = {number: dict.fromkeys(range(3), 0.4) for number in (1, 2, 3)}
         run.write(tmp_path, rows, accuracies, 1.0)
-    tables = bench_tables.tables(read, read.runs(), tmp_path, "command")
+    tables = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
     reached = {table.title: table.rows["local"][0].text for table in tables}
     assert reached["Two rivals: until 0.3"] == "2.5 / 3.8 / 1.2"
     assert reached["Two rivals: until 0.99"] == "-"
@@ -437,7 +447,7 @@ def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):
         ]
         accuracies = {number: dict.fromkeys(range(3), number / 10) for number in (1, 2, 3)}
         run.write(tmp_path, rows, accuracies, 1.0)
-    judged, bytes_up = bench_tables.tables(read, read.runs(), tmp_path, "command")
+    judged, bytes_up = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
     assert judged.columns == ["round 2", "round 3"]
     assert [cell.values[0] for cell in judged.rows["local"]] == pytest.approx([0.15, 0.25])
     assert [cell.text for cell in bytes_up.rows["local"]] == ["15 ± 0", "25 ± 0"]
@@ -495,12 +505,54 @@ def test_tables_are_written_as_what_they_are_read_by():
     latex = table.latex()
     assert r"pfedgpa & \textbf{0.9 $\pm$ 0.1} & \underline{0.8} & - \\" in latex
     assert r"\caption{A \& B. Note.}" in latex
+    assert r"\label" not in latex
     assert r"& x & 100 \% & c\_1 \\" in latex
     rows = list(csv.reader(table.csv().splitlines()))
     first = ["A & B", "pfedgpa", "x", "0.9 ± 0.1", "best", "2", "0.900000", "0.141421"]
     assert rows[0] == [*first, "0.800000 1.000000"]
     assert len(rows[0]) == len(CSV_HEAD.split(","))
     assert rows[2] == ["A & B", "pfedgpa", "c_1", "-", "", "0", "", "", ""]
+
+
+EVIL = r"""a & b %c_d #e $f$ {g} ~h ^i \input{j} <k> |l| "m" `n` --o [p] *q
+\\ r"""
+
+
+def test_latex_has_a_label_and_nothing_of_the_names_is_a_command():
+    rows = {EVIL: [Cell("0.9 ± 0.1", "best"), Cell(EVIL)], "[1mm] b": [Cell("1"), Cell("2")]}
+    table = Table(EVIL, [EVIL, "*"], rows, EVIL, "my suite_1-bytes", "pfedgpa bench a_b\n\\end")
+    begin = [
+        r"% \usepackage{booktabs}",
+        r"% pfedgpa bench a_b \end",
+        r"\begin{table}",
+        r"\centering",
+    ]
+    lines = table.latex().splitlines()
+    assert lines[:4] == begin
+    assert lines[4].startswith(r"\caption{a \& b \%c\_d \#e \$f\$ \{g\} \textasciitilde{}h ")
+    assert r"\textasciicircum{}i \textbackslash{}input\{j\} \textless{}k\textgreater{}" in lines[4]
+    assert r"''m'' \textasciigrave{}n\textasciigrave{} -{}-o {[}p{]} {*}q" in lines[4]
+    assert lines[5:8] == [
+        r"\label{tab:my-suite-1-bytes}",
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+    ]
+    assert lines[11].startswith(r"{[}1mm{]} b & 1 & 2 \\")
+    assert lines[12:] == [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    commands = r"\\(?:[&%_#${}]|text\w+\{\}|pm\b|textbf|underline)"
+    caption, *cells = lines[4].removeprefix(r"\caption"), lines[8], lines[10], lines[11]
+    for line, separators in ((caption, 0), *((each, 2) for each in cells)):
+        bare = re.sub(commands, "", line.removesuffix(r" \\"))
+        assert not set(bare) & set('\\%#~^_<>|"`')
+        assert bare.count("{") == bare.count("}")
+        assert bare.count("$") in (0, 2)  # about the sign of the deviation
+        assert bare.count("&") == separators
+
+
+def test_a_bar_is_no_column_in_markdown():
+    table = Table("Title", ["a|b"], {"c\nd": [Cell("e | f")]}, "Note.", source="Command.")
+    body = "| | a\\|b |\n| --- | --- |\n| c d | e \\| f |"
+    assert table.markdown().replace("|  |", "| |") == f"**Title**\n\n{body}\n\nNote. Command.\n"
 
 
 def test_runs_on_a_superlink_give_the_same_kind_of_result(
