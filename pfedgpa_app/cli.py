@@ -3,17 +3,15 @@
 import json
 import os
 import sys
-import tomllib
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
 from pfedgpa_app.commands_runs import runs_app
-from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.console import (
     OutputDir,
     RunArgument,
@@ -22,25 +20,15 @@ from pfedgpa_app.console import (
     read_run,
     whole_numbers,
 )
-from pfedgpa_app.preflight import preflight
 from pfedgpa_app.watch import watch
 
 if TYPE_CHECKING:
     from pfedgpa_app.exported import ExportedModel
 
 app = make_app(no_args_is_help=True, add_completion=False)
-config_app = make_app(help="Settings.", no_args_is_help=True)
-app.add_typer(config_app, name="config")
 app.add_typer(runs_app, name="runs")
 app.command()(watch)
 
-FileArgument = Annotated[
-    Path | None, typer.Argument(help="Overrides of pyproject.toml's defaults, as in conf/.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--config", "-c", help="key=value as in TOML, such as diffusion.fidelity=0.5."),
-]
 ClassCounts = Annotated[
     str | None,
     typer.Option(
@@ -63,24 +51,6 @@ def main(
     ] = False,
 ) -> None:
     """Take what concerns no command."""
-
-
-@config_app.command()
-def check(file: FileArgument = None, config: Overrides = None) -> None:
-    """Say what is wrong with settings, all of it, without starting a run.
-
-    Run it in the project's folder.
-    """
-    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
-    settings = _load(file, config or [])
-    try:
-        preflight(settings)
-    except ConfigError as error:
-        fail(str(error))
-    changed = settings.changed
-    print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
-    for key, value in changed.items():
-        print(f"  {key} = {value!r}")
 
 
 @app.command()
@@ -231,21 +201,3 @@ def _print_evaluation(model: "ExportedModel", as_json: bool) -> None:
         print(json.dumps({"num-examples": num_examples, "accuracy": accuracy, "loss": loss}))
     else:
         print(f"accuracy {accuracy:.4f}, loss {loss:.4f} on {num_examples} examples")
-
-
-def _load(file: Path | None, overrides: list[str]) -> Config:
-    """Build the settings from a TOML file and ``key=value`` pairs, or end with what is wrong."""
-    flat: dict[str, Any] = {}
-    try:
-        if file is not None:
-            flat |= flatten(tomllib.loads(file.read_text()))
-        for override in overrides:
-            settings = dict(flatten(tomllib.loads(override)))
-            if not settings:
-                fail(f'--config "{override}": right would be, for example, seed=1')
-            flat |= settings
-        return Config.from_flat(flat)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')
-    except ConfigError as error:
-        fail(str(error))

@@ -22,10 +22,13 @@ from pfedgpa_app.console import Json, fail, whole_numbers
 from pfedgpa_app.rounds import RowError, value_of
 from pfedgpa_app.section import NUM_SEEDS
 from pfedgpa_app.state import writing
+from server_app.commands_config import config_app
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
     from server_app.suites import BenchRun, Suite
+
+app.add_typer(config_app, name="config")
 
 
 @app.command()

@@ -288,5 +288,5 @@ def test_a_pipe_that_is_closed_early_is_no_error_of_the_system(monkeypatch: pyte
     def close(*arguments: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(cli, "preflight", close)
-    assert CliRunner().invoke(cli.app, ["config", "check"]).exit_code == 1
+    monkeypatch.setattr("pfedgpa_app.commands_runs.read_runs", close)
+    assert CliRunner().invoke(cli.app, ["runs"]).exit_code == 1

@@ -19,6 +19,7 @@ from pfedgpa_app.data.sources import load_dataset
 from pfedgpa_app.errors import described
 from pfedgpa_app.exported import ExportedModel
 from server_app.cli import app
+from server_app.commands_config import config_app
 
 PROJECT = Path(__file__).parents[1]
 
@@ -130,7 +131,7 @@ def test_how_a_command_ends_is_no_error():
 
 
 def test_no_traceback_prints_the_values_of_variables():
-    for each in (app, cli.app, cli.config_app, runs_app):
+    for each in (app, config_app, runs_app):
         assert not each.pretty_exceptions_enable
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.absence", "--seeds", "0.12345"],
