@@ -186,16 +186,16 @@ class GenerativeAggregator:
         with repeatable(num_threads=1):
             generated = current
             if self.model is not None:
-                onboarding, kin = self.onboarding, self._kin(client)
+                onboarding, kin = self.onboarding, self._kin(client, self._told())
                 generated = self.model.onboard(current, previous, onboarding, self._vectors(), kin)
         self.bank.put(client, generated, self._round)
 
     def describe(self) -> str:
         """Say what the last `fit` found."""
         found = _described(self.model) if self.model else "as uploaded"
-        if self.config.sharing == "measured" and not self._is_measured():
-            told = f"only {self._num_told()} members told of their halves"
-            return f"{found}; sharing is not measured: {told}"
+        if self.config.sharing == "measured" and self._told() is None:
+            num_told = sum(each is not None for each in self._halves())
+            return f"{found}; sharing is not measured: only {num_told} members told of their halves"
         return found
 
     def state(self) -> dict[str, Tensor]:
@@ -262,9 +262,9 @@ class GenerativeAggregator:
         if len(vectors) < 2:
             return None
         self.spectrum = spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
-        is_measured = self._is_measured()
+        told = self._told()
         is_flat = (
-            not is_measured
+            told is None
             and self.config.space == "subspace"
             and self.config.rank == "auto"
             and not spectrum.signal_rank
@@ -276,28 +276,32 @@ class GenerativeAggregator:
         # The 0 has no meaning any more, and gives a seed the digits that it always gave.
         streams = partial(make_generator, self.seed, server_round, 0)
         model = ParameterDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
-        return model.shrunk(Shrinkage.of(spectrum, self._told())) if is_measured else model
+        return model if told is None else model.shrunk(Shrinkage.of(spectrum, told))
 
-    def _num_told(self) -> int:
-        """Return how many members told how their halves move them."""
-        return sum(self.bank.clients[client].halves is not None for client in self.bank.members)
+    def _halves(self) -> list[Tensor | None]:
+        """Return both halves of each member, ``(2, SKETCH)``; None of those that told nothing."""
+        return [self.bank.clients[client].halves for client in self.bank.members]
 
-    def _is_measured(self) -> bool:
-        """Tell whether most members did."""
-        is_asked = self.config.sharing == "measured"
-        return is_asked and 2 * self._num_told() > len(self.bank.members)
+    def _told(self) -> Tensor | None:
+        """Return both halves of the members, ``(num_members, 2, SKETCH)``; 0 of silent ones.
 
-    def _told(self) -> Tensor:
-        """Return both halves of the members, ``(num_members, 2, SKETCH)``; 0 of silent ones."""
-        halves = [self.bank.clients[client].halves for client in self.bank.members]
+        None unless most members told.
+        """
+        halves = self._halves()
+        num_told = sum(each is not None for each in halves)
+        if self.config.sharing != "measured" or 2 * num_told <= len(halves):
+            return None
         return torch.stack([torch.zeros(2, SKETCH) if each is None else each for each in halves])
 
-    def _kin(self, client: int) -> Tensor | None:
-        """Return how far the members ask for the same as a client, ``(num_members,)``, if known."""
+    def _kin(self, client: int, told: Tensor | None) -> Tensor | None:
+        """Return how far the members ask for the same as a client, ``(num_members,)``, if known.
+
+        ``told`` is what `_told` returns, which is as large as the bank is.
+        """
         halves = self.bank.of(client).halves
-        if halves is None or not self._is_measured():
+        if halves is None or told is None:
             return None
-        return (agreement(halves, self._told()) - MIN_AGREEMENT).clamp(min=0)
+        return (agreement(halves, told) - MIN_AGREEMENT).clamp(min=0)
 
     def _personalized(self, clients: Sequence[int]) -> list[Tensor]:
         found = self._of_retired([client for client in clients if client in self.bank.retired])
@@ -321,12 +325,13 @@ class GenerativeAggregator:
         treated as a client of which nothing is known.
         """
         found, asking = {}, {}
+        told = self._told() if clients else None
         for client in clients:
             try:
                 found[client] = self.bank.retired[client]
             except ValueError:
                 found[client] = self.expect()
-            kin = None if self.bank.of(client).is_secluded else self._kin(client)
+            kin = None if self.bank.of(client).is_secluded else self._kin(client, told)
             if kin is not None and bool(kin.any()):
                 asking[client] = kin
         if asking and self.model is not None and self.model.shrinkage is not None:
@@ -365,15 +370,15 @@ class GenerativeAggregator:
 
     def _company(self, away: dict[int, Tensor]) -> Tensor:
         """Return how much clients that are away go the way of each member, ``(n, num_members)``."""
-        members = list(self.bank.members)
+        rows = {client: row for row, client in enumerate(self.bank.members)}
         if self.model is None:
-            return torch.zeros(len(away), len(members))
+            return torch.zeros(len(away), len(rows))
         here = self.model.space.project(list(away.values()))
         kinship = self.model.kinship(here, self.model.coordinates)
         if self.model.shrinkage is not None:
             for row, client in enumerate(away):
-                if client in members:
-                    kinship[row] = self.model.shrinkage.company(members.index(client))
+                if client in rows:
+                    kinship[row] = self.model.shrinkage.company(rows[client])
         return kinship
 
 

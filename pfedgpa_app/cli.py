@@ -3,41 +3,36 @@
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
 from pfedgpa_app.commands_runs import runs_app
-from pfedgpa_app.config import Config, ConfigError, flatten
-from pfedgpa_app.console import OneLineErrors, OutputDir, RunArgument, fail, read_run
-from pfedgpa_app.files import read_toml, text_of
-from pfedgpa_app.preflight import preflight
+from pfedgpa_app.console import (
+    OutputDir,
+    RunArgument,
+    fail,
+    make_app,
+    read_run,
+    whole_numbers,
+)
+from pfedgpa_app.files import text_of
 from pfedgpa_app.watch import watch
 
 if TYPE_CHECKING:
     from pfedgpa_app.exported import ExportedModel
 
-app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False)
-config_app = typer.Typer(help="Settings.", no_args_is_help=True)
-app.add_typer(config_app, name="config")
+app = make_app(no_args_is_help=True, add_completion=False)
 app.add_typer(runs_app, name="runs")
 app.command()(watch)
 
-FileArgument = Annotated[
-    Path | None, typer.Argument(help="Overrides of pyproject.toml's defaults, as in conf/.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--config", "-c", help="key=value as in TOML, such as diffusion.fidelity=0.5."),
-]
 ClassCounts = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Images of each class that the client trained on, such as 12,0,30; a model that was "
         "trained with client.class-prior predicts with them."
@@ -60,31 +55,13 @@ def main(
     """Take what concerns no command."""
 
 
-@config_app.command()
-def check(file: FileArgument = None, config: Overrides = None) -> None:
-    """Say what is wrong with settings, all of it, without starting a run.
-
-    Run it in the project's folder.
-    """
-    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
-    settings = _load(file, config or [])
-    try:
-        preflight(settings)
-    except ConfigError as error:
-        fail(str(error))
-    changed = settings.changed
-    print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
-    for key, value in changed.items():
-        print(f"  {key} = {value!r}")
-
-
 @app.command()
 def export(
     run: RunArgument,
     client: Annotated[int, typer.Option(min=0, help="Number of the client.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (safetensors).")],
     force: Annotated[bool, typer.Option(help="Write in place of a file that exists.")] = False,
-    class_counts: ClassCounts = "",
+    class_counts: ClassCounts = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="Call own functions that the run names, from here.")
     ] = False,
@@ -124,7 +101,7 @@ def predict(
         bool, typer.Option("--test-set", help="Judge the model on its client's own test set.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a result.")] = False,
-    class_counts: ClassCounts = "",
+    class_counts: ClassCounts = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="Call own functions that the file names, from here.")
     ] = False,
@@ -134,13 +111,13 @@ def predict(
 
     if test_set == bool(images):
         fail("right would be either images or --test-set")
-    if test_set and class_counts:
+    if test_set and class_counts is not None:
         fail("--class-counts: the test set comes with its training set, which is counted")
     if trust:
         sys.path.insert(0, os.getcwd())
     try:
         exported = ExportedModel.load(model, trusted=trust)
-        if class_counts:
+        if class_counts is not None:
             exported = exported.with_class_counts(_counts(class_counts))
         if images:
             _print_classes(exported, images, as_json)
@@ -177,7 +154,10 @@ def report(
         if benches:
             page = page_of_bench(benches[0])
         else:
-            page = page_of([read_run(run, output_dir) for run in runs])
+            found = [read_run(run, output_dir) for run in runs]
+            if len({run.path.resolve() for run in found}) < len(found):
+                fail(f"{', '.join(run.name for run in found)}: right would be each run once")
+            page = page_of(found)
         write_page(output, page)
     except (OSError, ValueError) as error:
         fail(str(error))
@@ -194,13 +174,8 @@ def _check_output(output: Path, example: str, force: bool) -> None:
         fail(f"{output} exists; --force writes in its place")
 
 
-def _counts(text: str) -> list[int] | None:
-    if not text:
-        return None
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        fail(f'--class-counts {text}: right would be whole numbers, such as "12,0,30"')
+def _counts(text: str | None) -> list[int] | None:
+    return None if text is None else whole_numbers("--class-counts", text, "12,0,30")
 
 
 def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> None:
@@ -239,18 +214,3 @@ def _print_evaluation(model: "ExportedModel", as_json: bool) -> None:
         print(json.dumps({"num-examples": num_examples, "accuracy": accuracy, "loss": loss}))
     else:
         print(f"accuracy {accuracy:.4f}, loss {loss:.4f} on {num_examples} examples")
-
-
-def _load(file: Path | None, overrides: list[str]) -> Config:
-    """Build the settings from a TOML file and ``key=value`` pairs, or end with what is wrong."""
-    flat: dict[str, Any] = {}
-    try:
-        if file is not None:
-            flat |= flatten(read_toml(file))
-        for override in overrides:  # UTF-8 too, whatever the locale
-            flat |= flatten(tomllib.loads(os.fsencode(override).decode()))
-        return Config.from_flat(flat)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')
-    except ConfigError as error:
-        fail(str(error))

@@ -5,7 +5,7 @@ import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +14,10 @@ import typer
 from pfedgpa_app.config import Config
 from pfedgpa_app.console import (
     Json,
-    OneLineErrors,
     OutputDir,
     RunArgument,
     fail,
+    make_app,
     make_table,
     print_table,
     read_run,
@@ -25,11 +25,9 @@ from pfedgpa_app.console import (
 from pfedgpa_app.files import text_of
 from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
-from pfedgpa_app.runs import CHECKPOINT
+from pfedgpa_app.runs import CHECKPOINT, began_at
 
-runs_app = typer.Typer(
-    cls=OneLineErrors, invoke_without_command=True, help="List runs, look at one, remove one."
-)
+runs_app = make_app(invoke_without_command=True, help="List runs, look at one, remove one.")
 
 _NUM_WORST = 5
 _ACCURACIES = {
@@ -118,12 +116,11 @@ def remove(
 
 def _facts(run: Run) -> dict[str, Any]:
     """Return what is said of a run in a list."""
-    began = datetime.fromtimestamp((run.path / "config.json").stat().st_mtime, UTC)
     return {
         "name": run.name,
         "id": run.path.name,
         "path": text_of(str(run.path)),
-        "began": began.isoformat(timespec="seconds"),
+        "began": began_at(run.path).isoformat(timespec="seconds"),
         "state": run.state,
         "strategy": run.config.strategy,
         "dataset": run.config.data.dataset,

@@ -7,13 +7,13 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from pfedgpa_app.contradictions import contradictions
 from pfedgpa_app.files import native_path
-from pfedgpa_app.section import Count, Scalar
+from pfedgpa_app.section import Count, Scalar, Seed
 from pfedgpa_app.sections import (
     DATASETS,
     MODEL_SHAPES,
@@ -72,7 +72,7 @@ class ConfigError(ValueError):
 class Config(StrategySections):
     """Everything a run depends on: the strategy and the sections of all, and what follows here."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Seed = 0
     num_server_rounds: Count = 10
     output_dir: str = ""
     resume_from: str = ""

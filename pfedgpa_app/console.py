@@ -3,6 +3,8 @@
 import codecs
 import errno
 import io
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.errors import described
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RowError
 from pfedgpa_app.runs import find_run
@@ -29,6 +32,9 @@ RunArgument = Annotated[
         metavar="RUN",
     ),
 ]
+
+DEBUG = "PFEDGPA_DEBUG"
+"""The environment variable with which an error is raised as it is."""
 
 _WIDER_THAN_ANY = 10_000
 _REPLACED = "pfedgpa-replaced"
@@ -65,7 +71,11 @@ codecs.register_error(_REPLACED, _replaced)
 
 
 class OneLineErrors(TyperGroup):
-    """Commands that end with a line where a file is refused or damaged: that is no bug to trace."""
+    """Commands that end with a line, whatever is wrong.
+
+    A file that is refused or damaged is no bug to trace. For all else, own models and loaders among
+    it, there is `DEBUG`.
+    """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line."""
@@ -76,14 +86,27 @@ class OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command."""
+        if os.environ.get(DEBUG):
+            return super().invoke(ctx)
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # whoever reads has seen enough
+        # How a command ends, and a reader that has seen enough.
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except OSError as error:
             fail(explain(error))
         except RowError as error:
             fail(str(error))
+        except Exception as error:
+            fail(f"{described(error)}; {DEBUG}=1 shows its traceback")
+
+
+def make_app(**options: Any) -> typer.Typer:
+    """Return commands that are `OneLineErrors`.
+
+    Tracebacks of `DEBUG` are Python's: Typer's print all variables, weights among them.
+    """
+    return typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False, **options)
 
 
 def explain(error: OSError) -> str:
@@ -101,6 +124,17 @@ def read_run(run: str, output_dir: str) -> Run:
         return Run.read(find_run(run, Config(output_dir=output_dir).output_path, Path.cwd()))
     except ValueError as error:
         fail(str(error))
+
+
+def whole_numbers(option: str, text: str, example: str) -> list[int]:
+    """Return the numbers of an option that takes several, or end the command."""
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,15}", number) for number in numbers):
+        fail(
+            f'{option} "{text}": right would be whole numbers from 0, of up to 15 digits, such as '
+            f'"{example}"'
+        )
+    return [int(number) for number in numbers]
 
 
 def make_table(*columns: str) -> Table:

@@ -1,5 +1,6 @@
 """Settings that are each right and cannot go together."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,9 @@ from pfedgpa_app.strategies import PLAIN_STRATEGIES
 
 if TYPE_CHECKING:
     from pfedgpa_app.config import Config
+
+# Of the variance of the parameters; float32 cannot divide by less.
+_MIN_SIGNAL = 1e-30
 
 
 def contradictions(config: "Config") -> Iterator[tuple[set[str], str]]:
@@ -111,6 +115,8 @@ def _takes(model: str, shape: tuple[int, ...]) -> bool:
 def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[str], str]]:
     start = diffusion.num_timesteps - 1 if diffusion.start == "auto" else diffusion.start
     yield from _grid_contradictions("diffusion", start, diffusion.num_steps, diffusion)
+    if diffusion.start != "auto":  # which is where something is left
+        yield from _signal_contradictions("diffusion", start, diffusion)
     if diffusion.space == "raw" and diffusion.start == "auto":
         yield (
             {"diffusion.space", "diffusion.start"},
@@ -148,10 +154,31 @@ def _grid_contradictions(
         )
 
 
+def _signal_contradictions(
+    section: str, start: int, diffusion: DiffusionConfig
+) -> Iterator[tuple[set[str], str]]:
+    is_right = start < diffusion.num_timesteps and diffusion.beta_start <= diffusion.beta_end
+    if is_right and _signal_left(start, diffusion) < _MIN_SIGNAL:
+        yield (
+            {f"{section}.start", "diffusion.beta-start", "diffusion.beta-end"},
+            f"{section}.start = {start}: nothing of the parameters is left at this timestep; right "
+            "would be an earlier one, or less noise than diffusion.beta-end = "
+            f"{diffusion.beta_end} adds",
+        )
+
+
+def _signal_left(timestep: int, diffusion: DiffusionConfig) -> float:
+    """Return ``alphas_cumprod`` of a timestep, as `NoiseSchedule.linear` has it."""
+    first, last = diffusion.beta_start, diffusion.beta_end
+    rise = (last - first) / (diffusion.num_timesteps - 1)
+    return math.prod(1 - (first + rise * step) for step in range(timestep + 1))
+
+
 def _onboarding_contradictions(config: "Config") -> Iterator[tuple[set[str], str]]:
     yield from _grid_contradictions(
         "onboarding", config.onboarding.start, config.onboarding.num_steps, config.diffusion
     )
+    yield from _signal_contradictions("onboarding", config.onboarding.start, config.diffusion)
     late, join = config.onboarding.late_clients, config.onboarding.join_round
     keys = {"onboarding.late-clients", "onboarding.join-round", "num-server-rounds"}
     if late and not 2 <= join <= config.num_server_rounds:

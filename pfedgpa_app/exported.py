@@ -1,6 +1,7 @@
 """A client's personalized model in one file, with all that its use elsewhere takes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pfedgpa_app.arrays import LEVELS
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData, ImageStats, client_data
+from pfedgpa_app.errors import described
 from pfedgpa_app.evaluation import Evaluation, class_prior, evaluate, log_prior, logits_of
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import build_model
@@ -158,7 +160,9 @@ class ExportedModel:
                 "that the model was trained on (an .npz file can hold both)"
             )
         offset = self._offset
-        logits = logits_of(self.module, images, stats, self.config.client.precision)
+        module = self.module
+        with self._named():
+            logits = logits_of(module, images, stats, self.config.client.precision)
         return (logits if offset is None else logits + offset).softmax(dim=1)
 
     def evaluate(self) -> tuple[Evaluation, int]:
@@ -171,14 +175,16 @@ class ExportedModel:
         """
         data = self._client_data()
         prior = class_prior(data.train_labels, self.config.data.info.num_classes)
-        result = evaluate(
-            self.module,
-            data.test_images,
-            data.test_labels,
-            self._known_stats,
-            self.config.client.precision,
-            offset=prior if self.config.client.class_prior else None,
-        )
+        module, stats = self.module, self._known_stats
+        with self._named():
+            result = evaluate(
+                module,
+                data.test_images,
+                data.test_labels,
+                stats,
+                self.config.client.precision,
+                offset=prior if self.config.client.class_prior else None,
+            )
         return result, len(data.test_labels)
 
     def with_class_counts(self, counts: Sequence[int] | None = None) -> "ExportedModel":
@@ -236,6 +242,16 @@ class ExportedModel:
         replace(ModelSpec.of(module), fixed=frozenset()).layout().check(self.state)
         module.load_state_dict(self.state)
         return module
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the model if it fails, in an `ExportError`."""
+        try:
+            yield
+        except Exception as error:  # one of the user's raises whatever it likes
+            raise ExportError(
+                f'model.name = "{self.config.model.name}": failed with {described(error)}'
+            ) from error
 
     @property
     def _offset(self) -> Tensor | None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
     Returns
     -------
     tuple[str, FileIO]
-        The name, and the run's ``run.json``, which has it. The file is locked until it is closed or
-        the process is gone, however that ends: see `is_going_on`.
+        The name, and the run's ``run.json``, which has it and when the run began. The file is
+        locked until it is closed or the process is gone, however that ends: see `is_going_on`.
 
     Raises
     ------
@@ -46,7 +47,8 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
         file = (path / RUN_FILE).open("xb", buffering=0)
         try:
             _lock(file.fileno(), fcntl.LOCK_EX)
-            file.write(json.dumps({"name": name}).encode() + b"\n")
+            began = datetime.now(UTC).isoformat()
+            file.write(json.dumps({"name": name, "began": began}).encode() + b"\n")
             os.fsync(file)
         except OSError:
             file.close()
@@ -63,6 +65,24 @@ def name_of(path: Path) -> str:
     except (OSError, ValueError, TypeError, KeyError):
         pass
     return text_of(path.name)
+
+
+def began_at(path: Path) -> datetime:
+    """Return when a run began, as it wrote down itself, in UTC.
+
+    An older version wrote nothing of it. Such a run is as old as its ``config.json``, which a copy
+    may make younger.
+
+    Raises
+    ------
+    OSError
+        If it has no ``config.json``.
+    """
+    try:
+        began = datetime.fromisoformat(json.loads(read_text(path / RUN_FILE))["began"])
+        return began.astimezone(UTC)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return datetime.fromtimestamp((path / "config.json").stat().st_mtime, UTC)
 
 
 def is_going_on(path: Path) -> bool:
@@ -126,7 +146,8 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
 def run_folders(folder: Path) -> list[Path]:
     """Return the folders below an output folder that have a ``config.json``, oldest first.
 
-    Hidden ones, such as those of a bin, are passed over.
+    Those that began at the same time are sorted by their paths. Hidden ones, such as those of a
+    bin, are passed over.
 
     Raises
     ------
@@ -138,7 +159,8 @@ def run_folders(folder: Path) -> list[Path]:
         if is_hidden(path.name):
             continue
         with contextlib.suppress(OSError):  # it is none, or is being removed
-            found.append(((path / "config.json").stat().st_mtime_ns, path))
+            (path / "config.json").stat()
+            found.append((began_at(path), path))
     return [path for _, path in sorted(found)]
 
 

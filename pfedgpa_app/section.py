@@ -10,6 +10,8 @@ UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+NUM_SEEDS = 2**31
+Seed = Annotated[int, Field(ge=0, lt=NUM_SEEDS)]
 OptionalCount = Annotated[int, Field(ge=0)]
 
 

@@ -194,7 +194,8 @@ class DiffusionConfig(Section):
     max_members: Annotated[int, Field(ge=2)] = 300
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    # float32 takes a part of signal that is nearer to 1 for 1, and then divides by 0 noise.
+    beta_start: Annotated[float, Field(ge=1e-6, lt=1)] = 1e-4
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 2e-2
     start: Count | Literal["auto"] = "auto"
     num_steps: Count = 20

@@ -48,17 +48,29 @@ def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: An
     """
     unfinished = file.with_name(file.name + ".unfinished")
     metadata = {"kind": kind, "facts": json.dumps(facts)}
-    # Clones, because safetensors refuses tensors that share memory.
-    clones = {name: t.contiguous().clone() for name, t in tensors.items()}
+    apart = _apart(tensors)
     with writing(file):
         try:
-            save_file(clones, unfinished, metadata)
+            save_file(apart, unfinished, metadata)
             # Otherwise the new name may reach the disk before the content.
             sync_to_disk(unfinished)
             unfinished.replace(file)
         finally:
             unfinished.unlink(missing_ok=True)
         sync_to_disk(file.parent)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that are contiguous and share no memory, as safetensors wants them.
+
+    Only those that are not so are copied: a state may be a large part of what there is of memory.
+    """
+    apart, storages = {}, set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = (tensor.clone() if storage in storages else tensor).contiguous()
+        storages.add(storage)
+    return apart
 
 
 def sync_to_disk(path: Path) -> None:

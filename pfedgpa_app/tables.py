@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ INDEX_KIND = "pfedgpa-bench-1"
 CSV_HEAD = "table,row,column,text,mark,seeds,mean,std,values\n"
 _LATEX = {character: "\\" + character for character in "&%_#${}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''"}
+# At the beginning of a line the first two are options of the line before.
+_LATEX |= {"[": "{[}", "*": "{*}", "]": "{]}", "`": r"\textasciigrave{}", "±": r"$\pm$"}
 
 Accuracies = Mapping[int, Mapping[int, float]]
 """The judged number of each client, by seed."""
@@ -37,12 +41,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by row and column, and what has to be known to read them."""
+    """Cells by row and column, and what has to be known to read them.
+
+    ``name`` is what papers refer to the table by, and ``source`` the command that it comes from,
+    with what that took.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Mapping[str, Sequence[Cell]]
     note: str
+    name: str = ""
+    source: str = ""
+
+    @property
+    def whole_note(self) -> str:
+        """The note with where the table comes from."""
+        return f"{self.note} {self.source}".strip()
 
     def text(self) -> str:
         """Return the table as text: ``*`` is the best, ``=`` what cannot be told from it."""
@@ -56,7 +71,7 @@ class Table:
             ).rstrip()
             for line in grid
         ]
-        return "\n".join([self.title, "", *lines, "", self.note, ""])
+        return "\n".join([self.title, "", *lines, "", self.whole_note, ""])
 
     def markdown(self) -> str:
         """Return the table in Markdown: the best is bold, what cannot be told from it italic."""
@@ -66,16 +81,20 @@ class Table:
             [name, *(marks[cell.mark].format(cell.text) for cell in row)]
             for name, row in self.rows.items()
         ]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"**{self.title}**\n\n{body}\n\n{self.note}\n"
+        escaped = ([_one_line(entry).replace("|", r"\|") for entry in line] for line in lines)
+        body = "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+        return f"**{self.title}**\n\n{body}\n\n{self.whole_note}\n"
 
     def latex(self) -> str:
-        """Return the table in LaTeX: the best is bold, what cannot be told from it underlined."""
+        """Return the table in LaTeX: the best is bold, what cannot be told from it underlined.
+
+        It needs the package booktabs. Where it comes from is a comment.
+        """
         marks = {"best": r"\textbf{%s}", "tied": r"\underline{%s}", "": "%s"}
 
         def escaped(text: str) -> str:
-            text = "".join(_LATEX.get(character, character) for character in text)
-            return text.replace("±", r"$\pm$")
+            text = "".join(_LATEX.get(character, character) for character in _one_line(text))
+            return re.sub("-(?=-)", "-{}", text)  # or two of them would be a dash
 
         lines = [["", *map(escaped, self.columns)]]
         lines += [
@@ -85,14 +104,18 @@ class Table:
         head, *body = (" & ".join(line) + r" \\" for line in lines)
         return "\n".join(
             [
+                r"% \usepackage{booktabs}",
+                *([f"% {_one_line(self.source)}"] if self.source else []),
                 r"\begin{table}",
+                r"\centering",
                 rf"\caption{{{escaped(self.title)}. {escaped(self.note)}}}",
+                *([rf"\label{{tab:{_label(self.name)}}}"] if self.name else []),
                 rf"\begin{{tabular}}{{l{'r' * len(self.columns)}}}",
-                r"\hline",
+                r"\toprule",
                 head,
-                r"\hline",
+                r"\midrule",
                 *body,
-                r"\hline",
+                r"\bottomrule",
                 r"\end{tabular}",
                 r"\end{table}",
                 "",
@@ -106,7 +129,7 @@ class Table:
             "title": self.title,
             "columns": list(self.columns),
             "rows": rows,
-            "note": self.note,
+            "note": self.whole_note,
         }
 
     def csv(self) -> str:
@@ -122,6 +145,15 @@ class Table:
                 facts = [cell.text, cell.mark, len(values), mean, std, each]
                 writer.writerow([self.title, name, column, *facts])
         return stream.getvalue()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _label(name: str) -> str:
+    """Return a name without anything that LaTeX reads as a command, or other packages."""
+    return re.sub("[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
 def compare(column: Mapping[str, Accuracies], num_seeds: int) -> dict[str, Cell]:

@@ -11,8 +11,13 @@ from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
 from server_app.suites import BenchRun, Result, Suite
 
 
-def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> list[Table]:
-    """Return the tables of a suite: the judged number, further measures and rounds to targets."""
+def tables(
+    suite: Suite, runs: list[BenchRun], folder: Path, name: str, command: str
+) -> list[Table]:
+    """Return the tables of a suite: the judged number, further measures and rounds to targets.
+
+    The first is called ``name``, the others so and what they have; ``command`` is what made them.
+    """
     results = _results(runs, folder)
     found = [result for each in results.values() for result in each.values()]
     rounds = {run.config.num_server_rounds for run in runs}
@@ -26,7 +31,9 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
         f"Accuracy of everyone's personalized model on its own test set, {judged}; mean ± standard "
         f"deviation over seeds {', '.join(map(str, suite.seeds))}. Marked: the best, and what a "
         "paired t-test over seeds and clients does not tell from it (5 %). Clients of a seed are "
-        "not independent, so what is not marked may still be as good on other seeds. "
+        "not independent, so what is not marked may still be as good on other seeds."
+    )
+    source = (
         f"{len(found)} of {len(runs)} runs, {sum(each['seconds'] for each in found):.0f} seconds "
         f"of computing: {command}"
     )
@@ -52,6 +59,8 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
             [*suite.columns],
             lambda column, row: compared[column][row],
             note,
+            name,
+            source,
         )
     ]
     for measure in suite.measures:
@@ -66,7 +75,8 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
         title, what = f"{suite.title}: {measure}", f"A round, {judged}."
         if measure == "bytes-down":
             what += " Models that are sent to be judged are counted in."
-        made.append(_table(suite, title, [*suite.columns], mean, what))
+        called = f"{name}-{measure}"
+        made.append(_table(suite, title, [*suite.columns], mean, what, called))
     for target in suite.targets:
 
         def reached(case: str, row: str, target: float = target) -> Cell:
@@ -78,7 +88,8 @@ def tables(suite: Suite, runs: list[BenchRun], folder: Path, command: str) -> li
             "seconds of learning until the mean accuracy is reached, mean over seeds; a dash where "
             "a seed never did."
         )
-        made.append(_table(suite, f"{suite.title}: until {target}", [*suite.cases], reached, note))
+        title, called = f"{suite.title}: until {target}", f"{name}-until-{target}"
+        made.append(_table(suite, title, [*suite.cases], reached, note, called))
     return made
 
 
@@ -113,9 +124,11 @@ def _table(
     columns: list[str],
     cell: Callable[[str, str], Cell],
     note: str,
+    name: str,
+    source: str = "",
 ) -> Table:
     rows = {row: [cell(column, row) for column in columns] for row in suite.rows}
-    return Table(title, [column or "all" for column in columns], rows, note)
+    return Table(title, [column or "all" for column in columns], rows, note, name, source)
 
 
 def _per_client(rounds: list[dict[str, float]]) -> dict[int, float]:

@@ -18,14 +18,18 @@ import typer
 
 from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
-from pfedgpa_app.console import Json, fail
+from pfedgpa_app.console import Json, fail, whole_numbers
 from pfedgpa_app.files import composed, native_path, text_of
 from pfedgpa_app.rounds import RowError, value_of
+from pfedgpa_app.section import NUM_SEEDS
 from pfedgpa_app.state import writing
+from server_app.commands_config import config_app
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
     from server_app.suites import BenchRun, Suite
+
+app.add_typer(config_app, name="config")
 
 
 @app.command()
@@ -35,7 +39,9 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Only show that it works, in minutes.")
     ] = False,
-    seeds: Annotated[str, typer.Option(help="Comma-separated, instead of the suite's.")] = "",
+    seeds: Annotated[
+        str | None, typer.Option(help="Comma-separated, instead of the suite's.")
+    ] = None,
     rows: Annotated[
         list[str] | None, typer.Option(help="Only rows whose names begin so; may be repeated.")
     ] = None,
@@ -84,7 +90,7 @@ def bench(
     try:
         suite = Suite.read(file, quick=quick)
         changed = {
-            "seeds": [int(seed) for seed in seeds.split(",")] if seeds else suite.seeds,
+            "seeds": suite.seeds if seeds is None else _seeds(seeds),
             "rows": _chosen(suite.rows, rows, "row"),
             "cases": _chosen(suite.cases, cases, "case"),
         }
@@ -132,7 +138,7 @@ def bench(
         else:
             failed = execute(pending, folder, processes and at_a_time, advance)
     # What was chosen is in the name, so that a call for other cases writes beside it.
-    parts = (file.stem, "quick" if quick else "", *(cases or ()), *(rows or ()), seeds)
+    parts = (file.stem, "quick" if quick else "", *(cases or ()), *(rows or ()), seeds or "")
     name = re.sub(r"[^\w.]+", "-", composed("-".join(filter(None, parts))))
     index = _write(suite, runs, folder, native_path(name))
     if as_json:
@@ -144,13 +150,27 @@ def bench(
         )
 
 
+def _seeds(text: str) -> list[int]:
+    """Return the seeds of the option, or end the command."""
+    seeds = whole_numbers("--seeds", text, "0,1,2")
+    if len(set(seeds)) < len(seeds):
+        fail(f'--seeds "{text}": right would be each once')
+    if max(seeds) >= NUM_SEEDS:
+        fail(f'--seeds "{text}": right would be less than {NUM_SEEDS}')
+    return seeds
+
+
 def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dict[str, Any]:
     """Return those whose names begin with one of the prefixes, in the suite's order.
 
-    Raises ValueError if a prefix chooses nothing.
+    Raises ValueError if a prefix chooses nothing, or says nothing.
     """
     begins = [composed(prefix) for prefix in prefixes or ()]
+    if len(set(begins)) < len(begins):
+        raise ValueError(f"--{kind}s {', '.join(begins)}: right would be each once")
     for begin in begins:
+        if not begin:
+            raise ValueError(f'--{kind}s "": right would be the beginning of a {kind}\'s name')
         if not any(composed(name).startswith(begin) for name in named):
             raise ValueError(f"no {kind} begins with {begin!r}; there are {', '.join(named)}")
     chosen = tuple(begins or [""])
@@ -164,7 +184,7 @@ def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> d
 
     formats = {"txt": "text", "md": "markdown", "tex": "latex", "csv": "csv"}
     command = shlex.join(["pfedgpa", "bench", *map(text_of, sys.argv[2:])])
-    found = tables(suite, runs, folder, command)
+    found = tables(suite, runs, folder, name, command)
     with writing(folder / name):
         for suffix, form in formats.items():
             head, between = (CSV_HEAD, "") if form == "csv" else ("", "\n")

@@ -1,7 +1,7 @@
 """What all clients have in common: the average of their models."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -70,12 +70,16 @@ class GlobalModel:
         self.momentum.restore(below("momentum", tensors))
 
 
-def average_of(uploads: Sequence[Upload]) -> StateDict:
-    """Return the average of uploads, by their numbers of examples.
+def weights_of(uploads: Iterable[Upload]) -> list[int]:
+    """Return what uploads count for in an average: their numbers of examples, with a limit.
 
     Nobody counts for more than `MAX_EXAMPLES_RATIO` times the median client.
     """
     numbers = [upload.num_examples for upload in uploads]
     limit = max(1, round(MAX_EXAMPLES_RATIO * statistics.median(numbers)))
-    weights = [min(number, limit) for number in numbers]
-    return weighted_average([upload.state for upload in uploads], weights)
+    return [min(number, limit) for number in numbers]
+
+
+def average_of(uploads: Sequence[Upload]) -> StateDict:
+    """Return the average of uploads, by `weights_of` them."""
+    return weighted_average([upload.state for upload in uploads], weights_of(uploads))

@@ -21,13 +21,15 @@ from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.files import composed, native_path, quoted, read_text, read_toml
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
-from pfedgpa_app.section import Count, Section
+from pfedgpa_app.section import Count, Section, Seed
 from pfedgpa_app.state import writing
 from server_app.simulation import simulate
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
+
+Names = Annotated[list[str], Field(min_length=1)]
 
 
 def _one_case() -> dict[str, Settings]:
@@ -47,8 +49,8 @@ class Quick(Section):
 
     seeds: Seeds | None = None
     clients: Count | None = None
-    rows: list[str] | None = None
-    cases: list[str] | None = None
+    rows: Names | None = None
+    cases: Names | None = None
     judged_rounds: Count | None = None
     horizons: list[Count] | None = None
     settings: Settings = Field(default_factory=dict)
@@ -139,6 +141,11 @@ class Suite(Section):
 
     def _quick(self, file: Path) -> "Suite":
         quick = self.quick
+        if quick == Quick():  # it would be all of it
+            raise SuiteError(
+                f"{file}: no [quick] says what is less with --quick; right would be, for example,\n"
+                "[quick]\nseeds = [0]\nsettings = { num-server-rounds = 2 }"
+            )
         for name, known in (("rows", self.rows), ("cases", self.cases)):
             if unknown := set(getattr(quick, name) or ()) - known.keys():
                 raise SuiteError(f"{file}: quick.{name} has {sorted(unknown)}, which is none of it")

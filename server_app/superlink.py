@@ -12,7 +12,7 @@ from typing import Any
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.console import fail
-from pfedgpa_app.report import Run, read_runs
+from pfedgpa_app.report import Run
 
 
 def run_on_flower(config: Config, clients: int, superlink: str) -> Run:
@@ -22,7 +22,6 @@ def run_on_flower(config: Config, clients: int, superlink: str) -> Run:
     """
     # The app's environment need not be this one.
     config = config.model_copy(update={"output_dir": str(config.output_path)})
-    before = {run.path for run in read_runs(config.output_path)}
     with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as overrides:
         overrides.writelines(f"{key} = {_toml(v)}\n" for key, v in config.to_flat().items())
         overrides.flush()
@@ -30,16 +29,20 @@ def run_on_flower(config: Config, clients: int, superlink: str) -> Run:
         if superlink == "local":
             federation = f"num-supernodes={clients} client-resources-num-cpus=1"
             command += ["--federation-config", federation]
-        log = _follow(command, superlink)
-    new = [run for run in read_runs(config.output_path) if run.path not in before]
-    for run in new:
-        if run.is_complete and run.is_of(config):
-            return run
-    fail("flwr run did not finish the run. The end of its log:\n" + "".join(log))
+        log, run_id = _follow(command, superlink)
+    problem = "flwr run did not finish the run"
+    if run_id:
+        try:
+            run = Run.read(config.output_path / run_id)
+            if run.is_complete and run.is_of(config):
+                return run
+        except ValueError as error:
+            problem = f"{problem} {run_id}: {error}"
+    fail(f"{problem}. The end of its log:\n{''.join(log)}")
 
 
-def _follow(command: list[str], superlink: str) -> deque[str]:
-    """Run `flwr run`, print what it says of rounds, return its last lines.
+def _follow(command: list[str], superlink: str) -> tuple[deque[str], str]:
+    """Run `flwr run`, print what it says of rounds, return its last lines and the id of its run.
 
     The run is the SuperLink's, and would go on after an interrupt: it is stopped.
     """
@@ -74,7 +77,7 @@ def _follow(command: list[str], superlink: str) -> deque[str]:
             print(f"\nStopping run {run_id}", file=sys.stderr, flush=True)
             subprocess.run([command[0], "stop", run_id, superlink], check=False)
         raise
-    return log
+    return log, run_id
 
 
 def _flwr() -> str:

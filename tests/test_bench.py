@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.network import wait_until
+from pfedgpa_app.console import DEBUG
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.strategies import FedProxConfig
@@ -93,6 +94,16 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
     for suffix in ("txt", "md", "tex", "csv"):
         text = (tmp_path / "here" / f"suite.{suffix}").read_text()
         assert "local" in text
+        assert ("seconds of computing: pfedgpa bench" in text) == (suffix != "csv")
+    latex = (tmp_path / "here" / "suite.tex").read_text()
+    labels = re.findall(r"\\label{(.+?)}", latex)
+    assert labels == ["tab:suite", "tab:suite-bytes-up"]
+    captions = re.findall(r"\\caption{(.+?)}\n", latex)
+    assert [caption.partition(". ")[0] for caption in captions] == [
+        "Two rivals",
+        "Two rivals: bytes-up",
+    ]
+    assert "pfedgpa bench" not in "".join(captions)
     with (tmp_path / "here" / "suite.csv").open() as stream:
         rows = {row["row"]: row for row in csv.DictReader(stream) if row["table"] == "Two rivals"}
     for name in ("local", "ditto"):
@@ -183,7 +194,9 @@ def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: P
     assert replace(run, row="x", case="y", config=same).file(tmp_path) == run.file(tmp_path)
 
 
-def test_a_failed_run_is_reported_and_the_others_go_on(suite: Path, tmp_path: Path):
+def test_a_failed_run_is_reported_and_the_others_go_on(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     # Only in its middle does a step size turn out to be too large.
     suite.write_text(SUITE + "\n[rows.diverging]\nclient.learning-rate = 1e30\n")
     result = invoke(suite, "--seeds", "0", "--processes", 2, "--results", tmp_path / "results")
@@ -197,6 +210,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(suite: Path, tmp_path: Pa
     assert line.split() == ["diverging", "failed"]
     arguments = ["bench", str(suite), "--rows", "diverging", "--processes", "0"]
     arguments += ["--results", str(tmp_path / "0")]
+    assert "RuntimeError: round 1: " in CliRunner().invoke(app, arguments).stderr
+    monkeypatch.setenv(DEBUG, "1")
     with pytest.raises(RuntimeError, match=r"round 1: .*nan"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
@@ -284,6 +299,51 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
     assert quick.title == "Two rivals (quick)"
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--seeds", "a"], '--seeds "a": right would be whole numbers from 0'),
+        (["--seeds", ""], '--seeds "": right would be whole numbers from 0'),
+        (["--seeds", "1,,2"], '--seeds "1,,2": right would be whole numbers from 0'),
+        (["--seeds", "-1"], '--seeds "-1": right would be whole numbers from 0'),
+        (["--seeds", "1.0"], '--seeds "1.0": right would be whole numbers from 0'),
+        (["--seeds", "1, 1"], '--seeds "1, 1": right would be each once'),
+        (["--seeds", "2147483648"], '--seeds "2147483648": right would be less than 2147483648'),
+        (["--rows", ""], '--rows "": right would be the beginning of a row\'s name'),
+        (["--rows", "local", "--rows", "local"], "--rows local, local: right would be each once"),
+        (["--rows", "x"], "no row begins with 'x'; there are local, ditto"),
+        (["--cases", "x"], "no case begins with 'x'; there are one"),
+        (["--cases", ""], '--cases "": right would be the beginning of a case\'s name'),
+    ],
+)
+def test_an_option_that_is_wrong_is_said_in_a_line_and_nothing_runs(
+    suite: Path, tmp_path: Path, options: list[str], problem: str
+):
+    suite.write_text(SUITE + "\n[cases.one]\nnum-server-rounds = 2\n")
+    result = invoke(suite, *options, "--results", tmp_path / "results")
+    assert result.exit_code == 1
+    assert problem in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("processes", ["-2", "a", ""])
+def test_a_number_of_processes_that_is_none_is_refused(suite: Path, processes: str):
+    result = invoke(suite, "--processes", processes)
+    assert result.exit_code == 2
+    assert "Invalid value for '--processes'" in result.stderr
+
+
+@pytest.mark.parametrize("section", ["", "[quick]", "[quick]\nsettings = {}"])
+def test_quick_is_refused_where_nothing_would_be_less(suite: Path, tmp_path: Path, section: str):
+    suite.write_text(SUITE.partition("[quick]")[0] + section)
+    result = invoke(suite, "--quick", "--results", tmp_path / "results")
+    assert result.exit_code == 1
+    assert f"{suite}: no [quick] says what is less with --quick; right would be" in result.stderr
+    assert "\n[quick]\nseeds = [0]\n" in result.stderr
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("name", ["none.toml", "wrong.toml"])
 def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: str):
     (tmp_path / "wrong.toml").write_text("seed = ")
@@ -314,6 +374,7 @@ def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: 
         ("[settings]", "[settings]\ntracking = 'mlflow'", "tracking"),
         ("[settings]", "[cases.a]\nclients = 'x'\n[settings]", "clients = x; right would be"),
         ('rows = ["local"]', 'rows = ["x"]', "quick.rows has"),
+        ('rows = ["local"]', "rows = []", "quick.rows: List should have at least 1 item"),
         ("clients = 3", "clients = 3\ntargets = [0.5]", "right would be curve = true"),
         ("clients = 3", "clients = 3\nhorizons = [2]", "right would be curve = true"),
         ("clients = 3", "clients = 3\ncurve = true\nhorizons = [2, 1, 4]", r"has \[1, 4\]; .* = 2"),
@@ -367,7 +428,7 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
         ]
         accuracies = {number: dict.fromkeys(range(3), 0.4) for number in (1, 2, 3)}
         run.write(tmp_path, rows, accuracies, 1.0)
-    tables = bench_tables.tables(read, read.runs(), tmp_path, "command")
+    tables = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
     reached = {table.title: table.rows["local"][0].text for table in tables}
     assert reached["Two rivals: until 0.3"] == "2.5 / 3.8 / 1.2"
     assert reached["Two rivals: until 0.99"] == "-"
@@ -391,7 +452,7 @@ def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):
         ]
         accuracies = {number: dict.fromkeys(range(3), number / 10) for number in (1, 2, 3)}
         run.write(tmp_path, rows, accuracies, 1.0)
-    judged, bytes_up = bench_tables.tables(read, read.runs(), tmp_path, "command")
+    judged, bytes_up = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
     assert judged.columns == ["round 2", "round 3"]
     assert [cell.values[0] for cell in judged.rows["local"]] == pytest.approx([0.15, 0.25])
     assert [cell.text for cell in bytes_up.rows["local"]] == ["15 ± 0", "25 ± 0"]
@@ -449,12 +510,54 @@ def test_tables_are_written_as_what_they_are_read_by():
     latex = table.latex()
     assert r"pfedgpa & \textbf{0.9 $\pm$ 0.1} & \underline{0.8} & - \\" in latex
     assert r"\caption{A \& B. Note.}" in latex
+    assert r"\label" not in latex
     assert r"& x & 100 \% & c\_1 \\" in latex
     rows = list(csv.reader(table.csv().splitlines()))
     first = ["A & B", "pfedgpa", "x", "0.9 ± 0.1", "best", "2", "0.900000", "0.141421"]
     assert rows[0] == [*first, "0.800000 1.000000"]
     assert len(rows[0]) == len(CSV_HEAD.split(","))
     assert rows[2] == ["A & B", "pfedgpa", "c_1", "-", "", "0", "", "", ""]
+
+
+EVIL = r"""a & b %c_d #e $f$ {g} ~h ^i \input{j} <k> |l| "m" `n` --o [p] *q
+\\ r"""
+
+
+def test_latex_has_a_label_and_nothing_of_the_names_is_a_command():
+    rows = {EVIL: [Cell("0.9 ± 0.1", "best"), Cell(EVIL)], "[1mm] b": [Cell("1"), Cell("2")]}
+    table = Table(EVIL, [EVIL, "*"], rows, EVIL, "my suite_1-bytes", "pfedgpa bench a_b\n\\end")
+    begin = [
+        r"% \usepackage{booktabs}",
+        r"% pfedgpa bench a_b \end",
+        r"\begin{table}",
+        r"\centering",
+    ]
+    lines = table.latex().splitlines()
+    assert lines[:4] == begin
+    assert lines[4].startswith(r"\caption{a \& b \%c\_d \#e \$f\$ \{g\} \textasciitilde{}h ")
+    assert r"\textasciicircum{}i \textbackslash{}input\{j\} \textless{}k\textgreater{}" in lines[4]
+    assert r"''m'' \textasciigrave{}n\textasciigrave{} -{}-o {[}p{]} {*}q" in lines[4]
+    assert lines[5:8] == [
+        r"\label{tab:my-suite-1-bytes}",
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+    ]
+    assert lines[11].startswith(r"{[}1mm{]} b & 1 & 2 \\")
+    assert lines[12:] == [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    commands = r"\\(?:[&%_#${}]|text\w+\{\}|pm\b|textbf|underline)"
+    caption, *cells = lines[4].removeprefix(r"\caption"), lines[8], lines[10], lines[11]
+    for line, separators in ((caption, 0), *((each, 2) for each in cells)):
+        bare = re.sub(commands, "", line.removesuffix(r" \\"))
+        assert not set(bare) & set('\\%#~^_<>|"`')
+        assert bare.count("{") == bare.count("}")
+        assert bare.count("$") in (0, 2)  # about the sign of the deviation
+        assert bare.count("&") == separators
+
+
+def test_a_bar_is_no_column_in_markdown():
+    table = Table("Title", ["a|b"], {"c\nd": [Cell("e | f")]}, "Note.", source="Command.")
+    body = "| | a\\|b |\n| --- | --- |\n| c d | e \\| f |"
+    assert table.markdown().replace("|  |", "| |") == f"**Title**\n\n{body}\n\nNote. Command.\n"
 
 
 def test_runs_on_a_superlink_give_the_same_kind_of_result(

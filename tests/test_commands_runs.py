@@ -1,7 +1,6 @@
 """The commands pfedgpa runs, pfedgpa runs show and pfedgpa runs remove."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,14 @@ def test_runs_are_listed_in_full_however_narrow_the_terminal_is(
 
 def test_a_list_in_json_has_what_the_table_has(tmp_path: Path):
     make_run(tmp_path / "111", 3, seed=5)
-    os.utime(tmp_path / "111" / "config.json", (0, 0))
+    facts = {"name": "digits-pfedgpa-1", "began": "2026-11-30T12:00:00.5+02:00"}
+    (tmp_path / "111" / "run.json").write_text(json.dumps(facts))
     assert json.loads(invoke(tmp_path, "runs", "--json").stdout) == [
         {
             "name": "digits-pfedgpa-1",
             "id": "111",
             "path": str(tmp_path / "111"),
-            "began": "1970-01-01T00:00:00+00:00",
+            "began": "2026-11-30T10:00:00+00:00",
             "state": "stopped",
             "strategy": "pfedgpa",
             "dataset": "digits",
@@ -288,5 +288,5 @@ def test_a_pipe_that_is_closed_early_is_no_error_of_the_system(monkeypatch: pyte
     def close(*arguments: object) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(cli, "preflight", close)
-    assert CliRunner().invoke(cli.app, ["config", "check"]).exit_code == 1
+    monkeypatch.setattr("pfedgpa_app.commands_runs.read_runs", close)
+    assert CliRunner().invoke(cli.app, ["runs"]).exit_code == 1

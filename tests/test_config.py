@@ -155,6 +155,7 @@ def test_a_value_in_place_of_a_section_is_refused(section: str):
         ("client.learning-rate", 0.0, "0.0: should be greater than 0"),
         ("client.weight-decay", float("inf"), "inf: should be a finite number"),
         ("diffusion.fidelity", float("nan"), "nan: should be"),
+        ("diffusion.beta-start", 0.0, "0.0: should be greater than or equal to 0.000001"),
         ("diffusion.rank", 0, "0: should be greater than or equal to 1 or 'auto'"),
         ("diffusion.generated-layers", "", '"": '),
     ],
@@ -287,6 +288,15 @@ def test_the_message_lists_the_problems_one_a_line():
             {"onboarding.late-clients": 2, "onboarding.join-round": 11},
             "onboarding.join-round = 11: with onboarding.late-clients = 2",
         ),
+        (
+            {"diffusion.start": 999, "diffusion.beta-end": 0.5},
+            "diffusion.start = 999: nothing of the parameters is left at this timestep; right "
+            "would be an earlier one, or less noise than diffusion.beta-end = 0.5 adds",
+        ),
+        (
+            {"onboarding.start": 900, "diffusion.beta-end": 0.5},
+            "onboarding.start = 900: nothing of the parameters is left at this timestep",
+        ),
         ({"diffusion.space": "raw"}, 'diffusion.start = "auto": follows from the noise floor'),
         ({"onboarding.join-round": 5}, "onboarding.join-round = 5: no client joins late"),
     ],
@@ -306,6 +316,7 @@ def test_a_contradiction_is_named_with_what_would_be_right(flat: dict[str, Any],
         {"diffusion.num-steps": 999},
         {"onboarding.late-clients": 3, "onboarding.join-round": 10},
         {"diffusion.beta-start": 0.02},
+        {"diffusion.beta-end": 0.5},
     ],
 )
 def test_what_just_fits_together_is_right(flat: dict[str, Any]):

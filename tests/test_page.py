@@ -485,6 +485,9 @@ def test_the_command_says_what_is_no_run(tmp_path: Path):
     make_run(tmp_path / "run")
     result = invoke(tmp_path / "bench", tmp_path / "run", "-o", tmp_path / "page.html")
     assert "right would be it alone" in result.stderr
+    result = invoke(tmp_path / "run", tmp_path / "bench" / ".." / "run", "-o", tmp_path / "a.html")
+    assert result.exit_code == 1
+    assert "right would be each run once" in result.stderr
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path):

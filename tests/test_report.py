@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -230,7 +229,8 @@ def test_a_foreign_folder_is_refused_with_its_name(tmp_path: Path, content: str 
 def test_runs_are_read_oldest_first_and_other_folders_passed_over(tmp_path: Path):
     for number, name in enumerate(["c", "a", "b"]):
         make_run(tmp_path / name, [0.5])
-        os.utime(tmp_path / name / "config.json", (number, number))
+        facts = {"name": name, "began": f"2026-11-30T11:00:0{number}+00:00"}
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
     (tmp_path / "figures").mkdir()
     (tmp_path / "notes.txt").touch()
     assert [run.path.name for run in read_runs(tmp_path)] == ["c", "a", "b"]

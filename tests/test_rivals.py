@@ -32,7 +32,7 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import states_below
 from pfedgpa_app.strategies import FedAMPConfig, FedPACConfig, FlocoConfig, PFedHNConfig
 from server_app.simulation import simulate
-from server_app.strategies import IFCA, STRATEGIES, FedAMP, FedPAC, Floco, PFedHN
+from server_app.strategies import IFCA, STRATEGIES, FedAMP, FedPAC, Floco, PFedHN, fedamp
 from server_app.strategies.fedamp import attention
 from server_app.strategies.fedpac import head_shares
 from server_app.strategies.floco import onto_simplex, project, riesz_energy
@@ -74,6 +74,18 @@ class TestFedAMP:
         start(FedAMP(alpha=0.3, sigma=6.0, momentum=0.5), grid, num_rounds=4)
         # Both upload the number of the round: their cloud models are 1, 2, 3 without momentum.
         assert [each[1] for each in received(grid, "train")] == [0.0, 1.0, 2.0, 3.0 + 0.5 * (2 - 1)]
+
+    def test_a_cloud_model_is_mixed_once_a_round(self, monkeypatch: pytest.MonkeyPatch):
+        mixed = []
+
+        def mix(vectors: torch.Tensor, row: int, alpha: float, sigma: float) -> torch.Tensor:
+            mixed.append(row)
+            return attention(vectors, row, alpha, sigma)
+
+        monkeypatch.setattr(fedamp, "attention", mix)
+        grid = SimulatedGrid({1: by_round(site), 2: by_round(site)})
+        start(FedAMP(alpha=0.3, sigma=6.0, momentum=0.5), grid, num_rounds=3)
+        assert mixed == [0, 1, 0, 1]  # in the first round both are sent the average
 
     def test_training_is_drawn_to_the_cloud_model(self):
         settings = FedAMPConfig(alpha=0.5, penalty=0.3)
@@ -227,6 +239,17 @@ class TestFedPAC:
         strategy.judged = "sent"
         for key, tensor in strategy.training_state(2).items():
             assert torch.equal(strategy.evaluation_state(2)[key], tensor)
+
+    def test_claimed_examples_count_up_to_ten_times_the_median_in_class_means(self):
+        nodes = {1: self.site(1.0, [10, 0]), 2: self.site(1.0, [0, 10])}
+        nodes[3] = self.site(3.0, [500, 500], 1000)
+        strategy = FedPAC()
+        grid = SimulatedGrid(nodes)
+        strategy.start(grid, ArrayRecord(weights_with_head(0.0)), num_rounds=1)
+        # The third counts as 100 examples, 50 of each class.
+        expected = (10 * 1 + 50 * 3) / 60
+        assert strategy.extras(0)["class-means"].flatten().tolist() == pytest.approx([expected] * 6)
+        assert strategy.extras(0)["class-counts"].tolist() == pytest.approx([60.0, 60.0])
 
     def test_momentum_is_that_of_each_head(self):
         grid = SimulatedGrid({n: by_round(lambda value: self.site(value, [5, 5])) for n in (1, 2)})
@@ -454,6 +477,14 @@ class TestFloco:
         assert torch.equal(strategy.points[1], strategy.points[2])
         assert not torch.equal(strategy.points[0], strategy.points[1])
 
+    def test_claimed_examples_count_up_to_ten_times_the_median_in_endpoints(self):
+        strategy = Floco(num_endpoints=2)
+        nodes = {1: self.node(1.0, 10), 2: self.node(1.0, 10), 3: self.node(3.0, 1_000_000)}
+        grid = SimulatedGrid(nodes)
+        strategy.start(grid, ArrayRecord(weights_with_head(0.0)), num_rounds=1)
+        expected = (10 + 10 + 100 * 3) / 120
+        assert strategy.endpoints.flatten().tolist() == pytest.approx([expected] * 12)
+
     def test_momentum_is_that_of_the_endpoints_too(self):
         strategy = Floco(num_endpoints=2, momentum=0.5)
         grid = SimulatedGrid({1: self.node(2.0, 10), 2: self.node(2.0, 10)})
@@ -540,6 +571,14 @@ class TestIFCA:
         sent = grid.sent[0].content
         others = states_below("cluster", sent["extras"].to_torch_state_dict())
         assert set(others) == {1, 2}  # the first is sent as the model itself
+
+    def test_claimed_examples_count_up_to_ten_times_the_median_of_the_round(self):
+        nodes = {1: self.node(1.0, [1, 0]), 2: self.node(3.0, [1, 0], 1_000_000)}
+        nodes |= {3: self.node(2.0, [0, 1]), 4: self.node(2.0, [0, 1])}
+        strategy = IFCA(num_clusters=2)
+        start(strategy, SimulatedGrid(nodes))
+        first = float(strategy.clusters[0]["layer.weight"][0, 0])
+        assert first == pytest.approx((10 + 100 * 3) / 110)
 
     def test_initial_models_have_the_same_entries_in_another_order(self):
         strategy = IFCA(num_clusters=2)

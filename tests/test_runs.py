@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,7 +14,14 @@ import pytest
 from pfedgpa_app import report, runs
 from pfedgpa_app.config import Config
 from pfedgpa_app.report import Run, RunFolder
-from pfedgpa_app.runs import RunNotFoundError, find_run, is_going_on, name_of, run_folders
+from pfedgpa_app.runs import (
+    RunNotFoundError,
+    began_at,
+    find_run,
+    is_going_on,
+    name_of,
+    run_folders,
+)
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, settle_earlier
 
@@ -144,14 +152,54 @@ def test_a_run_that_is_killed_does_not_go_on(tmp_path: Path):
 
 @pytest.fixture
 def three(tmp_path: Path) -> Path:
-    """Leave runs 123, 124 and, without a name, 2; the last of them is 124."""
-    for number, folder in enumerate(["2", "123", "124"]):
+    """Leave runs 123, 124 and, of older versions, 2 and 3; the last of them is 124."""
+    for number, folder in enumerate(["2", "3", "123", "124"]):
         begin(tmp_path / folder)
         os.utime(tmp_path / folder / "config.json", (number, number))
     (tmp_path / "2" / "run.json").unlink()
-    (tmp_path / "123" / "run.json").write_text(json.dumps({"name": "digits-pfedgpa-1"}))
-    (tmp_path / "124" / "run.json").write_text(json.dumps({"name": "digits-pfedgpa-12"}))
+    (tmp_path / "3" / "run.json").write_text(json.dumps({"name": "local-local-1"}))
+    write_facts(tmp_path / "123", "digits-pfedgpa-1", "2026-11-30T11:00:00+00:00")
+    write_facts(tmp_path / "124", "digits-pfedgpa-12", "2026-11-30T11:00:00.000001+00:00")
     return tmp_path
+
+
+def write_facts(path: Path, name: str, began: object) -> None:
+    (path / "run.json").write_text(json.dumps({"name": name, "began": began}))
+
+
+def test_a_run_writes_down_when_it_began(tmp_path: Path):
+    before = datetime.now(UTC)
+    begin(tmp_path / "1")
+    os.utime(tmp_path / "1" / "config.json", (0, 0))
+    assert before <= began_at(tmp_path / "1") <= datetime.now(UTC)
+
+
+def test_copies_of_runs_keep_their_order(three: Path, tmp_path: Path):
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for folder in ("124", "123"):  # the last that is copied has the youngest files
+        shutil.copytree(three / folder, copied / folder, copy_function=shutil.copyfile)
+    assert [path.name for path in run_folders(copied)] == ["123", "124"]
+    assert find_run("latest", copied) == copied / "124"
+
+
+def test_runs_of_older_versions_are_as_old_as_their_settings(three: Path):
+    assert [path.name for path in run_folders(three)] == ["2", "3", "123", "124"]
+
+
+@pytest.mark.parametrize("began", [None, 7, "", "yesterday", [], "0001-01-01T00:00:00+14:00"])
+def test_a_time_that_is_none_is_passed_over(tmp_path: Path, began: object):
+    begin(tmp_path / "1")
+    write_facts(tmp_path / "1", "digits-pfedgpa-1", began)
+    os.utime(tmp_path / "1" / "config.json", (1000, 1000))
+    assert began_at(tmp_path / "1") == datetime.fromtimestamp(1000, UTC)
+
+
+def test_runs_that_began_at_the_same_time_have_an_order(tmp_path: Path):
+    for folder in ("2", "1", "3"):
+        begin(tmp_path / folder)
+        write_facts(tmp_path / folder, f"digits-pfedgpa-{folder}", "2026-11-30T12:00:00+01:00")
+    assert [path.name for path in run_folders(tmp_path)] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +234,6 @@ def test_an_ambiguous_beginning_lists_what_it_may_be(three: Path):
 def test_of_many_candidates_the_last_are_listed(tmp_path: Path):
     for number in range(13):
         begin(tmp_path / f"1{number:02}")
-        os.utime(tmp_path / f"1{number:02}" / "config.json", (number, number))
     with pytest.raises(RunNotFoundError, match=r"may be 3 older ones, digits-pfedgpa-4 \(103\), "):
         find_run("1", tmp_path)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from pfedgpa_app.state import WriteError, load_state, save_state
 
@@ -114,3 +115,33 @@ def test_a_process_killed_while_it_writes_leaves_the_state_of_a_complete_round(
         last = facts["round"]
     assert last > 0
     assert times_unfinished > 0, "no process was killed while it wrote"
+
+
+def test_only_what_is_not_apart_is_copied_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A state may be a large part of what there is of memory."""
+    rows = torch.arange(12.0).view(3, 4)
+    state = {
+        "whole": torch.ones(5),
+        "rows": rows,
+        "same": rows,
+        "row": rows[1],
+        "transposed": torch.arange(6.0).view(2, 3).T,
+        "nothing": torch.empty(0),
+        "nothing more": torch.empty(0),
+    }
+    written = {}
+
+    def save(tensors, path, metadata):
+        written.update({name: tensor.data_ptr() for name, tensor in tensors.items()})
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("pfedgpa_app.state.save_file", save)
+    save_state(tmp_path / "state", "test", state)
+    loaded, _ = load_state(tmp_path / "state", "test")
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    assert written["whole"] == state["whole"].data_ptr()
+    assert written["rows"] == rows.data_ptr()
+    assert len({written[name] for name in ("rows", "same", "row")}) == 3

@@ -25,10 +25,11 @@ options = dict(zip(arguments[4::2], arguments[5::2], strict=True))
 settings = tomllib.loads(Path(options["--run-config"]).read_text())
 config = Config.from_flat(dict(flatten(settings)))
 nodes = int(options["--federation-config"].split()[0].removeprefix("num-supernodes="))
-folder = config.output_path / f"new-{{config.seed}}"
+folder = config.output_path / f"100{{config.seed}}"
 folder.mkdir(parents=True)
 (folder / "config.json").write_text(json.dumps(config.to_flat()))
 print("INFO : Starting Flower Simulation")
+print("Successfully started run", folder.name)
 with (folder / "metrics.jsonl").open("w") as metrics, (folder / "clients.jsonl").open("w") as rows:
     for number in range(1, config.num_server_rounds + 1):
         row = {{"round": number, "personalized-accuracy": 0.75, "num-nodes": nodes}}
@@ -83,7 +84,7 @@ def test_runs_are_simulated_with_as_many_clients_and_not_run_again(
     assert "[2/2] local, seed 1: 0.2500 in the last round, 3 s; 0:00:00 left" in result.output
     # The mean over 3 clients of 0, 1/4 and 2/4.
     assert "local  0.2500 ± 0.0000" in result.output
-    written = Run.read(Config().output_path / "new-1")
+    written = Run.read(Config().output_path / "1001")
     assert written.is_of(Config(strategy="local", seed=1, num_server_rounds=2))
     play_flwr(monkeypatch, suite.parent, "#!/bin/sh\nexit 1\n")
     again = bench(suite)
@@ -108,6 +109,19 @@ def test_a_run_that_ends_before_its_last_round_is_none(
     result = bench(suite, "--seeds", "0")
     assert result.exit_code == 1
     assert "flwr run did not finish the run" in result.stderr
+
+
+def test_another_run_of_the_same_settings_is_not_taken_for_it(
+    suite: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As when two benches share a SuperLink, or somebody else's run ends first."""
+    others = FAKE_FLWR.replace('started run", folder.name', 'started run", 4711')
+    play_flwr(monkeypatch, suite.parent, others)
+    result = bench(suite, "--seeds", "0")
+    assert result.exit_code == 1
+    assert (Config().output_path / "1000" / "metrics.jsonl").exists()
+    assert "flwr run did not finish the run 4711: " in result.stderr
+    assert f"{Config().output_path}/4711 is not the folder of a run" in result.stderr
 
 
 def test_waiting_for_sites_is_told_and_a_missing_flwr_ends_no_bench(
@@ -163,6 +177,6 @@ def test_settings_reach_the_app_as_they_are(suite: Path, monkeypatch: pytest.Mon
     names = "'" + ",".join(f'a "{number}"' for number in range(10)) + "'"
     suite.write_text(SUITE + f"data.class-names = {names}\ndiffusion.fidelity = 0.25\n")
     assert bench(suite, "--seeds", "0").exit_code == 0
-    told = json.loads((Config().output_path / "new-0" / "config.json").read_text())
+    told = json.loads((Config().output_path / "1000" / "config.json").read_text())
     assert told["data.class-names"] == names.strip("'")
     assert told["diffusion.fidelity"] == 0.25

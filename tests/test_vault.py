@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pfedgpa_app import aggregation, vault
 from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.bank import Bank
 from pfedgpa_app.config import DiffusionConfig
 from pfedgpa_app.diffusion import sketched
 from pfedgpa_app.randomness import make_generator
@@ -240,3 +241,21 @@ def test_models_made_in_one_pass_are_those_made_one_by_one(
     assert not torch.equal(alone[0], alone[3])
     with pytest.raises(KeyError):
         list(aggregator.personalize_each([7, 99]))
+
+
+def test_the_members_are_looked_up_once_for_all_who_are_retired(monkeypatch: pytest.MonkeyPatch):
+    aggregator = fitted(MemoryVault())
+    looked_up = []
+    models = Bank._models
+
+    def look_up(self: Bank, *, in_bank: bool) -> dict[int, Tensor]:
+        looked_up.append(in_bank)
+        return models(self, in_bank=in_bank)
+
+    monkeypatch.setattr(Bank, "_models", look_up)
+    numbers = []
+    for clients in ([0, 1], [0, 1, 2, 3, 4, 5]):
+        list(aggregator.personalize_each(clients))
+        numbers.append(len(looked_up))
+        looked_up.clear()
+    assert numbers[0] == numbers[1]

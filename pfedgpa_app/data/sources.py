@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pfedgpa_app.arrays import LEVELS, PIECE, ArrayError, alike, as_examples, as_labels
 from pfedgpa_app.config import DATASETS, SITES, DataConfig, DatasetInfo, by_x
+from pfedgpa_app.errors import described
+from pfedgpa_app.randomness import initialized_by, make_generator
 
 # Where Debian's package dataset-fashion-mnist puts the original files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -71,7 +73,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     elif name in DATASETS:
         parts = _torchvision(name, config.root_path)
     else:
-        parts = [_own(config)]
+        parts = [_own(config, seed)]
     return assemble(parts, config, seed, name)
 
 
@@ -231,8 +233,11 @@ def _upright(images: Tensor, name: str) -> Tensor:
     return images[:, None]
 
 
-def _own(config: DataConfig) -> Part:
-    """Call ``package.module:function`` with the folder of the data sets."""
+def _own(config: DataConfig, seed: int) -> Part:
+    """Call ``package.module:function`` with the folder of the data sets.
+
+    Global generators follow the seed meanwhile.
+    """
     name = config.dataset
     module_name, _, function_name = name.partition(":")
     try:
@@ -242,7 +247,14 @@ def _own(config: DataConfig) -> Part:
             f"{name}: cannot be imported ({error}). data.dataset names a function as "
             f'"package.module:function", of a package that is installed where the clients run'
         ) from error
-    pair = function(config.root_path)
+    except Exception as error:  # code of the user's raises whatever it likes
+        raise DataError(f"{name}: importing it failed with {described(error)}") from error
+    try:
+        # Every client calls it, and what it draws must be the same for all of them.
+        with initialized_by(make_generator(seed, "dataset")):
+            pair = function(config.root_path)
+    except Exception as error:
+        raise DataError(f"{name}: failed with {described(error)}") from error
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise DataError(f"{name}: returns {type(pair).__name__}, right would be (examples, labels)")
     what = "examples"

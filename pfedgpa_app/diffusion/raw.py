@@ -19,7 +19,7 @@ class RawSpace:
     mean
         ``(d,)``.
     std
-        ``(d,)``, 1 where the bank does not vary.
+        ``(d,)``, 0 where the bank does not vary: what all have in common stays as it is.
     dim
         Number of coordinates: d, padded with zeros to what the denoiser can halve again and again.
     """
@@ -38,7 +38,8 @@ class RawSpace:
             squares += (vector - mean).square()
         std = (squares / len(vectors)).sqrt()
         # What varies less than it is rounded does not vary.
-        std = torch.where(std > 1e-6 * mean.abs(), std, torch.ones_like(std))
+        least = (1e-6 * mean.abs()).clamp(min=torch.finfo(dtype).tiny)
+        std = torch.where(std > least, std, 0.0)
         dim = -(-len(mean) // multiple) * multiple
         return cls(mean.to(dtype), std.to(dtype), dim)
 
@@ -54,8 +55,9 @@ class RawSpace:
     def project(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return the coordinates ``(num_vectors, dim)`` of vectors ``(d,)``."""
         padding = (0, self.dim - len(self.mean))
+        units = torch.where(self.std > 0, self.std, 1.0)
         return torch.stack(
-            [functional.pad((vector - self.mean) / self.std, padding) for vector in vectors]
+            [functional.pad((vector - self.mean) / units, padding) for vector in vectors]
         )
 
     def reconstruct(self, coordinates: Tensor) -> Tensor:

@@ -43,7 +43,9 @@ class Shrinkage(NamedTuple):
         # Axes that are rounding errors are no deviations from the mean either.
         kept[spectrum.max_rank :] = 0
         variances = spectrum.eigenvalues
-        return cls(spectrum.eigenvectors, kept, (kept * variances).sum() / variances.sum())
+        # Of vectors that are all the same there is nothing to keep, and no 0 / 0.
+        share = (kept * variances).sum() / (variances.sum() or 1.0)
+        return cls(spectrum.eigenvectors, kept, share)
 
     def weights(self, of: Tensor, begin: int = 0) -> Tensor:
         """Return what mixtures of clients receive of all clients' deviations.

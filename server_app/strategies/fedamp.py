@@ -46,12 +46,8 @@ class FedAMP(FedAvgFT):
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""
-        # Mixing all models once more is for momentum alone.
-        again = uploads.keys() & self.fine_tuned.keys() if self.client_momentum.beta else ()
-        for client in again:
-            self.client_momentum.trained(
-                client, self.global_model.vector(self.training_state(client))
-            )
+        for client in uploads.keys() & self.fine_tuned.keys():
+            self.client_momentum.trained(client, uploads[client].start)
         super().learn(server_round, uploads)
 
     def training_state(self, client: int) -> StateDict:

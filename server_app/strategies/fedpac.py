@@ -12,6 +12,7 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.state import below, states_below, states_under, under
+from server_app.global_model import weights_of
 from server_app.momentum import Momentum
 from server_app.replies import ReplyError, Upload
 from server_app.strategies.fedavg_ft import FedAvgFT
@@ -100,7 +101,7 @@ class FedPAC(FedAvgFT):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Combine the heads and the classes' means."""
         super().learn(server_round, uploads)
-        self._learn_means([upload.extras for upload in uploads.values()])
+        self._learn_means(list(uploads.values()))
         heads = [
             {name: upload.state[name] for name in self.head_names} for upload in uploads.values()
         ]
@@ -115,11 +116,15 @@ class FedPAC(FedAvgFT):
     def _new_momentum(self) -> Momentum:
         return Momentum(self.momentum, self.global_model.spec.trained)
 
-    def _learn_means(self, extras: list[StateDict]) -> None:
-        counts = torch.stack([each["class-counts"] for each in extras])
-        means = torch.stack([each["class-means"] for each in extras])
+    def _learn_means(self, uploads: list[Upload]) -> None:
+        counts = torch.stack([upload.extras["class-counts"] for upload in uploads])
+        means = torch.stack([upload.extras["class-means"] for upload in uploads])
+        # Whoever claims too many examples claims as much too many of each class.
+        limits = [w / u.num_examples for w, u in zip(weights_of(uploads), uploads, strict=True)]
+        counts = counts * torch.tensor(limits).unsqueeze(1)
         total = counts.sum(dim=0)
-        mean = (counts.unsqueeze(2) * means).sum(dim=0) / total.clamp(min=1).unsqueeze(1)
+        weighted = (counts.unsqueeze(2) * means).sum(dim=0)
+        mean = weighted / torch.where(total > 0, total, 1.0).unsqueeze(1)
         if self.means:  # classes of absent clients keep theirs
             mean = torch.where(total.unsqueeze(1) > 0, mean, self.means["class-means"])
             total = torch.where(total > 0, total, self.means["class-counts"])

@@ -10,6 +10,7 @@ from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import below, under
+from server_app.global_model import weights_of
 from server_app.momentum import Momentum
 from server_app.replies import Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
@@ -81,10 +82,8 @@ class Floco(ClientwiseFedAvg):
         """Average the endpoints, and give every client its point when the time has come."""
         for client, upload in uploads.items():
             self.updates[client] = (self.endpoints - upload.extras["endpoints"]).flatten()
-        averaged = weighted_average(
-            [upload.extras for upload in uploads.values()],
-            [upload.num_examples for upload in uploads.values()],
-        )
+        extras = [upload.extras for upload in uploads.values()]
+        averaged = weighted_average(extras, weights_of(uploads.values()))
         sent = {"endpoints": self.endpoints}
         self.endpoints = self.endpoint_momentum.step(sent, averaged)["endpoints"]
         if server_round >= self.projection_round and not self.points:

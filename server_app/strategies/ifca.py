@@ -9,6 +9,7 @@ from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import below, states_below, states_under, under
+from server_app.global_model import weights_of
 from server_app.momentum import Momentum
 from server_app.replies import ReplyError, Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
@@ -90,11 +91,13 @@ class IFCA(ClientwiseFedAvg):
             client: int(upload.extras["choice"].argmax()) for client, upload in uploads.items()
         }
         self.choices |= chosen
+        # Measured by the round, since a cluster's median may be that of a single one who lies.
+        counts = dict(zip(uploads, weights_of(uploads.values()), strict=True))
         for cluster, momentum in enumerate(self.momenta):
-            members = [uploads[client] for client in chosen if chosen[client] == cluster]
+            members = [client for client in chosen if chosen[client] == cluster]
             if members:
-                weights = [upload.num_examples for upload in members]
-                average = weighted_average([upload.state for upload in members], weights)
+                states = [uploads[client].state for client in members]
+                average = weighted_average(states, [counts[client] for client in members])
                 moved = momentum.step(self.clusters[cluster], average)
                 self.clusters[cluster] = self.global_model.spec.refreshed(moved)
 

@@ -1,0 +1,28 @@
+"""Errors of code that nobody here wrote, in a line."""
+
+import sysconfig
+import traceback
+from pathlib import Path
+
+# An error may say what it failed on, such as all the numbers of a tensor.
+_MAX_LENGTH = 500
+
+
+def described(error: BaseException) -> str:
+    """Say in a line what was raised, and in which function of which file.
+
+    That is the innermost one of neither Python nor an installed package, if there is any: it is
+    the one that its author can mend. The file is named without its folders, since what clients say
+    of their errors is sent to the server.
+    """
+    text = " ".join(str(error).split())
+    short = text if len(text) <= _MAX_LENGTH else text[:_MAX_LENGTH] + "..."
+    what = f"{type(error).__name__}: {short}" if short else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return what
+    paths = sysconfig.get_paths()
+    installed = tuple(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    own = [frame for frame in frames if not frame.filename.startswith((*installed, "<"))]
+    frame = (own or frames)[-1]
+    return f"{what} ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"

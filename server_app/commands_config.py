@@ -1,0 +1,149 @@
+"""The command ``pfedgpa config check``: what of a run can be tried beforehand."""
+
+import os
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pfedgpa_app.config import DATASETS, SITES, Config, ConfigError, flatten
+from pfedgpa_app.console import fail, make_app
+from pfedgpa_app.files import read_toml
+
+config_app = make_app(help="Settings.", no_args_is_help=True)
+
+
+@config_app.command()
+def check(
+    file: Annotated[
+        Path | None, typer.Argument(help="Overrides of pyproject.toml's defaults, as in conf/.")
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config", "-c", help="key=value as in TOML, such as diffusion.fidelity=0.5."
+        ),
+    ] = None,
+    clients: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Also share the data out to so many, as a run with as many SuperNodes does; what "
+            "is not here is downloaded.",
+        ),
+    ] = None,
+) -> None:
+    """Say what is wrong with settings, all of it, without starting a run.
+
+    The model is built and an own data set loaded, by calling own functions as a run does. Run it in
+    the project's folder.
+    """
+    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
+    settings = _load(file, config or [])
+    if problems := list(_problems(settings, clients)):
+        fail(str(ConfigError(problems)))
+    changed = settings.changed
+    print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
+    for key, value in changed.items():
+        print(f"  {key} = {value!r}")
+    for untried in _untried(settings, clients):
+        print(f"Not tried: {untried}")
+
+
+def _load(file: Path | None, overrides: list[str]) -> Config:
+    """Build the settings from a TOML file and ``key=value`` pairs, or end with what is wrong."""
+    flat: dict[str, Any] = {}
+    try:
+        if file is not None:
+            flat |= flatten(read_toml(file))
+        for override in overrides:  # UTF-8 too, whatever the locale
+            settings = dict(flatten(tomllib.loads(os.fsencode(override).decode())))
+            if not settings:
+                fail(f'--config "{override}": right would be, for example, seed=1')
+            flat |= settings
+        return Config.from_flat(flat)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')
+    except ConfigError as error:
+        fail(str(error))
+
+
+def _problems(config: Config, clients: int | None) -> Iterator[str]:
+    """Yield for what a run with right settings would be refused all the same."""
+    # They import torch and Flower, which wrong settings are spared.
+    from pfedgpa_app.preflight import preflight
+    from server_app.app import make_strategy
+    from server_app.checkpoint import ResumeError, resume, settle_earlier
+
+    yield from _folder_problems(config)
+    yield from _data_problems(config, clients)
+    try:
+        spec = preflight(config)
+        strategy = make_strategy(config)
+        if config.resume_from:
+            config = settle_earlier(config)
+            if config.server.bank == "disk" and config.earlier_path is not None:
+                strategy.store_below(config.earlier_path, None)  # where nothing is written
+            resume(config, strategy, spec)
+        else:
+            strategy.begin(spec)
+    except ConfigError as error:
+        yield from error.problems
+    except ResumeError as error:
+        yield str(error).replace("\n", "\n  ")
+
+
+def _folder_problems(config: Config) -> Iterator[str]:
+    path = config.output_path
+    there = next(each for each in (path, *path.parents) if os.path.exists(each))
+    if not there.is_dir():
+        yield f'output-dir = "{config.output_dir}": {there} is no folder; right would be one'
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield (
+            f'output-dir = "{config.output_dir}": nothing can be written in {there}; right would '
+            "be a folder that the ServerApp may write to"
+        )
+
+
+def _data_problems(config: Config, clients: int | None) -> Iterator[str]:
+    from pfedgpa_app.data import DataError, client_data
+    from pfedgpa_app.data.sources import load_dataset
+
+    data = config.data
+    if clients is not None:
+        if config.server.min_available_nodes > clients:
+            yield (
+                f"server.min-available-nodes = {config.server.min_available_nodes}: more than "
+                f"{clients} clients; a run would wait for them and end"
+            )
+        if config.onboarding.late_clients >= clients:
+            yield (
+                f"onboarding.late-clients = {config.onboarding.late_clients}: there are only "
+                f"{clients} clients; right would be less than that"
+            )
+    if data.dataset == SITES:
+        return
+    try:
+        if clients is not None:
+            client_data(data, config.seed, 0, clients)
+        elif data.dataset not in DATASETS:
+            load_dataset(data, config.seed)
+    except DataError as error:
+        yield str(error)
+
+
+def _untried(config: Config, clients: int | None) -> Iterator[str]:
+    """Yield what cannot be told here, or only when more is known."""
+    from pfedgpa_app.randomness import resolve_device
+
+    if config.data.dataset == SITES:
+        yield "the data, which are with the sites"
+    elif clients is None:
+        yield "how the data are shared out; --clients NUMBER says among how many"
+    try:
+        resolve_device(config.client.device)
+    except RuntimeError:
+        yield f'client.device = "{config.client.device}", which this machine does not have'
