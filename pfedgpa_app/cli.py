@@ -16,6 +16,7 @@ from pfedgpa_app.commands_runs import runs_app
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.console import OneLineErrors, OutputDir, RunArgument, fail, read_run
 from pfedgpa_app.preflight import preflight
+from pfedgpa_app.sharing import too_few
 from pfedgpa_app.watch import watch
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ def check(file: FileArgument = None, config: Overrides = None) -> None:
     print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
     for key, value in changed.items():
         print(f"  {key} = {value!r}")
+    fewest = settings.server.min_available_nodes
+    if settings.strategy == "pfedgpa" and (note := too_few(fewest, settings.diffusion)):
+        print(f"server.min-available-nodes = {fewest}: a run may begin with so few. {note}.")
 
 
 @app.command()

@@ -25,6 +25,7 @@ from pfedgpa_app.console import (
 from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT
+from pfedgpa_app.sharing import alone_in
 
 runs_app = typer.Typer(
     cls=OneLineErrors, invoke_without_command=True, help="List runs, look at one, remove one."
@@ -83,6 +84,7 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "seconds": round(sum(value_of(row, "seconds-round") for row in found.metrics), 3),
         "accuracies": {name: found.last(name) for name in _ACCURACIES},
         "worst-clients": _worst(found),
+        "sharing": alone_in(found.metrics, found.config.diffusion),
         "failures": _failures(found.clients),
         "files": dict(_files(found.path)),
     }
@@ -191,6 +193,7 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
         f"{facts['rounds']} of {facts['num-server-rounds']} rounds in {took} h, "
         f"began {facts['began']}"
     )
+    yield from (each for each in (facts["sharing"],) if each)
     blocks = {
         "Settings that differ from the defaults": [
             f"{key} = {json.dumps(value)}" for key, value in facts["settings"].items()

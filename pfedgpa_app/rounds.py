@@ -74,6 +74,10 @@ class RoundRecord:
         """Note why others do not learn from a client in this round."""
         self._row(client)["unusual"] = reason
 
+    def alone(self, client: int) -> None:
+        """Note that a client is given nothing of others, for the others' privacy."""
+        self._row(client)["alone"] = True
+
     def failed(self, client: int, reason: str) -> None:
         """Note why a client is out of the round."""
         self._row(client)["status"] = reason
@@ -127,6 +131,7 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "num-nodes": record.num_nodes,
         "num-clients": record.num_trained,
         "num-failures": record.num_failures,
+        "num-alone": len(record.column("alone")),
         "epsilon": max(record.column("epsilon"), default=None),
         "seconds-clients": round(record.seconds_clients, 3),
         "seconds-diffusion": round(record.seconds_diffusion, 3),
@@ -140,13 +145,15 @@ def describe(row: Row, num_rounds: int) -> str:
     """Say in a line what a line of metrics.jsonl has of a round."""
     judged, worst, received, trained = accuracies(row)
     epsilon = "" if row.get("epsilon") is None else f"; epsilon {row['epsilon']:.3g}"
+    num_alone = value_of(row, "num-alone")
+    alone = f"; {num_alone} of them train alone" if num_alone else ""
     parts = ("seconds-round", "seconds-clients", "seconds-diffusion")
     whole, clients, diffusion = (f"{value_of(row, name):.1f}" for name in parts)
     return (
         f"Round {row['round']}/{num_rounds}: personalized accuracy {judged} (worst client "
         f"{worst}), as sent {received}, after local training {trained}; "
         f"{value_of(row, 'num-clients')} clients, {whole} s (clients {clients}, diffusion "
-        f"{diffusion}){epsilon}"
+        f"{diffusion}){epsilon}{alone}"
     )
 
 

@@ -67,6 +67,7 @@ def test_a_round_is_summarized_over_its_clients():
         "num-nodes": 6,
         "num-clients": 2,
         "num-failures": 2,
+        "num-alone": 0,
         "epsilon": None,
         "seconds-clients": 1.235,
         "seconds-diffusion": 0.5,

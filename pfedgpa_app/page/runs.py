@@ -13,6 +13,7 @@ from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import Row, mean_and_spread, value_of
+from pfedgpa_app.sharing import alone_in
 
 Of = TypeVar("Of")
 
@@ -104,7 +105,8 @@ def _run(page: Page, run: Run, number: int) -> str:
     clients, learned = run.clients, run.method
     rows = method.thinned(learned)
     holdings = Holdings.of(run)
-    parts = [_facts(run)]
+    notes = [note for note in (alone_in(run.metrics, run.config.diffusion),) if note]
+    parts = [_facts(run), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
     if run.metrics:
         parts.append(page.figures(_accuracies(run, clients, holdings)))
     if not holdings.counts:
