@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ Row = dict[str, Any]
 
 JUDGED = "personalized-accuracy"
 NO_REPLY = "no reply"
+CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
 TRAINING_METRICS = (
     "num-examples",
@@ -113,6 +115,23 @@ class RoundRecord:
 def has_failed(row: Row) -> bool:
     """Tell whether a client was asked to train and sent no usable reply."""
     return row.get("status", "ok") not in ("ok", BUDGET_SPENT)
+
+
+def causes_of(statuses: Iterable[str]) -> list[str]:
+    """Return why clients sent no usable reply: each cause once, after the number of its clients.
+
+    The most frequent one comes last, where a log ends.
+    """
+    counts = Counter(status.removeprefix(f"{CLIENT_FAILED}: ") for status in statuses)
+    return [
+        f"{count_of_clients(number)}: {cause}"
+        for cause, number in sorted(counts.items(), key=lambda each: (each[1], each[0]))
+    ]
+
+
+def count_of_clients(number: int) -> str:
+    """Write a number of clients."""
+    return "1 client" if number == 1 else f"{number} clients"
 
 
 def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:

@@ -55,11 +55,36 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
 
 def name_of(path: Path) -> str:
     """Return a run's name; one of an older version has none but its id."""
+    name = _fact(path, "name")
+    return name if re.fullmatch("[a-z0-9-]+", name) else path.name
+
+
+def error_of(path: Path) -> str:
+    """Return why a run ended before its last round, if it knows."""
+    return _fact(path, "error")
+
+
+def note_error(path: Path, file: FileIO, error: str) -> None:
+    """Write why a run ended into the file that `register` returned.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    facts = {"name": name_of(path), "error": error}
+    # Longer than what is there, so that the name is not lost if it ends half-way.
+    os.ftruncate(file.fileno(), os.pwrite(file.fileno(), json.dumps(facts).encode() + b"\n", 0))
+    os.fsync(file)
+
+
+def _fact(path: Path, key: str) -> str:
+    """Return what a run's ``run.json`` has, an empty text if it has no such thing."""
     try:
-        name = json.loads((path / RUN_FILE).read_text())["name"]
-        return name if re.fullmatch("[a-z0-9-]+", name) else path.name
-    except (OSError, ValueError, TypeError, KeyError):
-        return path.name
+        fact = json.loads((path / RUN_FILE).read_text()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return fact if isinstance(fact, str) else ""
 
 
 def is_going_on(path: Path) -> bool:

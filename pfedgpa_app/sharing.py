@@ -6,7 +6,7 @@ keeps each client to its own where too few are there, or alike.
 
 from collections.abc import Sequence
 
-from pfedgpa_app.rounds import Row, value_of
+from pfedgpa_app.rounds import Row, count_of_clients, value_of
 from pfedgpa_app.sections import DiffusionConfig
 
 
@@ -14,11 +14,11 @@ def too_few(num_clients: int, diffusion: DiffusionConfig) -> str:
     """Say what becomes of so few clients; nothing if they are enough."""
     if num_clients >= diffusion.min_kin:
         return ""
-    clients = "1 client shares" if num_clients == 1 else f"{num_clients} clients share"
+    share = "shares" if num_clients == 1 else "share"
     return (
-        f"{clients} nothing (diffusion.min-kin = {diffusion.min_kin}): until at least "
-        f"{diffusion.min_kin} have taken part, {_alone(diffusion)}. Right would be "
-        f"{diffusion.min_kin} clients or more. {_WITH_TWO}"
+        f"{count_of_clients(num_clients)} {share} nothing (diffusion.min-kin = "
+        f"{diffusion.min_kin}): until at least {diffusion.min_kin} have taken part, "
+        f"{_alone(diffusion)}. Right would be {diffusion.min_kin} clients or more. {_WITH_TWO}"
     )
 
 

@@ -9,9 +9,9 @@ from digits_client import MODEL, SETTINGS, context, message, same, trained
 from flwr.app import Context, MessageType, RecordDict
 
 from client_app import messages
-from client_app.app import query
 from client_app.messages import evaluate_message, train_message
 from client_app.node import NodeError
+from client_app.query import query
 from client_app.training import train
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError
 from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, site_data

@@ -1,10 +1,17 @@
 """A whole run in one process, from the ServerApp to what is taken away from its folder."""
 
 import json
+from html import escape
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import (
+    Context,
+    Error,
+    Message,
+    MessageType,
+    RecordDict,
+)
 from flwr.common.constant import ErrorCode
 from simulated_grid import Answer, SimulatedGrid, learning_grid, weights
 from torch import nn
@@ -111,9 +118,61 @@ def run_with_errors_first(path: Path, monkeypatch: pytest.MonkeyPatch, error: Er
 def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "no such data set")
-    with pytest.raises(RunError, match=r"Every client failed.*\n.*no such data set"):
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "KeyError: 'label' in load (a.py, line 3)")
+    with pytest.raises(RunError) as caught:
         run_with_errors_first(tmp_path, monkeypatch, error)
+    said = "6 clients: KeyError: 'label' in load (a.py, line 3)"
+    assert str(caught.value) == f"Every client failed in the first round:\n  {said}"
+    # The folder tells it too, and to whoever looks at it in whichever way.
+    run = Run.read(tmp_path / "1")
+    assert (run.name, run.error, run.state) == ("digits-pfedgpa-1", str(caught.value), "stopped")
+    assert [(row["client"], row["round"]) for row in run.clients] == [(n, 1) for n in range(6)]
+    assert run.metrics == []
+    shown = CliRunner().invoke(cli.app, ["runs", "show", "1", "--output-dir", str(tmp_path)])
+    assert shown.stdout.count("KeyError") == 2
+    assert f"Every client failed in the first round:\n  {said}\n" in shown.stdout
+    assert "6 clients: 1 rounds, the last 1: the client failed: KeyError" in shown.stdout
+    watched = CliRunner().invoke(cli.app, ["watch", "1", "--output-dir", str(tmp_path)])
+    assert watched.exit_code == 1
+    assert said in watched.stderr
+    page = (tmp_path / "1" / "report.html").read_text()
+    assert escape(said) in page
+    assert "<td>0-5</td><td>1</td><td>the client failed: KeyError" in page
+
+
+def test_causes_are_told_once_and_the_most_frequent_one_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    grid = learning_grid(first_id=10)
+    for number, node in enumerate(grid.nodes):
+        reason = "\x1b[31mgone\n" + "x" * 1000 if number == 5 else f"cause {number // 3}"
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+        grid.nodes[node] = lambda message, error=error: error
+    monkeypatch.setattr(app, "preflight", lambda config: Weights())
+    settings = {"output-dir": str(tmp_path)}
+    with pytest.raises(RunError) as caught:
+        main(grid, Context(1, 1, {}, RecordDict(), settings))
+    causes = str(caught.value).splitlines()[1:]
+    assert causes[1:] == ["  2 clients: cause 1", "  3 clients: cause 0"]
+    assert causes[0].startswith("  1 client: [31mgone xxx")
+    assert len(causes[0]) < 350
+
+
+def test_why_a_run_ended_is_in_its_folder_and_the_name_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "preflight", lambda config: Weights())
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(app, "_run", fail)
+    settings = {"output-dir": str(tmp_path)}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(learning_grid(first_id=10), Context(1, 1, {}, RecordDict(), settings))
+    assert Run.read(tmp_path / "1").name == "digits-pfedgpa-1"
+    assert Run.read(tmp_path / "1").error == "RuntimeError: out of memory"
+    assert (tmp_path / "1" / "report.html").exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no plotly"), WriteError("no space")])

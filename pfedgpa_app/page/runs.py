@@ -105,7 +105,7 @@ def _run(page: Page, run: Run, number: int) -> str:
     clients, learned = run.clients, run.method
     rows = method.thinned(learned)
     holdings = Holdings.of(run)
-    notes = [note for note in (alone_in(run.metrics, run.config.diffusion),) if note]
+    notes = [note for note in (run.error, alone_in(run.metrics, run.config.diffusion)) if note]
     parts = [_facts(run), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
     if run.metrics:
         parts.append(page.figures(_accuracies(run, clients, holdings)))
@@ -255,11 +255,15 @@ def _failures(clients: Sequence[Row]) -> str:
             rounds.setdefault((row["client"], str(reason)[:_MAX_REASON]), []).append(row["round"])
     if not rounds:
         return "<p>None: every client that was asked gave an upload that could be used.</p>"
+    # Those that failed alike stand in a line.
+    alike: dict[tuple[str, str], list[int]] = {}
     most = Counter({key: len(each) for key, each in rounds.items()}).most_common()
-    lines = [(client, _ranges(rounds[client, why]), why) for (client, why), _ in most]
+    for (client, why), _ in most:
+        alike.setdefault((_ranges(rounds[client, why]), why), []).append(client)
+    lines = [(_ranges(clients), when, why) for (when, why), clients in alike.items()]
     left_out = len(lines) - _MAX_FAILURES
     note = f'<p class="quiet">{left_out} more are in clients.jsonl.</p>' if left_out > 0 else ""
-    return table(("client", "rounds", "reason"), lines[:_MAX_FAILURES]) + note
+    return table(("clients", "rounds", "reason"), lines[:_MAX_FAILURES]) + note
 
 
 def _ranges(numbers: Sequence[int]) -> str:
