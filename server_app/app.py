@@ -20,7 +20,7 @@ from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, resume, settle_earlier, write_checkpoint
 from server_app.grid import GuardedGrid
 from server_app.replies import max_bytes
-from server_app.roster import JoinTimeoutError, PartitionRoster
+from server_app.roster import JoinTimeoutError, PartitionRoster, SourceError
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
 from server_app.tracking import Tracking
 
@@ -102,7 +102,7 @@ def _run(
 
 def _note(folder: RunFolder, error: Exception) -> None:
     """Leave why a run ended in its folder, and the page with it."""
-    told = isinstance(error, (WriteError, JoinTimeoutError, RowError, RunError))
+    told = isinstance(error, (WriteError, JoinTimeoutError, RowError, RunError, SourceError))
     reason = str(error) if told else f"{type(error).__name__}: {error}"
     try:
         folder.fail(reason)

@@ -1,9 +1,12 @@
 """What a client says that cannot answer, and of the code that it runs."""
 
 import logging
+import pickle
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 from digits_client import context, message
@@ -12,8 +15,10 @@ from flwr.app import Message, MessageType, RecordDict
 from client_app import answering
 from client_app.answering import answer_by, reason_of
 from client_app.app import app
+from client_app.query import query
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import DataError
+from pfedgpa_app.source import source_hash
 from server_app.simulation import ClientError, simulate
 
 PROJECT = Path(__file__).parents[1]
@@ -139,6 +144,70 @@ def test_a_benchmark_ends_with_what_a_client_says(monkeypatch: pytest.MonkeyPatc
     config = Config.from_flat({**OWN, "data.dataset": "scans:load"})
     with pytest.raises(ClientError, match=r"client 0 failed: KeyError: 'diagnosis' in load"):
         simulate(config, 2, num_processes=0)
+
+
+def handlers() -> list[Callable[..., Message]]:
+    return list(app._registered_funcs.values())
+
+
+def inner(function: FunctionType) -> Iterator[FunctionType]:
+    """Yield the functions that a function closes over, and itself."""
+    yield function
+    for cell in function.__closure__ or ():
+        if isinstance(cell.cell_contents, FunctionType):
+            yield from inner(cell.cell_contents)
+
+
+def test_what_the_simulation_sends_of_the_app_needs_no_import_of_it():
+    """Ray finds a function by its module and name, and sends one that has none as a value."""
+    assert len(handlers()) == 3
+    for handler in handlers():
+        own = [each for each in inner(handler) if each.__module__.startswith("client_app")]
+        assert own
+        for each in own:
+            with pytest.raises((AttributeError, pickle.PicklingError)):
+                pickle.dumps(each)
+            used = {each.__globals__.get(name) for name in each.__code__.co_names}
+            assert not [one for one in used if getattr(one, "__module__", "") == each.__module__]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Return another place at which the code of the clients is installed."""
+    shutil.copytree(PROJECT / "client_app", tmp_path / "client_app")
+    return tmp_path / "client_app"
+
+
+def test_the_same_code_has_the_same_hash_wherever_it_is(copy: Path):
+    ours = source_hash(PROJECT / "client_app")
+    assert source_hash(copy) == ours
+    source_hash.cache_clear()
+    file = copy / "node.py"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    (copy / "__pycache__").mkdir(exist_ok=True)
+    (copy / "__pycache__" / "node.cpython-311.pyc").write_bytes(b"compiled")
+    assert source_hash(copy) == ours
+
+
+@pytest.mark.parametrize("change", ["content", "name", "more", "less"])
+def test_other_code_has_another_hash(copy: Path, change: str):
+    source_hash.cache_clear()
+    if change == "content":
+        with (copy / "methods" / "ditto.py").open("a") as file:
+            file.write("# a fault\n")
+    elif change == "name":
+        (copy / "node.py").rename(copy / "nodes.py")
+    elif change == "more":
+        (copy / "more.py").touch()
+    else:
+        (copy / "training.py").unlink()
+    assert source_hash(copy) != source_hash(PROJECT / "client_app")
+
+
+def test_a_node_tells_the_hash_of_its_code():
+    asked = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
+    for reply in (query(asked, context()), app(asked, context())):
+        assert reply.content["source"]["source"] == source_hash(PROJECT / "client_app")
 
 
 def test_other_functions_answer_by_their_name():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks.network import (
     BIN,
+    PROJECT,
     Network,
     free_port,
     read_lines,
@@ -242,3 +244,25 @@ def test_a_wrong_setting_is_the_last_line(superlink: SuperLink):
     )
     said = "  - client.learning-rate = -1.0: should be greater than 0"
     assert last_words(done.stdout + done.stderr)[-1] == said
+
+
+class Elsewhere(SuperLink):
+    """A SuperLink that was started in a folder with another version of the app."""
+
+    def start_superlink(self, *options: str | Path) -> subprocess.Popen[bytes]:
+        """Put a faulty version into the working directory, and start it there."""
+        for package in ("client_app", "pfedgpa_app"):
+            shutil.copytree(PROJECT / package, self.folder / package)
+        for file in ("client_app/messages.py", "pfedgpa_app/config.py"):
+            (self.folder / file).write_text("raise RuntimeError('the code of another folder')\n")
+        return super().start_superlink(*options)
+
+
+def test_clients_run_the_code_of_the_app_wherever_the_superlink_was_started(
+    tmp_path: Path, one_worker: tuple[str, list[dict], Path]
+):
+    _, expected, _ = one_worker
+    with Elsewhere(tmp_path) as superlink:
+        log, rows, _ = superlink.run(4, workers=2, **QUICK)
+    assert "another folder" not in log
+    assert without_seconds(rows) == without_seconds(expected)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 from flwr.app import (
+    ConfigRecord,
     Context,
     Error,
     Message,
     MessageType,
+    MetricRecord,
     RecordDict,
 )
 from flwr.common.constant import ErrorCode
-from simulated_grid import Answer, SimulatedGrid, learning_grid, weights
+from simulated_grid import Answer, SimulatedGrid, learning_grid, learning_site, weights
 from torch import nn
 from typer.testing import CliRunner
 
@@ -22,9 +24,11 @@ from pfedgpa_app import cli
 from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.page import runs as pages
 from pfedgpa_app.report import Run
+from pfedgpa_app.source import source_hash
 from pfedgpa_app.state import WriteError
 from server_app import app
 from server_app.app import RunError, main
+from server_app.roster import SourceError
 
 NUM_CLIENTS = 4
 
@@ -173,6 +177,78 @@ def test_why_a_run_ended_is_in_its_folder_and_the_name_stays(
     assert Run.read(tmp_path / "1").name == "digits-pfedgpa-1"
     assert Run.read(tmp_path / "1").error == "RuntimeError: out of memory"
     assert (tmp_path / "1" / "report.html").exists()
+
+
+def coded_grid(**codes: str | None) -> SimulatedGrid:
+    """Return clients that say which code they run; None says nothing."""
+    grid = SimulatedGrid({number: learning_site(2.0) for number in range(len(codes))})
+    plain = grid._answer
+
+    def answer(message: Message) -> RecordDict | Error | None:
+        if message.metadata.message_type != MessageType.QUERY:
+            return plain(message)
+        node = message.metadata.dst_node_id
+        content = RecordDict({"m": MetricRecord({"partition-id": node})})
+        if (code := list(codes.values())[node]) is not None:
+            content["source"] = ConfigRecord({"source": code})
+        return content
+
+    grid._answer = answer
+    return grid
+
+
+OURS = source_hash(Path(app.__file__).parents[1] / "client_app")
+
+
+def run_coded(path: Path, monkeypatch: pytest.MonkeyPatch, grid: SimulatedGrid) -> Run:
+    monkeypatch.setattr(app, "preflight", lambda config: Weights())
+    settings = {"output-dir": str(path), "num-server-rounds": 2, "diffusion.train-steps": 5}
+    main(grid, Context(1, 1, {}, RecordDict(), settings))
+    return Run.read(path / "1")
+
+
+def test_a_site_with_other_code_is_named_and_costs_nobody_else_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    grid = coded_grid(a=OURS, b="1234" + "\n" * 20, c=None, d=OURS)
+    run = run_coded(tmp_path, monkeypatch, grid)
+    assert [(row["num-nodes"], row["num-clients"]) for row in run.metrics] == [(3, 3)] * 2
+    assert {row["node-id"] for row in run.clients} == {"0", "2", "3"}
+    assert "Node 1 is out of the round: it runs another version" in caplog.text
+    assert f"(1234) than the server ({OURS[:12]})" in caplog.text
+
+
+def test_clients_of_ones_own_say_nothing_of_their_code_and_take_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_coded(tmp_path, monkeypatch, coded_grid(a=None, b=None, c=None))
+    assert [row["num-clients"] for row in run.metrics] == [3, 3]
+
+
+@pytest.mark.parametrize("is_simulation", [False, True])
+def test_a_run_among_clients_with_other_code_ends_with_what_would_be_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_simulation: bool
+):
+    if is_simulation:
+        monkeypatch.setattr(app, "InMemoryGrid", SimulatedGrid)
+    with pytest.raises(SourceError, match="another version of client_app") as caught:
+        run_coded(tmp_path, monkeypatch, coded_grid(a="1", b="2", c="2"))
+    assert ("pkill -f" in str(caught.value)) == is_simulation
+    assert Run.read(tmp_path / "1").error == str(caught.value)
+
+
+def test_a_site_that_was_updated_takes_part_from_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    codes = {"a": OURS, "b": OURS, "c": OURS, "d": "1"}
+    grid = coded_grid(**codes)
+    other, ours = grid._answer, coded_grid(**codes | {"d": OURS})._answer
+    asked = iter([other] * 5)  # the five of the first round, and of its evaluation one again
+    grid._answer = lambda message: (
+        next(asked, ours) if message.metadata.message_type == MessageType.QUERY else other
+    )(message)
+    run = run_coded(tmp_path, monkeypatch, grid)
+    assert [row["num-clients"] for row in run.metrics] == [3, 4]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no plotly"), WriteError("no space")])
