@@ -40,9 +40,9 @@ def alone_in(rows: Sequence[Row], diffusion: DiffusionConfig) -> str:
     whole = [row for row in alone if value_of(row, "num-alone") >= value_of(row, "num-clients")]
     if not alone:
         return ""
-    clients = "every client" if whole else "some clients"
+    who = "no client got anything" if whole else "some clients got nothing"
     return (
-        f"In {len(whole or alone)} of {len(rows)} rounds nothing was shared with {clients}: there "
+        f"In {len(whole or alone)} of {len(rows)} rounds {who} of the others: then "
         f"{_alone(diffusion)}. Between fewer than {diffusion.min_kin} that took part, or are "
         f"alike, nothing is shared (diffusion.min-kin). {_WITH_TWO}."
     )
@@ -57,4 +57,4 @@ _WITH_TWO = (
 def _alone(diffusion: DiffusionConfig) -> str:
     if diffusion.patterns == ("*",):
         return "each trains on its own data alone, as if there were no others"
-    return "each keeps its own generated layers, and the others are averaged"
+    return "each keeps its own of the layers that are generated, and the rest is averaged"

@@ -109,7 +109,9 @@ def test_two_clients_are_told_at_the_start_in_each_round_and_on_the_page(
     assert [row["num-alone"] for row in alone.metrics] == [2, 2]
     assert all(row["alone"] for row in alone.clients)
     told = alone_in(alone.metrics, alone.config.diffusion)
-    assert told.startswith("In 2 of 2 rounds nothing was shared with every client")
+    assert told.startswith(
+        "In 2 of 2 rounds no client got anything of the others: then each trains"
+    )
     assert f'<p class="note">{told.replace(chr(39), "&#x27;")}</p>' in page_of([alone])
 
 
@@ -154,10 +156,10 @@ def test_rounds_in_which_some_are_alone_are_counted_apart():
     diffusion = DiffusionConfig()
     assert alone_in([row(0), row(0)], diffusion) == ""
     assert alone_in([row(0), row(2), row(1)], diffusion).startswith(
-        "In 2 of 3 rounds nothing was shared with some clients"
+        "In 2 of 3 rounds some clients got nothing of the others"
     )
     assert alone_in([row(4), row(2), row(0)], diffusion).startswith(
-        "In 1 of 3 rounds nothing was shared with every client"
+        "In 1 of 3 rounds no client got anything of the others"
     )
     assert describe(row(1), 3).endswith("; 1 of them train alone")
     # A file of an older version does not tell.
@@ -166,7 +168,7 @@ def test_rounds_in_which_some_are_alone_are_counted_apart():
 
 def test_layers_that_are_averaged_are_not_said_to_be_alone():
     some = Config.from_flat({"diffusion.generated-layers": "fc2.*"}).diffusion
-    assert "and the others are averaged" in too_few(2, some)
+    assert "and the rest is averaged" in too_few(2, some)
     assert "if there were no others" in too_few(2, DiffusionConfig())
     assert too_few(3, some) == ""
 
