@@ -141,6 +141,7 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
     assert said in watched.stderr
     page = (tmp_path / "1" / "report.html").read_text()
     assert escape(said) in page
+    assert "<dt>failures</dt><dd>6</dd>" in page  # also of a round that is not complete
     assert "<td>0-5</td><td>1</td><td>the client failed: KeyError" in page
 
 

@@ -12,7 +12,7 @@ from pfedgpa_app.page import figures, method
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
 from pfedgpa_app.report import Run
-from pfedgpa_app.rounds import Row, mean_and_spread, value_of
+from pfedgpa_app.rounds import Row, has_failed, mean_and_spread, value_of
 from pfedgpa_app.sharing import alone_in
 
 Of = TypeVar("Of")
@@ -106,7 +106,7 @@ def _run(page: Page, run: Run, number: int) -> str:
     rows = method.thinned(learned)
     holdings = Holdings.of(run)
     notes = [note for note in (run.error, alone_in(run.metrics, run.config.diffusion)) if note]
-    parts = [_facts(run), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
+    parts = [_facts(run, clients), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
     if run.metrics:
         parts.append(page.figures(_accuracies(run, clients, holdings)))
     if not holdings.counts:
@@ -125,7 +125,7 @@ def _run(page: Page, run: Run, number: int) -> str:
     return "".join(parts)
 
 
-def _facts(run: Run) -> str:
+def _facts(run: Run, clients: Sequence[Row]) -> str:
     def accuracy(name: str) -> str:
         value = run.last(name)
         return "-" if value is None else f"{value:.4f}"
@@ -143,7 +143,7 @@ def _facts(run: Run) -> str:
             ("worst client", accuracy("personalized-accuracy-worst")),
             ("rounds", f"{len(run.metrics)} of {config.num_server_rounds}"),
             ("clients", str(run.num_nodes)),
-            ("failures", str(total("num-failures"))),
+            ("failures", str(sum(map(has_failed, clients)))),
             ("time", f"{total('seconds-round'):.0f} s"),
             ("sent and received", f"{(total('bytes-up') + total('bytes-down')) / 1e6:.1f} MB"),
         ]
