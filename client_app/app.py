@@ -3,37 +3,36 @@
 Flower starts a process for every message of a SuperNode, and a query needs no torch.
 """
 
-from flwr.app import Context, Message, MetricRecord, MetricRecordValues, RecordDict
-from flwr.clientapp import ClientApp
+import sys
+from pathlib import Path
 
-from client_app.node import PRIVACY, node_partition
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+
+_FOLDER = str(Path(__file__).parents[1])
+
+
+def _answered_by(function: str, folder: str = _FOLDER) -> ClientAppCallable:
+    """Return a handler that answers by a ``package.module:function`` of the app's own folder.
+
+    Flower's simulation sends the app to processes that would import the app from the working
+    directory of whoever started the SuperLink, which may have another version of it. What is sent
+    of a function in a function is what it does, and not where it is: it needs no import, and brings
+    the folder along.
+    """
+
+    def answer(message: Message, context: Context) -> Message:
+        if "client_app" not in sys.modules:
+            sys.path.insert(0, folder)
+        from client_app.answering import answer_by
+
+        return answer_by(function, message, context)
+
+    return answer
+
 
 app = ClientApp()
-
-
-@app.query()
-def query(message: Message, context: Context) -> Message:
-    """Tell which partition this node has, which the server sorts the clients by.
-
-    New nodes are asked, so that from here on this one keeps an account of what it tells.
-    """
-    partition = node_partition(context)
-    context.state.setdefault(PRIVACY, MetricRecord())
-    told: dict[str, MetricRecordValues] = {"partition-id": partition[0]} if partition else {}
-    return Message(RecordDict({"metrics": MetricRecord(told)}), reply_to=message)
-
-
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Train the received model."""
-    from client_app.messages import train_message
-
-    return train_message(message, context)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Judge the received model."""
-    from client_app.messages import evaluate_message
-
-    return evaluate_message(message, context)
+app.query()(_answered_by("client_app.query:query"))
+app.train()(_answered_by("client_app.messages:train_message"))
+app.evaluate()(_answered_by("client_app.messages:evaluate_message"))

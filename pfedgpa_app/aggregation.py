@@ -1,6 +1,6 @@
 """Generative aggregation: the server's side of pFedGPA (Algorithm 1 of arXiv 2409.05701)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -189,6 +189,21 @@ class GenerativeAggregator:
                 onboarding, kin = self.onboarding, self._kin(client, self._told())
                 generated = self.model.onboard(current, previous, onboarding, self._vectors(), kin)
         self.bank.put(client, generated, self._round)
+
+    def alone(self, clients: Iterable[int]) -> list[int]:
+        """Return which clients the last `fit` gave nothing of others, for the others' privacy.
+
+        That are members where there are fewer than ``min_kin``, or of a group that is as small, and
+        newcomers where there are too few members for a mean of them.
+        """
+        members, min_kin = self.bank.members, self.config.min_kin
+        if len(members) < min_kin:
+            alone = set(members)
+        else:
+            told = self.model.alone().tolist() if self.model else [False] * len(members)
+            alone = {client for client, is_alone in zip(members, told, strict=True) if is_alone}
+        has_mean = len(members) >= min_kin - 1
+        return [each for each in clients if each in alone or not (each in members or has_mean)]
 
     def describe(self) -> str:
         """Say what the last `fit` found."""

@@ -26,6 +26,7 @@ from pfedgpa_app.files import text_of
 from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT, began_at
+from pfedgpa_app.sharing import alone_in
 
 runs_app = make_app(invoke_without_command=True, help="List runs, look at one, remove one.")
 
@@ -82,6 +83,8 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "seconds": round(sum(value_of(row, "seconds-round") for row in found.metrics), 3),
         "accuracies": {name: found.last(name) for name in _ACCURACIES},
         "worst-clients": _worst(found),
+        "error": found.error,
+        "sharing": alone_in(found.metrics, found.config.diffusion),
         "failures": _failures(found.clients),
         "files": dict(_files(found.path)),
     }
@@ -159,6 +162,17 @@ def _failures(rows: list[Row]) -> list[Row]:
     ]
 
 
+def _grouped(failures: list[Row]) -> Iterator[str]:
+    """Yield a line for all clients that failed in as many rounds for the same reason."""
+    groups: dict[tuple[int, int, str], list[int]] = {}
+    for row in failures:
+        key = (row["rounds"], row["last-round"], row["reason"])
+        groups.setdefault(key, []).append(row["client"])
+    for (rounds, last, reason), clients in groups.items():
+        who = f"client {clients[0]}" if len(clients) == 1 else f"{len(clients)} clients"
+        yield f"{who}: {rounds} rounds, the last {last}: {reason}"
+
+
 def _files(path: Path) -> Iterator[tuple[str, int]]:
     """Yield the names in a run's folder and their bytes, those of a folder together.
 
@@ -189,6 +203,7 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
         f"{facts['rounds']} of {facts['num-server-rounds']} rounds in {took} h, "
         f"began {facts['began']}"
     )
+    yield from (each for each in (facts["error"], facts["sharing"]) if each)
     blocks = {
         "Settings that differ from the defaults": [
             f"{key} = {json.dumps(value)}" for key, value in facts["settings"].items()
@@ -202,11 +217,7 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
             f"client {row['client']}: {row[JUDGED]:.4f} in round {row['round']}"
             for row in facts["worst-clients"]
         ],
-        "Failures": [
-            f"client {row['client']}: {row['rounds']} rounds, the last {row['last-round']}: "
-            f"{row['reason']}"
-            for row in facts["failures"]
-        ],
+        "Failures": list(_grouped(facts["failures"])),
         "Files": [f"{name}: {_size(size)}" for name, size in facts["files"].items()],
     }
     for title, lines in blocks.items():

@@ -15,7 +15,15 @@ from pfedgpa_app.figures import Curve, draw_curves
 from pfedgpa_app.files import read_text
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.rounds import Row, parse_rows
-from pfedgpa_app.runs import is_going_on, name_of, register, run_folders
+from pfedgpa_app.runs import (
+    RUN_FILE,
+    error_of,
+    is_going_on,
+    name_of,
+    note_error,
+    register,
+    run_folders,
+)
 from pfedgpa_app.state import sync_to_disk, writing
 
 ROWS = ("clients.jsonl", "method.jsonl", "metrics.jsonl")
@@ -82,6 +90,27 @@ class RunFolder:
         for name, rows in self._unwritten.items():
             _append(self.path / name, rows)
             rows.clear()
+
+    def add_clients(self, clients: Iterable[Row]) -> None:
+        """Append the clients of a round that will not be complete to clients.jsonl.
+
+        Raises
+        ------
+        WriteError
+            If they cannot be written.
+        """
+        _append(self.path / "clients.jsonl", list(clients))
+
+    def fail(self, error: str) -> None:
+        """Write why the run ends before its last round.
+
+        Raises
+        ------
+        WriteError
+            If it cannot be written.
+        """
+        with writing(self.path / RUN_FILE):
+            note_error(self.path, self._lock, error)
 
     def go_on_from(self, run: "Run", completed_rounds: int) -> None:
         """Begin with the rows of an earlier run, as far as its checkpoint knows of them."""
@@ -151,6 +180,11 @@ class Run:
     def name(self) -> str:
         """What it is called; its id, if an older version wrote it."""
         return name_of(self.path)
+
+    @property
+    def error(self) -> str:
+        """Why it ended before its last round; empty if it did not, or could not tell."""
+        return error_of(self.path)
 
     @property
     def state(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ Row = dict[str, Any]
 
 JUDGED = "personalized-accuracy"
 NO_REPLY = "no reply"
+CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
 TRAINING_METRICS = (
     "num-examples",
@@ -74,6 +76,10 @@ class RoundRecord:
         """Note why others do not learn from a client in this round."""
         self._row(client)["unusual"] = reason
 
+    def alone(self, client: int) -> None:
+        """Note that a client is given nothing of others, for the others' privacy."""
+        self._row(client)["alone"] = True
+
     def failed(self, client: int, reason: str) -> None:
         """Note why a client is out of the round."""
         self._row(client)["status"] = reason
@@ -111,6 +117,23 @@ def has_failed(row: Row) -> bool:
     return row.get("status", "ok") not in ("ok", BUDGET_SPENT)
 
 
+def causes_of(statuses: Iterable[str]) -> list[str]:
+    """Return why clients sent no usable reply: each cause once, after the number of its clients.
+
+    The most frequent one comes last, where a log ends.
+    """
+    counts = Counter(status.removeprefix(f"{CLIENT_FAILED}: ") for status in statuses)
+    return [
+        f"{count_of_clients(number)}: {cause}"
+        for cause, number in sorted(counts.items(), key=lambda each: (each[1], each[0]))
+    ]
+
+
+def count_of_clients(number: int) -> str:
+    """Write a number of clients."""
+    return "1 client" if number == 1 else f"{number} clients"
+
+
 def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
     """Return the line of a round in metrics.jsonl; a mean of no client is None."""
     accuracies = record.column("personalized-accuracy")
@@ -127,6 +150,7 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "num-nodes": record.num_nodes,
         "num-clients": record.num_trained,
         "num-failures": record.num_failures,
+        "num-alone": len(record.column("alone")),
         "epsilon": max(record.column("epsilon"), default=None),
         "seconds-clients": round(record.seconds_clients, 3),
         "seconds-diffusion": round(record.seconds_diffusion, 3),
@@ -140,13 +164,15 @@ def describe(row: Row, num_rounds: int) -> str:
     """Say in a line what a line of metrics.jsonl has of a round."""
     judged, worst, received, trained = accuracies(row)
     epsilon = "" if row.get("epsilon") is None else f"; epsilon {row['epsilon']:.3g}"
+    num_alone = value_of(row, "num-alone")
+    alone = f"; {num_alone} of them train alone" if num_alone else ""
     parts = ("seconds-round", "seconds-clients", "seconds-diffusion")
     whole, clients, diffusion = (f"{value_of(row, name):.1f}" for name in parts)
     return (
         f"Round {row['round']}/{num_rounds}: personalized accuracy {judged} (worst client "
         f"{worst}), as sent {received}, after local training {trained}; "
         f"{value_of(row, 'num-clients')} clients, {whole} s (clients {clients}, diffusion "
-        f"{diffusion}){epsilon}"
+        f"{diffusion}){epsilon}{alone}"
     )
 
 

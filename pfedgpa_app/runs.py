@@ -58,13 +58,37 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
 
 def name_of(path: Path) -> str:
     """Return a run's name; one of an older version has none but its id."""
+    name = _fact(path, "name")
+    return name if re.fullmatch("[a-z0-9-]+", name) else text_of(path.name)
+
+
+def error_of(path: Path) -> str:
+    """Return why a run ended before its last round, if it knows."""
+    return _fact(path, "error")
+
+
+def note_error(path: Path, file: FileIO, error: str) -> None:
+    """Write why a run ended into the file that `register` returned.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    facts = {"name": name_of(path), "began": began_at(path).isoformat(), "error": error}
+    # Longer than what is there, so that the name is not lost if it ends half-way.
+    os.ftruncate(file.fileno(), os.pwrite(file.fileno(), json.dumps(facts).encode() + b"\n", 0))
+    os.fsync(file)
+
+
+def _fact(path: Path, key: str) -> str:
+    """Return what a run's ``run.json`` has, an empty text if it has no such thing."""
     try:
-        name = json.loads(read_text(path / RUN_FILE))["name"]
-        if re.fullmatch("[a-z0-9-]+", name):
-            return str(name)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    return text_of(path.name)
+        facts = json.loads(read_text(path / RUN_FILE))
+        fact = facts.get(key)
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return fact if isinstance(fact, str) else ""
 
 
 def began_at(path: Path) -> datetime:
@@ -79,9 +103,8 @@ def began_at(path: Path) -> datetime:
         If it has no ``config.json``.
     """
     try:
-        began = datetime.fromisoformat(json.loads(read_text(path / RUN_FILE))["began"])
-        return began.astimezone(UTC)
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return datetime.fromisoformat(_fact(path, "began")).astimezone(UTC)
+    except (ValueError, OverflowError):
         return datetime.fromtimestamp((path / "config.json").stat().st_mtime, UTC)
 
 

@@ -43,7 +43,8 @@ def watch(run: RunArgument = LATEST, output_dir: OutputDir = "") -> None:
     rounds = f"{followed.last_round} of {followed.num_rounds} rounds"
     if followed.last_round < followed.num_rounds:
         go_on = f'; right would be resume-from="{name}", which goes on from its last checkpoint'
-        fail(f"{name} stopped after {rounds}{go_on if (path / CHECKPOINT).exists() else ''}")
+        why = f": {error}" if (error := followed.run.error) else ""
+        fail(f"{name} stopped after {rounds}{why}{go_on if (path / CHECKPOINT).exists() else ''}")
     print(f"{name} is complete, {rounds}: {path}")
 
 

@@ -1,5 +1,6 @@
 """The ServerApp: one run, from its settings to its folder."""
 
+import contextlib
 import time
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -13,15 +14,18 @@ from flwr.superlink.grid import InMemoryGrid
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
-from pfedgpa_app.rounds import NO_REPLY, RowError, describe, summarize
+from pfedgpa_app.rounds import NO_REPLY, RowError, causes_of, describe, summarize
 from pfedgpa_app.runs import CHECKPOINT
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, resume, settle_earlier, write_checkpoint
 from server_app.grid import GuardedGrid
 from server_app.replies import max_bytes
-from server_app.roster import JoinTimeoutError, PartitionRoster
+from server_app.roster import JoinTimeoutError, PartitionRoster, SourceError
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
 from server_app.tracking import Tracking
+
+# Of a run whose clients all failed, so many causes are told, those that most had.
+_MAX_CAUSES = 10
 
 app = ServerApp()
 
@@ -60,6 +64,9 @@ def main(grid: Grid, context: Context) -> None:
                     for row in Run.read(path).metrics:
                         tracking.add_round(row)
                 _run(grid, strategy, folder, tracking)
+            except Exception as error:
+                _note(folder, error)
+                raise
             finally:
                 log(INFO, "Run %s: %s", name, path)
     except (WriteError, JoinTimeoutError, RowError) as error:
@@ -90,6 +97,17 @@ def _run(
         site = strategy.sites.get(client, {})
         folder.save_model(client, state, strategy.record.server_round, site)
     folder.draw()
+    _write_report(folder.path)
+
+
+def _note(folder: RunFolder, error: Exception) -> None:
+    """Leave why a run ended in its folder, and the page with it."""
+    told = isinstance(error, (WriteError, JoinTimeoutError, RowError, RunError, SourceError))
+    reason = str(error) if told else f"{type(error).__name__}: {error}"
+    try:
+        folder.fail(reason)
+    except WriteError as problem:
+        log(ERROR, "%s", problem)
     _write_report(folder.path)
 
 
@@ -199,8 +217,10 @@ class RoundEnd:
             With what the clients said.
         """
         record = self.strategy.record
-        statuses = {str(row.get("status", "ok")) for row in record.clients.values()}
+        statuses = [str(row.get("status", "ok")) for row in record.clients.values()]
         is_first = record.server_round == self.strategy.completed_rounds + 1
         if is_first and statuses and not any(one.startswith(("ok", NO_REPLY)) for one in statuses):
-            reasons = "\n  ".join(sorted(statuses))
-            raise RunError(f"Every client failed in the first round:\n  {reasons}")
+            with contextlib.suppress(WriteError):  # what is wrong is told all the same
+                self.folder.add_clients(record.clients.values())
+            causes = "\n  ".join(causes_of(statuses)[-_MAX_CAUSES:])
+            raise RunError(f"Every client failed in the first round:\n  {causes}")

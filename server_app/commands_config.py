@@ -12,6 +12,7 @@ import typer
 from pfedgpa_app.config import DATASETS, SITES, Config, ConfigError, flatten
 from pfedgpa_app.console import fail, make_app
 from pfedgpa_app.files import read_toml
+from pfedgpa_app.sharing import too_few
 
 config_app = make_app(help="Settings.", no_args_is_help=True)
 
@@ -49,6 +50,9 @@ def check(
     print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
     for key, value in changed.items():
         print(f"  {key} = {value!r}")
+    fewest = settings.server.min_available_nodes
+    if settings.strategy == "pfedgpa" and (note := too_few(fewest, settings.diffusion)):
+        print(f"server.min-available-nodes = {fewest}: a run may begin with so few. {note}.")
     for untried in _untried(settings, clients):
         print(f"Not tried: {untried}")
 

@@ -17,7 +17,7 @@ from pfedgpa_app.parameters import (
     ParameterLayout,
     StateDict,
 )
-from pfedgpa_app.rounds import NO_REPLY
+from pfedgpa_app.rounds import CLIENT_FAILED, NO_REPLY
 
 # The SuperLink's words about a node that it does not hear of any more.
 _GONE = (
@@ -170,7 +170,7 @@ def read_metrics(
         positive ``weighted_by_key``.
     """
     if message.has_error():
-        what = NO_REPLY if message.error.code in _GONE else "the client failed"
+        what = NO_REPLY if message.error.code in _GONE else CLIENT_FAILED
         raise ReplyError(f"{what}: {one_line(str(message.error.reason))}")
     content = message.content
     found = (len(content.array_records), len(content.metric_records), len(content.config_records))

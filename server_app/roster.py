@@ -4,13 +4,31 @@ import math
 import time
 from collections.abc import Iterable
 from logging import INFO, WARNING
+from pathlib import Path
 
 from flwr.app import Message, MessageType, Metadata, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-PARTITION_KEY = "partition-id"
+from pfedgpa_app.source import source_hash
+from server_app.replies import one_line
 
+PARTITION_KEY = "partition-id"
+SOURCE_KEY = "source"
+# The package of the clients, as it was installed with this one.
+_CLIENT_APP = Path(__file__).parents[1] / "client_app"
+# Of a hash, so many digits are shown.
+_SHOWN = 12
+_OTHERS_SOURCE = (
+    "All nodes run another version of client_app or pfedgpa_app than the server; right would be "
+    "the same one on all machines, and none that comes first on the PYTHONPATH of a site"
+)
+_OTHERS_SIMULATION = (
+    "The simulated clients run another version of client_app or pfedgpa_app than this app. They "
+    "import what is in the folder, or on the PYTHONPATH, of whoever started Flower's SuperLink. "
+    'Right would be to end it, with pkill -f "flower-superlink.*--simulation", and to start the '
+    "run again: flwr run starts a new one"
+)
 
 # Seconds between two looks for nodes, and between two lines of the log about it.
 _PAUSE = 1.0
@@ -19,6 +37,10 @@ _REPORT_EVERY = 30.0
 
 class JoinTimeoutError(RuntimeError):
     """Too few nodes connected in time."""
+
+
+class SourceError(RuntimeError):
+    """All nodes run another version of the code than the server."""
 
 
 class Roster:
@@ -32,12 +54,16 @@ class Roster:
     ids_stay
         Whether a node has the same id in a run that goes on from another, as on a network. In a
         simulation all ids are new.
+    refused
+        Nodes that are connected and are no clients, since they run other code. They are asked again
+        before each round.
     """
 
     ids_stay = True
 
     def __init__(self) -> None:
         self.clients: dict[int, int] = {}
+        self.refused: set[int] = set()
         self.connected: set[int] = set()
         self._is_first = True
 
@@ -87,10 +113,19 @@ class Roster:
         return f"; not here: {shown}" if missing else ""
 
     def admit(self, grid: Grid, node_ids: Iterable[int]) -> None:
-        """Give every node that is not yet known a number of its own."""
-        node_ids = self.connected = set(node_ids)
-        new = sorted(node_ids - self.clients.keys())
-        wishes = self._wishes(grid, new) if new else {}
+        """Give every node that is not yet known a number of its own.
+
+        Raises
+        ------
+        SourceError
+            If there is nobody but such as run other code.
+        """
+        asked = sorted(set(node_ids) - self.clients.keys())
+        wishes = self._wishes(grid, asked) if asked else {}
+        new = [node_id for node_id in asked if node_id not in self.refused]
+        node_ids = self.connected = set(node_ids) - self.refused
+        if self._is_first and self.refused and not node_ids:
+            raise SourceError(_OTHERS_SOURCE if self.ids_stay else _OTHERS_SIMULATION)
         all_new = len(new) == len(node_ids) and set(wishes.values()) >= set(self.clients.values())
         if self._is_first and all_new and not self.ids_stay:
             self.clients = {}
@@ -145,13 +180,33 @@ class PartitionRoster(Roster):
         timeout = self.FIRST_TIMEOUT if self._is_first else self.TIMEOUT
         replies = list(grid.send_and_receive(messages, timeout=timeout))
         wishes = {}
+        self.refused -= set(node_ids)
         for node_id, reply in by_addressee([m.metadata for m in messages], replies).items():
-            partition = None if reply.has_error() else _partition(reply.content)
-            if partition is not None:
+            if reply.has_error():
+                continue
+            if self._runs_other_code(node_id, reply.content):
+                self.refused.add(node_id)
+            elif (partition := _partition(reply.content)) is not None:
                 wishes[node_id] = partition
-        for node_id in set(node_ids) - wishes.keys():
+        for node_id in set(node_ids) - wishes.keys() - self.refused:
             log(INFO, "Node %d does not tell its partition; it gets a free number", node_id)
         return wishes
+
+    def _runs_other_code(self, node_id: int, content: RecordDict) -> bool:
+        """Tell whether a node says so. Clients of another's own say nothing."""
+        record = content.config_records.get(SOURCE_KEY)
+        theirs, ours = record and record.get(SOURCE_KEY), source_hash(_CLIENT_APP)
+        if theirs is None or theirs == ours:
+            return False
+        log(
+            WARNING,
+            "Node %d is out of the round: it runs another version of client_app or pfedgpa_app "
+            "(%s) than the server (%s); right would be the same one",
+            node_id,
+            one_line(str(theirs), _SHOWN),
+            ours[:_SHOWN],
+        )
+        return True
 
 
 def by_addressee(sent: Iterable[Metadata], replies: Iterable[Message]) -> dict[int, Message]:

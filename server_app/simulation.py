@@ -27,6 +27,10 @@ from server_app.roster import PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg
 
 
+class ClientError(RuntimeError):
+    """A client that cannot answer: nothing is lost here, so that settings or data are wrong."""
+
+
 class PoolGrid:
     """Flower's Grid, whose nodes 0 .. num_clients - 1 are served by a pool of processes.
 
@@ -172,7 +176,10 @@ def _answer(module: str, message: Message, context: Context) -> tuple[Message, R
     """Return a node's reply, and what is kept for its next message."""
     # By its name, as Flower loads it: server and client know each other by messages alone.
     client_app: ClientApp = importlib.import_module(module).app
-    return client_app(message, context), context.state
+    reply = client_app(message, context)
+    if reply.has_error():
+        raise ClientError(f"client {context.node_id} failed: {reply.error.reason}")
+    return reply, context.state
 
 
 def _answer_together(

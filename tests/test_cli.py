@@ -52,6 +52,21 @@ def test_right_settings_are_listed_where_they_differ_from_the_defaults(
     first, *rest = result.stdout.splitlines()
     assert first == "The configuration is right; 2 setting(s) differ from the defaults."
     assert rest[:2] == ["  seed = 1", "  diffusion.fidelity = 0.5"]
+    assert any(
+        line.startswith(
+            "server.min-available-nodes = 2: a run may begin with so few. 2 clients share nothing"
+        )
+        for line in rest
+    )
+
+
+@pytest.mark.parametrize(
+    "setting", ["server.min-available-nodes=3", "diffusion.min-kin=2", 'strategy="fedavg"']
+)
+def test_settings_with_which_all_share_are_not_warned_of(runner: CliRunner, setting: str):
+    result = runner.invoke(cli.app, ["config", "check", "-c", setting])
+    assert result.exit_code == 0
+    assert "nothing" not in result.stdout
 
 
 def test_overrides_win_over_the_file(runner: CliRunner, tmp_path: Path):

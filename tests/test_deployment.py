@@ -32,7 +32,7 @@ pytestmark = [
 GUIDE = (PROJECT / "docs" / "deployment.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.+?)```", GUIDE, flags=re.DOTALL)
 UNITS = re.findall(r"```ini\n(.+?)```", GUIDE, flags=re.DOTALL)
-SITES = ("site-1", "site-2")
+SITES = ("site-1", "site-2", "site-3")
 # What the guide's readers replace by a run id and a node id of theirs.
 RUN, NODE = "1234567890", "9876543210"
 # Seconds to wait for what takes less than one on a machine with nothing else to do, and for a run.
@@ -254,13 +254,13 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 def test_the_smallest_network_finishes_a_run(smallest: Reader):
     rows = read_lines(smallest.output / smallest.seen.run)
     assert [row["round"] for row in rows] == [1, 2]
-    assert all(row["num-clients"] == 2 and row["num-failures"] == 0 for row in rows)
+    assert all(row["num-clients"] == 3 and row["num-failures"] == 0 for row in rows)
     # The connection is added to what `flwr` had written itself.
     assert "[superlink.local]" in (smallest.folder / ".flwr" / "config.toml").read_text()
 
 
 def test_the_smallest_network_listens_on_the_ports_it_is_given(smallest: Reader):
-    assert smallest.seen.listening == smallest.addresses("18000", "19094", "19095")
+    assert smallest.seen.listening == smallest.addresses("18000", "19094", "19095", "19096")
 
 
 def test_registered_sites_are_listed_under_the_ids_they_keep(deployed: Reader):
@@ -297,7 +297,7 @@ def test_a_stopped_run_is_over(deployed: Reader):
 
 
 def test_nothing_listens_but_what_the_table_of_ports_has(deployed: Reader):
-    assert deployed.seen.listening == deployed.addresses("18000", "19094", "19095")
+    assert deployed.seen.listening == deployed.addresses("18000", "19094", "19095", "19096")
 
 
 def test_the_log_file_has_what_the_guide_says(deployed: Reader):

@@ -17,8 +17,8 @@ from small_task import IMAGES, LABELS, PLAIN_SGD, small_task
 from torch import nn
 
 from benchmarks import dp
-from client_app.app import query
 from client_app.messages import evaluate_message, train_message
+from client_app.query import query
 from pfedgpa_app import preflight
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError, PrivacyConfig
 from pfedgpa_app.data import client_data

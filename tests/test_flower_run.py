@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks.network import (
     BIN,
+    PROJECT,
     Network,
     free_port,
     read_lines,
@@ -20,6 +22,7 @@ from benchmarks.network import (
     with_descendants,
 )
 from pfedgpa_app.config import Config
+from pfedgpa_app.report import Run
 from server_app.simulation import simulate
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("warm_processes")]
@@ -207,3 +210,59 @@ def test_a_baseline_runs_on_the_same_settings_by_clients_that_share_a_gpu(
     assert [row["strategy"] for row in rows] == ["fedavg-ft"], log
     for row in rows:  # judged by what came out of local training
         assert row["personalized-accuracy"] == pytest.approx(row["finetuned-accuracy"])
+
+
+def last_words(log: str) -> list[str]:
+    """Return the lines of the app's log up to Flower's own about the end of the run."""
+    own, code, _ = log.partition("Exit Code: 700")
+    assert code, log
+    return own.splitlines()[:-1]
+
+
+def test_why_all_clients_failed_is_the_last_line_and_stays_in_the_folder(superlink: SuperLink):
+    """The data set is a function that cannot read a folder."""
+    own = {"data.dataset": "json:loads", "data.shape": "1x8x8", "data.num-classes": 2}
+    log, rows, folder = superlink.run(3, workers=2, **own, **{"data.partition": "iid"})
+    cause = "3 clients: TypeError: the JSON object must be str, bytes or bytearray, not PosixPath"
+    assert last_words(log)[-1].startswith(f"  {cause} in _own (sources.py, line ")
+    assert log.count("\n") < 250
+    assert "RayTaskError" not in log
+    assert rows == []
+    assert cause in Run.read(folder).error
+    assert [row["client"] for row in read_lines(folder, "clients.jsonl")] == [0, 1, 2]
+    assert (folder / "report.html").exists()
+
+
+def test_a_wrong_setting_is_the_last_line(superlink: SuperLink):
+    done = subprocess.run(
+        superlink.simulation_command(2, **{"client.learning-rate": -1.0}),
+        env=superlink.env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    said = "  - client.learning-rate = -1.0: should be greater than 0"
+    assert last_words(done.stdout + done.stderr)[-1] == said
+
+
+class Elsewhere(SuperLink):
+    """A SuperLink that was started in a folder with another version of the app."""
+
+    def start_superlink(self, *options: str | Path) -> subprocess.Popen[bytes]:
+        """Put a faulty version into the working directory, and start it there."""
+        for package in ("client_app", "pfedgpa_app"):
+            shutil.copytree(PROJECT / package, self.folder / package)
+        for file in ("client_app/messages.py", "pfedgpa_app/config.py"):
+            (self.folder / file).write_text("raise RuntimeError('the code of another folder')\n")
+        return super().start_superlink(*options)
+
+
+def test_clients_run_the_code_of_the_app_wherever_the_superlink_was_started(
+    tmp_path: Path, one_worker: tuple[str, list[dict], Path]
+):
+    _, expected, _ = one_worker
+    with Elsewhere(tmp_path) as superlink:
+        log, rows, _ = superlink.run(4, workers=2, **QUICK)
+    assert "another folder" not in log
+    assert without_seconds(rows) == without_seconds(expected)

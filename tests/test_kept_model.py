@@ -11,9 +11,9 @@ from test_client_app import MODEL, SETTINGS, SITES, message, own_site, same
 from test_methods import KEEPERS
 
 from client_app import kept_model
-from client_app.app import query
 from client_app.messages import evaluate_message, train_message
 from client_app.node import NodeError
+from client_app.query import query
 from pfedgpa_app import state
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import site_data

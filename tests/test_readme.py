@@ -1,6 +1,7 @@
 """What README and documents tell people to type is right."""
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from pfedgpa_app.config import Config, flatten
-from pfedgpa_app.data import ImageStats
+from pfedgpa_app.data import ImageStats, client_data
 from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.models import build_model
+from pfedgpa_app.preflight import preflight
 from server_app.suites import Suite
 
 PROJECT = Path(__file__).parents[1]
@@ -92,3 +94,23 @@ def test_an_exported_model_is_used_as_the_documents_say(
     exec(snippet, names)
     logits = names["logits"]
     torch.testing.assert_close(logits.softmax(1), exported.predict(images))
+
+
+def test_the_readmes_own_data_set_is_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Module and data of the example are all that the README's command needs."""
+    page = (DOCS / "data-and-models.md").read_text()
+    module, data = (
+        re.findall(start + r"\n(.+?)\n(?:END\n)?```", page, flags=re.DOTALL)[0]
+        for start in ("```python", "<<'END'")
+    )
+    (tmp_path / "scans.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(data, {})
+    commands = [given for given in RUN_CONFIGS if "scans:load" in given]
+    assert len(commands) == 1  # the same in the README and on the page
+    pairs = re.findall(r"""\S+?=(?:'[^']*'|[^\s"]+)""", commands[0].strip('"'))
+    config = Config.from_flat(dict(flatten(tomllib.loads("\n".join(pairs)))))
+    preflight(config)
+    sizes = [len(client_data(config.data, 0, client, 10).train_labels) for client in range(10)]
+    sys.modules.pop("scans")
+    assert sum(sizes) == pytest.approx(480, abs=3)  # a fifth of each class is held out

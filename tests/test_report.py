@@ -66,6 +66,7 @@ def test_a_round_is_summarized_over_its_clients():
         "num-nodes": 6,
         "num-clients": 2,
         "num-failures": 2,
+        "num-alone": 0,
         "epsilon": None,
         "seconds-clients": 1.235,
         "seconds-diffusion": 0.5,
@@ -299,3 +300,13 @@ def test_a_run_folder_draws_its_own_figure(tmp_path: Path):
         folder.add_round({"round": server_round, "personalized-accuracy": accuracy}, [])
         folder.draw()
     assert BLUE in colours_of(tmp_path / "run" / "accuracy.png")
+
+
+def test_the_last_reason_for_the_end_of_a_run_is_read_and_its_lock_stays(tmp_path: Path):
+    with RunFolder(tmp_path / "1", Config()) as folder:
+        for reason in ("a long reason, with \u2026 and \n lines", "short"):
+            folder.fail(reason)
+            run = Run.read(tmp_path / "1")
+            assert (run.error, run.name, run.state) == (reason, folder.name, "running")
+    assert run.state == "stopped"
+    assert Run.read(tmp_path / "1").error == "short"

@@ -1,12 +1,21 @@
 """A whole run in one process, from the ServerApp to what is taken away from its folder."""
 
 import json
+from html import escape
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import (
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.constant import ErrorCode
-from simulated_grid import Answer, SimulatedGrid, learning_grid, weights
+from simulated_grid import Answer, SimulatedGrid, learning_grid, learning_site, weights
 from typer.testing import CliRunner
 
 from client_app.messages import evaluate_message, train_message
@@ -15,9 +24,11 @@ from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.page import runs as pages
 from pfedgpa_app.report import Run
+from pfedgpa_app.source import source_hash
 from pfedgpa_app.state import WriteError
 from server_app import app
 from server_app.app import RunError, main
+from server_app.roster import SourceError
 
 NUM_CLIENTS = 4
 
@@ -104,9 +115,134 @@ def run_with_errors_first(path: Path, monkeypatch: pytest.MonkeyPatch, error: Er
 def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "no such data set")
-    with pytest.raises(RunError, match=r"Every client failed.*\n.*no such data set"):
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "KeyError: 'label' in load (a.py, line 3)")
+    with pytest.raises(RunError) as caught:
         run_with_errors_first(tmp_path, monkeypatch, error)
+    said = "6 clients: KeyError: 'label' in load (a.py, line 3)"
+    assert str(caught.value) == f"Every client failed in the first round:\n  {said}"
+    # The folder tells it too, and to whoever looks at it in whichever way.
+    run = Run.read(tmp_path / "1")
+    assert (run.name, run.error, run.state) == ("digits-pfedgpa-1", str(caught.value), "stopped")
+    assert [(row["client"], row["round"]) for row in run.clients] == [(n, 1) for n in range(6)]
+    assert run.metrics == []
+    shown = CliRunner().invoke(cli.app, ["runs", "show", "1", "--output-dir", str(tmp_path)])
+    assert shown.stdout.count("KeyError") == 2
+    assert f"Every client failed in the first round:\n  {said}\n" in shown.stdout
+    assert "6 clients: 1 rounds, the last 1: the client failed: KeyError" in shown.stdout
+    watched = CliRunner().invoke(cli.app, ["watch", "1", "--output-dir", str(tmp_path)])
+    assert watched.exit_code == 1
+    assert said in watched.stderr
+    page = (tmp_path / "1" / "report.html").read_text()
+    assert escape(said) in page
+    assert "<dt>failures</dt><dd>6</dd>" in page  # also of a round that is not complete
+    assert "<td>0-5</td><td>1</td><td>the client failed: KeyError" in page
+
+
+def test_causes_are_told_once_and_the_most_frequent_one_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    grid = learning_grid(first_id=10)
+    for number, node in enumerate(grid.nodes):
+        reason = "\x1b[31mgone\n" + "x" * 1000 if number == 5 else f"cause {number // 3}"
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+        grid.nodes[node] = lambda message, error=error: error
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+    settings = {"output-dir": str(tmp_path)}
+    with pytest.raises(RunError) as caught:
+        main(grid, Context(1, 1, {}, RecordDict(), settings))
+    causes = str(caught.value).splitlines()[1:]
+    assert causes[1:] == ["  2 clients: cause 1", "  3 clients: cause 0"]
+    assert causes[0].startswith("  1 client: [31mgone xxx")
+    assert len(causes[0]) < 350
+
+
+def test_why_a_run_ended_is_in_its_folder_and_the_name_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(app, "_run", fail)
+    settings = {"output-dir": str(tmp_path)}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(learning_grid(first_id=10), Context(1, 1, {}, RecordDict(), settings))
+    assert Run.read(tmp_path / "1").name == "digits-pfedgpa-1"
+    assert Run.read(tmp_path / "1").error == "RuntimeError: out of memory"
+    assert (tmp_path / "1" / "report.html").exists()
+
+
+def coded_grid(**codes: str | None) -> SimulatedGrid:
+    """Return clients that say which code they run; None says nothing."""
+    grid = SimulatedGrid({number: learning_site(2.0) for number in range(len(codes))})
+    plain = grid._answer
+
+    def answer(message: Message) -> RecordDict | Error | None:
+        if message.metadata.message_type != MessageType.QUERY:
+            return plain(message)
+        node = message.metadata.dst_node_id
+        content = RecordDict({"m": MetricRecord({"partition-id": node})})
+        if (code := list(codes.values())[node]) is not None:
+            content["source"] = ConfigRecord({"source": code})
+        return content
+
+    grid._answer = answer
+    return grid
+
+
+OURS = source_hash(Path(app.__file__).parents[1] / "client_app")
+
+
+def run_coded(path: Path, monkeypatch: pytest.MonkeyPatch, grid: SimulatedGrid) -> Run:
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+    settings = {"output-dir": str(path), "num-server-rounds": 2, "diffusion.train-steps": 5}
+    main(grid, Context(1, 1, {}, RecordDict(), settings))
+    return Run.read(path / "1")
+
+
+def test_a_site_with_other_code_is_named_and_costs_nobody_else_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    grid = coded_grid(a=OURS, b="1234" + "\n" * 20, c=None, d=OURS)
+    run = run_coded(tmp_path, monkeypatch, grid)
+    assert [(row["num-nodes"], row["num-clients"]) for row in run.metrics] == [(3, 3)] * 2
+    assert {row["node-id"] for row in run.clients} == {"0", "2", "3"}
+    assert "Node 1 is out of the round: it runs another version" in caplog.text
+    assert f"(1234) than the server ({OURS[:12]})" in caplog.text
+
+
+def test_clients_of_ones_own_say_nothing_of_their_code_and_take_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_coded(tmp_path, monkeypatch, coded_grid(a=None, b=None, c=None))
+    assert [row["num-clients"] for row in run.metrics] == [3, 3]
+
+
+@pytest.mark.parametrize("is_simulation", [False, True])
+def test_a_run_among_clients_with_other_code_ends_with_what_would_be_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_simulation: bool
+):
+    if is_simulation:
+        monkeypatch.setattr(app, "InMemoryGrid", SimulatedGrid)
+    with pytest.raises(SourceError, match="another version of client_app") as caught:
+        run_coded(tmp_path, monkeypatch, coded_grid(a="1", b="2", c="2"))
+    assert ("pkill -f" in str(caught.value)) == is_simulation
+    assert Run.read(tmp_path / "1").error == str(caught.value)
+
+
+def test_a_site_that_was_updated_takes_part_from_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    codes = {"a": OURS, "b": OURS, "c": OURS, "d": "1"}
+    grid = coded_grid(**codes)
+    other, ours = grid._answer, coded_grid(**codes | {"d": OURS})._answer
+    asked = iter([other] * 5)  # the five of the first round, and of its evaluation one again
+    grid._answer = lambda message: (
+        next(asked, ours) if message.metadata.message_type == MessageType.QUERY else other
+    )(message)
+    run = run_coded(tmp_path, monkeypatch, grid)
+    assert [row["num-clients"] for row in run.metrics] == [3, 4]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no plotly"), WriteError("no space")])

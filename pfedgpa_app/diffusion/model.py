@@ -151,6 +151,17 @@ class ParameterDiffusion:
         parts[row] += less.sum()
         return parts
 
+    def alone(self) -> Tensor:
+        """Tell who of `fit` is given nothing of others since it was `withheld`, ``(num_clients,)``.
+
+        Nothing is less than a hundredth of all.
+        """
+        rows = range(len(self.coordinates))
+        weights = self._weights(rows)
+        less = torch.stack([withheld(weights[row], self.config.min_kin, row) for row in rows])
+        left = (weights - less).abs().fill_diagonal_(0).sum(dim=1)
+        return less.any(dim=1) & (left < _NEGLIGIBLE)
+
     def along(self, axes: Tensor, origin: Tensor) -> "ParameterDiffusion":
         """Return a model that is given and generates ``axes @ (vector - origin)``.
 

@@ -12,7 +12,8 @@ from pfedgpa_app.page import figures, method
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
 from pfedgpa_app.report import Run
-from pfedgpa_app.rounds import Row, mean_and_spread, value_of
+from pfedgpa_app.rounds import Row, has_failed, mean_and_spread, value_of
+from pfedgpa_app.sharing import alone_in
 
 Of = TypeVar("Of")
 
@@ -104,7 +105,8 @@ def _run(page: Page, run: Run, number: int) -> str:
     clients, learned = run.clients, run.method
     rows = method.thinned(learned)
     holdings = Holdings.of(run)
-    parts = [_facts(run)]
+    notes = [note for note in (run.error, alone_in(run.metrics, run.config.diffusion)) if note]
+    parts = [_facts(run, clients), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
     if run.metrics:
         parts.append(page.figures(_accuracies(run, clients, holdings)))
     if not holdings.counts:
@@ -123,7 +125,7 @@ def _run(page: Page, run: Run, number: int) -> str:
     return "".join(parts)
 
 
-def _facts(run: Run) -> str:
+def _facts(run: Run, clients: Sequence[Row]) -> str:
     def accuracy(name: str) -> str:
         value = run.last(name)
         return "-" if value is None else f"{value:.4f}"
@@ -141,7 +143,7 @@ def _facts(run: Run) -> str:
             ("worst client", accuracy("personalized-accuracy-worst")),
             ("rounds", f"{len(run.metrics)} of {config.num_server_rounds}"),
             ("clients", str(run.num_nodes)),
-            ("failures", str(total("num-failures"))),
+            ("failures", str(sum(map(has_failed, clients)))),
             ("time", f"{total('seconds-round'):.0f} s"),
             ("sent and received", f"{(total('bytes-up') + total('bytes-down')) / 1e6:.1f} MB"),
         ]
@@ -253,11 +255,15 @@ def _failures(clients: Sequence[Row]) -> str:
             rounds.setdefault((row["client"], str(reason)[:_MAX_REASON]), []).append(row["round"])
     if not rounds:
         return "<p>None: every client that was asked gave an upload that could be used.</p>"
+    # Those that failed alike stand in a line.
+    alike: dict[tuple[str, str], list[int]] = {}
     most = Counter({key: len(each) for key, each in rounds.items()}).most_common()
-    lines = [(client, _ranges(rounds[client, why]), why) for (client, why), _ in most]
+    for (client, why), _ in most:
+        alike.setdefault((_ranges(rounds[client, why]), why), []).append(client)
+    lines = [(_ranges(clients), when, why) for (when, why), clients in alike.items()]
     left_out = len(lines) - _MAX_FAILURES
     note = f'<p class="quiet">{left_out} more are in clients.jsonl.</p>' if left_out > 0 else ""
-    return table(("client", "rounds", "reason"), lines[:_MAX_FAILURES]) + note
+    return table(("clients", "rounds", "reason"), lines[:_MAX_FAILURES]) + note
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -24,6 +24,8 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: any
 h2 { font-size: 1.3rem; margin: 2.2rem 0 .8rem; overflow-wrap: anywhere; }
 h3 { font-size: 1.05rem; margin: 0 0 .15rem; }
 p { margin: 0 0 .6rem; }
+.note { background: var(--marked); border-radius: .5rem; padding: .6rem .9rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 .quiet, figcaption { color: var(--quiet); }
 figcaption { font-size: .92rem; margin-bottom: .4rem; max-width: 80ch; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .8rem;

@@ -241,13 +241,13 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         at_least = max(self.min_available_nodes, minimum)
         node_ids = self.roster.gather(grid, at_least, self.join_timeout)
         self.roster.admit(grid, node_ids)
-        clients = sorted(self.roster.client(node_id) for node_id in node_ids)
+        clients = sorted(map(self.roster.client, self.roster.connected))
         if self.late_clients and server_round < self.join_round:
             clients = clients[: -self.late_clients]
             if not clients:
                 raise ValueError(
                     f"onboarding.late-clients = {self.late_clients}: there are only "
-                    f"{len(node_ids)} clients; right would be less than that"
+                    f"{len(self.roster.connected)} clients; right would be less than that"
                 )
         size = min(len(clients), max(minimum, round(fraction * len(clients))))
         log(INFO, "configure_%s: Sampled %s nodes (out of %s)", purpose, size, len(clients))

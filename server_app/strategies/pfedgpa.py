@@ -15,6 +15,7 @@ from pfedgpa_app.guard import unusual
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.rounds import Row
+from pfedgpa_app.sharing import alone_now, too_few
 from pfedgpa_app.state import below, under
 from pfedgpa_app.trace import trace_of
 from pfedgpa_app.vault import DiskVault, Vault
@@ -139,6 +140,10 @@ class PFedGPA(ClientwiseFedAvg):
         does not tell, or nothing that can be used, is not asked sooner again than others.
         """
         every, bank = self.diffusion.measure_every, self.aggregator.bank
+        num_known = len({*bank.members, *clients})
+        is_first = server_round == self.completed_rounds + 1
+        if is_first and (warning := too_few(num_known, self.diffusion)):
+            log(WARNING, "pFedGPA: %s", warning)
         asked = [bank.of(client).asked for client in clients]
         is_due = any(last is None or server_round - last >= every for last in asked)
         # Members are sent the mean for it, which would tell two of them too much of each other.
@@ -205,6 +210,12 @@ class PFedGPA(ClientwiseFedAvg):
             self.aggregator.describe(),
             len(newcomers),
         )
+        alone = self.aggregator.alone(uploads)
+        for client in alone:
+            self.record.alone(client)
+        if alone:
+            told = alone_now(len(alone), len(uploads), self.diffusion)
+            log(WARNING, "pFedGPA: %s", told)
 
     def trace(self) -> Row:
         """Return what the diffusion model found in the round; nothing if nobody trained."""

@@ -1,0 +1,23 @@
+"""What a node tells of itself when it is asked, without torch."""
+
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, MetricRecordValues, RecordDict
+
+from client_app.node import PRIVACY, node_partition
+from pfedgpa_app.source import source_hash
+
+SOURCE = "source"
+"""The record of the reply, and its entry, with the hash of the code that this node runs."""
+
+
+def query(message: Message, context: Context) -> Message:
+    """Tell which partition this node has, which the server sorts the clients by, and its code.
+
+    New nodes are asked, so that from here on this one keeps an account of what it tells.
+    """
+    partition = node_partition(context)
+    context.state.setdefault(PRIVACY, MetricRecord())
+    told: dict[str, MetricRecordValues] = {"partition-id": partition[0]} if partition else {}
+    source = ConfigRecord({SOURCE: source_hash(Path(__file__).parent)})
+    return Message(RecordDict({"metrics": MetricRecord(told), SOURCE: source}), reply_to=message)

@@ -1,0 +1,60 @@
+"""What is said where clients receive nothing of others, for the others' privacy.
+
+Who knows its own part of a mixture of two models knows the other one, so ``diffusion.min-kin``
+keeps each client to its own where too few are there, or alike.
+"""
+
+from collections.abc import Sequence
+
+from pfedgpa_app.rounds import Row, count_of_clients, value_of
+from pfedgpa_app.sections import DiffusionConfig
+
+
+def too_few(num_clients: int, diffusion: DiffusionConfig) -> str:
+    """Say what becomes of so few clients; nothing if they are enough."""
+    if num_clients >= diffusion.min_kin:
+        return ""
+    share = "shares" if num_clients == 1 else "share"
+    return (
+        f"{count_of_clients(num_clients)} {share} nothing (diffusion.min-kin = "
+        f"{diffusion.min_kin}): until at least {diffusion.min_kin} have taken part, "
+        f"{_alone(diffusion)}. Right would be {diffusion.min_kin} clients or more. {_WITH_TWO}"
+    )
+
+
+def alone_now(num_alone: int, num_clients: int, diffusion: DiffusionConfig) -> str:
+    """Say how many clients of a round receive nothing of others."""
+    return (
+        f"{num_alone} of this round's {num_clients} clients got nothing of the others: between "
+        f"fewer than {diffusion.min_kin} that took part, or are alike, nothing is shared "
+        "(diffusion.min-kin)"
+    )
+
+
+def alone_in(rows: Sequence[Row], diffusion: DiffusionConfig) -> str:
+    """Say in how many rounds, as metrics.jsonl has them, clients received nothing of others.
+
+    It is nothing where none did.
+    """
+    alone = [row for row in rows if value_of(row, "num-alone")]
+    whole = [row for row in alone if value_of(row, "num-alone") >= value_of(row, "num-clients")]
+    if not alone:
+        return ""
+    who = "no client got anything" if whole else "some clients got nothing"
+    return (
+        f"In {len(whole or alone)} of {len(rows)} rounds {who} of the others: then "
+        f"{_alone(diffusion)}. Between fewer than {diffusion.min_kin} that took part, or are "
+        f"alike, nothing is shared (diffusion.min-kin). {_WITH_TWO}."
+    )
+
+
+_WITH_TWO = (
+    "With diffusion.min-kin=2 two share; then each can work out the other's model from what it "
+    "receives, which tells something of the data that the other trained on"
+)
+
+
+def _alone(diffusion: DiffusionConfig) -> str:
+    if diffusion.patterns == ("*",):
+        return "each trains on its own data alone, as if there were no others"
+    return "each keeps its own of the layers that are generated, and the rest is averaged"
