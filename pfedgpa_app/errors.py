@@ -5,24 +5,25 @@ import traceback
 from pathlib import Path
 
 # An error may say what it failed on, such as all the numbers of a tensor.
-_MAX_LENGTH = 500
+_MAX_LENGTH = 200
 
 
 def described(error: BaseException) -> str:
-    """Say in a line what was raised, and in which function of which file.
+    """Say what was raised in a line, and where: ``KeyError: 'label' in load (scans.py, line 12)``.
 
     That is the innermost one of neither Python nor an installed package, if there is any: it is
     the one that its author can mend. The file is named without its folders, since what clients say
     of their errors is sent to the server.
     """
     text = " ".join(str(error).split())
-    short = text if len(text) <= _MAX_LENGTH else text[:_MAX_LENGTH] + "..."
+    short = text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}…"
     what = f"{type(error).__name__}: {short}" if short else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return what
     paths = sysconfig.get_paths()
-    installed = tuple(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    installed = tuple(f"{paths[kind]}/" for kind in kinds)
     own = [frame for frame in frames if not frame.filename.startswith((*installed, "<"))]
     frame = (own or frames)[-1]
-    return f"{what} ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"
+    return f"{what} in {frame.name} ({Path(frame.filename).name}, line {frame.lineno})"

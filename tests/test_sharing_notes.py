@@ -7,10 +7,10 @@ import pytest
 import torch
 from flwr.app import Context, RecordDict
 from simulated_grid import SimulatedGrid, learning_site, start, weights
-from torch import nn
 
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.page.runs import page_of
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.report import Run
@@ -79,11 +79,7 @@ def test_a_newcomer_is_alone_where_there_is_no_mean_for_it():
 def run(path: Path, monkeypatch: pytest.MonkeyPatch, num_clients: int, **settings) -> Run:
     """Run the ServerApp among clients that learn."""
 
-    class Weights(nn.Module):
-        def state_dict(self, *args, **kwargs):
-            return weights(0.0)
-
-    monkeypatch.setattr(app, "preflight", lambda config: Weights())
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
     sites = {node: learning_site(2.0) for node in range(1, num_clients + 1)}
     settings = {
         "output-dir": str(path),
