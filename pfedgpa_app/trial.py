@@ -9,11 +9,12 @@ from torch.nn.parameter import is_lazy
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ImageStats
+from pfedgpa_app.errors import described
 from pfedgpa_app.evaluation import logits_of
 from pfedgpa_app.model_spec import ModelError
 from pfedgpa_app.parameters import copy_of
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.training import train
+from pfedgpa_app.training import Loss, train
 
 # Batches of so many examples, and of one more or less, are enough to see what fails.
 _MAX_BATCH_SIZE = 4
@@ -101,66 +102,70 @@ def _failure(
     precision: str | None = None,
     smallest: int | None = None,
 ) -> str | None:
+    """Return what fails where a model is trained and evaluated, in a line; None if nothing does."""
     info = config.data.info
     smallest = smallest or _smallest(config)
     size = max(smallest, min(config.client.batch_size, _MAX_BATCH_SIZE))
-    client = config.client.model_copy(
-        update={
-            "local_epochs": 1,
-            "batch_size": size,
-            "precision": precision or config.client.precision,
-        }
-    )
+    precision = precision or config.client.precision
+    changed = {"local_epochs": 1, "batch_size": size, "precision": precision}
+    client = config.client.model_copy(update=changed)
     stats = ImageStats(torch.zeros(info.shape[0]), torch.ones(info.shape[0]))
-    generator = make_generator(0, "trial")
-
-    def loss(model: nn.Module, examples: Tensor, labels: Tensor) -> Tensor:
-        logits = model(examples)
-        expected = (len(examples), info.num_classes)
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-            found = (
-                f"an output of shape {tuple(logits.shape)}"
-                if isinstance(logits, Tensor)
-                else type(logits).__name__
-            )
-            raise ModelError(
-                f"{len(examples)} examples gave {found}; right would be {expected}, a logit a "
-                "class, as in evaluation"
-            )
-        return functional.cross_entropy(logits.float(), labels)
-
     model, other = build(), build()
     try:
         for number in (smallest, 2 * size + 1):  # one batch, then two, of which one is larger
             examples, labels = torch.zeros(number, *info.shape), torch.zeros(number).long()
-            train(model, examples, labels, stats, client, generator, loss=loss)
-        if all(parameter.grad is None for parameter in model.parameters()):
-            return "no parameter that trains has a part in the loss: nothing would be learned"
+            generator = make_generator(0, "trial")
+            train(model, examples, labels, stats, client, generator, loss=_loss(info.num_classes))
     except Exception as error:  # a model of the user's raises whatever it likes
         if sparse := [n for n, p in model.named_parameters() if _is_sparse(p.grad)]:
             return f"{', '.join(sparse)} has a sparse gradient; right would be sparse=False"
-        return f"training it fails: {first_line(error)}"
+        return f"training it fails: {_said(error)}"
+    if all(parameter.grad is None for parameter in model.parameters()):
+        return "no parameter that trains has a part in the loss: nothing would be learned"
     try:
         other.load_state_dict(copy_of(model.state_dict()))
         for number in (2, 1):
-            shape = tuple(
-                logits_of(other, torch.zeros(number, *info.shape), stats, client.precision).shape
-            )
-            if shape != (number, info.num_classes):
-                return (
-                    f"{number} example(s) gave an output of shape {shape}; right would be "
-                    f"{(number, info.num_classes)}, for a single one too"
-                )
+            logits = logits_of(other, torch.zeros(number, *info.shape), stats, precision)
+            _check_shape(logits, number, info.num_classes)
     except Exception as error:
-        return f"evaluating it fails on {number} example(s): {first_line(error)}"
+        return f"evaluating it fails: {_said(error)}"
     return None
 
 
-def first_line(error: Exception) -> str:
-    """Return what an error says in one line, with its type."""
-    if isinstance(error, ModelError):
-        return str(error)
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+def _loss(num_classes: int) -> Loss:
+    """Return the cross-entropy of a model whose output is checked."""
+
+    def loss(model: nn.Module, examples: Tensor, labels: Tensor) -> Tensor:
+        logits = model(examples)
+        _check_shape(logits, len(examples), num_classes)
+        return functional.cross_entropy(logits.float(), labels)
+
+    return loss
+
+
+def _check_shape(output: object, number: int, num_classes: int) -> None:
+    """Refuse what is no row of logits for each example.
+
+    Raises
+    ------
+    ModelError
+        With what would be right.
+    """
+    expected = (number, num_classes)
+    if isinstance(output, Tensor) and tuple(output.shape) == expected:
+        return
+    found = type(output).__name__
+    if isinstance(output, Tensor):
+        found = f"an output of shape {tuple(output.shape)}"
+    raise ModelError(
+        f"{number} example(s) gave {found}; right would be {expected}, a logit a class, in "
+        "training as in evaluation"
+    )
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says in one line."""
+    return str(error) if isinstance(error, ModelError) else described(error)
 
 
 def _is_sparse(gradient: Tensor | None) -> bool:
