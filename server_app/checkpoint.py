@@ -14,7 +14,7 @@ from pfedgpa_app.runs import CHECKPOINT, RunNotFoundError, find_run
 from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import ClientwiseFedAvg
 
-CHECKPOINT_KIND = "pfedgpa-checkpoint-7"
+CHECKPOINT_KIND = "pfedgpa-checkpoint-8"
 
 
 class ResumeError(ValueError):

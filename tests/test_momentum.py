@@ -43,11 +43,20 @@ def test_fedavg_sends_the_average_with_its_momentum():
 def test_a_client_goes_on_by_a_part_of_its_last_step():
     momentum = ClientMomentum(0.5)
     sent, generated = torch.tensor([0.0]), torch.tensor([4.0])
-    for expected in (4.0, 6.0, 5.0):  # 4; 4 + (4 - 0) / 2; 4 + (6 - 4) / 2
-        momentum.trained(3, sent)
+    for number, expected in enumerate((4.0, 6.0, 5.0)):  # 4; 4 + (4 - 0) / 2; 4 + (6 - 4) / 2
+        momentum.trained(3, sent, number)
         sent = momentum.ahead(3, generated)
         assert float(sent) == expected
     assert torch.equal(momentum.ahead(9, generated), generated)
+
+
+def test_the_step_of_a_client_that_was_away_is_that_of_one_round():
+    """A client that goes 1 a round is ahead by the same, however seldom it trains."""
+    momentum = ClientMomentum(0.5)
+    for number in (1, 2, 5, 11):
+        momentum.trained(0, torch.tensor([float(number)]), number)
+        if number > 1:
+            assert float(momentum.ahead(0, torch.tensor([0.0]))) == 0.5
 
 
 def test_pfedgpa_has_the_momentum_on_what_it_generates():

@@ -47,7 +47,7 @@ class FedAMP(FedAvgFT):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""
         for client in uploads.keys() & self.fine_tuned.keys():
-            self.client_momentum.trained(client, uploads[client].start)
+            self.client_momentum.trained(client, uploads[client].start, server_round)
         super().learn(server_round, uploads)
 
     def training_state(self, client: int) -> StateDict:

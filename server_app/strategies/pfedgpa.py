@@ -200,7 +200,7 @@ class PFedGPA(ClientwiseFedAvg):
         except FloatingPointError as error:
             log(WARNING, "pFedGPA: everyone keeps its upload in this round: %s", error)
         for client, upload in uploads.items():
-            self.client_momentum.trained(client, upload.start)
+            self.client_momentum.trained(client, upload.start, server_round)
         for client in newcomers:
             self.aggregator.onboard(client, uploads[client].vector, uploads[client].start)
         log(
