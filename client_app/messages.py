@@ -143,7 +143,8 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     model = build()
     records = message.content.array_records
     received = with_own_weights(model, records["arrays"].to_torch_state_dict(), message)
-    model.load_state_dict(received, strict=True)
+    # Copies: a model may take the tensors that it is given for its own.
+    model.load_state_dict({name: t.clone() for name, t in received.items()}, strict=True)
     extras = records[EXTRAS].to_torch_state_dict() if EXTRAS in records else {}
     kept = context.state.array_records.get(MEMORY)
     server_round = round_of(message)

@@ -3,11 +3,15 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from pfedgpa_app.config import DatasetInfo
 from pfedgpa_app.parameters import (
@@ -19,16 +23,30 @@ from pfedgpa_app.parameters import (
     is_bounded,
     layer_of,
 )
-from pfedgpa_app.randomness import drawing_from, make_generator
-
-# Forward passes in which buffers that follow from the parameters, such as the singular vectors of
-# spectral normalization, must come to rest; and the relative change that counts as rest.
-_MAX_PASSES = 100
-_AT_REST = 1e-3
 
 
 class ModelError(ValueError):
     """A model that cannot be built, or that clients cannot train."""
+
+
+def check_logits(output: object, number: int, num_classes: int) -> None:
+    """Refuse what is no row of logits for each example.
+
+    Raises
+    ------
+    ModelError
+        With what would be right.
+    """
+    expected = (number, num_classes)
+    if isinstance(output, Tensor) and tuple(output.shape) == expected:
+        return
+    found = type(output).__name__
+    if isinstance(output, Tensor):
+        found = f"an output of shape {tuple(output.shape)}"
+    raise ModelError(
+        f"{number} example(s) gave {found}; right would be {expected}, a logit a class, in "
+        "training as in evaluation"
+    )
 
 
 class Head(NamedTuple):
@@ -66,12 +84,15 @@ class ModelSpec:
         The other names of tied tensors, with the first name of each.
     fixed
         Names of the tensors that never change: frozen weights, and infinite buffers such as masks.
+        Those that a trial of the training changes are taken out, such as a momentum encoder.
     head
         Its head; None where it was not looked for, or not found.
     sends_fixed
         Whether messages contain what is fixed. Otherwise every client's model has it by itself.
-    derived
-        Buffers that follow from the parameters.
+    idle
+        Names of the parameters that got no gradient in a trial.
+    singular_vectors
+        The buffers of spectral normalization, if the model has any.
     """
 
     initial: StateDict
@@ -80,7 +101,8 @@ class ModelSpec:
     fixed: frozenset[str] = frozenset()
     head: Head | None = None
     sends_fixed: bool = True
-    derived: "DerivedBuffers | None" = None
+    idle: tuple[str, ...] = ()
+    singular_vectors: "SingularVectors | None" = None
 
     @classmethod
     def of_state(cls, state: StateDict) -> "ModelSpec":
@@ -115,8 +137,15 @@ class ModelSpec:
                 if original != name:
                     aliases[name] = original
         frozen = {name for name, each in parameters.items() if not each.requires_grad}
+        unbounded = {
+            name for name in state.keys() - parameters.keys() if not is_bounded(state[name])
+        }
         return cls(
-            state, frozenset(trained & state.keys()), aliases, frozenset(frozen & state.keys())
+            state,
+            frozenset(trained & state.keys()),
+            aliases,
+            frozenset((frozen | unbounded) & state.keys()),
+            singular_vectors=SingularVectors.of(model),
         )
 
     def layout(self, patterns: Sequence[str] = ("*",)) -> ParameterLayout:
@@ -158,8 +187,8 @@ class ModelSpec:
         return self.head
 
     def refreshed(self, state: StateDict) -> StateDict:
-        """Return a state_dict whose derived buffers are those of its parameters."""
-        return self.derived.refreshed(state) if self.derived else state
+        """Return a state_dict that has the singular vectors of its own weights."""
+        return self.singular_vectors.refreshed(state) if self.singular_vectors else state
 
     @property
     def fingerprint(self) -> str:
@@ -178,189 +207,204 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of a layer in a forward pass: what it was given first, and what it returned."""
+
+    name: str
+    inputs: Tensor | None
+    output: Tensor
+
+
 def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
     """Return the head of a model: the layer that makes the logits, wherever it was registered.
 
-    Two blank examples are sent through the model, in evaluation mode. The head is the first layer
-    whose output is the logits or, where something without parameters follows it, the last layer
-    that has a part in them. None if there is no such layer.
+    Two blank examples are sent through the model, in evaluation mode. The head is the innermost
+    layer with a weight whose output is the logits. Where something follows it, such as a scale, it
+    is the last linear layer or convolution whose outputs are those of the classes, and what trains
+    after it belongs to it. None if there is no such layer, or another way to the logits goes round
+    it.
     """
-    outputs: list[tuple[str, Tensor]] = []
+    examples = torch.zeros(2, *info.shape)
+    with _evaluating(model), torch.enable_grad():
+        logits, calls = _calls(model, examples)
+        direct = [call for call in calls if call.output is logits and call.name]
+        found = next((call for call in direct if _has_weight(model, call.name)), None)
+        after: frozenset[str] = frozenset()
+        if found is None:
+            found = next(
+                (call for call in reversed(calls) if _is_classifier(model, call, info)), None
+            )
+            if found is None:
+                return None
+            round_it = _trained_after(model, found.name, examples)
+            before = _with_gradient(found.output.sum(), model)
+            if round_it is None or round_it & before:
+                return None
+            after = round_it
+    spec = ModelSpec.of(model)
+    owners = {layer_of(name) for name in after}
+    prefix = f"{found.name}."
+    own = [
+        name
+        for name in spec.initial
+        if name.startswith(prefix) or name in after or (layer_of(name) in owners - {""})
+    ]
+    head = Head(found.name, spec.with_aliases(own))
+    num_calls = sum(call.name == found.name for call in calls)
+    layer = model.get_submodule(found.name)
+    size = (info.num_classes, found.inputs.shape[-1]) if found.inputs is not None else (0, 0)
+    features = (len(examples), size[1])
+    if (
+        num_calls > 1
+        or not isinstance(layer, nn.Linear)
+        or found.inputs is None
+        or found.inputs.shape != features
+        or found.output.shape != (len(examples), info.num_classes)
+    ):
+        return head
+    weight = f"{prefix}weight"
+    is_plain = (
+        found.output is logits
+        and type(layer).forward is nn.Linear.forward
+        and weight in spec.trained
+        and spec.initial[weight].dtype == torch.float32
+    )
+    return head._replace(size=size, weights=spec.with_aliases([weight]) if is_plain else ())
 
-    def keep(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(layer: nn.Module, inputs: object, output: object) -> None:
+
+def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
+    """Return a model's output, and the calls of its layers in the order in which they ended."""
+    calls: list[Call] = []
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def hook(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             if isinstance(output, Tensor):
-                outputs.append((name, output))
+                first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+                calls.append(Call(name, first, output))
 
         return hook
 
-    state = model.state_dict()
-    owners = {layer_of(name) for name in state}
     handles = [
-        layer.register_forward_hook(keep(name))
-        for name, layer in model.named_modules()
-        if name in owners
+        layer.register_forward_hook(keep(name)) for name, layer in model.named_modules() if name
     ]
-    # A copy, since a layer may change its input in place.
-    examples = torch.zeros(2, *info.shape, requires_grad=True).clone()
     try:
-        with _evaluating(model), torch.enable_grad():
-            logits = model(examples)
-            # The model itself comes last: its layers tell more.
-            outputs.sort(key=lambda each: each[0] == "")
-            direct = [name for name, output in outputs if output is logits]
-            found = direct[:1] or [
-                name
-                for name, output in reversed(outputs)
-                if name != "" and _has_part(output, logits)
-            ]
+        return model(examples), calls
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
-        return None
-    layer = found[0]
-    prefix = f"{layer}." if layer else ""
-    own = [name for name in state if (name.startswith(prefix) if layer else layer_of(name) == "")]
-    spec = ModelSpec.of(model)
-    names = spec.with_aliases(own)
-    head = model.get_submodule(layer)
-    if not isinstance(head, nn.Linear):
-        return Head(layer, names)
-    weight = f"{prefix}weight"
-    weights = spec.with_aliases([weight]) if weight in spec.trained else ()
-    return Head(layer, names, (head.out_features, head.in_features), weights)
+
+
+def _has_weight(model: nn.Module, name: str) -> bool:
+    """Tell whether a layer, or what it consists of, has more than scales and shifts."""
+    return any(parameter.ndim > 1 for parameter in model.get_submodule(name).parameters())
+
+
+def _is_classifier(model: nn.Module, call: Call, info: DatasetInfo) -> bool:
+    """Tell whether a layer is linear, with as many outputs as there are classes."""
+    layer, shape = model.get_submodule(call.name), call.output.shape
+    if isinstance(layer, nn.Linear):
+        return shape[-1] == info.num_classes
+    is_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return is_convolution and shape[1] == info.num_classes
+
+
+def _trained_after(model: nn.Module, name: str, examples: Tensor) -> frozenset[str] | None:
+    """Return the parameters that reach the logits other than through a layer's output.
+
+    None if this layer has no part in the logits.
+    """
+    cut: list[Tensor] = []
+
+    def detach(layer: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        cut.append(output.detach().requires_grad_())
+        return cut[-1]
+
+    handle = model.get_submodule(name).register_forward_hook(detach)
+    try:
+        total = model(examples).sum()
+    finally:
+        handle.remove()
+    parts = torch.autograd.grad(total, cut, allow_unused=True, retain_graph=True)
+    return None if all(part is None for part in parts) else _with_gradient(total, model)
+
+
+def _with_gradient(total: Tensor, model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that a number depends on."""
+    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    if not named or not total.requires_grad:
+        return frozenset()
+    gradients = torch.autograd.grad(
+        total, [each for _, each in named], allow_unused=True, retain_graph=True
+    )
+    return frozenset(
+        name for (name, _), each in zip(named, gradients, strict=True) if each is not None
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class DerivedBuffers:
-    """Buffers that follow from a model's parameters, such as those of spectral normalization.
+class SingularVectors:
+    """The buffers of spectral normalization: the first singular vectors of a layer's weight.
 
-    A forward pass in training mode brings them nearer to what they should be, whatever the
-    examples. So what became of an average, or of what was generated, is mended by some passes.
+    They belong to the weight. What becomes of them in an average, or beside a weight that is
+    generated or noised, is computed anew.
 
     Parameters
     ----------
     model
         In which this is done; its own parameters have no meaning.
+    layers
+        Names of the layers that have them.
     names
         Of the buffers.
-    shape
-        Of an example.
     """
 
     model: nn.Module
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
+    layers: tuple[str, ...]
+    names: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "SingularVectors | None":
+        """Return those of torch's two kinds of spectral normalization; None if there are none."""
+        found = {name: list(_spectral(layer)) for name, layer in model.named_modules()}
+        layers = tuple(name for name, parts in found.items() if parts)
+        vectors = {id(each) for parts in found.values() for _, *both in parts for each in both}
+        names = frozenset(name for name, each in model.named_buffers() if id(each) in vectors)
+        return cls(model, layers, names) if layers else None
 
     def refreshed(self, state: StateDict) -> StateDict:
-        """Return a state_dict with the buffers of its parameters."""
-        self.model.load_state_dict(state)
-        self.come_to_rest()
+        """Return a state_dict with the singular vectors of its weights."""
+        self.model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
+        for name in self.layers:
+            for weight, left, right in _spectral(self.model.get_submodule(name)):
+                # The smaller Gram matrix, in float64: its first eigenvector is exact enough.
+                matrix = weight.detach().double()
+                wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+                vector = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -1]
+                other = functional.normalize(wide.T @ vector, dim=0)
+                first, second = (vector, other) if wide is matrix else (other, vector)
+                left.copy_(first)
+                right.copy_(second)
         moved = self.model.state_dict()
-        return state | {name: moved[name].clone() for name in self.names}
-
-    def come_to_rest(self) -> bool:
-        """Go on until the buffers change no more, and tell whether they came so far."""
-        before = self._buffers()
-        for _ in range(_MAX_PASSES):
-            train_pass(self.model, torch.zeros(2, *self.shape))
-            after = self._buffers()
-            if float((after - before).norm()) <= _AT_REST * float(after.norm()):
-                return True
-            before = after
-        return False
-
-    def _buffers(self) -> Tensor:
-        state = self.model.state_dict()
-        return torch.cat([state[name].flatten().double() for name in self.names])
+        return {
+            name: moved[name].clone() if name in self.names else tensor
+            for name, tensor in state.items()
+        }
 
 
-def train_pass(model: nn.Module, examples: Tensor) -> None:
-    """Send examples ``(n, *shape)`` through a model in training mode, without gradients."""
-    was_training = model.training
-    with drawing_from(make_generator(0, "trial"), examples.device), torch.no_grad():
-        model.train()(examples)
-    model.train(was_training)
-
-
-class Changes(NamedTuple):
-    """What forward passes in training mode change.
-
-    Attributes
-    ----------
-    statistics
-        Names of what depends on the examples, and of counters.
-    derived
-        Buffers that follow from the parameters.
-    """
-
-    statistics: frozenset[str]
-    derived: DerivedBuffers | None
-
-
-def changes_in_training(build: Callable[[], nn.Module], info: DatasetInfo) -> Changes:
-    """Try what of a model changes in training beside its parameters, on two kinds of examples.
-
-    Parameters
-    ----------
-    build
-        Makes the model.
-    """
-    model = build()
-    spec = ModelSpec.of(model)
-    if spec.trained == spec.initial.keys():
-        return Changes(frozenset(), None)
-    after = []
-    shape = (2, *info.shape)
-    drawn = torch.randn(shape, generator=make_generator(0, "trial"))
-    for examples in (torch.zeros(shape), drawn, torch.ones(shape)):
-        model.load_state_dict(spec.initial)
-        try:
-            train_pass(model, examples)
-        except Exception:  # a model of the user's may take only some numbers, such as words
-            continue
-        after.append(copy_of(model.state_dict()))
-    changed = {
-        name
-        for name, tensor in spec.initial.items()
-        if any(not _same(tensor, state[name]) for state in after)
-    }
-    buffers = dict(model.named_buffers())
-    candidates = tuple(
-        sorted(
-            name
-            for name in changed & buffers.keys()
-            if buffers[name].is_floating_point()
-            and all(_same(after[0][name], state[name]) for state in after)
-            and len(after) > 1
-        )
-    )
-    derived = DerivedBuffers(model, candidates, info.shape) if candidates else None
-    if derived is not None and not derived.come_to_rest():
-        derived = None  # such as a counter, which goes on and on
-    return Changes(frozenset(changed) - set(derived.names if derived else ()), derived)
-
-
-def inspect_model(build: Callable[[], nn.Module], info: DatasetInfo) -> ModelSpec:
-    """Return all that can be told of a model by trying it on blank examples.
-
-    Parameters
-    ----------
-    build
-        Makes the model, each time the same.
-    """
-    model = build()
-    spec = ModelSpec.of(model)
-    changes = changes_in_training(build, info)
-    buffers = spec.initial.keys() - spec.trained
-    unbounded = {name for name in buffers if not is_bounded(spec.initial[name])}
-    return replace(
-        spec,
-        fixed=(spec.fixed | unbounded) - changes.statistics,
-        head=find_head(model, info),
-        derived=changes.derived,
-    )
+def _spectral(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the weight matrices that a layer normalizes, with their buffers ``u`` and ``v``."""
+    if is_parametrized(layer):
+        for chain in cast(Any, layer.parametrizations).values():
+            # What a further step is given is not in the state_dict.
+            weight, first = getattr(chain, "original", None), chain[0]
+            if isinstance(first, _SpectralNorm) and weight is not None and weight.ndim > 1:
+                yield first._reshape_weight_to_matrix(weight), first._u, first._v
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            weight = getattr(layer, f"{hook.name}_orig")
+            buffers = (getattr(layer, f"{hook.name}_{each}") for each in "uv")
+            yield (hook.reshape_weight_to_matrix(weight), *buffers)
 
 
 @contextmanager
@@ -371,16 +415,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _has_part(output: Tensor, logits: Tensor) -> bool:
-    """Tell whether logits were computed from the output of a layer."""
-    if not (output.requires_grad and logits.requires_grad):
-        return False
-    (gradient,) = torch.autograd.grad(logits.sum(), output, retain_graph=True, allow_unused=True)
-    return gradient is not None
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    """Tell whether two tensors are the same, NaN included."""
-    return bool(((left == right) | (left.isnan() & right.isnan())).all())

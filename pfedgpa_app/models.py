@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from pfedgpa_app.config import DatasetInfo
-from pfedgpa_app.model_spec import ModelError
-from pfedgpa_app.randomness import initialized_by, make_generator
+from pfedgpa_app.model_spec import ModelError, check_logits
+from pfedgpa_app.randomness import drawing_from, global_draws, initialized_by, make_generator
 
 _MLP_WIDTH = 64
 
@@ -141,18 +141,16 @@ def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
         )
     was_training = model.training
     try:
+        model.eval()
         with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(2, *info.shape)).shape)
+            check_logits(model(torch.zeros(2, *info.shape)), 2, info.num_classes)
+    except ModelError as error:
+        raise ModelError(f'model.name = "{name}": of shape {info.shape}, {error}') from error
     except Exception as error:  # and so does a model of the user's
         raise ModelError(
             f'model.name = "{name}": failed on examples of shape {info.shape}: {error}'
         ) from error
     model.train(was_training)
-    if shape != (2, info.num_classes):
-        raise ModelError(
-            f'model.name = "{name}": two examples of shape {info.shape} gave an output of '
-            f"shape {shape}; right would be {(2, info.num_classes)}, a logit a class"
-        )
 
 
 def mixing_layers(model: nn.Module) -> list[str]:
@@ -188,8 +186,11 @@ def unfit_for_vmap(build: Callable[[], nn.Module], info: DatasetInfo) -> list[st
         return logits.float().sum()
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), drawing_from(make_generator(0, "trial"), images.device):
+            before = global_draws()
             trials[1](images[1])
+            if global_draws() != before:
+                return ["a forward pass that draws at random from NumPy or Python is out"]
         changed = [n for n, b in trials[1].named_buffers() if not torch.equal(b, buffers[n][1])]
         if changed:
             return [f"buffers that change in training are out: {', '.join(changed)}"]

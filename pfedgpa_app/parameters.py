@@ -262,7 +262,7 @@ class ParameterLayout:
         if tensor.dtype != entry.dtype:
             raise ParameterError(f"{entry.name} is {tensor.dtype} instead of {entry.dtype}")
         if entry.name in self.fixed:
-            if not bool(_equal(tensor, self.fixed[entry.name]).all()):
+            if not same(tensor, self.fixed[entry.name]):
                 raise ParameterError(f"{entry.name} does not train, and was changed")
             return
         bounded = (tensor > -MAX_ABSOLUTE) & (tensor < MAX_ABSOLUTE)
@@ -278,8 +278,13 @@ class ParameterLayout:
 
 
 def is_bounded(tensor: Tensor) -> bool:
-    """Tell whether all values are finite, and no larger than `MAX_ABSOLUTE`."""
-    return bool((tensor.abs() < MAX_ABSOLUTE).all()) if tensor.is_floating_point() else True
+    """Tell whether all values are finite, and smaller than `MAX_ABSOLUTE`."""
+    return bool(((tensor > -MAX_ABSOLUTE) & (tensor < MAX_ABSOLUTE)).all())
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    """Tell whether two tensors of a shape are the same, NaN included."""
+    return bool(_equal(left, right).all())
 
 
 def _equal(left: Tensor, right: Tensor) -> Tensor:

@@ -4,14 +4,16 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
+from torch import nn
+
 from pfedgpa_app.config import Config, ConfigError
-from pfedgpa_app.model_spec import ModelError, ModelSpec, inspect_model
+from pfedgpa_app.model_spec import Head, ModelError, ModelSpec, find_head
 from pfedgpa_app.models import build_model, unfit_for_vmap
 from pfedgpa_app.parameters import ParameterError
 from pfedgpa_app.privacy import require_opacus, unfit_layers
 from pfedgpa_app.randomness import resolve_device
 from pfedgpa_app.strategies import STRATEGY_INFO
-from pfedgpa_app.trial import differences_of_builds, problems_in_training, unfit_entries
+from pfedgpa_app.trial import differences_of_builds, try_training, unfit_entries
 
 ENGINE_ON_FLOWER = (
     'client.engine = "vmap": is for `pfedgpa bench`, whose clients train in one process; '
@@ -74,8 +76,16 @@ def _checked_model(config: Config) -> ModelSpec:
     refuse_if(differences_of_builds(first, second))
     if not ModelSpec.of(first).trained:
         refuse_if(["none of its parameters requires a gradient: there is nothing to train"])
-    refuse_if(problems_in_training(build, config))
-    spec = replace(inspect_model(build, info), sends_fixed=config.model.send_frozen)
+    tried = try_training(build, config)
+    refuse_if([tried.problem] if tried.problem else [])
+    spec = ModelSpec.of(first)
+    spec = replace(
+        spec,
+        fixed=spec.fixed - tried.changed,
+        idle=tried.idle,
+        head=_head(second, config),
+        sends_fixed=config.model.send_frozen,
+    )
     problems = unfit_heads(spec, config.strategy)
     if config.client.engine == "vmap":
         problems += [
@@ -86,7 +96,7 @@ def _checked_model(config: Config) -> ModelSpec:
         require_opacus(config.privacy)
         problems += [
             f'with privacy.mode = "{config.privacy.mode}", {problem}'
-            for problem in unfit_layers(build, info, config.privacy)
+            for problem in unfit_layers(build, info, config.privacy, tried.changed - spec.trained)
         ]
     refuse_if(problems)
     try:
@@ -101,6 +111,16 @@ def _checked_model(config: Config) -> ModelSpec:
     return spec
 
 
+def _head(model: nn.Module, config: Config) -> Head | None:
+    """Return the head of a model where a strategy needs it."""
+    if not STRATEGY_INFO[config.strategy].head:
+        return None
+    try:
+        return find_head(model, config.data.info)
+    except Exception:  # a model of the user's may not let itself be looked into
+        return None
+
+
 def unfit_heads(spec: ModelSpec, strategy: str) -> list[str]:
     """Say why a strategy cannot find, or replace, the head that it needs."""
     needs, head = STRATEGY_INFO[strategy].head, spec.head
@@ -109,16 +129,18 @@ def unfit_heads(spec: ModelSpec, strategy: str) -> list[str]:
     with_strategy = f'with strategy = "{strategy}", '
     if head is None:
         return [
-            f"{with_strategy}there should be a layer whose output is the logits, and none was found"
+            f"{with_strategy}one layer should make the logits alone, and none that does was found"
         ]
     layer = head.layer or "the model itself"
     if needs != "any" and head.size == (0, 0):
         return [
-            f"{with_strategy}the layer that makes the logits, {layer}, should be torch.nn.Linear"
+            f"{with_strategy}the layer that makes the logits, {layer}, should be a torch.nn.Linear "
+            "that is called once, with a row of features for each example"
         ]
     if needs == "plain" and not head.weights:
         return [
-            f"{with_strategy}the weight of the layer that makes the logits, {layer}, should be a "
-            "parameter that trains, neither frozen nor parametrized"
+            f"{with_strategy}the output of the layer that makes the logits, {layer}, should be "
+            "the logits as they are, and its weight a float32 parameter that trains, neither "
+            "frozen nor parametrized"
         ]
     return []

@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pfedgpa_app.config import ClientConfig, ConfigError, DatasetInfo, PrivacyConfig
-from pfedgpa_app.model_spec import ModelSpec, changes_in_training
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import mixing_layers
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
@@ -211,9 +211,15 @@ def require_opacus(config: PrivacyConfig) -> None:
 
 
 def unfit_layers(
-    build: Callable[[], nn.Module], info: DatasetInfo, config: PrivacyConfig
+    build: Callable[[], nn.Module],
+    info: DatasetInfo,
+    config: PrivacyConfig,
+    changed: Collection[str],
 ) -> list[str]:
-    """Say which layers of a model cannot be trained, or uploaded, with differential privacy."""
+    """Say which layers of a model cannot be trained, or uploaded, with differential privacy.
+
+    ``changed`` are the buffers that a trial of the training changes.
+    """
     if mixing := mixing_layers(build()):
         return [
             f"layers that mix or remember the images of a batch are out: {', '.join(mixing)}; "
@@ -221,10 +227,10 @@ def unfit_layers(
         ]
     if config.mode != "example":
         return []
-    if statistics := sorted(changes_in_training(build, info).statistics):
+    if changed:
         return [
-            f"buffers that training changes are out, since they tell of the images: "
-            f"{', '.join(statistics)}; right would be a model without them"
+            "buffers that training changes are out, since they tell of the images and are not "
+            f"uploaded: {', '.join(sorted(changed))}; right would be a model without them"
         ]
     return _refused_by_opacus(build()) or _without_gradients(build(), info)
 

@@ -49,6 +49,12 @@ def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[N
         yield
 
 
+def global_draws() -> tuple[object, ...]:
+    """Return where NumPy's and Python's global generators are, to see whether something drew."""
+    state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    return state["key"].tobytes(), state["pos"], random.getstate()
+
+
 @contextmanager
 def _others_seeded(seed: int) -> Iterator[None]:
     """Seed NumPy's and Python's global generators, and put them back afterwards."""

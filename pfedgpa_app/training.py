@@ -78,7 +78,7 @@ def train(
     loss
         What is minimized. Parameters that need no gradient stay as they are.
 
-    Where nothing that trains has a part in the loss, the model stays as it is.
+    A step in whose loss nothing that trains has a part leaves the model as it is.
     """
     _prefer_channels_last(model, images, stats, config.precision)
     momenta: Momenta = {}
@@ -90,7 +90,7 @@ def train(
             with autocast(images.device, config.precision):
                 value = loss(model, normalize(images[rows], stats), labels[rows])
             if not value.requires_grad:
-                return  # nothing trains that has a part in the loss
+                continue  # nothing that trains has a part in it, such as a layer that is skipped
             value.backward()
             gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             step(parameters, gradients, momenta, config)

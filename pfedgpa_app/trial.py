@@ -1,6 +1,7 @@
 """A model is tried before a run: what a client will do with it is done on blank examples."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +12,33 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import ImageStats
 from pfedgpa_app.errors import described
 from pfedgpa_app.evaluation import logits_of
-from pfedgpa_app.model_spec import ModelError
-from pfedgpa_app.parameters import copy_of
+from pfedgpa_app.model_spec import ModelError, check_logits
+from pfedgpa_app.parameters import copy_of, same
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.training import Loss, train
 
 # Batches of so many examples, and of one more or less, are enough to see what fails.
 _MAX_BATCH_SIZE = 4
+# Layers that are skipped at random have a part in some steps.
+_EPOCHS = 2
 
 
 def unfit_entries(model: nn.Module) -> list[str]:
     """Say which entries of a model's state_dict cannot be sent and averaged."""
-    return [
+    state = model.state_dict()
+    problems = [
         f"{name} is {reason}, which cannot be sent and averaged; right would be {right}"
-        for name, value in model.state_dict().items()
+        for name, value in state.items()
         for reason, right in _unfit(value)
     ]
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    if not problems and (unknown := state.keys() - known):
+        problems.append(
+            f"its state_dict has {', '.join(sorted(unknown)[:5])}, which is no parameter or buffer "
+            "of that name; right would be a state_dict without hooks that rename"
+        )
+    return problems
 
 
 def _unfit(value: object) -> Iterator[tuple[str, str]]:
@@ -55,8 +67,7 @@ def differences_of_builds(first: nn.Module, second: nn.Module) -> list[str]:
     differing = [
         name
         for name, tensor in states[0].items()
-        if tensor.shape != states[1][name].shape
-        or not torch.equal(tensor.nan_to_num(), states[1][name].nan_to_num())
+        if tensor.shape != states[1][name].shape or not same(tensor, states[1][name])
     ]
     if not differing:
         return []
@@ -66,28 +77,47 @@ def differences_of_builds(first: nn.Module, second: nn.Module) -> list[str]:
     ]
 
 
-def problems_in_training(build: Callable[[], nn.Module], config: Config) -> list[str]:
-    """Train a model, give its parameters to another one and evaluate that, and say what fails.
+class Trial(NamedTuple):
+    """What came of training a model before a run.
+
+    Attributes
+    ----------
+    problem
+        What fails, in a line; "" if nothing does.
+    changed
+        Names of the entries of the state_dict that changed.
+    idle
+        Names of the parameters that require a gradient and got none.
+    """
+
+    problem: str
+    changed: frozenset[str] = frozenset()
+    idle: tuple[str, ...] = ()
+
+
+def try_training(build: Callable[[], nn.Module], config: Config) -> Trial:
+    """Train a model, give its parameters to another one and evaluate that.
 
     The steps are those of a client: training mode, memory format, precision, batches of the usual
-    size and smaller ones, backward pass and SGD; then two examples and a single one in evaluation.
+    size and other ones, backward pass and SGD; then two examples and a single one in evaluation.
 
     Parameters
     ----------
     build
         Makes the model.
     """
-    problem = _failure(build, config)
-    if problem is None:
-        return []
-    if config.client.precision != "fp32" and _failure(build, config, precision="fp32") is None:
-        return [f'with client.precision = "{config.client.precision}", {problem}; right: "fp32"']
-    if _smallest(config) == 1 and _failure(build, config, smallest=2) is None:
+    tried = _try(build, config)
+    problem, precision = tried.problem, config.client.precision
+    if not problem:
+        return tried
+    if precision != "fp32" and not _try(build, config, precision="fp32").problem:
+        return Trial(f'with client.precision = "{precision}", {problem}; right would be "fp32"')
+    if _smallest(config) == 1 and not _try(build, config, smallest=2).problem:
         where = (
             "client.batch-size = 1" if config.client.batch_size == 1 else "data.train-samples = 1"
         )
-        return [f"with {where}, {problem}; right would be 2 or more"]
-    return [problem]
+        return Trial(f"with {where}, {problem}; right would be 2 or more")
+    return tried
 
 
 def _smallest(config: Config) -> int:
@@ -96,71 +126,66 @@ def _smallest(config: Config) -> int:
     return min(2, config.client.batch_size, samples)
 
 
-def _failure(
+def _try(
     build: Callable[[], nn.Module],
     config: Config,
     precision: str | None = None,
     smallest: int | None = None,
-) -> str | None:
-    """Return what fails where a model is trained and evaluated, in a line; None if nothing does."""
+) -> Trial:
     info = config.data.info
     smallest = smallest or _smallest(config)
     size = max(smallest, min(config.client.batch_size, _MAX_BATCH_SIZE))
     precision = precision or config.client.precision
-    changed = {"local_epochs": 1, "batch_size": size, "precision": precision}
+    changed = {"local_epochs": _EPOCHS, "batch_size": size, "precision": precision}
     client = config.client.model_copy(update=changed)
     stats = ImageStats(torch.zeros(info.shape[0]), torch.ones(info.shape[0]))
     model, other = build(), build()
+    before, idle = copy_of(model.state_dict()), set(dict(model.named_parameters()))
+    loss, generator = _loss(info.num_classes, idle), make_generator(0, "trial")
     try:
-        for number in (smallest, 2 * size + 1):  # one batch, then two, of which one is larger
+        # A single batch, then two of one size one after the other and one that is larger.
+        for number in (smallest, 3 * size + 1):
             examples, labels = torch.zeros(number, *info.shape), torch.zeros(number).long()
-            generator = make_generator(0, "trial")
-            train(model, examples, labels, stats, client, generator, loss=_loss(info.num_classes))
+            train(model, examples, labels, stats, client, generator, loss=loss)
     except Exception as error:  # a model of the user's raises whatever it likes
         if sparse := [n for n, p in model.named_parameters() if _is_sparse(p.grad)]:
-            return f"{', '.join(sparse)} has a sparse gradient; right would be sparse=False"
-        return f"training it fails: {_said(error)}"
-    if all(parameter.grad is None for parameter in model.parameters()):
-        return "no parameter that trains has a part in the loss: nothing would be learned"
+            return Trial(f"{', '.join(sparse)} has a sparse gradient; right would be sparse=False")
+        return Trial(f"training it fails: {_said(error)}")
+    after = copy_of(model.state_dict())
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    if trained <= idle:
+        return Trial("no parameter that trains has a part in the loss: nothing would be learned")
     try:
-        other.load_state_dict(copy_of(model.state_dict()))
+        other.load_state_dict(after)
         for number in (2, 1):
             logits = logits_of(other, torch.zeros(number, *info.shape), stats, precision)
-            _check_shape(logits, number, info.num_classes)
+            check_logits(logits, number, info.num_classes)
     except Exception as error:
-        return f"evaluating it fails: {_said(error)}"
-    return None
+        return Trial(f"evaluating it fails: {_said(error)}")
+    moved = frozenset(name for name, tensor in before.items() if not same(tensor, after[name]))
+    return Trial("", moved, tuple(sorted(trained & idle)))
 
 
-def _loss(num_classes: int) -> Loss:
-    """Return the cross-entropy of a model whose output is checked."""
+def _loss(num_classes: int, idle: set[str]) -> Loss:
+    """Return the cross-entropy of a model whose output is checked.
+
+    It takes the parameters out of ``idle`` that had a gradient in the step before.
+    """
 
     def loss(model: nn.Module, examples: Tensor, labels: Tensor) -> Tensor:
         logits = model(examples)
-        _check_shape(logits, len(examples), num_classes)
-        return functional.cross_entropy(logits.float(), labels)
+        check_logits(logits, len(examples), num_classes)
+        value = functional.cross_entropy(logits.float(), labels)
+        if value.requires_grad:
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            parts = torch.autograd.grad(
+                value, [p for _, p in named], retain_graph=True, allow_unused=True
+            )
+            used = (n for (n, _), part in zip(named, parts, strict=True) if part is not None)
+            idle.difference_update(used)
+        return value
 
     return loss
-
-
-def _check_shape(output: object, number: int, num_classes: int) -> None:
-    """Refuse what is no row of logits for each example.
-
-    Raises
-    ------
-    ModelError
-        With what would be right.
-    """
-    expected = (number, num_classes)
-    if isinstance(output, Tensor) and tuple(output.shape) == expected:
-        return
-    found = type(output).__name__
-    if isinstance(output, Tensor):
-        found = f"an output of shape {tuple(output.shape)}"
-    raise ModelError(
-        f"{number} example(s) gave {found}; right would be {expected}, a logit a class, in "
-        "training as in evaluation"
-    )
 
 
 def _said(error: Exception) -> str:

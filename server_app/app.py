@@ -48,6 +48,14 @@ def main(grid: Grid, context: Context) -> None:
     except (ConfigError, ResumeError) as error:
         log(ERROR, "%s", error)
         raise
+    if spec.idle:
+        log(
+            WARNING,
+            'model.name = "%s": no gradient reached %s. If they are not to train, right would be '
+            "requires_grad = False; as it is, they are parameters as all others",
+            config.model.name,
+            ", ".join(spec.idle[:5]) + (f" and {len(spec.idle) - 5} more" * (len(spec.idle) > 5)),
+        )
     if config.privacy.is_on and config.privacy.seeded_noise:
         log(
             WARNING,

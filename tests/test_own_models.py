@@ -21,7 +21,7 @@ from client_app.messages import train_message
 from client_app.node import NodeError
 from pfedgpa_app.config import Config, ConfigError, DatasetInfo
 from pfedgpa_app.data import ImageStats
-from pfedgpa_app.model_spec import ModelSpec, find_head, inspect_model
+from pfedgpa_app.model_spec import ModelSpec, find_head
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.preflight import preflight
@@ -274,6 +274,121 @@ def test_the_head_makes_the_logits(model: Build, layer: str, names: list[str] | 
     assert list(head.names) == (names or [f"{layer}.weight", f"{layer}.bias"])
 
 
+class Scaled(Net):
+    """As a CLIP model: a scale of its own follows the head."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.scale
+
+
+class NormedHead(Net):
+    """Normalizes its logits."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info)
+        self.norm = nn.LayerNorm(info.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(super().forward(images))
+
+
+class Gated(Net):
+    """Multiplies its logits by what a second layer says."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info)
+        self.gate = nn.Linear(12, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images)
+        return self.head(features) * self.gate(features).sigmoid()
+
+
+class TwoHeads(Net):
+    """Adds the logits of two heads."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info)
+        self.second = nn.Linear(12, info.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images)
+        return self.head(features) + self.second(features)
+
+
+class AdaptedHead(Net):
+    """Has a head that is a module of its own, with a low-rank adapter."""
+
+    class Head(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.down = base, nn.Linear(12, 2)
+            self.up = nn.Linear(2, base.out_features)
+
+        def forward(self, features: Tensor) -> Tensor:
+            return self.base(features) + self.up(self.down(features))
+
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info)
+        self.head = self.Head(self.head)
+
+
+class Functional(Net):
+    """Makes its logits without a layer."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info)
+        self.weights = nn.ParameterList([self.head.weight.data.T.clone()])
+        del self.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images) @ self.weights[0]
+
+
+class Twice(Net):
+    """Calls its head a second time, for something else."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images)
+        logits = self.head(features)
+        return logits + 0 * self.head(0 * features)
+
+
+class Divided(Net):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) / 0.2
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (Scaled, {"head.weight", "head.bias", "scale"}),
+        (NormedHead, {"head.weight", "head.bias", "norm.weight", "norm.bias"}),
+        (
+            AdaptedHead,
+            {f"head.{e}.{k}" for e in ("base", "down", "up") for k in ("weight", "bias")},
+        ),
+        (Divided, {"head.weight", "head.bias"}),
+        (Gated, None),
+        (TwoHeads, None),
+        (Functional, None),
+        (Twice, None),
+    ],
+)
+def test_what_is_no_plain_head_is_whole_or_none(model: Build, names: set[str] | None):
+    head = find_head(build(model), INFO)
+    if names is None:
+        assert head is None or head.size == (0, 0)
+        return
+    assert head is not None
+    assert set(head.names) == names
+    assert head.weights == (), "adding to it would not add to the logits"
+
+
 def test_a_parametrized_head_is_kept_whole_and_replaced_by_nobody(brought: types.ModuleType):
     def normed(info: DatasetInfo) -> nn.Module:
         model = Net(info)
@@ -445,6 +560,16 @@ class Infinite(Net):
         self.head.bias.data[0] = math.inf
 
 
+class Renaming(Net):
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info)
+        self.register_state_dict_post_hook(
+            lambda module, state, prefix, metadata: (
+                [state.__setitem__(f"net.{name}", state.pop(name)) for name in list(state)] and None
+            )
+        )
+
+
 class Doubting(Net):
     """Fails in training where its autocast type is bfloat16."""
 
@@ -468,6 +593,7 @@ class Doubting(Net):
         (ExtraState, {}, "_extra_state is of type dict"),
         (SparseBuffer, {}, "graph is a tensor of layout torch.sparse_coo"),
         (Unseeded, {}, r"differ in head\.bias; right would be values drawn from the global"),
+        (Renaming, {}, r"its state_dict has net\..*, which is no parameter"),
         (Infinite, {}, r"head\.bias has values that are not finite"),
         (Doubting, {"client.precision": "bf16"}, 'client.precision = "bf16", .*BFloat16'),
     ],
@@ -497,13 +623,14 @@ def test_buffers_of_the_data_are_no_private_upload(brought: types.ModuleType):
             return self.head(features - self.center)
 
     brought.model = Averaging
-    assert "center" not in inspect_model(lambda: Averaging(INFO), INFO).fixed
     private = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0}
-    with pytest.raises(ConfigError, match="since they tell of the images: center"):
+    with pytest.raises(
+        ConfigError, match="since they tell of the images and are not uploaded: center"
+    ):
         preflight(Config.from_flat({**SETTINGS, **private}))
 
 
-def test_what_a_frozen_weight_s_average_follows_is_not_fixed():
+def test_a_frozen_weight_that_follows_others_is_not_fixed(run):
     class Teacher(Net):
         """Its frozen head is a moving average of the other, as a momentum encoder is."""
 
@@ -511,16 +638,57 @@ def test_what_a_frozen_weight_s_average_follows_is_not_fixed():
             super().__init__(info)
             self.teacher = copy.deepcopy(self.head).requires_grad_(False)
             self.frozen = nn.Linear(2, 2).requires_grad_(False)
-            nn.init.zeros_(self.teacher.weight)
 
         def forward(self, images: Tensor) -> Tensor:
             if self.training:
-                self.teacher.weight.data.lerp_(self.head.weight.data, 0.01)
+                self.teacher.weight.data.lerp_(self.head.weight.data, 0.1)
             return super().forward(images)
 
-    spec = inspect_model(lambda: build(Teacher), INFO)
+    server, _ = run(Teacher, "pfedgpa")
+    spec = server.global_model.spec
     assert spec.fixed == {"frozen.weight", "frozen.bias", "teacher.bias"}
-    assert spec.derived is None
+    assert not torch.equal(server.average["teacher.weight"], spec.initial["teacher.weight"])
+
+
+class Scheduled(Net):
+    """Counts its steps in a float buffer, beside spectral normalization."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info)
+        spectral_norm(self.body[1])
+        self.register_buffer("warmth", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.warmth.add_(0.01).clamp_(max=1.0)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("strategy", ["pfedgpa", "local"])
+def test_the_server_takes_no_steps_of_a_schedule(run, strategy: str):
+    server, _ = run(Scheduled, strategy)
+    steps = 2 * 4  # rounds, and batches of ten among the 36 or so examples of a client
+    for client in range(NUM_CLIENTS):
+        warmth = float(server.evaluation_state(client)["warmth"])
+        assert 0.01 * steps - 0.02 <= warmth <= 0.01 * steps + 0.02
+
+
+def test_wide_layers_get_their_singular_vectors_too():
+    model = nn.Sequential(spectral_norm(nn.Linear(300, 200)), spectral_norm(nn.Conv2d(8, 9, 3)))
+    spec = ModelSpec.of(model)
+    state = copy.deepcopy(spec.initial)
+    rng = make_generator(3)
+    for name, tensor in state.items():
+        if name.endswith("original"):
+            tensor.copy_(torch.randn(tensor.shape, generator=rng))
+    for number in (0, 1):
+        prefix = f"{number}.parametrizations.weight."
+        refreshed = spec.refreshed(state)
+        weight = refreshed[f"{prefix}original"].double().flatten(1)
+        u, v = (refreshed[f"{prefix}0._{each}"].double() for each in "uv")
+        expected = torch.linalg.svdvals(weight)[0]
+        torch.testing.assert_close(u @ weight @ v, expected, rtol=1e-6, atol=0.0)
+        assert torch.equal(refreshed[f"{prefix}original"], state[f"{prefix}original"])
 
 
 def build(model: Build) -> nn.Module:
@@ -609,7 +777,7 @@ class TestAdapters:
             train_here()
 
     def test_who_changes_the_body_loses_the_round(self):
-        spec = inspect_model(lambda: build(Adapted), INFO)
+        spec = ModelSpec.of(build(Adapted))
         layout = spec.layout()
         layout.check(spec.initial)
         changed = {**spec.initial, "body.bias": spec.initial["body.bias"] + 1}
@@ -692,3 +860,66 @@ def test_a_flower_app_gives_its_model_to_the_strategy():
         state = strategy.evaluation_state(client)
         assert torch.equal(state["body.1.weight"], initial["body.1.weight"])
         assert not torch.equal(state["head.weight"], initial["head.weight"])
+
+
+def test_what_a_private_client_did_not_train_stays_as_it_was_received(brought: types.ModuleType):
+    class Hoarding(Net):
+        """Keeps a picture in a buffer, though not one of those on which a model is tried."""
+
+        def __init__(self, info: DatasetInfo) -> None:
+            super().__init__(info)
+            self.register_buffer("picture", torch.zeros(info.shape))
+
+        def forward(self, images: Tensor) -> Tensor:
+            if self.training and bool(images.any()):
+                self.picture = images[0].detach().clone()
+            return super().forward(images)
+
+    brought.model = Hoarding
+    received = build(Hoarding).state_dict()
+    for mode in ({"privacy.mode": "example"}, PRIVATE):
+        settings = {**SETTINGS, **mode}
+        preflight(Config.from_flat(settings))  # which does not see it
+        request = message("train")
+        request.content["arrays"] = ArrayRecord(received)
+        reply = train_message(request, context(0, **settings))
+        uploaded = reply.content["arrays"].to_torch_state_dict()
+        assert torch.equal(uploaded["picture"], received["picture"])
+        assert not torch.equal(uploaded["head.weight"], received["head.weight"])
+
+
+def test_a_model_that_takes_the_tensors_it_is_given_moves_no_anchor(run):
+    class Assigning(Net):
+        def load_state_dict(self, state_dict, strict=True, assign=False):
+            return super().load_state_dict(state_dict, strict=strict, assign=True)
+
+    settings = {"fedprox.mu": 5.0}
+    losses = [run(m, "fedprox", **settings)[1][-1]["finetuned-loss"] for m in (Net, Assigning)]
+    assert losses[0] == losses[1]
+
+
+def test_a_step_without_gradient_ends_no_training():
+    class Skipping(FrozenBody):
+        """Leaves out all that trains, in every second step."""
+
+        steps = 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.steps += self.training
+            logits = super().forward(images)
+            return logits.detach() if self.steps % 2 else logits
+
+    model = Skipping(INFO)
+    before = copy.deepcopy(model.head.weight)
+    images, labels = torch.randn(30, 1, 6, 6, generator=make_generator(1)), torch.arange(30) % 3
+    stats = ImageStats(torch.zeros(1), torch.ones(1))
+    train(model, images, labels, stats, Config().client, make_generator(2))
+    assert model.steps == 3 * Config().client.local_epochs
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_models_that_draw_from_other_generators_are_no_graph(brought: types.ModuleType):
+    brought.model = Noisy
+    config = Config.from_flat({**SETTINGS, "client.engine": "vmap", "strategy": "fedavg"})
+    with pytest.raises(ConfigError, match="draws at random from NumPy or Python"):
+        preflight(config, one_process=True)

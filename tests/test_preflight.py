@@ -28,17 +28,25 @@ def test_tensors_that_cannot_be_sent_or_averaged_are_named(
     assert "0.weight" not in str(caught.value)
 
 
+class Quadratic(nn.Bilinear):
+    """Has a weight and is not linear."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features, features)
+
+
 @pytest.mark.parametrize("strategy", ["fedrod", "fedpac", "floco", "fedrep"])
 def test_methods_of_heads_need_a_model_that_ends_in_one(
     monkeypatch: pytest.MonkeyPatch, strategy: str
 ):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), Quadratic(4, 4, 10))
     monkeypatch.setattr(preflight, "build_model", copies_of(model))
     config = Config(strategy=strategy)
     if strategy == "fedrep":  # it only tells the head's tensors from the others
-        assert preflight.preflight(config).head.layer == "2"
+        names = preflight.preflight(config).head.names
+        assert {name.partition(".")[0] for name in names} == {"2"}
         return
-    with pytest.raises(ConfigError, match=r"makes the logits, 2, should be torch\.nn\.Linear"):
+    with pytest.raises(ConfigError, match=r"makes the logits, 2, should be a torch\.nn\.Linear"):
         preflight.preflight(config)
 
 

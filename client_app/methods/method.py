@@ -15,7 +15,6 @@ from pfedgpa_app.model_spec import (
     Head,
     ModelError,
     ModelSpec,
-    changes_in_training,
     find_head,
 )
 from pfedgpa_app.parameters import StateDict, copy_of
@@ -71,7 +70,8 @@ class Task:
         It is built, since not every model that was trained can be copied.
         """
         model = self.build().to(self.data.train_images.device)
-        model.load_state_dict(state)
+        # Copies: a model may take the tensors that it is given for its own.
+        model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
         return model
 
     @cached_property
@@ -132,15 +132,16 @@ class Task:
         The model has the parameters of it from then on, so that nothing tells of others.
         """
         privacy = self.config.privacy
-        if privacy.mode != "update":
+        if not privacy.is_on:
             return state
+        received = copy_of(self.received)
+        if privacy.mode == "example":
+            # What does not train is not noised, whatever the model wrote into it.
+            return {n: t if n in self.spec.trained else received[n] for n, t in state.items()}
         cost = cost_of_round(privacy, self.config.client, len(self.data.train_labels))
         self.ledger = self.ledger.after(*cost)
-        received = copy_of(self.received)
         private = private_update(state, received, self.spec, privacy, self.uniform)
-        derived = changes_in_training(self.build, self.data.info).derived
-        if derived is not None:
-            private = derived.refreshed(private)
+        private = self.spec.refreshed(private)
         self.model.load_state_dict(private)
         return private
 
