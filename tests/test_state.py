@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,10 @@ def test_a_process_killed_while_it_writes_leaves_the_state_of_a_complete_round(
     file, moments = tmp_path / "state", random.Random(0)
     save_state(file, "test", {"a": torch.zeros(1)}, round=0)
     last, times_unfinished = 0, 0
-    for _ in range(30):
+    for attempt in count():
+        if attempt >= 30 and last and times_unfinished:
+            break
+        assert attempt < 3000, f"{last} rounds were written, {times_unfinished} kills in between"
         writer.stdin.write(f"{last}\n")
         process = int(writer.stdout.readline())
         time.sleep(moments.uniform(0.01, 0.1))
@@ -112,5 +116,3 @@ def test_a_process_killed_while_it_writes_leaves_the_state_of_a_complete_round(
         assert facts["round"] >= last
         assert all((tensor == facts["round"]).all() for tensor in tensors.values())
         last = facts["round"]
-    assert last > 0
-    assert times_unfinished > 0, "no process was killed while it wrote"
