@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from published import Words, benchmarks, run_quickly
 
+# Its processes read the data set themselves.
+NEEDS = {"benchmarks.rounds": pytest.mark.fashion_mnist}
 ROWS = {
     # How many rows it prints, and what is in the last one.
     "benchmarks.reliability": (2, r"falsified replies .* not finite.* 1 of 1"),
@@ -18,7 +20,11 @@ ROWS = {
 @pytest.mark.processes
 @pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize(
-    "words", benchmarks(have_processes=True), ids=lambda words: shlex.join(words[2:])
+    "words",
+    [
+        pytest.param(words, id=shlex.join(words[2:]), marks=NEEDS.get(words[2], ()))
+        for words in benchmarks(have_processes=True)
+    ],
 )
 def test_the_quick_version_of_a_benchmark_ends_with_its_table(
     words: Words,
