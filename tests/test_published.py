@@ -245,7 +245,7 @@ def scans(project: Path, own_home: Path) -> None:
     for folder in (own_home / "scans", DataConfig().root_path):
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "scans.npz", x=images, y=np.arange(60) % 3)
-    for number, image in enumerate(images[:10, 0]):
+    for number, image in enumerate(images[:6, 0]):
         file = project / "site" / ("benign", "malignant")[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
