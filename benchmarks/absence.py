@@ -9,15 +9,18 @@ everyone was there from the start to the end, seed by seed.
 from collections.abc import Collection
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 import typer
 
-from benchmarks.small_images import CLIENTS, SMALL_IMAGES
+from benchmarks.options import Quick, Seeds, flag, tenth
+from benchmarks.small_images import CLIENTS
+from benchmarks.small_runs import configs
+from pfedgpa_app.config import Config
 from pfedgpa_app.rounds import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import Cell, Table
-from server_app.simulation import read_config, simulate
+from server_app.simulation import simulate
 
 JUDGED_ROUNDS = 5
 COLUMNS = ("those away", "had they been there", "the others", "had those been there")
@@ -44,26 +47,30 @@ NOBODY = Case((), 1, 0)
 def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
     rounds: int = 30,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    seeds: Seeds = "0,1,2",
+    quick: Quick = False,
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    numbers = [int(seed) for seed in seeds.split(",")]
-    present = {seed: accuracies(file, NOBODY, rounds, seed) for seed in numbers}
+    of_seeds = configs(file, rounds, seeds, quick)
+    present = [accuracies(config, NOBODY) for config in of_seeds]
     cells = {}
-    for name, case in CASES.items():
-        runs = {seed: accuracies(file, case, rounds, seed) for seed in numbers}
+    for name, case in list(CASES.items())[-1 if quick else 0 :]:
+        if quick:
+            case = Case(case.away, tenth(case.first), tenth(case.last))
+        runs = [accuracies(config, case) for config in of_seeds]
         others = sorted(set(range(CLIENTS)) - set(case.away))
         cells[name] = [
-            Cell(mean_and_spread([fmean(each[seed][node] for node in nodes) for seed in numbers]))
+            Cell(mean_and_spread([fmean(run[node] for node in nodes) for run in each]))
             for nodes in (sorted(case.away), others)
             for each in (runs, present)
         ]
-    note = f"Means over the last {JUDGED_ROUNDS} rounds: python -m benchmarks.absence"
+    command = f"python -m benchmarks.absence{flag(quick)}"
+    note = f"Means over the last {JUDGED_ROUNDS} rounds: {command}"
     print(Table(f"Absence, {rounds} rounds", COLUMNS, cells, note).markdown())
 
 
-def accuracies(file: Path, case: Case, rounds: int, seed: int) -> dict[int, float]:
+def accuracies(config: Config, case: Case) -> dict[int, float]:
     """Return the accuracy of each node's personalized model, the mean of the last rounds."""
     found: dict[int, list[float]] = {node: [] for node in range(CLIENTS)}
 
@@ -75,7 +82,6 @@ def accuracies(file: Path, case: Case, rounds: int, seed: int) -> dict[int, floa
     def absent(server_round: int) -> Collection[int]:
         return case.away if case.first <= server_round <= case.last else ()
 
-    config = read_config(file, {**SMALL_IMAGES, "seed": seed, "num-server-rounds": rounds})
     simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS, on_round=note, absent=absent)
     return {node: fmean(values[-JUDGED_ROUNDS:]) for node, values in found.items()}
 

@@ -1,6 +1,6 @@
 """What honest clients lose to clients that lie.
 
-    python -m benchmarks.attacks
+    python -m benchmarks.attacks --rules pfedgpa
 
 20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Liars know what everyone uploads and agree
 with each other. Each run is held against the run of the same seed in which they are honest; only
@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.lying_client import TARGET, with_trigger
-from benchmarks.small_images import CLIENTS, SMALL_IMAGES
+from benchmarks.options import Quick, Seeds, flag
+from benchmarks.small_images import CLIENTS
+from benchmarks.small_runs import configs
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
@@ -33,7 +35,7 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.replies import EXTRAS, Upload
-from server_app.simulation import PoolGrid, read_config, simulate
+from server_app.simulation import PoolGrid, simulate
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, PFedGPA
 
 JUDGED_ROUNDS = 3
@@ -288,23 +290,23 @@ def backdoor_success(strategy: ClientwiseFedAvg, config: Config, client: int) ->
 def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
     rounds: int = 10,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    seeds: Seeds = "0,1,2",
     rules: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
     attacks: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
     liars: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
+    quick: Quick = False,
 ) -> None:
     """Print the tables."""
     torch.set_num_threads(1)
-    numbers = [int(seed) for seed in seeds.split(",")]
-    rules, attacks = rules or list(RULES), attacks or list(ATTACKS)
-    for who in liars or LIARS:
+    rules, attacks, liars = rules or list(RULES), attacks or list(ATTACKS), liars or list(LIARS)
+    if quick:  # a robust average among them
+        rules, attacks, liars = rules[::3], attacks[:2], liars[:1]
+    for who in liars:
         judged = sorted(set(range(CLIENTS)) - set(LIARS[who]))
         results: dict[tuple[str, str], list[Result]] = {}
         for rule, name in product(rules, ["none", *attacks]):
             make, settings = RULES[rule]
-            for seed in numbers:
-                fixed = {**SMALL_IMAGES, "seed": seed, "num-server-rounds": rounds}
-                config = read_config(file, fixed | settings)
+            for config in configs(file, rounds, seeds, quick, settings):
                 lying = LIARS[who] if name != "none" else ()
                 attack = ATTACKS.get(name, NONE)
                 result = run(config, make(config), attack, lying, judged)
@@ -316,7 +318,7 @@ def main(
                 f"{fmean(one.backdoor for one in each):.1%}",
                 flush=True,
             )
-        for table in tables(who, rules, attacks, results):
+        for table in tables(who, rules, attacks, results, flag(quick)):
             print(table.markdown())
 
 
@@ -325,6 +327,7 @@ def tables(
     rules: Collection[str],
     attacks: Collection[str],
     results: dict[tuple[str, str], list[Result]],
+    end: str,
 ) -> list[Table]:
     """Return a table of accuracies, one of the worst clients', one of the backdoors' success."""
     measures: dict[str, Callable[[Result], float]] = {
@@ -346,7 +349,7 @@ def tables(
             for rule in rules
         ]
         rounds = f"means over the last {JUDGED_ROUNDS} rounds"
-        note = f"Liars: {who}; {rounds}: python -m benchmarks.attacks"
+        note = f"Liars: {who}; {rounds}: python -m benchmarks.attacks{end}"
         found.append(Table(title, list(rules), rows, note))
     return found
 

@@ -1,7 +1,7 @@
 """Accuracy against epsilon: what differential privacy on the clients costs.
 
-    python -m benchmarks.dp
-    python -m benchmarks.dp --mode update
+    python -m benchmarks.dp --rounds 8
+    python -m benchmarks.dp --rounds 8 --mode update
 
 20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. In mode example a column is the epsilon that
 a client has spent after the last round; without noise there is none, and training is plain. In mode
@@ -16,14 +16,15 @@ import torch
 import typer
 from opacus.accountants.utils import get_noise_multiplier
 
-from benchmarks.small_images import SMALL_IMAGES
+from benchmarks.options import Quick, Seeds, flag
+from benchmarks.small_images import CLIENTS
+from benchmarks.small_runs import configs
 from pfedgpa_app.config import ClientConfig
 from pfedgpa_app.privacy import quiet_opacus, sampling_plan
 from pfedgpa_app.rounds import mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.simulation import read_config, simulate
 
-CLIENTS = 20
 JUDGED_ROUNDS = 3
 STRATEGIES = ("pfedgpa", "fedavg-ft", "local")
 DELTA = 1e-4  # below 1 / 600, the number of a client's images
@@ -65,20 +66,19 @@ def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
     mode: Annotated[str, typer.Option(help="example or update.")] = "example",
     rounds: int = 10,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,3",
+    seeds: Seeds = "1,2,3",
+    quick: Quick = False,
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    columns = (None, *EPSILONS[mode])
+    epsilons = EPSILONS[mode][: 1 if quick else None]
     cells: dict[str, list[Cell]] = {}
     for strategy in STRATEGIES:
         cells[strategy] = []
-        for epsilon in columns:
+        for epsilon in (None, *epsilons):
             accuracies = []
-            for seed in seeds.split(","):
-                overrides = {"strategy": strategy, "seed": int(seed), "num-server-rounds": rounds}
-                base = read_config(file, {**SMALL_IMAGES, **CLIENT, **overrides})
-                private = settings(mode, epsilon, rounds, base.data.train_samples)
+            for base in configs(file, rounds, seeds, quick, {**CLIENT, "strategy": strategy}):
+                private = settings(mode, epsilon, base.num_server_rounds, base.data.train_samples)
                 config = read_config(file, {**base.to_flat(), **private})
                 _, rows = simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS)
                 accuracies.append(
@@ -89,10 +89,10 @@ def main(
             print(
                 strategy, epsilon, cells[strategy][-1].text, f"spent {spent}", sep=", ", flush=True
             )
-    headings = ["no privacy", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS[mode])]
+    headings = ["no privacy", *(f"epsilon {epsilon:g}" for epsilon in epsilons)]
     note = (
-        f"delta = {DELTA:g}, {rounds} rounds, means over the last {JUDGED_ROUNDS}: "
-        f"python -m benchmarks.dp --mode {mode} --seeds {seeds}"
+        f"delta = {DELTA:g}, {base.num_server_rounds} rounds, means over the last {JUDGED_ROUNDS}: "
+        f"python -m benchmarks.dp --mode {mode} --seeds {seeds}{flag(quick)}"
     )
     print(Table(f"Accuracy with privacy.mode = {mode}", headings, cells, note).markdown())
 

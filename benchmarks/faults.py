@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from benchmarks.network import (
+    PATIENCE,
     PROJECT,
     Network,
     configure_connection,
@@ -26,8 +27,6 @@ from benchmarks.network import (
     with_descendants,
 )
 
-PATIENCE = 900.0
-"""Seconds to wait for what takes some on an idle machine."""
 PAUSE = 5.0
 """Seconds from one look to the next where it costs a process or two."""
 FAULTY_CLIENT = "benchmarks.faulty_client:app"

@@ -17,7 +17,9 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.small_images import CLIENTS, SMALL_IMAGES
+from benchmarks.options import Quick, Seeds, flag, numbers
+from benchmarks.small_images import CLIENTS
+from benchmarks.small_runs import configs
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion import mix
@@ -25,7 +27,7 @@ from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import head_names
 from pfedgpa_app.rounds import mean_and_spread
 from pfedgpa_app.tables import Cell, Table
-from server_app.simulation import read_config, simulate
+from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
 
 JUDGED_ROUNDS = 5
@@ -156,27 +158,26 @@ ROWS: dict[str, tuple[Callable[[Config], PFedGPA], dict[str, Any]]] = {
 def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
     rounds: int = 20,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    seeds: Seeds = "0,1,2",
     rows: Annotated[list[str], typer.Option(help="Only these; may be repeated.")] = [],  # noqa: B006
     shift: Annotated[str, typer.Option(help="What groups differ in instead of classes.")] = "",
+    quick: Quick = False,
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)
     cells = {}
     data = {"data.partition": "iid", "data.shift": shift} if shift else {}
-    for name, (make, settings) in ROWS.items():
-        if rows and name not in rows:
-            continue
+    for name in [row for row in ROWS if row in rows or not rows][:: 3 if quick else 1]:
+        make, settings = ROWS[name]
         values = []
-        for seed in seeds.split(","):
-            fixed = {**SMALL_IMAGES, "seed": int(seed), "num-server-rounds": rounds}
-            config = read_config(file, fixed | data | settings)
+        for config in configs(file, rounds, seeds, quick, data | settings):
             _, run = simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS, strategy=make(config))
             values.append(fmean(row["personalized-accuracy"] for row in run[-JUDGED_ROUNDS:]))
         cells[name] = [Cell(mean_and_spread(values)), *(Cell(f"{value:.4f}") for value in values)]
         print(f"{name}: {mean_and_spread(values)}", flush=True)
-    columns = ["accuracy", *(f"seed {seed}" for seed in seeds.split(","))]
-    note = f"Means over the last {JUDGED_ROUNDS} rounds: python -m benchmarks.generators"
+    columns = ["accuracy", *(f"seed {seed}" for seed in numbers(seeds, quick))]
+    command = f"python -m benchmarks.generators{flag(quick)}"
+    note = f"Means over the last {JUDGED_ROUNDS} rounds: {command}"
     print(Table(f"Generators, {CLIENTS} clients in 5 groups", columns, cells, note).markdown())
 
 

@@ -21,6 +21,7 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.options import Quick
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
 from pfedgpa_app.diffusion import SKETCH
@@ -37,10 +38,13 @@ ROWS = ((100, MEMBERS, "memory"), (1_000, 1_000, "memory"))
 ROWS += tuple(
     (clients, MEMBERS, bank) for clients in (1_000, 10_000) for bank in ("memory", "disk")
 )
+QUICK_ROWS, QUICK_DIM = ((100, 60, "disk"),), 1_000
 MEGA = 2**20
 
 
-def measure(clients: int, members: int, bank: str, dim: int = DIM) -> dict[str, float]:
+def measure(
+    clients: int, members: int, bank: str, dim: int = DIM, rounds: int = ROUNDS
+) -> dict[str, float]:
     """Measure one row, in a process of its own.
 
     Returns
@@ -52,6 +56,7 @@ def measure(clients: int, members: int, bank: str, dim: int = DIM) -> dict[str, 
         from the centre of its group.
     """
     row = [f"--clients={clients}", f"--members={members}", f"--bank={bank}", f"--dim={dim}"]
+    row.append(f"--rounds={rounds}")
     command = [sys.executable, "-m", "benchmarks.many_clients", *row]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
@@ -66,16 +71,19 @@ def main(
     bank: str = "memory",
     dim: int = DIM,
     rounds: int = ROUNDS,
+    quick: Quick = False,
 ) -> None:
     """Print the table."""
+    if quick:
+        dim, rounds = min(dim, QUICK_DIM), 1
     if clients:
         print(json.dumps(_measure(clients, members, bank, dim, rounds)))
         return
     headings = ("clients", "members at most", "bank", "seconds to learn", "to make a model")
     headings += ("to write a checkpoint", "checkpoint, MB", "peak memory, MB")
     print(f"| {' | '.join(headings)} |\n|{' --- |' * len(headings)}")
-    for row in ROWS:
-        found = measure(*row, dim)
+    for row in QUICK_ROWS if quick else ROWS:
+        found = measure(*row, dim, rounds)
         print(
             f"| {row[0]:,} | {row[1]:,} | {row[2]} | {found['fit']:.1f} | {found['model']:.3f} | "
             f"{found['checkpoint']:.1f} | {found['megabytes']:,.0f} | {found['memory']:,.0f} |",

@@ -10,12 +10,13 @@ questions of arXiv 2506.07998).
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor
 
+from benchmarks.options import Quick, Seeds, flag, numbers
+from benchmarks.small_runs import shortened
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
@@ -34,16 +35,14 @@ GENERATORS = ("diffusion", "kin-mean", "shrinkage", "upload")
 COLUMNS = ("distance to the nearest upload", "shared errors", "accuracy")
 
 Vectors = Mapping[int, Tensor]
-Seeds = Annotated[str, typer.Option(help="Comma-separated.")]
 
 
-def main(seeds: Seeds = "0,1,2") -> None:
+def main(seeds: Seeds = "0,1,2", quick: Quick = False) -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    numbers = [int(seed) for seed in seeds.split(",")]
     rows: dict[str, list[list[float]]] = {}
-    for seed in numbers:
-        for name, values in measure(seed).items():
+    for seed in numbers(seeds, quick):
+        for name, values in measure(seed, quick).items():
             rows.setdefault(name, []).append(values)
     cells = {
         name: [Cell(mean_and_spread(values)) for values in zip(*each, strict=True)]
@@ -53,15 +52,17 @@ def main(seeds: Seeds = "0,1,2") -> None:
         "Distances in units of the mean distance of an upload to the nearest other upload. Shared "
         "errors: of the test images that a client's model or its nearest upload gets wrong, the "
         f"part that both give the same wrong class. Mean ± standard deviation over seeds {seeds}: "
-        f"python -m benchmarks.memorization --seeds {seeds}"
+        f"python -m benchmarks.memorization --seeds {seeds}{flag(quick)}"
     )
     print(Table("Memorization, 20 clients in 5 groups", COLUMNS, cells, note).markdown())
 
 
-def measure(seed: int) -> dict[str, list[float]]:
+def measure(seed: int, quick: bool) -> dict[str, list[float]]:
     """Return a row a generator, and that of the uploads among each other."""
     runs = Suite.read(SUITE).model_copy(update={"seeds": [seed]}).runs()
     config = next(run.config for run in runs if run.clients == CLIENTS and run.row == "diffusion")
+    if quick:
+        config = shortened(config)
     strategy, _ = simulate(config, CLIENTS, judged_rounds=1)
     assert isinstance(strategy, PFedGPA)
     uploads = strategy.aggregator.bank.members

@@ -14,6 +14,8 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 INSECURE = ("--insecure",)
+PATIENCE = 900.0
+"""Seconds to wait for what takes some on an idle machine."""
 
 
 class Network:
@@ -125,7 +127,7 @@ def free_port() -> int:
         return port
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes], timeout: float = 60) -> None:
+def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
     """Wait until a process listens on a port."""
 
     def answers() -> bool:
@@ -133,10 +135,10 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], timeout: float = 
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    wait_until(answers, timeout)
+    wait_until(answers)
 
 
-def wait_until(holds: Callable[[], bool], timeout: float = 120, pause: float = 0.05) -> None:
+def wait_until(holds: Callable[[], bool], timeout: float = PATIENCE, pause: float = 0.05) -> None:
     """Wait until something holds that is looked at again and again, with pauses between."""
     deadline = time.monotonic() + timeout
     while not holds():

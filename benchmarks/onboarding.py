@@ -11,17 +11,20 @@ from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.small_images import CLIENTS, SMALL_IMAGES
+from benchmarks.options import Quick, Seeds, beside, flag, tenth
+from benchmarks.small_images import CLIENTS
+from benchmarks.small_runs import configs
+from pfedgpa_app.config import Config
 from pfedgpa_app.rounds import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table
 from server_app.replies import Upload
-from server_app.simulation import read_config, simulate
+from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
 
 Curve = list[float]
@@ -57,13 +60,14 @@ class NearestMember(PFedGPA):
                 bank.of(client).model = nearest
 
 
-METHODS = {
-    "pfedgpa, from the start": "pfedgpa",
-    "pfedgpa": "pfedgpa",
-    "nearest member": "nearest",
-    "fedavg-ft": "fedavg-ft",
-    "local, from scratch": "local",
+METHODS: dict[str, tuple[str, type[PFedGPA] | None]] = {
+    "pfedgpa, from the start": ("pfedgpa", None),
+    "pfedgpa": ("pfedgpa", None),
+    "nearest member": ("pfedgpa", NearestMember),
+    "fedavg-ft": ("fedavg-ft", None),
+    "local, from scratch": ("local", None),
 }
+"""The strategy's name, and what takes its place."""
 
 
 def _cell(values: list[float]) -> Cell:
@@ -78,59 +82,63 @@ def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
     join_round: int = 13,
     rounds: int = 20,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    seeds: Seeds = "0,1,2",
     results: Annotated[Path | None, typer.Option(help="Write the tables there, as CSV.")] = None,
+    quick: Quick = False,
 ) -> None:
     """Print a table a case."""
     torch.set_num_threads(1)
-    numbers = [int(seed) for seed in seeds.split(",")]
+    of_seeds = {
+        method: configs(file, rounds, seeds, quick, {"strategy": strategy})
+        for method, (strategy, _) in METHODS.items()
+    }
+    if quick:
+        join_round, rounds = tenth(join_round), tenth(rounds)
     last = rounds - join_round + 1
     columns = sorted({1, 2, 3, last} & set(range(1, last + 1)))
     tables = []
-    for name, case in CASES.items():
+    for name, case in list(CASES.items())[: 1 if quick else None]:
         curves = {
-            method: [curve(file, case, method, join_round, rounds, seed) for seed in numbers]
-            for method in METHODS
+            method: [curve(config, case, method, join_round) for config in each]
+            for method, each in of_seeds.items()
         }
         cells = {
             method: [_cell([each[n - 1] for each in rows]) for n in columns]
             for method, rows in curves.items()
         }
-        note = f"python -m benchmarks.onboarding --seeds {seeds}"
+        note = f"python -m benchmarks.onboarding --seeds {seeds}{flag(quick)}"
         headings = [f"round {n}" for n in columns]
         tables.append(Table(f"{name}: rounds since joining", headings, cells, note))
         print(tables[-1].markdown(), flush=True)
     if results:
-        results.write_text(CSV_HEAD + "".join(table.csv() for table in tables), encoding="utf-8")
+        text = CSV_HEAD + "".join(table.csv() for table in tables)
+        beside(results, quick).write_text(text, encoding="utf-8")
 
 
-def curve(file: Path, case: Case, method: str, join_round: int, rounds: int, seed: int) -> Curve:
+def curve(config: Config, case: Case, method: str, join_round: int) -> Curve:
     """Return the mean accuracy of a case's late clients in each round from ``join_round`` on."""
     late, never = frozenset(case.late), frozenset(case.never)
     if method == "pfedgpa, from the start":
         late = frozenset()
     elif method == "local, from scratch":  # of which others make no difference
         late, never = frozenset(CASES["10 late clients"].late), frozenset()
-    found = accuracies(file, METHODS[method], late, never, join_round, rounds, seed)
+    _, strategy_type = METHODS[method]
+    found = accuracies(config, strategy_type, late, never, join_round)
     return [
         fmean(found[node][number] for node in case.late)
-        for number in range(rounds - join_round + 1)
+        for number in range(config.num_server_rounds - join_round + 1)
     ]
 
 
 @cache
 def accuracies(
-    file: Path,
-    strategy: str,
+    config: Config,
+    strategy_type: type[PFedGPA] | None,
     late: frozenset[int],
     never: frozenset[int],
     join_round: int,
-    rounds: int,
-    seed: int,
 ) -> dict[int, Curve]:
     """Return the accuracy of each node's model in each round from ``join_round`` on."""
-    overrides: dict[str, Any] = {**SMALL_IMAGES, "seed": seed, "num-server-rounds": rounds}
-    config = read_config(file, overrides | {"strategy": strategy.replace("nearest", "pfedgpa")})
     found: dict[int, Curve] = {}
 
     def note(record: RoundRecord) -> None:
@@ -141,10 +149,10 @@ def accuracies(
     simulate(
         config,
         CLIENTS,
-        judged_rounds=rounds - join_round + 1,
+        judged_rounds=config.num_server_rounds - join_round + 1,
         on_round=note,
         absent=lambda server_round: never | late if server_round < join_round else never,
-        strategy=NearestMember.of(config) if strategy == "nearest" else None,
+        strategy=strategy_type and strategy_type.of(config),
     )
     return found
 

@@ -9,7 +9,7 @@ not explain in what it is sent comes from others.
 
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 import typer
@@ -17,7 +17,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.small_images import SMALL_IMAGES
+from benchmarks.options import Quick, Seeds, flag
+from benchmarks.small_runs import configs
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
@@ -25,7 +26,7 @@ from pfedgpa_app.models import build_model
 from pfedgpa_app.rounds import mean_and_spread
 from pfedgpa_app.tables import Cell, Table
 from server_app.replies import Upload
-from server_app.simulation import read_config, simulate
+from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
 
 CLIENTS = 12
@@ -95,28 +96,28 @@ def membership(state: dict[str, Tensor], config: Config, client: int) -> float:
 def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
     rounds: int = 10,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    seeds: Seeds = "0,1,2",
+    quick: Quick = False,
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)
     cells = {}
-    for size in GROUP_SIZES:
+    for size in GROUP_SIZES[: 1 if quick else None]:
         for min_kin in (1, 3):
             settings = {
-                **SMALL_IMAGES,
-                "num-server-rounds": rounds,
                 "data.num-groups": CLIENTS // size,
                 "diffusion.min-kin": min_kin,
             }
             results = [
-                run(read_config(file, {**settings, "seed": int(seed)}), CLIENTS // size)
-                for seed in seeds.split(",")
+                run(config, CLIENTS // size)
+                for config in configs(file, rounds, seeds, quick, settings)
             ]
             name = f"groups of {size}, min-kin = {min_kin}"
             cells[name] = [Cell(mean_and_spread(values)) for values in zip(*results, strict=True)]
             print(name, *(cell.text for cell in cells[name]), sep=", ", flush=True)
     note = (
-        f"Accuracies are means over the last {JUDGED_ROUNDS} rounds: python -m benchmarks.privacy"
+        f"Accuracies are means over the last {JUDGED_ROUNDS} rounds: "
+        f"python -m benchmarks.privacy{flag(quick)}"
     )
     print(Table(f"What is told of others, {CLIENTS} clients", COLUMNS, cells, note).markdown())
 

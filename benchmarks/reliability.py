@@ -8,6 +8,7 @@ are not repeated.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +26,19 @@ from benchmarks.faults import (
     copy_app,
 )
 from benchmarks.network import read_lines, wait_until
+from benchmarks.options import Quick, beside, tenth
 from pfedgpa_app.figures import ACCURACY, COLOURS, drawing, in_percent
 from pfedgpa_app.files import read_text
+
+Result = dict[str, Any]
+Settings = dict[str, object]
 
 CLIENTS = 4
 ROUNDS = 6
 FAULT = 3
 JOIN = 5
 LAST = f"client-{CLIENTS - 1}"
-SETTINGS = {
+SETTINGS: Settings = {
     "num-server-rounds": ROUNDS,
     "server.min-available-nodes": CLIENTS,
     "data.train-samples": 50,
@@ -41,90 +46,88 @@ SETTINGS = {
 }
 FAULTS = "nan,shape,names,size,record"
 
-Result = dict[str, Any]
 
-
-def undisturbed(federation: Federation) -> list[Path]:
+def undisturbed(federation: Federation, settings: Settings) -> list[Path]:
     """Let nothing happen."""
-    federation.start_run(**SETTINGS)
+    federation.start_run(**settings)
     return [federation.wait_for_end()]
 
 
-def killed_supernode(federation: Federation) -> list[Path]:
+def killed_supernode(federation: Federation, settings: Settings) -> list[Path]:
     """Kill a SuperNode while it trains, and start it until it is let in again."""
-    start_until_fault(federation)
+    start_until_fault(federation, settings)
     federation.kill(LAST)
     federation.restart_client(CLIENTS - 1)
     return [federation.wait_for_end()]
 
 
-def killed_client_app(federation: Federation) -> list[Path]:
+def killed_client_app(federation: Federation, settings: Settings) -> list[Path]:
     """Kill the process that trains, as a machine does that runs out of memory."""
-    start_until_fault(federation)
+    start_until_fault(federation, settings)
     federation.kill_below(LAST, "flwr-clientapp")
     return [federation.wait_for_end()]
 
 
-def frozen_supernode(federation: Federation) -> list[Path]:
+def frozen_supernode(federation: Federation, settings: Settings) -> list[Path]:
     """Freeze a SuperNode while it trains, until the next round is over."""
-    start_until_fault(federation, **{"server.min-available-nodes": CLIENTS - 1})
+    start_until_fault(federation, settings | {"server.min-available-nodes": CLIENTS - 1})
     with federation.frozen(LAST):
         federation.wait_for_rounds(FAULT + 1)
     return [federation.wait_for_end()]
 
 
-def falsified_replies(federation: Federation) -> list[Path]:
+def falsified_replies(federation: Federation, settings: Settings) -> list[Path]:
     """Have one more client upload what it should not, something else in every round."""
     federation.num_partitions = CLIENTS + 1
     federation.start_client(CLIENTS, f"fault='{FAULTS}'")
-    federation.start_run(**SETTINGS | {"server.min-available-nodes": CLIENTS + 1})
+    federation.start_run(**settings | {"server.min-available-nodes": CLIENTS + 1})
     return [federation.wait_for_end()]
 
 
-def killed_server_app(federation: Federation) -> list[Path]:
+def killed_server_app(federation: Federation, settings: Settings) -> list[Path]:
     """Kill the ServerApp while clients train, and resume its run."""
-    start_until_fault(federation)
+    start_until_fault(federation, settings)
     federation.kill_below("superlink", "flwr-serverapp")
-    return resumed(federation)
+    return resumed(federation, settings)
 
 
-def killed_superlink(federation: Federation) -> list[Path]:
+def killed_superlink(federation: Federation, settings: Settings) -> list[Path]:
     """Kill the SuperLink and all below it while clients train, and resume the run on a new one."""
-    start_until_fault(federation)
+    start_until_fault(federation, settings)
     federation.kill("superlink")
     federation.start_superlink()
-    return resumed(federation)
+    return resumed(federation, settings)
 
 
-def unregistered(federation: SecureFederation) -> list[Path]:
+def unregistered(federation: SecureFederation, settings: Settings) -> list[Path]:
     """Start SuperNodes that nobody registered, and one without TLS."""
-    federation.start_run(**SETTINGS)
+    federation.start_run(**settings)
     federation.wait_for_rounds(FAULT - 1)
     connect_unregistered(federation)
     return [federation.wait_for_end()]
 
 
-def newcomer(federation: Federation) -> list[Path]:
+def newcomer(federation: Federation, settings: Settings) -> list[Path]:
     """Start another SuperNode in the round before the one that it joins in."""
-    federation.start_run(**SETTINGS)
+    federation.start_run(**settings)
     federation.wait_for_rounds(JOIN - 2)
     federation.num_partitions = CLIENTS + 1
     federation.start_client(CLIENTS)
     return [federation.wait_for_end()]
 
 
-def start_until_fault(federation: Federation, **settings: object) -> None:
+def start_until_fault(federation: Federation, settings: Settings) -> None:
     """Start a run and wait until the last client trains in the round of the fault."""
-    federation.start_run(**SETTINGS | settings)
+    federation.start_run(**settings)
     federation.wait_for_rounds(FAULT - 1)
     federation.wait_for_training(CLIENTS - 1)
 
 
-def resumed(federation: Federation) -> list[Path]:
+def resumed(federation: Federation, settings: Settings) -> list[Path]:
     """Resume the run that was killed; return its folder and that of the run that goes on."""
     killed = federation.run_folder()
     assert killed is not None
-    federation.start_run("resumed", **SETTINGS, **{"resume-from": killed.name})
+    federation.start_run("resumed", **settings, **{"resume-from": killed.name})
     folders = [killed, federation.wait_for_end("resumed")]
     # The SuperLink gives a ServerApp a minute to report again.
     wait_until(lambda: federation.status(killed) != "running", PATIENCE)
@@ -134,13 +137,14 @@ def resumed(federation: Federation) -> list[Path]:
 class Case(NamedTuple):
     """What happens in a federation, of which kind that is, and in which round."""
 
-    happens: Callable[[Any], list[Path]]
+    happens: Callable[[Any, Settings], list[Path]]
     kind: type[Federation] = SecureFederation
     round: int = FAULT
 
 
+UNDISTURBED = "undisturbed"
 CASES = {
-    "undisturbed": Case(undisturbed),
+    UNDISTURBED: Case(undisturbed),
     "SuperNode killed, registered": Case(killed_supernode),
     "SuperNode killed, not registered": Case(killed_supernode, Federation),
     "ClientApp killed": Case(killed_client_app),
@@ -151,16 +155,18 @@ CASES = {
     "unregistered SuperNodes": Case(unregistered),
     "newcomer": Case(newcomer, round=JOIN),
 }
+QUICK = (UNDISTURBED, "falsified replies")
+"""Cases that need no certain round."""
 
 
-def measure(case: Case) -> Result:
+def measure(case: Case, settings: Settings) -> Result:
     """Run a case in a federation of its own; return what its last run wrote."""
     with tempfile.TemporaryDirectory() as name:
         app = copy_app(Path(name, "app"), FAULTY_CLIENT)
         with case.kind(Path(name), CLIENTS, app) as federation:
             federation.start_superlink()
             federation.start_clients(*range(CLIENTS))
-            folders = case.happens(federation)
+            folders = case.happens(federation, settings)
             return {
                 "runs": [federation.status(folder) for folder in folders],
                 "metrics": read_lines(folders[-1]),
@@ -170,20 +176,25 @@ def measure(case: Case) -> Result:
 
 def main(
     results: Path = Path("build/reliability.jsonl"),
-    cases: Annotated[str, typer.Option(help="Only those whose names begin so.")] = "",
+    cases: Annotated[str, typer.Option(help="Only undisturbed and what begins so.")] = "",
     figure: Annotated[Path | None, typer.Option(help="Draw the accuracies there.")] = None,
+    quick: Quick = False,
 ) -> None:
     """Run the cases and print a table of them."""
+    results, settings = beside(results, quick), SETTINGS
+    if quick:
+        settings = settings | {"num-server-rounds": tenth(ROUNDS)}
     results.parent.mkdir(parents=True, exist_ok=True)
     for name, case in CASES.items():
-        if name.startswith(cases) and name not in read(results):
+        chosen = name in QUICK if quick else name.startswith((cases, UNDISTURBED))
+        if chosen and name not in read(results):
             with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"case": name, **measure(case)}) + "\n")
+                file.write(json.dumps({"case": name, **measure(case, settings)}) + "\n")
             print(f"{name}: done", flush=True)
     done = read(results)
     print_table(done)
     if figure:
-        draw(done, figure)
+        draw(done, beside(figure, quick))
 
 
 def read(results: Path) -> dict[str, Result]:
@@ -209,7 +220,7 @@ def print_table(done: dict[str, Result]) -> None:
             "; ".join(failures(result)) or "-",
             ", ".join(str(row["num-clients"]) for row in result["metrics"]),
             f"{accuracies(result)[-1]:.4f}",
-            f"{num_equal_rounds(result, done['undisturbed'])} of {ROUNDS}",
+            f"{num_equal_rounds(result, done[UNDISTURBED])} of {len(result['metrics'])}",
         ]
         print("| " + " | ".join(cells) + " |")
 
@@ -234,7 +245,7 @@ def accuracies(result: Result) -> list[float]:
             for row in rows
             if row["round"] == number and row["client"] in usable and "personalized-accuracy" in row
         )
-        for number in range(1, ROUNDS + 1)
+        for number in rounds_of(result)
     ]
 
 
@@ -247,22 +258,31 @@ def num_equal_rounds(result: Result, other: Result) -> int:
         ]
         return [{k: v for k, v in row.items() if k not in ("seconds", "node-id")} for row in ours]
 
-    return sum(digits(result, n) == digits(other, n) for n in range(1, ROUNDS + 1))
+    return sum(digits(result, n) == digits(other, n) for n in rounds_of(result))
+
+
+def rounds_of(result: Result) -> range:
+    """Return the numbers of the rounds."""
+    return range(1, len(result["metrics"]) + 1)
 
 
 def draw(done: dict[str, Result], file: Path) -> None:
     """Draw the accuracies of each case over those of the undisturbed run, as PNG and as SVG."""
-    names = [name for name in done if name != "undisturbed"]
-    rounds, undisturbed = range(1, ROUNDS + 1), accuracies(done["undisturbed"])
+    names = [name for name in done if name != UNDISTURBED]
+    rounds, without = rounds_of(done[UNDISTURBED]), accuracies(done[UNDISTURBED])
     note = (
         "Blue: the run; grey: the undisturbed run. What a title says happens in the shaded round. "
         "Numbers: clients whose uploads counted."
     )
     with drawing(file, (7, 5.6), "A run in which something fails", note) as figure:
-        panels = figure.subplots(3, 3, sharex=True, sharey=True).flat
-        for name, axes in zip(names, panels, strict=True):
+        across = min(3, len(names))
+        down = math.ceil(len(names) / 3)
+        panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+        for axes in panels[len(names) :]:
+            axes.remove()
+        for name, axes in zip(names, panels, strict=False):
             axes.axvspan(CASES[name].round - 0.5, CASES[name].round + 0.5, color="0.93", zorder=0)
-            axes.plot(rounds, undisturbed, color="0.7", linewidth=5)
+            axes.plot(rounds, without, color="0.7", linewidth=5)
             axes.plot(rounds, accuracies(done[name]), "o-", color=COLOURS[0])
             for row in done[name]["metrics"]:
                 place = (row["round"], 0.03)
@@ -275,7 +295,7 @@ def draw(done: dict[str, Result], file: Path) -> None:
         # Room for the numbers, on the scale that all panels share.
         lowest = min(value for result in done.values() for value in accuracies(result))
         figure.axes[0].set_ylim(bottom=lowest - 0.1)
-        for axes in figure.axes[-3:]:
+        for axes in figure.axes[-across:]:
             axes.set_xlabel("round")
         figure.supylabel(ACCURACY)
 

@@ -1,6 +1,6 @@
 """What a round of a simulation is spent on, with models judged in every round or in the last alone.
 
-    python -m benchmarks.rounds
+    python -m benchmarks.rounds --rounds 5
 
 Runs conf/fashion-mnist-20.toml on a SuperLink of its own, two clients at a time. The part of a
 round in which clients train is the sum of their seconds, from message to reply, over twice those
@@ -16,25 +16,28 @@ from statistics import fmean
 import typer
 
 from benchmarks.network import PROJECT, Network, read_lines
+from benchmarks.options import Quick
+from benchmarks.small_runs import LESS
 from pfedgpa_app.config import flatten
 from pfedgpa_app.files import read_toml
 
 CLIENTS, WORKERS = 20, 2
 
 
-def main(rounds: int = 7) -> None:
+def main(rounds: int = 7, quick: Quick = False) -> None:
     """Print the table."""
+    rounds = 3 if quick else rounds  # of which the second counts
     print(
         "| `server.evaluate-every` | seconds a round | clients train | MB down | MB up | "
         "accuracy in the last round |\n| --- | --- | --- | --- | --- | --- |"
     )
     with tempfile.TemporaryDirectory() as folder, Network(Path(folder)) as network:
         network.start_superlink("--simulation")
-        for every in (1, 0):
-            print(measure(network, rounds, every), flush=True)
+        for every in (0,) if quick else (1, 0):
+            print(measure(network, rounds, every, quick), flush=True)
 
 
-def measure(network: Network, rounds: int, every: int) -> str:
+def measure(network: Network, rounds: int, every: int, quick: bool) -> str:
     """Return the row of a run."""
     file = PROJECT / "conf" / "fashion-mnist-20.toml"
     settings = {
@@ -43,6 +46,7 @@ def measure(network: Network, rounds: int, every: int) -> str:
         "server.evaluate-every": every,
         # Halves are measured in the first round, and not again within so few.
         "diffusion.measure-every": rounds,
+        **(LESS if quick else {}),
     }
     federation = f"num-supernodes={CLIENTS} client-resources-num-cpus=1 "
     federation += f"init-args-num-cpus={WORKERS}"

@@ -12,7 +12,7 @@ CLIENTS = 20
 """In most benchmarks, in five groups."""
 SMALL_IMAGES = {
     "data.dataset": "benchmarks.small_images:fashion_mnist",
-    "data.image-shape": "1x14x14",
+    "data.shape": "1x14x14",
     "data.num-classes": 10,
     "model.name": "benchmarks.small_images:cnn",
     "server.min-available-nodes": 2,

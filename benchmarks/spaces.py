@@ -20,6 +20,8 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.options import Quick
+from benchmarks.small_runs import shortened
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
@@ -38,29 +40,34 @@ CONFIG = Config.from_flat(
         "data.uniform-fraction": 0.2,
     }
 )
+FEW_STEPS = {"diffusion.num-draws": 1, "diffusion.num-steps": 2}
 SPACES = {
     "subspace": {},
     "raw": {"space": "raw", "hidden_size": 8, "batch_size": 8, "start": 200},
 }
 
 
-def main(space: str = "", bank: Path | None = None) -> None:
+def main(space: str = "", bank: Path | None = None, quick: Quick = False) -> None:
     """Print the table; with --space, measure one space on a bank and print JSON."""
     torch.set_num_threads(1)
+    config = CONFIG
+    if quick:
+        config = shortened(Config.from_flat({**CONFIG.to_flat(), **FEW_STEPS}))
     if space and bank:
-        print(json.dumps(_measure(space, bank)))
+        print(json.dumps(_measure(config, space, bank)))
         return
-    strategy, _ = simulate(CONFIG, CLIENTS)
+    strategy, _ = simulate(config, CLIENTS)
     assert isinstance(strategy, PFedGPA)
     dim = len(strategy.aggregator.bank.members[0])
-    uploads = _accuracy(strategy.aggregator.bank.members)
+    uploads = _accuracy(config, strategy.aggregator.bank.members)
     print(f"{CLIENTS} clients, d = {dim}; accuracy of the uploads themselves: {uploads:.4f}")
     print("| space | accuracy | seconds | peak memory, MB |\n| --- | --- | --- | --- |")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "bank.safetensors"
         save_file({str(client): v for client, v in strategy.aggregator.bank.members.items()}, file)
-        for name in SPACES:
+        for name in ["raw"] if quick else SPACES:
             command = [sys.executable, "-m", "benchmarks.spaces", "--space", name, "--bank", file]
+            command += ["--quick"] * quick
             result = json.loads(subprocess.check_output(command))
             print(
                 f"| {name} | {result['accuracy']:.4f} | {result['seconds']:.1f} | "
@@ -69,10 +76,10 @@ def main(space: str = "", bank: Path | None = None) -> None:
             )
 
 
-def _measure(space: str, file: Path) -> dict[str, float]:
+def _measure(config: Config, space: str, file: Path) -> dict[str, float]:
     bank = {int(client): vector for client, vector in load_file(file).items()}
-    config = CONFIG.diffusion.model_copy(update=SPACES[space])
-    aggregator = GenerativeAggregator(torch.zeros_like(bank[0]), config)
+    diffusion = config.diffusion.model_copy(update=SPACES[space])
+    aggregator = GenerativeAggregator(torch.zeros_like(bank[0]), diffusion)
     for client, vector in bank.items():
         aggregator.observe(client, vector)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -80,16 +87,16 @@ def _measure(space: str, file: Path) -> dict[str, float]:
     aggregator.fit(1)
     seconds = time.perf_counter() - begin
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    accuracy = _accuracy({client: aggregator.personalize(client) for client in bank})
+    accuracy = _accuracy(config, {client: aggregator.personalize(client) for client in bank})
     return {"accuracy": accuracy, "seconds": seconds, "megabytes": kilobytes / 1024}
 
 
-def _accuracy(vectors: dict[int, Tensor]) -> float:
-    model = build_model(CONFIG.model.name, CONFIG.data.info, CONFIG.seed)
+def _accuracy(config: Config, vectors: dict[int, Tensor]) -> float:
+    model = build_model(config.model.name, config.data.info, config.seed)
     layout = ParameterLayout.of(model.state_dict())
     accuracies = []
     for client, vector in vectors.items():
-        data = client_data(CONFIG.data, CONFIG.seed, client, CLIENTS)
+        data = client_data(config.data, config.seed, client, CLIENTS)
         model.load_state_dict(layout.merge(vector, layout.rest(model.state_dict())))
         result = evaluate(model, data.test_images, data.test_labels, data.stats)
         accuracies.append(result.accuracy)

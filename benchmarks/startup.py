@@ -19,6 +19,7 @@ from pathlib import Path
 import typer
 
 from benchmarks.network import Network
+from benchmarks.options import Quick
 
 # What the log says, and what has been done when it does.
 LINES = {
@@ -39,7 +40,7 @@ client_data(Config().data, 0, 0, 10)
 """
 
 
-def main() -> None:
+def main(quick: Quick = False) -> None:
     """Print the tables."""
     with tempfile.TemporaryDirectory() as folder:
         first, later = (seconds_of_client(folder) for _ in range(2))
@@ -51,7 +52,7 @@ def main() -> None:
         print("| seconds | since the step before | |\n| --- | --- | --- |")
         print(f"| | {time.monotonic() - begin:.1f} | the SuperLink is up |")
         before = 0.0
-        for seconds, done in steps(network):
+        for seconds, done in steps(network, quick):
             print(f"| {seconds:.1f} | {seconds - before:.1f} | {done} |", flush=True)
             before = seconds
 
@@ -65,11 +66,12 @@ def seconds_of_client(folder: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def steps(network: Network) -> Iterator[tuple[float, str]]:
+def steps(network: Network, quick: bool) -> Iterator[tuple[float, str]]:
     """Run the app, and yield what it has done after how many seconds."""
     begin = time.monotonic()
     federation = "num-supernodes=10 client-resources-num-cpus=1"
-    command = [*network.run_command(), "--federation-config", federation]
+    settings = {"num-server-rounds": 1} if quick else {}
+    command = [*network.run_command(**settings), "--federation-config", federation]
     process = network.start("run", *command)
     expected = dict(LINES)
     while process.poll() is None:

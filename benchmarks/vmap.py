@@ -18,6 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.options import Quick
 from client_app import batched
 from client_app.methods import Method, Task
 from pfedgpa_app.config import Config, DatasetInfo
@@ -39,8 +40,11 @@ def main(
     epochs: int = 5,
     repetitions: int = 3,
     model: Annotated[str, typer.Option(help="Only that one.")] = "",
+    quick: Quick = False,
 ) -> None:
     """Print the table."""
+    if quick:
+        clients, images, epochs, repetitions = 2, 12, 1, 1
     torch.set_num_threads(1)
     print(f"{clients} clients x {epochs} epochs x {images} images on {device}\n")
     headings = ("model", "parameters", "loop, seconds", "vmap, seconds", "vmap / loop")

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.network import PATIENCE
+
 # Chromium reads from descriptor 3 and writes to 4.
 _EXEC = """
 import os, sys
@@ -63,7 +65,7 @@ class Browser:
 
     def __exit__(self, *error: object) -> None:
         self._process.terminate()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=PATIENCE)
         os.close(self._commands)
         self._stream.close()
 

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 import warm
+from hypothesis import HealthCheck, settings
 
 from benchmarks import network
 from pfedgpa_app.data.sources import DEBIAN_FASHION_MNIST
 
 # Small tensors: more threads are slower, and the same on every machine is better than fast.
 torch.set_num_threads(1)
+# How long an example takes depends on who else is on the machine.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

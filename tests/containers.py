@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel
 
-from benchmarks.network import PROJECT, end_all, flower_environment, free_port, wait_until
+from benchmarks.network import PATIENCE, PROJECT, end_all, flower_environment, free_port, wait_until
 
 DOCKER = PROJECT / "docker"
 
@@ -192,7 +192,7 @@ class Demo:
         assert healthcheck.test[0] == "CMD"
         words = [self.here(name, word) for word in healthcheck.test[1:]]
         done = subprocess.run(
-            words, env=self.environment(name), capture_output=True, timeout=60, check=False
+            words, env=self.environment(name), capture_output=True, timeout=PATIENCE, check=False
         )
         return done.returncode == 0
 
@@ -201,10 +201,10 @@ class Demo:
         process = self.processes[name]
         if condition == "service_healthy":
             # A health check is a process, so that there are not many of them.
-            wait_until(lambda: process.poll() is not None or self.is_healthy(name), 300, 0.5)
+            wait_until(lambda: process.poll() is not None or self.is_healthy(name), pause=0.5)
             assert process.poll() is None, f"{name} ended"
         else:
-            assert process.wait(timeout=480) == 0, f"{name} failed"
+            assert process.wait(timeout=PATIENCE) == 0, f"{name} failed"
 
     def up(self) -> None:
         """Start all, each when what it depends on is as it should be."""

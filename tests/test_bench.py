@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.network import wait_until
+from benchmarks.network import PATIENCE, wait_until
 from pfedgpa_app.console import DEBUG
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.report import Run, RunFolder
@@ -269,11 +269,11 @@ def test_a_bench_that_is_terminated_leaves_no_process(
     command += ["--processes", "2", "--results", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as bench:
         # Two runs, below the server that forked them, beside multiprocessing's own.
-        wait_until(lambda: len(descendants(bench.pid)) >= 4, 300)
+        wait_until(lambda: len(descendants(bench.pid)) >= 4)
         below = descendants(bench.pid)
         bench.send_signal(how)
-        assert bench.wait(60) != 0
-    wait_until(lambda: not any(map(is_alive, below)), 30)
+        assert bench.wait(PATIENCE) != 0
+    wait_until(lambda: not any(map(is_alive, below)))
 
 
 def test_a_client_without_a_number_fails_the_run(suite: Path, tmp_path: Path):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.network import (
+    PATIENCE,
     PROJECT,
     Network,
     free_port,
@@ -35,8 +36,6 @@ UNITS = re.findall(r"```ini\n(.+?)```", GUIDE, flags=re.DOTALL)
 SITES = ("site-1", "site-2", "site-3")
 # What the guide's readers replace by a run id and a node id of theirs.
 RUN, NODE = "1234567890", "9876543210"
-# Seconds to wait for what takes less than one on a machine with nothing else to do, and for a run.
-SOON, RUN_OVER = 300, 900
 
 
 def block_with(text: str) -> str:
@@ -87,7 +86,7 @@ class Reader(Network):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=RUN_OVER,
+            timeout=PATIENCE,
             check=False,
         )
         assert done.returncode == 0, f"{block}\n{done.stdout}"
@@ -100,7 +99,7 @@ class Reader(Network):
         script = self.adapt(block, site)
         process = self.start(name, "/bin/bash", "-ec", f"{script}\nwait")
         for port in re.findall(r"--port (\d+)", script):
-            wait_for_port(int(port), process, timeout=SOON)
+            wait_for_port(int(port), process)
         self.wait_for_nodes(name, script.count("flower-supernode "))
         self.typed.add(block)
 
@@ -111,7 +110,7 @@ class Reader(Network):
 
     def wait_for_nodes(self, name: str, count: int) -> None:
         """Wait until a terminal's SuperNodes have been connected so many times."""
-        wait_until(lambda: len(self.node_ids(name)) == count, SOON)
+        wait_until(lambda: len(self.node_ids(name)) == count)
 
     def close_terminal(self, name: str) -> None:
         """End the servers of a terminal by SIGTERM, and wait for them."""
@@ -122,7 +121,7 @@ class Reader(Network):
 
     def wait_for(self, name: str) -> int:
         """Wait until the servers of a terminal have ended by themselves; return its exit code."""
-        code = self.processes[name].wait(timeout=SOON)
+        code = self.processes[name].wait(timeout=PATIENCE)
         del self.processes[name]
         return code
 
@@ -133,7 +132,7 @@ class Reader(Network):
     def status(self, run: str) -> str:
         """Return what the SuperLink says about a run."""
         command = ["flwr", "list", "hospitals", "--run-id", run, "--format", "json"]
-        output = subprocess.check_output(command, env=self.env, text=True, timeout=SOON)
+        output = subprocess.check_output(command, env=self.env, text=True, timeout=PATIENCE)
         (found,) = json.loads(output[output.index("{") :])["runs"]
         return str(found["status"])
 
@@ -223,7 +222,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
             reader.open_terminal(site, "--auth-supernode-private-key", site)
         seen.listing = reader.type("flwr supernode list")
         seen.interrupted = run_id(seen.listing)
-        wait_until(lambda: read_lines(reader.output / seen.interrupted) != [], RUN_OVER)
+        wait_until(lambda: read_lines(reader.output / seen.interrupted) != [])
 
         # All but one SuperNode restart while the second round is in progress. The other cannot
         # sign off, so it is turned away at first.
@@ -231,13 +230,13 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
         reader.close_terminal(SITES[0])
         reader.open_terminal("superlink", "flower-superlink --host")
         reader.restart_until_welcome(SITES[0], "--auth-supernode-private-key")
-        wait_until(lambda: reader.status(seen.interrupted).startswith("finished"), SOON)
+        wait_until(lambda: reader.status(seen.interrupted).startswith("finished"))
         seen.status = reader.status(seen.interrupted)
         reader.ids[RUN] = seen.interrupted
         seen.log = reader.type("flwr log")
 
         seen.stopped = reader.ids[RUN] = run_id(reader.type("flwr supernode list"))
-        wait_until(lambda: reader.status(seen.stopped) == "running", SOON)
+        wait_until(lambda: reader.status(seen.stopped) == "running")
         reader.type("flwr stop")
         reader.wait_for_nodes(SITES[0], 2)
         seen.listening = reader.listening()

@@ -113,7 +113,7 @@ def test_last_step_gives_the_predicted_parameters():
     torch.testing.assert_close(actual, x0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     batch=st.integers(1, 4),
     dim=st.integers(1, 6),

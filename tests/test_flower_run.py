@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.network import (
     BIN,
+    PATIENCE,
     PROJECT,
     Network,
     free_port,
@@ -27,8 +28,6 @@ from server_app.simulation import simulate
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("warm_processes")]
 
-# Seconds to wait for what takes less than a minute on a machine with nothing else to do.
-PATIENCE = 900
 # Seconds from one look at all processes to the next.
 PAUSE = 0.5
 

@@ -76,7 +76,7 @@ def test_clients_that_do_not_move_are_usual():
     assert judged(torch.zeros(10, DIM)) == set()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**31), scale=st.floats(1e-6, 1e6), num_liars=st.integers(0, 9))
 def test_those_who_lie_cannot_make_others_unusual(seed: int, scale: float, num_liars: int):
     moves = honest_moves(20, torch.zeros(20, dtype=torch.int64), seed)

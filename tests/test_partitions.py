@@ -42,7 +42,7 @@ def counts(labels, indices, num_classes=10):
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     num_clients=st.integers(2, 12),
     seed=st.integers(0, 2**31 - 1),
@@ -69,7 +69,7 @@ def test_train_and_test_never_share_a_sample(name, num_clients, seed, train_samp
 
 @pytest.mark.parametrize("name", PARTITIONS)
 @pytest.mark.parametrize("test_samples", [0, 20])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(num_clients=st.integers(2, 12), seed=st.integers(0, 2**31 - 1))
 def test_the_test_set_has_the_classes_of_the_training_set(name, test_samples, num_clients, seed):
     labels, is_test = data()
@@ -80,7 +80,7 @@ def test_the_test_set_has_the_classes_of_the_training_set(name, test_samples, nu
 
 
 @pytest.mark.parametrize("name", [name for name in PARTITIONS if name != "dominant-classes"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(num_clients=st.integers(5, 15), seed=st.integers(0, 2**31 - 1))
 def test_the_pools_are_shared_out_without_rest_and_overlap(name, num_clients, seed):
     labels, is_test = data()
@@ -147,7 +147,7 @@ def test_dominant_classes_of_the_five_groups_of_fedpac():
         assert counts(labels, train).tolist() == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     num_classes=st.integers(2, 12),
     num_groups=st.integers(1, 6),
@@ -222,7 +222,7 @@ def test_a_class_without_samples_is_an_error_where_every_client_needs_it():
         partition(labels[keep], is_test[keep], config("dominant-classes"), 10, 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     num_classes=st.integers(2, 12),
     num_clients=st.integers(1, 30),

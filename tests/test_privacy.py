@@ -3,7 +3,7 @@
 import pytest
 import torch
 from flwr.app import MessageType
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simulated_grid import SimulatedGrid, learning_site, start
 from told_halves import DIM, fitted, sketches
@@ -17,7 +17,6 @@ from server_app.strategies import PFedGPA
 
 
 @pytest.mark.parametrize("min_kin", [1, 2, 3, 4, 6])
-@settings(deadline=None)  # the first call of torch's sort takes longer than all others
 @given(seed=st.integers(0, 2**31), num_clients=st.integers(2, 12), power=st.floats(0, 8))
 def test_no_other_client_has_too_large_a_part_of_what_one_is_sent(
     min_kin: int, seed: int, num_clients: int, power: float

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from benchmarks.network import wait_until
 from pfedgpa_app.state import WriteError, load_state, save_state
 
 
@@ -102,10 +103,14 @@ def test_a_process_killed_while_it_writes_leaves_the_state_of_a_complete_round(
     file, moments = tmp_path / "state", random.Random(0)
     save_state(file, "test", {"a": torch.zeros(1)}, round=0)
     last, times_unfinished = 0, 0
-    for _ in range(30):
+    for attempt in range(30):
         writer.stdin.write(f"{last}\n")
         process = int(writer.stdout.readline())
-        time.sleep(moments.uniform(0.01, 0.1))
+        if attempt % 3:  # it writes at its own pace: after a whole state, during the next one
+            before = file.stat().st_mtime_ns
+            wait_until(lambda before=before: file.stat().st_mtime_ns != before, pause=0.001)
+            wait_until(file.with_name("state.unfinished").exists, pause=0.001)
+        time.sleep(moments.choice((0.0, 0.005, 0.02)))
         os.kill(process, signal.SIGKILL)
         writer.stdout.readline()
         times_unfinished += file.with_name("state.unfinished").exists()

@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(num=st.integers(2, 12), dim=st.integers(2, 40), seed=st.integers(0, 2**20))
 def test_every_component_reconstructs_the_bank(num: int, dim: int, seed: int):
     vectors = normal(num, dim, seed=seed) + 5

@@ -1,0 +1,34 @@
+"""Settings of the runs that benchmarks compare, and of their quick versions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.options import numbers, tenth
+from benchmarks.small_images import SMALL_IMAGES
+from pfedgpa_app.config import Config
+from server_app.simulation import read_config
+
+LESS = {
+    "data.train-samples": 50,
+    "data.test-samples": 20,
+    "client.local-epochs": 1,
+    "diffusion.train-steps": 10,
+}
+"""Settings of a quick run, on top of all others."""
+NO_OTHERS: Mapping[str, Any] = {}
+
+
+def configs(
+    file: Path, rounds: int, seeds: str, quick: bool, settings: Mapping[str, Any] = NO_OTHERS
+) -> list[Config]:
+    """Return the settings of a run a seed on small images: those of a file, and others on top."""
+    fixed = {**SMALL_IMAGES, "num-server-rounds": rounds, **settings}
+    found = [read_config(file, {**fixed, "seed": seed}) for seed in numbers(seeds, quick)]
+    return [shortened(config) for config in found] if quick else found
+
+
+def shortened(config: Config) -> Config:
+    """Return the settings of a quick run."""
+    rounds = tenth(config.num_server_rounds)
+    return Config.from_flat({**config.to_flat(), **LESS, "num-server-rounds": rounds})

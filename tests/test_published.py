@@ -1,0 +1,317 @@
+"""Every command that is published runs: here in a short form, or in the test that is named here.
+
+Settings, options, files and names are those of the command; rounds, data and training are less.
+`flwr run` is the ServerApp and the ClientApp in this process, as test_flower_run.py has them in
+Flower's. What `pfedgpa bench` would compute is left out: test_suites.py runs the quick version of
+every suite. test_benchmarks.py and test_benchmark_processes.py run the benchmarks.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from digit_sites import write_pictures
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.cli.app import app as flwr
+from flwr.common.config import parse_config_args
+from PIL import Image
+from published import PROJECT, Words, benchmarks, commands, lay_out, noise
+from simulated_grid import Answer, SimulatedGrid
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+from client_app.app import app as client_app
+from pfedgpa_app.config import DATASETS, Config, DataConfig, flatten
+from pfedgpa_app.data import client_data, sources
+from pfedgpa_app.report import Run
+from server_app import app as server_app
+from server_app import bench, cli
+from server_app.suites import BenchRun
+
+COMMANDS = commands()
+BENCHES = [words for words in COMMANDS if words[:2] == ("pfedgpa", "bench")]
+OTHERS = [words for words in COMMANDS if words[0] == "pfedgpa" and words not in BENCHES]
+NOT_HERE = "tracking='tensorboard'"  # whose package is not installed
+RUNS = [words for words in COMMANDS if words[:2] == ("flwr", "run") and NOT_HERE not in words]
+
+# What is not run here, with the test that does or that comes nearest, or with the reason.
+INSTALLS = "downloads packages; .ci/run does so in a new environment"
+TESTS = "these tests"
+SETS = "sets a variable"
+DEPLOYED = "test_deployment.py::test_the_smallest_network_finishes_a_run"
+CONTAINERS = "test_docker.py::test_the_services_bring_a_run_to_its_end"
+CLUSTER = "test_flower_run.py::test_a_cluster_of_two_machines_gives_the_digits_of_one"
+TRACKED = "test_tracking.py::test_tensorboard_has_the_settings_and_the_numbers_of_a_run"
+ELSEWHERE = {
+    "python3 -m venv .venv": INSTALLS,
+    ". .venv/bin/activate": INSTALLS,
+    "pip install .": INSTALLS,
+    "pip install -e '.[test]'": INSTALLS,
+    "pip install -e '.[dev]'": INSTALLS,
+    "pip install '.[tensorboard]'": INSTALLS,
+    "pytest": TESTS,
+    "pytest -m 'not processes'": TESTS,
+    "pytest -m cuda": TESTS,
+    "pytest -n 0 tests/test_guard.py": TESTS,
+    "pytest tests/test_faults.py": TESTS,
+    "ruff check .": ".ci/run",
+    "ruff format --check .": ".ci/run",
+    "mypy": ".ci/run",
+    "bash .ci/run": "runs all of this",
+    "export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1": SETS,
+    "export FLWR_HOME=/shared/flwr FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1": SETS,
+    "flower-superlink --insecure --port 18000": DEPLOYED,
+    "flower-supernode --insecure --superlink 127.0.0.1:18000 --port 19094 --node-config "
+    "'partition-id=0 num-partitions=2'": DEPLOYED,
+    "flower-supernode --insecure --superlink 127.0.0.1:18000 --port 19095 --node-config "
+    "'partition-id=1 num-partitions=2'": DEPLOYED,
+    "printf '\\n[superlink.here]\\naddress = \"127.0.0.1:18000\"\\ninsecure = true\\n'": DEPLOYED,
+    "flower-supernode --insecure --superlink 127.0.0.1:18000 --node-config "
+    "'data-path=\"/srv/scans\"'": DEPLOYED,
+    "docker build -f docker/Dockerfile -t pfedgpa .": CONTAINERS,
+    "docker build -f docker/Dockerfile -t pfedgpa --build-arg TORCH=cuda .": CONTAINERS,
+    "docker compose -f docker/compose.yaml up --build run": CONTAINERS,
+    "docker compose -f docker/compose.yaml -f docker/compose.tls.yaml up --build run": CONTAINERS,
+    "docker compose -f docker/compose.yaml exec superlink pfedgpa runs": CONTAINERS,
+    "docker compose -f docker/compose.yaml cp superlink:/data/pfedgpa/runs runs": CONTAINERS,
+    "docker compose -f docker/compose.yaml down": CONTAINERS,
+    "ray start --head --port=6379": CLUSTER,
+    "ray start --address=FIRST-MACHINE:6379": CLUSTER,
+    "flower-superlink --simulation --insecure --host 127.0.0.1 --port 18000": CLUSTER,
+    "flwr stop RUN cluster": "test_deployment.py::test_a_stopped_run_is_over",
+    "flwr run . --stream --run-config 'tracking='\"'\"'tensorboard'\"'\"'' --federation-config "
+    "'num-supernodes=10 client-resources-num-cpus=1'": TRACKED,
+    "tensorboard --logdir '~/.local/share/pfedgpa/runs'": TRACKED,
+    # These two write the file of the command after them, whose test runs them.
+    "echo 'resume-from = \"fashion-mnist-pfedgpa-1\"'": "the run of resume.toml",
+    "cat conf/fashion-mnist-20.toml": "the run of resume.toml",
+}
+DEFAULTS = dict(
+    flatten(
+        tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    )
+)
+SHORT = {
+    "num-server-rounds": 1,
+    "client.local-epochs": 1,
+    "client.device": "cpu",
+    "diffusion.device": "cpu",
+    "diffusion.train-steps": 5,
+}
+RUNS_PAGE = (PROJECT / "docs" / "runs.md").read_text()
+FEW = 10
+"""Clients, and images of each."""
+
+
+def test_every_command_is_run_by_a_test():
+    run_here = [*BENCHES, *RUNS, *OTHERS]
+    run_here += [words for kind in (True, False) for words in benchmarks(have_processes=kind)]
+    assert {shlex.join(words) for words in COMMANDS if words not in run_here} == set(ELSEWHERE)
+
+
+def test_every_file_of_settings_has_a_command():
+    files = {str(file.relative_to(PROJECT)) for file in (PROJECT / "conf").rglob("*.toml")}
+    assert files <= {word for words in COMMANDS for word in words}
+
+
+@pytest.mark.parametrize("where", sorted(set(ELSEWHERE.values())))
+def test_what_runs_a_command_elsewhere_exists(where: str):
+    file, _, test = where.partition("::")
+    if test:
+        assert f"def {test}(" in (PROJECT / "tests" / file).read_text()
+    elif where == ".ci/run":
+        text = (PROJECT / ".ci" / "run").read_text()
+        commands_there = [one for one, place in ELSEWHERE.items() if place == where]
+        assert all(f".venv/bin/{command}\n" in text for command in commands_there)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Type in the project's folder, with the modules and the suite of the documents in it."""
+    lay_out(tmp_path)
+    documents = PROJECT / "docs"
+    (suite,) = re.findall(
+        r"```toml\n(# mine.toml.+?)```", (documents / "comparing.md").read_text(), flags=re.DOTALL
+    )
+    for name in ("mine.toml", "SUITE.toml"):
+        (tmp_path / name).write_text(suite)
+    (module,) = re.findall(
+        r"```python\n(# scans.py.+?)```",
+        (documents / "data-and-models.md").read_text(),
+        flags=re.DOTALL,
+    )
+    (tmp_path / "scans.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sources, "_torchvision", noise)
+    return tmp_path
+
+
+def type_in(words: Words, answer: str = "") -> Result:
+    """Type a command of pfedgpa, which must succeed."""
+    result = CliRunner().invoke(cli.app, words[1:], input=answer, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.mark.parametrize("words", BENCHES, ids=shlex.join)
+def test_a_bench_has_runs_with_right_settings(
+    words: Words, project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    planned: list[BenchRun] = []
+
+    def plan(pending: list[BenchRun], *arguments: Any) -> dict[str, str]:
+        planned.extend(pending)
+        return {}
+
+    def plan_on_flower(superlink: str, run: BenchRun, folder: Path) -> dict[str, str]:
+        return plan([run])
+
+    monkeypatch.setattr(bench, "execute", plan)
+    monkeypatch.setattr(cli, "_on", plan_on_flower)
+    said = type_in(words).stdout
+    assert f" {len(planned)} runs," in said or "the same settings" in said
+    assert planned
+
+
+def test_the_suite_of_the_documents_is_run_and_made_a_page(project: Path):
+    quick = "\n[quick]\nseeds = [0]\nclients = 4\njudged-rounds = 1\nsettings = "
+    settings = {"num-server-rounds": 2, "data.train-samples": 20, "data.test-samples": 10}
+    pairs = ", ".join(f"{key} = {value}" for key, value in {**SHORT, **settings}.items())
+    with (project / "mine.toml").open("a") as file:
+        file.write(quick + "{ " + pairs.replace("= cpu", '= "cpu"') + " }\n")
+    results = ("--quick", "--results", "build/bench/mine")
+    type_in(("pfedgpa", "bench", "mine.toml", "--processes", "0", *results))
+    for words in OTHERS:
+        if words[1] == "report" and "build/bench/mine" in words:
+            type_in(words)
+            page = Path(words[words.index("-o") + 1] if "-o" in words else "report.html")
+            assert page.stat().st_size > 1000
+
+
+def run_app(settings: dict[str, Any], clients: int, output: Path, data_path: str = "") -> Path:
+    """Do a run, as `flwr run` would; return its folder."""
+    config = {**DEFAULTS, **settings, "output-dir": str(output)}
+    number = next(RUN_IDS)
+
+    def answer_of(node: int) -> Answer:
+        told = {"partition-id": node, "num-partitions": clients}
+        context = Context(
+            number,
+            node,
+            told | ({"data-path": data_path} if data_path else {}),
+            RecordDict(),
+            config,
+        )
+
+        def answer(message: Message) -> RecordDict | Error:
+            reply = client_app(message, context)
+            return reply.content if reply.has_content() else reply.error
+
+        return answer
+
+    nodes = {node: answer_of(node) for node in range(clients)}
+    grid = SimulatedGrid(nodes, {node: node for node in nodes})
+    server_app.main(grid, Context(number, 1, {}, RecordDict(), config))
+    return output / str(number)
+
+
+RUN_IDS = count(1)
+
+
+def shortened(given: dict[str, Any], clients: int) -> dict[str, Any]:
+    """Return the settings of a command with fewer rounds, and less of everything."""
+    short = {**given, **SHORT, "server.min-available-nodes": clients}
+    config = Config.from_flat({**DEFAULTS, **given})
+    if config.data.dataset in DATASETS:
+        short["data.train-samples"] = min(config.data.train_samples, FEW)
+        short["data.test-samples"] = FEW
+    return short
+
+
+@pytest.fixture
+def scans(project: Path, own_home: Path) -> None:
+    """Leave the scans of the documents where they say."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (60, 1, 64, 64), dtype=np.uint8)
+    for folder in (own_home / "scans", DataConfig().root_path):
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / "scans.npz", x=images, y=np.arange(60) % 3)
+    for number, image in enumerate(images[:6, 0]):
+        file = project / "site" / ("benign", "malignant")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+
+
+def earlier_runs(name: str, clients: int, output: Path) -> None:
+    """Leave runs until there is one of a name that a command goes on from."""
+    dataset, _, number = name.partition("-pfedgpa-")
+    given = parse_config_args(["conf/fashion-mnist-20.toml"]) if "mnist" in dataset else {}
+    for _ in range(int(number or 1)):
+        run_app(shortened(given, clients), clients, output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", RUNS, ids=shlex.join)
+def test_a_run_goes_to_its_end(words: Words, project: Path, tmp_path: Path, scans: None):
+    command = get_command(flwr).commands["run"]  # type: ignore[attr-defined]
+    options = command.make_context("run", [*words[2:]]).params
+    (asked,) = options["federation_config_overrides"] or ("num-supernodes=2",)
+    clients = min(FEW, parse_config_args([asked])["num-supernodes"])
+    overrides = [*(options["run_config_overrides"] or ())]
+    if overrides == ["resume.toml"]:
+        (line,) = re.findall(r"^\(echo .+ > resume\.toml$", RUNS_PAGE, flags=re.MULTILINE)
+        subprocess.run(["bash", "-ec", line], check=True)
+    given = parse_config_args(overrides)
+    assert given.keys() <= DEFAULTS.keys()
+    settings, output = shortened(given, clients), tmp_path / "runs"
+    if name := given.get("resume-from"):
+        earlier_runs(name, clients, output)
+        settings |= {"num-server-rounds": 2}
+        settings["resume-from"] = name.replace("RUN", "latest")
+    data_path = str(project / "site") if settings.get("data.dataset") == "sites" else ""
+    run = Run.read(run_app(settings, clients, output, data_path))
+    assert [row["round"] for row in run.metrics] == [*range(1, settings["num-server-rounds"] + 1)]
+    assert all(row["num-failures"] == 0 and row["num-clients"] for row in run.metrics)
+    assert (run.path / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Do a run of digits."""
+    return run_app(shortened({}, 4), 4, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def finished(project: Path, finished_run: Path) -> None:
+    """Leave a run of digits where runs are, and pictures for its models."""
+    shutil.copytree(finished_run, Config().output_path / finished_run.name)
+    images = client_data(DataConfig(), 0, 0, 4).test_images[:4]
+    Image.fromarray(images[0, 0].numpy()).save(project / "scan.png")
+    write_pictures(project, images, torch.zeros(4, dtype=torch.int64))
+    (project / "0").rename(project / "photos")
+    np.savez(project / "more.npz", x=images.numpy())
+
+
+MODEL = ("pfedgpa", "export", "latest", "--client", "3", "-o", "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in OTHERS if "build/bench/mine" not in words], ids=shlex.join
+)
+def test_a_command_does_what_it_should(words: Words, project: Path, finished: None):
+    if "predict" in words:
+        type_in(MODEL)
+    here = {"RUN": "latest", "/srv/models/mine.safetensors": "model.safetensors"}
+    said = type_in(tuple(here.get(word, word) for word in words), answer="y\n").stdout
+    assert said
+    if "-o" in words:
+        assert Path(words[words.index("-o") + 1]).stat().st_size > 1000
