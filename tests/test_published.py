@@ -70,9 +70,11 @@ ELSEWHERE = {
     "export FLWR_HOME=/shared/flwr FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1": SETS,
     "flower-superlink --insecure --port 18000": DEPLOYED,
     "flower-supernode --insecure --superlink 127.0.0.1:18000 --port 19094 --node-config "
-    "'partition-id=0 num-partitions=2'": DEPLOYED,
+    "'partition-id=0 num-partitions=3'": DEPLOYED,
     "flower-supernode --insecure --superlink 127.0.0.1:18000 --port 19095 --node-config "
-    "'partition-id=1 num-partitions=2'": DEPLOYED,
+    "'partition-id=1 num-partitions=3'": DEPLOYED,
+    "flower-supernode --insecure --superlink 127.0.0.1:18000 --port 19096 --node-config "
+    "'partition-id=2 num-partitions=3'": DEPLOYED,
     "printf '\\n[superlink.here]\\naddress = \"127.0.0.1:18000\"\\ninsecure = true\\n'": DEPLOYED,
     "flower-supernode --insecure --superlink 127.0.0.1:18000 --node-config "
     "'data-path=\"/srv/scans\"'": DEPLOYED,
@@ -86,6 +88,7 @@ ELSEWHERE = {
     "ray start --head --port=6379": CLUSTER,
     "ray start --address=FIRST-MACHINE:6379": CLUSTER,
     "flower-superlink --simulation --insecure --host 127.0.0.1 --port 18000": CLUSTER,
+    "pkill -f 'flower-superlink.*--simulation'": "ends what others may have started",
     "flwr stop RUN cluster": "test_deployment.py::test_a_stopped_run_is_over",
     "flwr run . --stream --run-config 'tracking='\"'\"'tensorboard'\"'\"'' --federation-config "
     "'num-supernodes=10 client-resources-num-cpus=1'": TRACKED,
@@ -293,7 +296,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def finished(project: Path, finished_run: Path) -> None:
     """Leave a run of digits where runs are, and pictures for its models."""
-    shutil.copytree(finished_run, Config().output_path / finished_run.name)
+    for name in (finished_run.name, *SAME):  # some commands compare runs
+        shutil.copytree(finished_run, Config().output_path / name)
     images = client_data(DataConfig(), 0, 0, 4).test_images[:4]
     Image.fromarray(images[0, 0].numpy()).save(project / "scan.png")
     write_pictures(project, images, torch.zeros(4, dtype=torch.int64))
@@ -301,6 +305,7 @@ def finished(project: Path, finished_run: Path) -> None:
     np.savez(project / "more.npz", x=images.numpy())
 
 
+SAME = ("4711", "4712", "4713")
 MODEL = ("pfedgpa", "export", "latest", "--client", "3", "-o", "model.safetensors")
 
 
@@ -310,8 +315,9 @@ MODEL = ("pfedgpa", "export", "latest", "--client", "3", "-o", "model.safetensor
 def test_a_command_does_what_it_should(words: Words, project: Path, finished: None):
     if "predict" in words:
         type_in(MODEL)
-    here = {"RUN": "latest", "/srv/models/mine.safetensors": "model.safetensors"}
-    said = type_in(tuple(here.get(word, word) for word in words), answer="y\n").stdout
+    runs, here = iter(SAME), {"/srv/models/mine.safetensors": "model.safetensors"}
+    typed = (next(runs) if word == "RUN" else here.get(word, word) for word in words)
+    said = type_in(tuple(typed), answer="y\n").stdout
     assert said
     if "-o" in words:
         assert Path(words[words.index("-o") + 1]).stat().st_size > 1000

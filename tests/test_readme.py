@@ -99,10 +99,7 @@ def test_an_exported_model_is_used_as_the_documents_say(
 def test_the_readmes_own_data_set_is_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Module and data of the example are all that the README's command needs."""
     page = (DOCS / "data-and-models.md").read_text()
-    module, data = (
-        re.findall(start + r"\n(.+?)\n(?:END\n)?```", page, flags=re.DOTALL)[0]
-        for start in ("```python", "<<'END'")
-    )
+    module, data, *_ = re.findall(r"```python\n(.+?)```", page, flags=re.DOTALL)
     (tmp_path / "scans.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
     exec(data, {})
