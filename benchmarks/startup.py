@@ -69,7 +69,8 @@ def seconds_of_client(folder: str) -> float:
 def steps(network: Network, quick: bool) -> Iterator[tuple[float, str]]:
     """Run the app, and yield what it has done after how many seconds."""
     begin = time.monotonic()
-    federation = "num-supernodes=10 client-resources-num-cpus=1"
+    clients = 2 if quick else 10
+    federation = f"num-supernodes={clients} client-resources-num-cpus=1"
     settings = {"num-server-rounds": 1} if quick else {}
     command = [*network.run_command(**settings), "--federation-config", federation]
     process = network.start("run", *command)
