@@ -8,7 +8,7 @@ row is told the groups.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -39,6 +39,10 @@ class TrajectoryAggregator(GenerativeAggregator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.earlier: deque[list[Tensor]] = deque(maxlen=2)
+
+    def alone(self, clients: Iterable[int]) -> list[int]:
+        """Tell of nobody: rows of the past are no members."""
+        return []
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Learn, after what was in the bank became the past."""

@@ -58,6 +58,7 @@ def forget_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return the file of a user's own module."""
+    sys.modules.pop("scans", None)  # that of the documents, if another test wrote it
     (tmp_path / "scans.py").write_text(SCANS)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path / "scans.py"

@@ -84,7 +84,10 @@ def test_an_own_data_set_is_loaded(here: Path):
     [
         ("unchecked:load", "unchecked:load: cannot be imported (No module named 'unchecked')"),
         ("checked:nothing", "checked:nothing: cannot be imported (module 'checked' has no"),
-        ("checked:fail", "checked:fail: failed with OSError: the disk is away (checked.py, line"),
+        (
+            "checked:fail",
+            "checked:fail: failed with OSError: the disk is away in fail (checked.py",
+        ),
         ("checked:wide", "checked:wide: examples are 60x1x8x9, right would be nx1x8x8"),
         ("checked:many", "checked:many: labels go from 0 to 3, right would be 0 to 2"),
     ],

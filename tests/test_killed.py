@@ -14,7 +14,6 @@ import torch
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 from simulated_grid import SimulatedGrid, learning_grid, weights
-from torch import nn
 
 from pfedgpa_app import report
 from pfedgpa_app.model_spec import ModelSpec
@@ -31,20 +30,13 @@ class Killed(BaseException):
     """In place of SIGKILL: nothing catches it."""
 
 
-class Weights(nn.Module):
-    """The model of the learning sites."""
-
-    def state_dict(self, *args, **kwargs):
-        return weights(0.0)
-
-
 def run_app(output: Path, run_id: int, first_id: int = 1000, **settings: object) -> Path:
     """Run the ServerApp among six sites, whose node ids begin there; return the run's folder."""
     config = {"output-dir": str(output), "num-server-rounds": ROUNDS, "diffusion.train-steps": 5}
     config |= {"server.fraction-train": 0.5, **settings}
     context = Context(run_id, 1, {}, RecordDict(), config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "preflight", lambda config: Weights())
+        patch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
         app.main(learning_grid(first_id), context)
     return output / str(run_id)
 

@@ -9,19 +9,12 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 from simulated_grid import learning_grid, weights
-from torch import nn
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.report import RunFolder
 from server_app import app
 from server_app.tracking import Tracking
-
-
-class Weights(nn.Module):
-    """The model of the learning sites."""
-
-    def state_dict(self, *args, **kwargs):
-        return weights(0.0)
 
 
 class FakeWriter:
@@ -115,7 +108,7 @@ def numbers(path: Path) -> list[dict[str, float]]:
 
 
 def run_app(output: Path, run_id: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
-    monkeypatch.setattr(app, "preflight", lambda config: Weights())
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
     config = {"output-dir": str(output), "num-server-rounds": 2, "diffusion.train-steps": 5}
     app.main(learning_grid(10), Context(run_id, 1, {}, RecordDict(), config | settings))
 
