@@ -22,6 +22,7 @@ from pfedgpa_app.config import flatten
 from pfedgpa_app.files import read_toml
 
 CLIENTS, WORKERS = 20, 2
+FEW = 5
 
 
 def main(rounds: int = 7, quick: Quick = False) -> None:
@@ -48,7 +49,8 @@ def measure(network: Network, rounds: int, every: int, quick: bool) -> str:
         "diffusion.measure-every": rounds,
         **(LESS if quick else {}),
     }
-    federation = f"num-supernodes={CLIENTS} client-resources-num-cpus=1 "
+    clients = FEW if quick else CLIENTS
+    federation = f"num-supernodes={clients} client-resources-num-cpus=1 "
     federation += f"init-args-num-cpus={WORKERS}"
     command = [*network.run_command(**settings), "--federation-config", federation]
     subprocess.run(command, env=network.env, check=True, capture_output=True)

@@ -1,5 +1,6 @@
 """What can be wrong with right settings: models, layers, devices, packages that are not there."""
 
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -51,6 +52,15 @@ def preflight(config: Config, *, one_process: bool = False) -> ModelSpec:
     if problems:
         raise ConfigError(problems)
     return spec
+
+
+def decides(config: Config) -> Hashable:
+    """Return what the outcome of `preflight` depends on, so that nothing is tried twice."""
+    return (
+        *(config.model, config.data.info, config.data.train_samples, config.client, config.privacy),
+        *(STRATEGY_INFO[config.strategy].head, config.diffusion.patterns),
+        *(config.diffusion.device, config.tracking, config.seed),
+    )
 
 
 def _checked_model(config: Config) -> ModelSpec:

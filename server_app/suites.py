@@ -7,7 +7,7 @@ import platform
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.files import composed, native_path, quoted, read_text, read_toml
-from pfedgpa_app.preflight import preflight
+from pfedgpa_app.preflight import decides, preflight
 from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
 from pfedgpa_app.section import Count, Section, Seed
 from pfedgpa_app.state import writing
@@ -180,6 +180,7 @@ class Suite(Section):
         if len(self.seeds) > len(set(self.seeds)):
             raise SuiteError(f"seeds = {self.seeds}; right would be each once")
         runs, problems = [], []
+        tried: set[Hashable] = set()
         for seed in self.seeds:
             for case, in_case in self.cases.items():
                 for row, in_row in self.rows.items():
@@ -193,7 +194,9 @@ class Suite(Section):
                     try:
                         config = Config.from_flat(flat)
                         if seed == self.seeds[0]:
-                            preflight(config, one_process=True)
+                            if (what := decides(config)) not in tried:
+                                preflight(config, one_process=True)
+                                tried.add(what)
                             problems += [f"{name}: {each}" for each in self._contradictions(config)]
                         runs.append(BenchRun(case, row, config, clients, self._judged(config)))
                     except ConfigError as error:

@@ -26,7 +26,11 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.report import Run
 from server_app.simulation import simulate
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("warm_processes")]
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("warm_processes"),
+]
 
 # Seconds from one look at all processes to the next.
 PAUSE = 0.5
