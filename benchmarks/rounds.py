@@ -40,16 +40,16 @@ def main(rounds: int = 7, quick: Quick = False) -> None:
 
 def measure(network: Network, rounds: int, every: int, quick: bool) -> str:
     """Return the row of a run."""
-    file = PROJECT / "conf" / "fashion-mnist-20.toml"
+    file, clients = PROJECT / "conf" / "fashion-mnist-20.toml", FEW if quick else CLIENTS
     settings = {
         **dict(flatten(read_toml(file))),
         "num-server-rounds": rounds,
         "server.evaluate-every": every,
+        "server.min-available-nodes": clients,
         # Halves are measured in the first round, and not again within so few.
         "diffusion.measure-every": rounds,
         **(LESS if quick else {}),
     }
-    clients = FEW if quick else CLIENTS
     federation = f"num-supernodes={clients} client-resources-num-cpus=1 "
     federation += f"init-args-num-cpus={WORKERS}"
     command = [*network.run_command(**settings), "--federation-config", federation]
@@ -57,10 +57,10 @@ def measure(network: Network, rounds: int, every: int, quick: bool) -> str:
     folder = network.run_folder()
     last = read_lines(folder)[-1]["personalized-accuracy"]
     rows = [row for row in read_lines(folder) if 1 < row["round"] < rounds]
-    clients = read_lines(folder, "clients.jsonl")
+    answers = read_lines(folder, "clients.jsonl")
     parts = []
     for row in rows:
-        busy = sum(each["seconds"] for each in clients if each["round"] == row["round"])
+        busy = sum(each["seconds"] for each in answers if each["round"] == row["round"])
         parts.append(busy / (WORKERS * row["seconds-round"]))
     seconds, down, up = (
         fmean(row[name] for row in rows) for name in ("seconds-round", "bytes-down", "bytes-up")

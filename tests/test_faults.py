@@ -19,7 +19,6 @@ from benchmarks.waiting_model import PIPE, held
 
 pytestmark = [
     pytest.mark.processes,
-    pytest.mark.slow,
     pytest.mark.slow,  # it waits for what the SuperLink takes a minute to notice
     pytest.mark.usefixtures("warm_processes"),
 ]
