@@ -215,7 +215,8 @@ class PFedGPA(ClientwiseFedAvg):
             self.record.alone(client)
         if alone:
             told = alone_now(len(alone), len(uploads), self.diffusion)
-            log(WARNING, "pFedGPA: %s", told)
+            # Where some share, who does not is for the page; each round of a bench would say it.
+            log(WARNING if len(alone) == len(uploads) else INFO, "pFedGPA: %s", told)
 
     def trace(self) -> Row:
         """Return what the diffusion model found in the round; nothing if nobody trained."""
