@@ -228,7 +228,7 @@ def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
     examples = torch.zeros(2, *info.shape)
     with _evaluating(model), torch.enable_grad():
         logits, calls = _calls(model, examples)
-        direct = [call for call in calls if call.output is logits and call.name]
+        direct = [call for call in calls if call.output is logits]
         found = next((call for call in direct if _has_weight(model, call.name)), None)
         after: frozenset[str] = frozenset()
         if found is None:
@@ -244,7 +244,7 @@ def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
             after = round_it
     spec = ModelSpec.of(model)
     owners = {layer_of(name) for name in after}
-    prefix = f"{found.name}."
+    prefix = f"{found.name}." if found.name else ""
     own = [
         name
         for name in spec.initial
@@ -285,8 +285,11 @@ def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
 
         return hook
 
+    # The model as a whole is no layer, unless it is a single one.
     handles = [
-        layer.register_forward_hook(keep(name)) for name, layer in model.named_modules() if name
+        layer.register_forward_hook(keep(name))
+        for name, layer in model.named_modules()
+        if name or not any(model.children())
     ]
     try:
         return model(examples), calls

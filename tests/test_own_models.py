@@ -274,6 +274,11 @@ def test_the_head_makes_the_logits(model: Build, layer: str, names: list[str] | 
     assert list(head.names) == (names or [f"{layer}.weight", f"{layer}.bias"])
 
 
+def test_a_model_of_one_layer_is_its_head():
+    head = find_head(nn.Linear(30, 3), DatasetInfo((30,), 3))
+    assert head == ("", ("weight", "bias"), (3, 30), ("weight",))
+
+
 class Scaled(Net):
     """As a CLIP model: a scale of its own follows the head."""
 
