@@ -17,6 +17,7 @@ from pfedgpa_app.section import Count, Scalar, Seed
 from pfedgpa_app.sections import (
     DATASETS,
     MODEL_SHAPES,
+    PARTITIONS,
     SITES,
     CheckpointConfig,
     ClientConfig,
@@ -36,6 +37,7 @@ from pfedgpa_app.strategies import STRATEGY_INFO, StrategySections
 __all__ = [
     "DATASETS",
     "MODEL_SHAPES",
+    "PARTITIONS",
     "SITES",
     "CheckpointConfig",
     "ClientConfig",

@@ -4,7 +4,15 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pfedgpa_app.sections import DATASETS, MODEL_SHAPES, SITES, DataConfig, DiffusionConfig, by_x
+from pfedgpa_app.sections import (
+    DATASETS,
+    MODEL_SHAPES,
+    SITES,
+    WITH_OWNERS,
+    DataConfig,
+    DiffusionConfig,
+    by_x,
+)
 from pfedgpa_app.strategies import PLAIN_STRATEGIES
 
 if TYPE_CHECKING:
@@ -50,6 +58,18 @@ def _data_contradictions(data: DataConfig) -> Iterator[tuple[set[str], str]]:
             {"data.dataset", "data.num-classes", "data.class-names"},
             f'data.class-names = "{data.class_names}": has {len(names)} names for {num_classes} '
             "classes; right would be one each",
+        )
+    if data.partition == "natural" and not own_data and data.dataset not in WITH_OWNERS:
+        yield (
+            {"data.partition", "data.dataset"},
+            f'data.partition = "natural": {data.dataset} does not say whose each example is; right '
+            f"would be another partition, {' or '.join(WITH_OWNERS)}, or a data set of your own",
+        )
+    if data.partition == "natural" and data.test_uniform_fraction:
+        yield (
+            {"data.partition", "data.test-uniform-fraction"},
+            f"data.test-uniform-fraction = {data.test_uniform_fraction}: with data.partition = "
+            '"natural" each owner\'s test examples are its own; right would be 0.0',
         )
     if data.dataset == SITES and data.shift != "none":
         yield (

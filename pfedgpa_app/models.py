@@ -73,12 +73,30 @@ def mlp(info: DatasetInfo) -> nn.Module:
     )
 
 
+def signal_cnn(info: DatasetInfo) -> nn.Module:
+    """Two 1-D convolutions and a linear layer for signals; 18,471 parameters for 6x100."""
+    channels, length = info.shape
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv1d(channels, 32, 5, padding=2),
+            activation1=nn.LeakyReLU(),
+            pool1=nn.MaxPool1d(2),
+            conv2=nn.Conv1d(32, 64, 5, padding=2),
+            activation2=nn.LeakyReLU(),
+            pool2=nn.MaxPool1d(3),
+            flatten=nn.Flatten(),
+            fc=nn.Linear(64 * (length // 2 // 3), info.num_classes),
+        )
+    )
+
+
 MODELS: dict[str, Callable[[DatasetInfo], nn.Module]] = {
     "cnn-8x8": small_cnn,
     "cnn-28x28": cnn,
     "cnn-cifar": cifar_cnn,
     "resnet18": resnet18,
     "mlp": mlp,
+    "cnn-1d": signal_cnn,
 }
 
 

@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
@@ -50,7 +50,13 @@ DATASETS: dict[str, DatasetInfo] = {
     "emnist-byclass": DatasetInfo((1, 28, 28), 62),
     "cifar10": DatasetInfo((3, 32, 32), 10),
     "breast-cancer": DatasetInfo((30,), 2),
+    "watch": DatasetInfo((6, 100), 7),
 }
+WITH_OWNERS = ("watch",)
+"""The data sets that say whose each example is."""
+
+Partition = Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid", "natural"]
+PARTITIONS: tuple[str, ...] = get_args(Partition)
 
 # The shapes that a model is made for; None is any size.
 MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
@@ -59,6 +65,7 @@ MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
     "cnn-cifar": (None, 32, 32),
     "resnet18": (None, None, None),
     "mlp": (None,),
+    "cnn-1d": (None, None),
 }
 
 
@@ -92,6 +99,7 @@ class DataConfig(Section):
             "emnist-byclass",
             "cifar10",
             "breast-cancer",
+            "watch",
             "sites",
         ]
         | OwnFunction
@@ -100,9 +108,7 @@ class DataConfig(Section):
     shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*(x[1-9]\d*)*$")] = ""
     num_classes: OptionalCount = 0
     class_names: Annotated[str, AfterValidator(_check_names)] = ""
-    partition: Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"] = (
-        "dominant-classes"
-    )
+    partition: Partition | OwnFunction = "dominant-classes"
     train_samples: OptionalCount = 30
     test_samples: OptionalCount = 0
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -149,7 +155,9 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The model that every client trains."""
 
-    name: Literal["cnn-8x8", "cnn-28x28", "cnn-cifar", "resnet18", "mlp"] | OwnFunction = "cnn-8x8"
+    name: (
+        Literal["cnn-8x8", "cnn-28x28", "cnn-cifar", "resnet18", "mlp", "cnn-1d"] | OwnFunction
+    ) = "cnn-8x8"
     send_frozen: bool = True
 
 

@@ -62,6 +62,7 @@ def test_every_file_in_conf_is_a_right_configuration(file: Path):
 def test_flat_settings_survive_the_round_trip(
     seed: int, rate: float, fidelity: float, rank: int | str, dataset: str, root: str
 ):
+    models = {"breast-cancer": "mlp", "watch": "cnn-1d"}
     given_settings = {
         "seed": seed,
         "client.learning-rate": rate,
@@ -70,7 +71,7 @@ def test_flat_settings_survive_the_round_trip(
         "data.dataset": dataset,
         "data.root": root,
         "data.partition": "iid",
-        "model.name": "mlp" if dataset == "breast-cancer" else "resnet18",
+        "model.name": models.get(dataset, "resnet18"),
     }
     config = Config.from_flat(given_settings)
     assert config.to_flat() == Config().to_flat() | given_settings
@@ -254,8 +255,8 @@ def test_the_message_lists_the_problems_one_a_line():
             "right would be mlp",
         ),
         (
-            {**SITES, "data.num-classes": 2, "data.shape": "2x500"},
-            'model.name = "cnn-28x28": takes *x28x28 (* is any) and sites has 2x500; '
+            {**SITES, "data.num-classes": 2, "data.shape": "2x5x5x5"},
+            'model.name = "cnn-28x28": takes *x28x28 (* is any) and sites has 2x5x5x5; '
             "right would be a function of your own, package.module:function",
         ),
         (

@@ -86,7 +86,7 @@ def test_a_held_out_test_pool_depends_on_the_seed_alone():
 @pytest.mark.fashion_mnist
 def test_fashion_mnist_is_read_from_debians_files(tmp_path):
     config = DataConfig(dataset="fashion-mnist", root=str(tmp_path))
-    images, labels, is_test = load_dataset(config, seed=0)
+    images, labels, is_test, _ = load_dataset(config, seed=0)
     assert images.shape == (70_000, 1, 28, 28)
     assert images.dtype == torch.uint8
     assert labels[is_test].bincount().tolist() == [1000] * 10

@@ -47,6 +47,7 @@ def test_the_settings_name_every_model():
             (9 * 3 + 1) * 16 + (9 * 16 + 1) * 32 + (9 * 32 + 1) * 64 + 1025 * 128 + 129 * 10,
         ),
         ("mlp", "breast-cancer", 31 * 64 + 65 * 64 + 65 * 2),
+        ("cnn-1d", "watch", (5 * 6 + 1) * 32 + (5 * 32 + 1) * 64 + (64 * 16 + 1) * 7),
     ],
 )
 def test_a_model_has_the_parameters_of_its_docstring(name: str, dataset: str, expected: int):

@@ -5,15 +5,9 @@
 """
 
 from pfedgpa_app.data.clients import ClientData, class_counts, client_data
+from pfedgpa_app.data.dataset import DataError, Dataset
 from pfedgpa_app.data.sites import site_data
-from pfedgpa_app.data.sources import (
-    DataError,
-    Dataset,
-    ImageStats,
-    image_stats,
-    load_dataset,
-    normalize,
-)
+from pfedgpa_app.data.sources import ImageStats, image_stats, load_dataset, normalize
 
 __all__ = [
     "ClientData",

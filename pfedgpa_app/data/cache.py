@@ -7,23 +7,23 @@ data set take longer to import than all others together.
 import contextlib
 import hashlib
 import json
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pfedgpa_app.config import DATASETS, DataConfig, xdg_folder
-from pfedgpa_app.data.sources import Dataset
+from pfedgpa_app.config import DATASETS, PARTITIONS, DataConfig, xdg_folder
+from pfedgpa_app.data.dataset import Dataset
 from pfedgpa_app.state import load_state, save_state
 
 SPLIT_KIND = "pfedgpa-split-2"
 # What decides about who gets what, beside the settings.
-_PACKAGES = ("flwr-datasets", "numpy", "scikit-learn")
-_MODULES = ("partitions.py", "sources.py")
+_PACKAGES = ("flwr-datasets", "numpy", "scikit-learn", "seglearn")
+_MODULES = ("dataset.py", "partitions.py", "sources.py", "watch.py")
 
 # Larger data sets are files already.
-_MAX_ENTRIES = 2**20
+_MAX_ENTRIES = 2**22
 
 Indices = list[tuple[Tensor, Tensor]]
 """Of each client the samples for training and for testing, int64."""
@@ -32,15 +32,15 @@ Indices = list[tuple[Tensor, Tensor]]
 class SplitFile:
     """The file of one way to share out a data set that never changes.
 
-    Only what the package knows by name is kept; data of one's own may change under their name.
+    Only what the package knows by name is kept; functions of one's own may change.
     """
 
     def __init__(self, config: DataConfig, seed: int, num_partitions: int) -> None:
         self.path: Path | None = None
-        if config.dataset not in DATASETS:
+        if config.dataset not in DATASETS or config.partition not in PARTITIONS:
             return
         settings = config.model_dump(by_alias=True, exclude={"root"})
-        packages = [version(name) for name in _PACKAGES]
+        packages = [_version(name) for name in _PACKAGES]
         key = json.dumps([settings, seed, num_partitions, packages], sort_keys=True)
         digest = hashlib.sha256(key.encode())
         for module in _MODULES:
@@ -74,7 +74,9 @@ class SplitFile:
         if self.path is None:
             return
         is_small = dataset.images.numel() <= _MAX_ENTRIES
-        tensors: dict[str, Tensor] = dataset._asdict() if is_small else {}
+        tensors: dict[str, Tensor] = {}
+        if is_small:  # whose each sample is, the indices tell
+            tensors = {name: getattr(dataset, name) for name in ("images", "labels", "is_test")}
         for name, part in zip(("train", "test"), zip(*indices, strict=True), strict=True):
             tensors[name] = torch.cat(part)
             tensors[f"{name}_sizes"] = torch.tensor([len(one) for one in part])
@@ -90,6 +92,14 @@ class SplitFile:
             return load_state(self.path, SPLIT_KIND)[0]
         except ValueError:  # it is the first time, or something is wrong with the file
             return None
+
+
+def _version(name: str) -> str:
+    """Return the version of a package, "" of one that is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def counted(dataset: Dataset, indices: Indices) -> Tensor:

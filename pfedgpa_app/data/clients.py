@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pfedgpa_app.config import DataConfig, DatasetInfo
+from pfedgpa_app.config import PARTITIONS, DataConfig, DatasetInfo
 from pfedgpa_app.data.cache import Indices, SplitFile, counted
+from pfedgpa_app.data.dataset import DataError, Dataset
 from pfedgpa_app.data.shifts import shifted
-from pfedgpa_app.data.sources import DataError, Dataset, ImageStats, image_stats, load_dataset
+from pfedgpa_app.data.sources import ImageStats, image_stats, load_dataset
 
 
 class ClientData(NamedTuple):
@@ -79,7 +80,7 @@ def class_counts(config: DataConfig, seed: int, num_partitions: int) -> Tensor |
     DataError
         If it cannot be shared out so.
     """
-    if config.dataset == "digits":
+    if config.dataset == "digits" and config.partition in PARTITIONS:
         dataset, _, indices = _shared_out(config, seed, num_partitions)
         counts: Tensor | None = counted(dataset, indices)
     else:
@@ -107,7 +108,7 @@ def _shared_out(
     from pfedgpa_app.data.partitions import partition
 
     dataset = load_dataset(config, seed)
-    parts = partition(dataset.labels, dataset.is_test, config, num_partitions, seed)
+    parts = partition(dataset.labels, dataset.is_test, config, num_partitions, seed, dataset.owners)
     indices = [(part.train, part.test) for part in parts]
     file.write(dataset, indices)
     return dataset, image_stats(dataset), indices

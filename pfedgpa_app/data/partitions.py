@@ -2,7 +2,8 @@
 
 The training pool is shared out by a partitioner of flwr-datasets, on a table of labels and
 indices: Flower's own for ``dirichlet``, ``pathological`` and ``iid``, and one of this module for
-``dominant-classes`` and ``disjoint``. Each test set follows from its client's training set.
+``dominant-classes`` and ``disjoint``; or a function of one's own does. Each test set follows from
+its client's training set. With ``natural`` every owner of samples is a client.
 """
 
 import warnings
@@ -23,8 +24,9 @@ from flwr_datasets.partitioner import (
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pfedgpa_app.config import DataConfig
-from pfedgpa_app.data.sources import DataError
+from pfedgpa_app.config import PARTITIONS, DataConfig
+from pfedgpa_app.data.dataset import DataError
+from pfedgpa_app.data.own import own_shares
 
 Indices = NDArray[np.int64]
 
@@ -49,7 +51,12 @@ class ClientIndices(NamedTuple):
 
 
 def partition(
-    labels: Tensor, is_test: Tensor, config: DataConfig, num_clients: int, seed: int
+    labels: Tensor,
+    is_test: Tensor,
+    config: DataConfig,
+    num_clients: int,
+    seed: int,
+    owners: Tensor | None = None,
 ) -> list[ClientIndices]:
     """Share out a data set; the same arguments give the same split in every process.
 
@@ -61,12 +68,18 @@ def partition(
     for rounding and what is spread over all classes; with ``test_samples`` > 0 it has exactly that
     size, and clients may share.
 
+    With ``natural``, client i has the samples of owner i in either pool, at most ``train_samples``
+    and ``test_samples`` of them, drawn by the seed. Where there are fewer clients than owners, the
+    owners beyond them take no part.
+
     Parameters
     ----------
     labels : Tensor
         Classes of the samples, ``(n,)``, int64.
     is_test : Tensor
         The samples for testing, ``(n,)``, bool.
+    owners : Tensor | None
+        Who made each sample, ``(n,)``, int64, from 0 on; for ``natural`` alone.
 
     Raises
     ------
@@ -74,8 +87,9 @@ def partition(
         If a client would have no training or no test samples, or needs more samples of a class
         than there are.
     """
-    remedy = REMEDIES[config.partition]
     classes, in_test_pool = labels.numpy(), is_test.numpy()
+    if config.partition == "natural":
+        return _natural(in_test_pool, owners, config, num_clients, seed)
     train_pool = _shuffled(np.flatnonzero(~in_test_pool), seed, stream=1)
     test_pool = _shuffled(np.flatnonzero(in_test_pool), seed, stream=2)
     if not 1 <= num_clients <= len(train_pool):
@@ -83,29 +97,23 @@ def partition(
             f"{num_clients} clients cannot share {len(train_pool)} training samples, "
             f"right would be 1 to {len(train_pool)} clients"
         )
-    partitioner = _partitioner(config, num_clients, seed)
-    partitioner.dataset = _Table.of(train_pool, classes[train_pool])
-    try:
-        with warnings.catch_warnings():  # they name arguments that users of this app cannot set
-            warnings.simplefilter("ignore")
-            shares = [
-                np.asarray(partitioner.load_partition(client)["index"][:], dtype=np.int64)
-                for client in range(num_clients)
-            ]
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(
-            f"data.partition = {config.partition} fails for {num_clients} clients: {error} "
-            f"What would help: {remedy}"
-        ) from error
+    if config.partition in PARTITIONS:
+        shares = _shares(train_pool, classes, config, num_clients, seed)
+    else:
+        pool = np.sort(train_pool)
+        shares = [
+            _drawn(pool[share], 0, seed, client)
+            for client, share in enumerate(
+                own_shares(config.partition, classes[pool], num_clients, seed)
+            )
+        ]
     # Every share is in a seeded order, so that its beginning is a random subset of it.
     train = [np.sort(share[: config.train_samples or None]) for share in shares]
     for client, share in enumerate(train):
         if len(share) == 0:
             raise DataError(
                 f"client {client} of {num_clients} has no training samples; "
-                f"what would help: {remedy}"
+                f"what would help: {REMEDIES[config.partition]}"
             )
     num_classes = config.info.num_classes
     held = np.stack([np.bincount(classes[share], minlength=num_classes) for share in train])
@@ -118,6 +126,63 @@ def partition(
         ClientIndices(torch.from_numpy(mine), torch.from_numpy(np.sort(theirs)))
         for mine, theirs in zip(train, test, strict=True)
     ]
+
+
+def _shares(
+    train_pool: Indices, classes: Indices, config: DataConfig, num_clients: int, seed: int
+) -> list[Indices]:
+    """Return the training samples of each client, in a seeded order."""
+    partitioner = _partitioner(config, num_clients, seed)
+    partitioner.dataset = _Table.of(train_pool, classes[train_pool])
+    try:
+        with warnings.catch_warnings():  # they name arguments that users of this app cannot set
+            warnings.simplefilter("ignore")
+            return [
+                np.asarray(partitioner.load_partition(client)["index"][:], dtype=np.int64)
+                for client in range(num_clients)
+            ]
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(
+            f"data.partition = {config.partition} fails for {num_clients} clients: {error} "
+            f"What would help: {REMEDIES[config.partition]}"
+        ) from error
+
+
+def _natural(
+    in_test_pool: NDArray[np.bool_],
+    owners: Tensor | None,
+    config: DataConfig,
+    num_clients: int,
+    seed: int,
+) -> list[ClientIndices]:
+    """Return what the first owners have, which `assemble` saw have some of either pool."""
+    assert owners is not None  # it refuses a data set that has none
+    num_owners = int(owners.max()) + 1
+    if not 1 <= num_clients <= num_owners:
+        raise DataError(
+            f"data.partition = natural: {num_clients} clients, and {num_owners} owners of samples; "
+            f"right would be 1 to {num_owners} clients"
+        )
+    clients = []
+    for client in range(num_clients):
+        mine = owners.numpy() == client
+        train, test = (
+            torch.from_numpy(np.sort(_drawn(np.flatnonzero(pool & mine), limit, seed, client)))
+            for pool, limit in (
+                (~in_test_pool, config.train_samples),
+                (in_test_pool, config.test_samples),
+            )
+        )
+        clients.append(ClientIndices(train, test))
+    return clients
+
+
+def _drawn(samples: Indices, limit: int, seed: int, client: int) -> Indices:
+    """Return at most ``limit`` of a client's samples (0: all), in a seeded order."""
+    rng = np.random.default_rng([4, seed, client])
+    return rng.permutation(samples)[: limit or None]
 
 
 class _PlannedPartitioner(Partitioner):
@@ -283,7 +348,7 @@ def _partitioner(config: DataConfig, num_clients: int, seed: int) -> Partitioner
                 class_assignment_mode="first-deterministic",  # random may leave classes unused
                 seed=seed,
             )
-        case "iid":  # contiguous pieces of the table, which is shuffled
+        case _:  # iid: contiguous pieces of the table, which is shuffled
             return IidPartitioner(num_clients)
 
 

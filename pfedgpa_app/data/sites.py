@@ -9,7 +9,8 @@ import torch
 from pfedgpa_app.arrays import FileError, alike, read_examples, read_labels
 from pfedgpa_app.config import DataConfig, by_x
 from pfedgpa_app.data.clients import ClientData
-from pfedgpa_app.data.sources import DataError, Part, assemble, image_stats
+from pfedgpa_app.data.dataset import DataError, Part, assemble
+from pfedgpa_app.data.sources import image_stats
 from pfedgpa_app.files import composed, is_hidden, quoted
 from pfedgpa_app.images import PICTURES, counted, find_pictures, read_picture, sort_out
 
@@ -37,7 +38,7 @@ def site_data(
             parts = _read_folder(path, config, note)
         elif path.suffix.lower() == ".npz" and path.is_file():
             examples = read_examples(path, config.info.shape, to_train=True)
-            parts = [(examples, read_labels(path))]
+            parts = [Part(examples, read_labels(path))]
         elif path.is_file():
             raise DataError(
                 f"{path}: is a file of another kind; right would be a folder of images or an .npz "
@@ -96,7 +97,7 @@ def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
         labels += [config.classes.index(name)] * len(found.pictures)
     if not images:
         raise DataError(f"{folder}: there are no images in its class folders")
-    return torch.stack(alike(images)), torch.tensor(labels)
+    return Part(torch.stack(alike(images)), torch.tensor(labels))
 
 
 def _class_folders(folder: Path, entries: list[Path], classes: Sequence[str]) -> dict[str, Path]:

@@ -1,6 +1,5 @@
-"""The data sets: all examples and labels of one, and which of them are only for testing."""
+"""Where data sets come from, and how their examples are normalized."""
 
-import importlib
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,31 +13,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from pfedgpa_app.arrays import LEVELS, PIECE, ArrayError, alike, as_examples, as_labels
-from pfedgpa_app.config import DATASETS, SITES, DataConfig, DatasetInfo, by_x
-from pfedgpa_app.errors import described
-from pfedgpa_app.randomness import initialized_by, make_generator
+from pfedgpa_app.arrays import LEVELS, PIECE
+from pfedgpa_app.config import DATASETS, SITES, DataConfig
+from pfedgpa_app.data.dataset import DataError, Dataset, Part, assemble
+from pfedgpa_app.data.own import load_part
+from pfedgpa_app.data.watch import load_windows
 
 # Where Debian's package dataset-fashion-mnist puts the original files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-
-Part = tuple[Tensor, Tensor]
-
-
-class DataError(ValueError):
-    """Data that clients cannot work with; the message says what would be right."""
-
-
-class Dataset(NamedTuple):
-    """A data set in memory, the pools for training and for testing in one."""
-
-    images: Tensor
-    """The examples, ``(n, *shape)``: images are ``(n, channels, height, width)``, uint8 but for
-    float32, or `LEVELS` of 16 bits, of an own data set; tables are ``(n, features)``."""
-    labels: Tensor
-    """``(n,)``, int64."""
-    is_test: Tensor
-    """``(n,)``, bool: the samples that test sets are drawn from, and training sets never."""
 
 
 class ImageStats(NamedTuple):
@@ -54,8 +36,8 @@ class ImageStats(NamedTuple):
 def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """Load the data set of the settings; `client_data` does it once a process.
 
-    The test pool is the official test set. What scikit-learn has and own data sets have none: there
-    it is ``test_fraction`` of each class, drawn by the seed.
+    The test pool is the official test set, or what the data set itself sets apart. Where there is
+    neither, `assemble` draws it.
 
     Raises
     ------
@@ -73,28 +55,8 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     elif name in DATASETS:
         parts = _torchvision(name, config.root_path)
     else:
-        parts = [_own(config, seed)]
+        parts = [load_part(config, seed)]
     return assemble(parts, config, seed, name)
-
-
-def assemble(parts: list[Part], config: DataConfig, seed: int, name: str) -> Dataset:
-    """Return a data set of a training and a test part, or of one that is split by the seed.
-
-    Raises
-    ------
-    DataError
-        If a part, of the data called ``name``, is not what the settings say.
-    """
-    for images, labels in parts:
-        _check(images, labels, config.info, name)
-    if len(parts) == 1:  # which may be too large for a second copy
-        images, labels = parts[0][0], parts[0][1].long()
-    else:
-        images = torch.cat(alike([images for images, _ in parts]))
-        labels = torch.cat([labels for _, labels in parts]).long()
-    if len(parts) == 2:
-        return Dataset(images, labels, torch.arange(len(labels)) >= len(parts[0][1]))
-    return Dataset(images, labels, _stratified(labels, config.test_fraction, seed, name))
 
 
 def image_stats(dataset: Dataset) -> ImageStats:
@@ -157,18 +119,18 @@ def _digits() -> Part:
 
     digits = load_digits()
     images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
-    return images[:, None], torch.from_numpy(digits.target)
+    return Part(images[:, None], torch.from_numpy(digits.target))
 
 
 def _breast_cancer() -> Part:
     from sklearn.datasets import load_breast_cancer
 
     table = load_breast_cancer()
-    return torch.from_numpy(table.data.astype(np.float32)), torch.from_numpy(table.target)
+    return Part(torch.from_numpy(table.data.astype(np.float32)), torch.from_numpy(table.target))
 
 
-# What scikit-learn brings along.
-_EMBEDDED = {"digits": _digits, "breast-cancer": _breast_cancer}
+# What packages bring along.
+_EMBEDDED = {"digits": _digits, "breast-cancer": _breast_cancer, "watch": load_windows}
 
 
 def _torchvision(name: str, root: Path) -> list[Part]:
@@ -192,7 +154,7 @@ def _torchvision(name: str, root: Path) -> list[Part]:
             f"{name}: neither readable in {root} nor downloaded ({cause}). Start once with a "
             f"network connection, or set data.root to a folder where torchvision finds it"
         ) from error
-    return [(_upright(torch.as_tensor(s.data), name), torch.as_tensor(s.targets)) for s in sets]
+    return [Part(_upright(torch.as_tensor(s.data), name), torch.as_tensor(s.targets)) for s in sets]
 
 
 def _read_or_download(reader: Callable[..., Any], root: Path) -> list[Any]:
@@ -231,72 +193,3 @@ def _upright(images: Tensor, name: str) -> Tensor:
     if name.startswith("emnist"):  # its files hold every image column by column
         images = images.transpose(1, 2)
     return images[:, None]
-
-
-def _own(config: DataConfig, seed: int) -> Part:
-    """Call ``package.module:function`` with the folder of the data sets.
-
-    Global generators follow the seed meanwhile.
-    """
-    name = config.dataset
-    module_name, _, function_name = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(
-            f"{name}: cannot be imported ({error}). data.dataset names a function as "
-            f'"package.module:function", of a package that is installed where the clients run'
-        ) from error
-    except Exception as error:  # code of the user's raises whatever it likes
-        raise DataError(f"{name}: importing it failed with {described(error)}") from error
-    try:
-        # Every client calls it, and what it draws must be the same for all of them.
-        with initialized_by(make_generator(seed, "dataset")):
-            pair = function(config.root_path)
-    except Exception as error:
-        raise DataError(f"{name}: failed with {described(error)}") from error
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise DataError(f"{name}: returns {type(pair).__name__}, right would be (examples, labels)")
-    what = "examples"
-    try:
-        examples = as_examples(pair[0], config.info.shape, to_train=True)
-        what = "labels"
-        return examples, as_labels(pair[1])
-    except ArrayError as error:
-        raise DataError(f"{name}: {what} are {error}") from error
-
-
-def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None:
-    """Raise a `DataError` unless these have that shape and labels of those classes."""
-    if tuple(images.shape[1:]) != info.shape:
-        raise DataError(
-            f"{name}: examples are {by_x(images.shape)}, right would be nx{by_x(info.shape)}"
-        )
-    if labels.ndim != 1 or len(labels) != len(images):
-        raise DataError(
-            f"{name}: {len(images)} examples and labels of shape {tuple(labels.shape)}, "
-            f"right would be ({len(images)},)"
-        )
-    if len(images) == 0:
-        raise DataError(f"{name}: there is no sample in it")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= info.num_classes:
-        raise DataError(
-            f"{name}: labels go from {low} to {high}, right would be 0 to {info.num_classes - 1}"
-        )
-
-
-def _stratified(labels: Tensor, fraction: float, seed: int, name: str) -> Tensor:
-    """Mark ``fraction`` of each class, but never all of it nor none of it."""
-    rng = np.random.default_rng(seed)
-    is_test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        if len(members) < 2:
-            raise DataError(
-                f"{name}: class {int(label)} has one sample, right would be two or more, "
-                f"so that there is one to train and one to test with"
-            )
-        size = min(max(1, round(fraction * len(members))), len(members) - 1)
-        is_test[members[torch.from_numpy(rng.permutation(len(members))[:size])]] = True
-    return is_test

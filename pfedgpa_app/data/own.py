@@ -1,0 +1,172 @@
+"""Functions of a user's own: one that loads a data set, and one that shares it out.
+
+What they return was written by others, and is checked before anything works with it.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pfedgpa_app.arrays import ArrayError, as_examples, as_labels
+from pfedgpa_app.config import DataConfig
+from pfedgpa_app.data.dataset import DataError, Part
+from pfedgpa_app.errors import described
+from pfedgpa_app.randomness import initialized_by, make_generator
+
+_RETURNS = "(examples, labels), (examples, labels, owners) or (examples, labels, owners, is_test)"
+
+
+def load_part(config: DataConfig, seed: int) -> Part:
+    """Call the function of ``data.dataset`` with the folder of the data sets.
+
+    Global generators follow the seed meanwhile.
+
+    Raises
+    ------
+    DataError
+        If there is no such function, it fails, or returns what is no data set.
+    """
+    name = config.dataset
+    function = _function("data.dataset", name)
+    try:
+        # Every client calls it, and what it draws must be the same for all of them.
+        with initialized_by(make_generator(seed, "dataset")):
+            given = function(config.root_path)
+    except Exception as error:  # code of the user's raises whatever it likes
+        raise DataError(f"{name}: failed with {described(error)}") from error
+    if not isinstance(given, tuple | list) or not 2 <= len(given) <= 4:
+        count = f" of {len(given)}" if isinstance(given, tuple | list) else ""
+        raise DataError(f"{name}: returns {type(given).__name__}{count}, right would be {_RETURNS}")
+    examples, labels, owners, is_test = (*given, None, None)[:4]
+    what = "examples are"
+    try:
+        examples = as_examples(examples, config.info.shape, to_train=True)
+        what = "labels are"
+        labels = as_labels(labels)
+        what = "owners are"
+        owners = None if owners is None else _as_owners(owners, len(examples))
+        what = "is_test is"
+        is_test = None if is_test is None else _as_marks(is_test, len(examples))
+    except ArrayError as error:
+        raise DataError(f"{name}: {what} {error}") from error
+    return Part(examples, labels, owners, is_test)
+
+
+def own_shares(
+    name: str, labels: NDArray[np.int64], num_clients: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Call the function of ``data.partition`` with ``(labels, num_clients, seed)``.
+
+    Global generators follow the seed meanwhile.
+
+    Parameters
+    ----------
+    labels
+        Of the training pool, ``(n,)``; the function is given a copy.
+
+    Returns
+    -------
+    list[NDArray[np.int64]]
+        Of each client the positions in ``labels``, ascending.
+
+    Raises
+    ------
+    DataError
+        If there is no such function, it fails, or returns what is no partition.
+    """
+    function = _function("data.partition", name)
+    try:
+        with initialized_by(make_generator(seed, "partition")):
+            # A function may as well be a generator.
+            given = list(function(labels.copy(), num_clients, seed))
+    except Exception as error:  # code of the user's raises whatever it likes
+        raise DataError(f"{name}: failed with {described(error)}") from error
+    if len(given) != num_clients:
+        raise DataError(
+            f"{name}: returns the samples of {len(given)} clients, right would be {num_clients}"
+        )
+    return [
+        _as_share(share, len(labels), f"{name}: client {client}")
+        for client, share in enumerate(given)
+    ]
+
+
+def _function(setting: str, name: str) -> Callable[..., Any]:
+    module_name, _, function_name = name.partition(":")
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"{name}: cannot be imported ({error}). {setting} names a function as "
+            f'"package.module:function", of a package that is installed where the clients run'
+        ) from error
+    except Exception as error:  # code of the user's raises whatever it likes
+        raise DataError(f"{name}: importing it failed with {described(error)}") from error
+    return function
+
+
+def _as_owners(values: Any, number: int) -> NDArray[Any]:
+    """Return ids, ``(number,)``, of integers or strings, as an array that can be sorted."""
+    array = _as_array(values, number)
+    if array.dtype == object:  # as tables of strings have them
+        kinds = {type(each) for each in array.tolist()}
+        if kinds in ({str}, {int}):
+            array = np.array(array.tolist())
+        else:
+            found = " and ".join(sorted(kind.__name__ for kind in kinds))
+            raise ArrayError(f"objects of {found}, right would be integers, or strings")
+    if array.dtype.kind not in "iuU":
+        raise ArrayError(f"of {array.dtype}, right would be integers or strings")
+    return array
+
+
+def _as_marks(values: Any, number: int) -> Tensor:
+    """Return which of ``number`` examples are meant, bool."""
+    array = _as_array(values, number)
+    if array.dtype != np.bool_:
+        raise ArrayError(f"of {array.dtype}, right would be bool")
+    return torch.from_numpy(np.array(array))
+
+
+def _as_array(values: Any, number: int) -> NDArray[Any]:
+    """Return one value for each of ``number`` examples."""
+    try:
+        array = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    except (TypeError, ValueError, RuntimeError) as error:  # such as lists of different lengths
+        raise ArrayError(f"no array ({error}), right would be one of {number} values") from error
+    if array.shape != (number,):
+        raise ArrayError(f"of shape {array.shape}, right would be ({number},)")
+    return array
+
+
+def _as_share(values: Any, size: int, whose: str) -> NDArray[np.int64]:
+    """Return the positions of one client's samples, ascending."""
+    try:
+        share = as_labels(values if isinstance(values, Tensor) else np.asarray(values)).numpy()
+    except (ArrayError, TypeError, ValueError, OverflowError) as error:
+        # An empty list becomes an array of floats.
+        if isinstance(values, list | tuple) and len(values) == 0:
+            share = np.empty(0, dtype=np.int64)
+        else:
+            raise DataError(f"{whose} has {error}, as indices") from error
+    if share.ndim != 1 or len(share) == 0:
+        raise DataError(
+            f"{whose} has indices of shape {share.shape}; right would be (n,), with n of 1 or more"
+        )
+    if share.min() < 0 or share.max() >= size:
+        raise DataError(
+            f"{whose} has the indices {share.min()} to {share.max()}; right would be 0 to "
+            f"{size - 1}, of the training samples"
+        )
+    ascending = np.unique(share)
+    if len(ascending) < len(share):
+        raise DataError(
+            f"{whose} has {len(share)} indices, of which {len(ascending)} differ; right would be "
+            "each sample once"
+        )
+    return ascending

@@ -1,0 +1,68 @@
+"""Exercises that a smartwatch recorded: the data set ``watch``, which package seglearn contains.
+
+Ten people did seven shoulder exercises with each arm (arXiv 1802.01489), twenty repetitions in a
+recording.
+"""
+
+import numpy as np
+import torch
+
+from pfedgpa_app.data.dataset import DataError, Part
+
+WINDOW = 100
+"""Samples of an example: 2 s at 50 Hz."""
+_TRAIN_FRACTION = 0.6
+
+
+def load_windows() -> Part:
+    """Return the windows of all recordings: one recording after the other, each in time's order.
+
+    Of each recording, the first 60 % is for training and the rest for testing, but for a gap of one
+    window between the two. No windows overlap.
+
+    The channels are acceleration along x, y and z, and angular velocity about them, each of mean 0
+    and standard deviation 1 over the training windows of all people.
+
+    Returns
+    -------
+    Part
+        Examples ``(n, 6, 100)``, float32; labels 0 to 6, the exercises; the numbers of the
+        people, 1 to 10; and which windows are for testing.
+
+    Raises
+    ------
+    DataError
+        If seglearn is not installed.
+    """
+    try:
+        # Its file holds objects, which its own loader unpickles.
+        from seglearn.datasets import load_watch
+    except ImportError as error:
+        raise DataError(
+            f"watch: package seglearn contains it, and cannot be imported ({error}); right would "
+            'be pip install ".[data]"'
+        ) from error
+    recorded = load_watch()
+    windows, labels, people, is_test = [], [], [], []
+    for signal, label, person in zip(
+        recorded["X"], recorded["y"], recorded["subject"], strict=True
+    ):
+        for begin, for_testing in window_starts(len(signal)):
+            windows.append(signal[begin : begin + WINDOW].T)
+            labels.append(label)
+            people.append(person)
+            is_test.append(for_testing)
+    examples = torch.from_numpy(np.stack(windows))
+    for_tests = torch.tensor(is_test)
+    std, mean = torch.std_mean(examples[~for_tests], dim=(0, 2), correction=0, keepdim=True)
+    return Part(
+        ((examples - mean) / std).float(), torch.tensor(labels), np.array(people), for_tests
+    )
+
+
+def window_starts(length: int) -> list[tuple[int, bool]]:
+    """Return where the windows of a recording begin, and which of them are for testing."""
+    cut = round(_TRAIN_FRACTION * length)
+    train = range(0, cut - WINDOW + 1, WINDOW)
+    test = range(cut + WINDOW, length - WINDOW + 1, WINDOW)
+    return [(begin, False) for begin in train] + [(begin, True) for begin in test]
