@@ -13,6 +13,7 @@ import torch
 
 from pfedgpa_app.config import DATASETS
 from pfedgpa_app.data import sources
+from pfedgpa_app.data.dataset import Part
 from pfedgpa_app.randomness import make_generator
 
 PROJECT = Path(__file__).parents[1]
@@ -94,13 +95,13 @@ def lay_out(folder: Path) -> None:
     shutil.copytree(PROJECT / "docs" / "results", folder / "docs" / "results")
 
 
-def noise(name: str, root: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def noise(name: str, root: Path) -> list[Part]:
     """Return a small set for training and one for testing, in place of what is downloaded."""
     info, parts = DATASETS[name], []
     for seed in range(2):
         labels = torch.arange(200 * info.num_classes) % info.num_classes
         images = torch.randint(256, (len(labels), *info.shape), generator=make_generator(seed))
-        parts.append((images.byte(), labels))
+        parts.append(Part(images.byte(), labels))
     return parts
 
 

@@ -66,9 +66,16 @@ def nothing(*args, **kwargs):
     raise AssertionError("it was shared out before")
 
 
-@pytest.mark.parametrize("dataset", ["digits", pytest.param("fashion-mnist", marks=FILES)])
-def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str):
-    config = DataConfig(dataset=dataset, partition="dirichlet")
+@pytest.mark.parametrize(
+    ("dataset", "by"),
+    [
+        ("digits", "dirichlet"),
+        ("watch", "natural"),
+        pytest.param("fashion-mnist", "dirichlet", marks=FILES),
+    ],
+)
+def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str, by: str):
+    config = DataConfig(dataset=dataset, partition=by)
     before = [client_data(config, 3, partition_id, 5) for partition_id in range(5)]
     _shared_out.cache_clear()
     with monkeypatch.context() as patch:
@@ -77,7 +84,8 @@ def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str):
             again = client_data(config, 3, partition_id, 5)
             assert all(map(torch.equal, again[:4], client[:4]))
             assert all(map(torch.equal, again.stats, client.stats))
-        for other in ((config, 3, 0, 6), (config, 4, 0, 5), (DataConfig(dataset=dataset), 3, 0, 5)):
+        other_way = config.model_copy(update={"partition": "iid"})
+        for other in ((config, 3, 0, 6), (config, 4, 0, 5), (other_way, 3, 0, 5)):
             with pytest.raises(AssertionError):
                 client_data(*other)
 

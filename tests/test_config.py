@@ -277,6 +277,20 @@ def test_the_message_lists_the_problems_one_a_line():
             "diffusion.beta-start = 0.5: more than diffusion.beta-end = 0.02",
         ),
         (
+            {"data.partition": "natural"},
+            'data.partition = "natural": digits does not say whose each example is; right would be '
+            "another partition, watch, or a data set of your own",
+        ),
+        (
+            {
+                "data.dataset": "watch",
+                "data.partition": "natural",
+                "data.test-uniform-fraction": 0.5,
+                "model.name": "cnn-1d",
+            },
+            'data.test-uniform-fraction = 0.5: with data.partition = "natural"',
+        ),
+        (
             {"diffusion.num-steps": 1000},
             "diffusion.num-steps = 1000: there are only 999 timesteps",
         ),

@@ -26,6 +26,10 @@ def load(root):
     return torch.rand(60, 1, 8, 8), torch.arange(60) % 3
 
 
+def owned(root):
+    return *load(root), torch.arange(60) % 5
+
+
 def wide(root):
     return torch.rand(60, 1, 8, 9), torch.arange(60) % 3
 
@@ -108,12 +112,24 @@ def test_a_number_of_clients_that_does_not_fit_is_refused(here: Path):
         "onboarding.late-clients = 49: there are only 49 clients; right would be less than that",
         "49 clients cannot share 48 training samples, right would be 1 to 48 clients",
     ]
+    natural = {"data__partition": "natural"}
+    assert own("checked:owned", "--clients", "5", **natural).exit_code == 0
+    assert problems(own("checked:owned", "--clients", "6", **natural)) == [
+        "data.partition = natural: 6 clients, and 5 owners of samples; right would be 1 to 5 "
+        "clients"
+    ]
     assert problems(check("--clients", "1")) == [
         "server.min-available-nodes = 2: more than 1 clients; a run would wait for them and end"
     ]
     result = check("--clients", "0")
     assert result.exit_code == 2
     assert "0 is not in the range x>=1" in result.stderr
+
+
+def test_a_partition_of_ones_own_is_tried(here: Path):
+    wrong = {"data__partition": "checked:load"}  # which takes the folder alone
+    (found,) = problems(own("checked:load", "--clients", "3", **wrong))
+    assert found.startswith("checked:load: failed with TypeError: load() takes 1")
 
 
 def test_a_partition_that_does_not_fit_the_data_is_refused(here: Path):

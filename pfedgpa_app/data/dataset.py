@@ -46,7 +46,7 @@ def assemble(parts: Sequence[Part], config: DataConfig, seed: int, name: str) ->
     """Return a data set of a training and a test part, or of one that is split by the seed.
 
     Where nothing is set apart for testing, ``test_fraction`` of each class is, drawn by the seed;
-    with the partition ``natural``, of each owner.
+    with the partition ``natural``, of each owner, if they are known.
 
     Raises
     ------
@@ -60,24 +60,18 @@ def assemble(parts: Sequence[Part], config: DataConfig, seed: int, name: str) ->
         labels = torch.cat([part.labels for part in parts]).long()
         return Dataset(images, labels, torch.arange(len(labels)) >= len(parts[0].labels))
     (part,) = parts  # which may be too large for a second copy
-    labels, is_test, owners = part.labels.long(), part.is_test, None
-    by_owner = config.partition == "natural"
+    labels, is_test = part.labels.long(), part.is_test
+    owners, groups = None, labels
+    names = [f"class {label}" for label in range(config.info.num_classes)]
     if part.owners is not None:
         ids, numbers = np.unique(part.owners, return_inverse=True)
         owners = torch.from_numpy(numbers.astype(np.int64))
-        names = [f"owner {each!r}" for each in ids.tolist()]
-    elif by_owner:
-        raise DataError(
-            f'{name}: data.partition = "natural", and it does not say whose each example is; right '
-            "would be (examples, labels, owners), or another data.partition"
-        )
-    if is_test is None and owners is not None and by_owner:
-        is_test = _held_out(owners, config.test_fraction, seed, name, names)
-    elif is_test is None:
-        classes = [f"class {label}" for label in range(config.info.num_classes)]
-        is_test = _held_out(labels, config.test_fraction, seed, name, classes)
-    elif owners is not None and by_owner:
-        _check_owners(owners, is_test, name, names)
+        if config.partition == "natural":
+            groups, names = owners, [f"owner {each!r}" for each in ids.tolist()]
+    if is_test is None:
+        is_test = _held_out(groups, config.test_fraction, seed, name, names)
+    elif groups is owners:
+        _check_owners(groups, is_test, name, names)
     elif bool(is_test.all()) or not bool(is_test.any()):
         raise DataError(
             f"{name}: {int(is_test.sum())} of {len(is_test)} examples are for testing; right would "

@@ -135,6 +135,8 @@ def _as_marks(values: Any, number: int) -> Tensor:
 
 def _as_array(values: Any, number: int) -> NDArray[Any]:
     """Return one value for each of ``number`` examples."""
+    if np.ma.is_masked(values):
+        raise ArrayError("a masked array, right would be to leave out the examples")
     try:
         array = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
     except (TypeError, ValueError, RuntimeError) as error:  # such as lists of different lengths

@@ -56,7 +56,13 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         parts = _torchvision(name, config.root_path)
     else:
         parts = [load_part(config, seed)]
-    return assemble(parts, config, seed, name)
+    dataset = assemble(parts, config, seed, name)
+    if config.partition == "natural" and dataset.owners is None:
+        raise DataError(
+            f'{name}: data.partition = "natural", and it does not say whose each example is; right '
+            "would be (examples, labels, owners), or another data.partition"
+        )
+    return dataset
 
 
 def image_stats(dataset: Dataset) -> ImageStats:
