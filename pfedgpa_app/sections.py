@@ -55,8 +55,9 @@ DATASETS: dict[str, DatasetInfo] = {
 WITH_OWNERS = ("watch",)
 """The data sets that say whose each example is."""
 
-Partition = Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid", "natural"]
-PARTITIONS: tuple[str, ...] = get_args(Partition)
+ByClass = Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"]
+"""The partitions that share out the samples of each class."""
+PARTITIONS: tuple[str, ...] = (*get_args(ByClass), "natural")
 
 # The shapes that a model is made for; None is any size.
 MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
@@ -108,7 +109,7 @@ class DataConfig(Section):
     shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*(x[1-9]\d*)*$")] = ""
     num_classes: OptionalCount = 0
     class_names: Annotated[str, AfterValidator(_check_names)] = ""
-    partition: Partition | OwnFunction = "dominant-classes"
+    partition: ByClass | Literal["natural"] | OwnFunction = "dominant-classes"
     train_samples: OptionalCount = 30
     test_samples: OptionalCount = 0
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2

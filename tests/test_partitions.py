@@ -2,6 +2,7 @@
 
 import random
 import socket
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pfedgpa_app import config as config_module
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data import DataError
 from pfedgpa_app.data.partitions import partition
+from pfedgpa_app.sections import ByClass
 
-# By the classes of the samples.
-PARTITIONS = [name for name in config_module.PARTITIONS if name != "natural"]
+PARTITIONS = get_args(ByClass)
 
 
 def data(num_classes=10, per_class=100, test_per_class=30, seed=0):

@@ -146,12 +146,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     for name in ("mine.toml", "SUITE.toml"):
         (tmp_path / name).write_text(suite)
-    (module,) = re.findall(
-        r"```python\n(# scans.py.+?)```",
+    for module, name in re.findall(
+        r"```python\n(# (\w+\.py)\n.+?)```",
         (documents / "data-and-models.md").read_text(),
         flags=re.DOTALL,
-    )
-    (tmp_path / "scans.py").write_text(module)
+    ):
+        (tmp_path / name).write_text(module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sources, "_torchvision", noise)
@@ -242,7 +242,8 @@ def scans(project: Path, own_home: Path) -> None:
     images = generator.integers(0, 256, (60, 1, 64, 64), dtype=np.uint8)
     for folder in (own_home / "scans", DataConfig().root_path):
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / "scans.npz", x=images, y=np.arange(60) % 3)
+        clinic, year = np.arange(60) // 20, 2021 + np.arange(60) % 5
+        np.savez(folder / "scans.npz", x=images, y=np.arange(60) % 3, clinic=clinic, year=year)
     for number, image in enumerate(images[:6, 0]):
         file = project / "site" / ("benign", "malignant")[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from pfedgpa_app.config import PARTITIONS, DataConfig
 from pfedgpa_app.data.dataset import DataError
 from pfedgpa_app.data.own import own_shares
+from pfedgpa_app.sections import ByClass
 
 Indices = NDArray[np.int64]
 
@@ -320,7 +321,7 @@ class _Table(Dataset):
 
 
 def _partitioner(config: DataConfig, num_clients: int, seed: int) -> Partitioner:
-    match config.partition:
+    match cast(ByClass, config.partition):
         case "dominant-classes":
             return DominantClassesPartitioner(
                 num_clients,
@@ -348,7 +349,7 @@ def _partitioner(config: DataConfig, num_clients: int, seed: int) -> Partitioner
                 class_assignment_mode="first-deterministic",  # random may leave classes unused
                 seed=seed,
             )
-        case _:  # iid: contiguous pieces of the table, which is shuffled
+        case "iid":  # contiguous pieces of the table, which is shuffled
             return IidPartitioner(num_clients)
 
 
