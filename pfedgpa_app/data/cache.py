@@ -20,7 +20,7 @@ from pfedgpa_app.state import load_state, save_state
 SPLIT_KIND = "pfedgpa-split-2"
 # What decides about who gets what, beside the settings.
 _PACKAGES = ("flwr-datasets", "numpy", "scikit-learn", "seglearn")
-_MODULES = ("dataset.py", "partitions.py", "sources.py", "watch.py")
+_MODULES = ("dataset.py", "partitions.py", "smartwatch.py", "sources.py")
 
 # Larger data sets are files already.
 _MAX_ENTRIES = 2**22

@@ -17,7 +17,7 @@ from pfedgpa_app.arrays import LEVELS, PIECE
 from pfedgpa_app.config import DATASETS, SITES, DataConfig
 from pfedgpa_app.data.dataset import DataError, Dataset, Part, assemble
 from pfedgpa_app.data.own import load_part
-from pfedgpa_app.data.watch import load_windows
+from pfedgpa_app.data.smartwatch import load_windows
 
 # Where Debian's package dataset-fashion-mnist puts the original files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
