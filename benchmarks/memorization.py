@@ -31,7 +31,7 @@ from server_app.suites import Suite
 
 SUITE = Path("conf/suites/ablation.toml")
 CLIENTS = 20
-GENERATORS = ("diffusion", "kin-mean", "shrinkage", "upload")
+GENERATORS = ("diffusion", "mean")
 COLUMNS = ("distance to the nearest upload", "shared errors", "accuracy")
 
 Vectors = Mapping[int, Tensor]

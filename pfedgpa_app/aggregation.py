@@ -12,18 +12,23 @@ from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import (
     SKETCH,
     ParameterDiffusion,
-    Shrinkage,
     Spectrum,
     agreement,
+    are_alone,
+    capped,
+    centred,
     divergence,
     mix,
+    mixing_from_halves,
     normalized,
+    rank_of,
+    share_of,
 )
 from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
 from pfedgpa_app.state import below, load_state, save_state, under
 from pfedgpa_app.vault import Vault
 
-STATE_KIND = "pfedgpa-aggregator-7"
+STATE_KIND = "pfedgpa-aggregator-8"
 
 # Of all that a client is like, the part that must have been in the round to speak for it.
 MIN_KINSHIP = 0.01
@@ -44,7 +49,8 @@ class GenerativeAggregator:
 
     That is the server's part of a round of Algorithm 1: the uploads go into the bank, the denoiser
     learns the bank (`train_denoiser`), every upload is inverted to its latent code (`invert`) and
-    denoised (`generate`). The algorithm's second branch is `onboard`, with guided denoising
+    denoised (`generate`). Everyone is given a mixture of the denoised uploads of all: a row of the
+    `mixing` matrix times them. The algorithm's second branch is `onboard`, with guided denoising
     (`guide`).
 
     Parameters
@@ -68,6 +74,9 @@ class GenerativeAggregator:
         What is known of each client.
     average
         That of the last `fit`, ``(d,)``.
+    mixing
+        Whose parameters are in what each member is given, ``(num_members, num_members)``, float64;
+        before any is cut for privacy.
     model
         The diffusion model of the members' parameters; None where nobody is like anybody else.
     spectrum
@@ -93,6 +102,8 @@ class GenerativeAggregator:
         self.is_noised = is_noised
         self.device = resolve_device(config.device)
         self.bank = Bank(config.max_members, retired)
+        self.mixing = torch.eye(0, dtype=torch.float64)
+        self.share = 1.0
         self.model: ParameterDiffusion | None = None
         self.alike = True
         self._round = 0
@@ -118,11 +129,12 @@ class GenerativeAggregator:
     def compare(self, client: int, halves: Tensor) -> None:
         """Take in how training on each half of a client's images moved what all have in common.
 
-        ``halves`` are `sketched` moves, ``(2, SKETCH)``. With ``sharing = "measured"``, once most
-        members told, everyone keeps of its deviations from the mean what is signal.
+        ``halves`` are `sketched` moves, ``(2, SKETCH)``, all of a round from the same parameters.
+        With ``sharing = "measured"``, once most members told, everyone keeps of its deviations from
+        the mean what is signal.
         """
         with repeatable(num_threads=1):
-            self.bank.of(client).halves = normalized(halves.detach().cpu())
+            self.bank.of(client).report = normalized(halves.detach().cpu())
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Train the diffusion model on the bank and denoise the code of every client in it.
@@ -138,9 +150,11 @@ class GenerativeAggregator:
         self.average = self.average if average is None else average
         with repeatable(num_threads=1):
             self._bring_up_to_date()
+            self._centre_reports()
             self.bank.take_in(server_round)
             self.model = self.spectrum = None
-            self.model = self._learn(server_round)
+            self.mixing, self.share = torch.eye(len(self.bank.members), dtype=torch.float64), 1.0
+            self._learn(server_round)
 
     def personalize(self, client: int) -> Tensor:
         """Return the parameters ``(d,)`` generated for a client by the last `fit` or `onboard`.
@@ -179,15 +193,14 @@ class GenerativeAggregator:
     def onboard(self, client: int, current: Tensor, previous: Tensor) -> None:
         """Generate the parameters of a newcomer.
 
-        With measured sharing it is given what those members are given that ask for the same;
-        otherwise it goes through guided denoising. Its local training took it from ``previous`` to
-        ``current``, both ``(d,)``; they do not get into the bank.
+        With measured sharing it is given what those members are given that ask for the same, and
+        where none does it keeps as much of its own as the members do. Otherwise it goes through
+        guided denoising, which tells whom it is like; without sharing that is all. Its local
+        training took it from ``previous`` to ``current``, both ``(d,)``; they do not get into the
+        bank.
         """
         with repeatable(num_threads=1):
-            generated = current
-            if self.model is not None:
-                onboarding, kin = self.onboarding, self._kin(client, self._told())
-                generated = self.model.onboard(current, previous, onboarding, self._vectors(), kin)
+            generated = self._onboarded(client, current, previous)
         self.bank.put(client, generated, self._round)
 
     def alone(self, clients: Iterable[int]) -> list[int]:
@@ -200,14 +213,19 @@ class GenerativeAggregator:
         if len(members) < min_kin:
             alone = set(members)
         else:
-            told = self.model.alone().tolist() if self.model else [False] * len(members)
+            told = are_alone(self.mixing, min_kin).tolist()
             alone = {client for client, is_alone in zip(members, told, strict=True) if is_alone}
         has_mean = len(members) >= min_kin - 1
         return [each for each in clients if each in alone or not (each in members or has_mean)]
 
     def describe(self) -> str:
         """Say what the last `fit` found."""
-        found = _described(self.model) if self.model else "as uploaded"
+        found = "as uploaded"
+        if self.model is not None:
+            found = (
+                f"{self.model.space.dim} dimensions from timestep {self.model.start}, "
+                f"{self.share:.0%} of the deviations kept"
+            )
         if self.config.sharing == "measured" and self._told() is None:
             num_told = sum(each is not None for each in self._halves())
             return f"{found}; sharing is not measured: only {num_told} members told of their halves"
@@ -220,6 +238,8 @@ class GenerativeAggregator:
             **under("model", self.model.state() if self.model else {}),
             "average": self.average,
             "initial": self.initial,
+            "mixing": self.mixing,
+            "share": torch.tensor(self.share, dtype=torch.float64),
             "alike": torch.tensor(self.alike),
         }
 
@@ -235,11 +255,13 @@ class GenerativeAggregator:
         try:
             model = ParameterDiffusion.of(self.config, parts, self.device) if parts else None
             average, initial = tensors["average"], tensors["initial"]
+            mixing, share = tensors["mixing"], float(tensors["share"])
             alike = bool(tensors["alike"])
             self.bank.restore(below("bank", tensors))
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"not the state of these settings: {error}") from error
         self.model, self.alike = model, alike
+        self.mixing, self.share = mixing, share
         self.average, self.initial = average, initial
 
     def save(self, file: Path) -> None:
@@ -265,33 +287,62 @@ class GenerativeAggregator:
         """Return the vectors of the bank, by client."""
         return list(self.bank.members.values())
 
-    def _learn(self, server_round: int) -> ParameterDiffusion | None:
-        """Return the diffusion model of the bank.
+    def _centre_reports(self) -> None:
+        """Hold the halves of this round against each other.
+
+        They began at the same parameters, those of other rounds at others. Of a single client
+        nothing can be told from what all did.
+        """
+        records = [each for _, each in sorted(self.bank.clients.items()) if each.report is not None]
+        if len(records) > 1:
+            reports = torch.stack([each.report for each in records if each.report is not None])
+            for record, halves in zip(records, centred(reports), strict=True):
+                record.halves = halves
+        for record in records:
+            record.report = None
+
+    def _learn(self, server_round: int) -> None:
+        """Make the mixing matrix and the diffusion model of the bank.
 
         With one client there is nothing to learn. Where it is not known what is signal, clients
         without any principal axis that stands out are alike, or each is different from all others.
         Once different, they stay so: whoever is not in a round goes the way of the others, and what
         all have in common grows.
         """
-        vectors = self._vectors()
+        vectors, config = self._vectors(), self.config
         if len(vectors) < 2:
-            return None
+            return
         self.spectrum = spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
         told = self._told()
-        is_flat = (
-            told is None
-            and self.config.space == "subspace"
-            and self.config.rank == "auto"
-            and not spectrum.signal_rank
-        )
-        if is_flat and self.alike:
-            self.alike = divergence(vectors, self.initial) <= MAX_DIVERGENCE
-        if is_flat and not self.alike:
-            return None
+        by_uploads = told is None and config.sharing != "none"
+        if by_uploads and config.space == "subspace" and not rank_of(config, spectrum):
+            self.alike = self.alike and divergence(vectors, self.initial) <= MAX_DIVERGENCE
+            if not self.alike:
+                return
         # The 0 has no meaning any more, and gives a seed the digits that it always gave.
         streams = partial(make_generator, self.seed, server_round, 0)
-        model = ParameterDiffusion.fit(self.config, vectors, spectrum, self.device, streams)
-        return model if told is None else model.shrunk(Shrinkage.of(spectrum, told))
+        model = ParameterDiffusion.fit(config, vectors, spectrum, self.device, streams)
+        if told is not None:
+            self.mixing = mixing_from_halves(spectrum, told)
+        elif by_uploads:
+            self.mixing = model.nearness(model.coordinates)
+        self.share, self.model = share_of(self.mixing, spectrum), model
+
+    def _onboarded(self, client: int, current: Tensor, previous: Tensor) -> Tensor:
+        model = self.model
+        if model is None:
+            return current
+        kin = self._kin(client, self._told())
+        if kin is None and model.space.dim:
+            guided = model.guided(current, previous, self.onboarding)
+            if self.config.sharing == "none":
+                return (
+                    current + model.space.displacement(guided - model.space.project([current]))[0]
+                )
+            kin = model.nearness(guided)[0]
+        if kin is None or not bool(kin.any()):
+            return model.space.mean + self.share * (current - model.space.mean)
+        return self._mixed_by_kin(kin[None], [current])[0]
 
     def _halves(self) -> list[Tensor | None]:
         """Return both halves of each member, ``(2, SKETCH)``; None of those that told nothing."""
@@ -328,8 +379,9 @@ class GenerativeAggregator:
             found[client] = model
         generated = [client for client in clients if client in members]
         if self.model is not None and generated:
-            rows = [members[client] for client in generated]
-            found |= zip(generated, self.model.personalize(rows, self._vectors()), strict=True)
+            rows, vectors = [members[client] for client in generated], self._vectors()
+            own = [vectors[row] for row in rows]
+            found |= zip(generated, self._mixed(self.mixing[rows], own, rows), strict=True)
         return [found[client] for client in clients]
 
     def _of_retired(self, clients: Sequence[int]) -> dict[int, Tensor]:
@@ -349,10 +401,39 @@ class GenerativeAggregator:
             kin = None if self.bank.of(client).is_secluded else self._kin(client, told)
             if kin is not None and bool(kin.any()):
                 asking[client] = kin
-        if asking and self.model is not None and self.model.shrinkage is not None:
+        if asking and self.model is not None:
             kin, own = torch.stack(list(asking.values())), [found[client] for client in asking]
-            found |= zip(asking, self.model.imitate(kin, own, self._vectors()), strict=True)
+            found |= zip(asking, self._mixed_by_kin(kin, own), strict=True)
         return found
+
+    def _mixed_by_kin(self, kin: Tensor, own: Sequence[Tensor]) -> Tensor:
+        """Return what some are given who are not in the bank, ``(n, d)``.
+
+        That is what those members are given that they are like, by ``kin`` ``(n, num_members)``, at
+        least one of them each. ``own`` are their own parameters ``(d,)``.
+        """
+        rows = (kin / kin.sum(dim=1, keepdim=True)) @ self.mixing
+        return self._mixed(rows, own, [None] * len(own))
+
+    def _mixed(self, rows: Tensor, own: Sequence[Tensor], places: Sequence[int | None]) -> Tensor:
+        """Return mixtures ``(n, d)`` of the denoised vectors of the bank.
+
+        ``rows`` ``(n, num_members)`` has each member's part in them. Where one would tell too much,
+        the parameters ``(d,)`` of who gets it take its place; it is in the bank at a place of
+        ``places``, or not at all.
+        """
+        assert self.model is not None
+        weights, parts, left = capped(rows, self.config.min_kin, places)
+        mixtures = mix(weights, self._vectors())
+        changes = self.model.changes.double()
+        # One by one: a product of all is rounded otherwise with their number.
+        for number, mixture in enumerate(mixtures):
+            if parts[number]:
+                mixture += float(parts[number]) * own[number]
+            change = left[number] * (rows[number] @ changes)
+            if bool(change.any()):
+                mixture += self.model.space.displacement(change.to(mixture.dtype))
+        return mixtures
 
     def _bring_up_to_date(self) -> None:
         """Move who was not in the round by how far others have come since it was.
@@ -384,21 +465,16 @@ class GenerativeAggregator:
                 records[client].model = away[client] + move
 
     def _company(self, away: dict[int, Tensor]) -> Tensor:
-        """Return how much clients that are away go the way of each member, ``(n, num_members)``."""
+        """Return how much clients that are away go the way of each member, ``(n, num_members)``.
+
+        That is each one's part in what they are given, without those of whom they are given the
+        opposite.
+        """
         rows = {client: row for row, client in enumerate(self.bank.members)}
         if self.model is None:
             return torch.zeros(len(away), len(rows))
-        here = self.model.space.project(list(away.values()))
-        kinship = self.model.kinship(here, self.model.coordinates)
-        if self.model.shrinkage is not None:
-            for row, client in enumerate(away):
-                if client in rows:
-                    kinship[row] = self.model.shrinkage.company(rows[client])
+        kinship = self.model.nearness(self.model.space.project(list(away.values())))
+        for row, client in enumerate(away):
+            if client in rows:
+                kinship[row] = self.mixing[rows[client]].clamp(min=0)
         return kinship
-
-
-def _described(model: ParameterDiffusion) -> str:
-    found = f"{model.space.dim} dimensions from timestep {model.start}"
-    if model.shrinkage is None:
-        return found
-    return f"{found}, {float(model.shrinkage.share):.0%} of the deviations kept"

@@ -15,7 +15,17 @@ from pfedgpa_app.vault import MemoryVault, Vault
 MAX_AGE = 20
 _MAX_INTERVALS = 5
 # Of a client in a state, what is a number; -1 stands for None.
-_NUMBERS = ("in_bank", "is_secluded", "seen", "uploaded", "interval", "asked", "rounds_onboarded")
+_NUMBERS = (
+    "in_bank",
+    "is_secluded",
+    "seen",
+    "uploaded",
+    "interval",
+    "asked",
+    "was_asked_again",
+    "rounds_onboarded",
+)
+_FLAGS = ("in_bank", "is_secluded", "was_asked_again")
 _NONE = -1
 
 
@@ -30,9 +40,11 @@ class ClientRecord:
         generated for a newcomer. None where there are none, or they are `Bank.retired`.
     upload
         What it uploaded in this round, ``(d,)``, until `Bank.take_in`.
+    report
+        How two halves of its images moved what all have in common apart, as it told in this round:
+        `normalized` sketches ``(2, size)``.
     halves
-        How two halves of its images moved what all have in common apart, `normalized` sketches
-        ``(2, size)``.
+        The latest of these, `centred` among all that told in the same round.
     in_bank
         Whether the others learn from it.
     is_secluded
@@ -45,12 +57,15 @@ class ClientRecord:
         The rounds between its last two uploads as a member.
     asked
         The round in which it was last asked for its halves.
+    was_asked_again
+        Whether it was asked before that.
     rounds_onboarded
         The rounds that it had as a newcomer; 0 for members.
     """
 
     model: Tensor | None = None
     upload: Tensor | None = None
+    report: Tensor | None = None
     halves: Tensor | None = None
     in_bank: bool = False
     is_secluded: bool = False
@@ -58,6 +73,7 @@ class ClientRecord:
     uploaded: int | None = None
     interval: int | None = None
     asked: int | None = None
+    was_asked_again: bool = False
     rounds_onboarded: int = 0
 
 
@@ -164,7 +180,7 @@ class Bank:
         for name in _NUMBERS:
             numbers = tensors[name.replace("_", "-")].tolist()
             for record, number in zip(clients.values(), numbers, strict=True):
-                value = bool(number) if name in ("in_bank", "is_secluded") else number
+                value = bool(number) if name in _FLAGS else number
                 setattr(record, name, None if number == _NONE else value)
         for name in ("model", "halves"):
             for client, vector in below(name, tensors).items():

@@ -143,12 +143,6 @@ def _diffusion_contradictions(diffusion: DiffusionConfig) -> Iterator[tuple[set[
             'diffusion.start = "auto": follows from the noise floor of the subspace; with '
             'diffusion.space = "raw" right would be a timestep, such as 200',
         )
-    if diffusion.space == "raw" and diffusion.generator in ("kin-mean", "shrinkage"):
-        yield (
-            {"diffusion.space", "diffusion.generator"},
-            f'diffusion.generator = "{diffusion.generator}": works along principal axes; with '
-            'diffusion.space = "raw" right would be "diffusion"',
-        )
     if diffusion.beta_start > diffusion.beta_end:
         yield (
             {"diffusion.beta-start", "diffusion.beta-end"},

@@ -193,11 +193,12 @@ class ServerConfig(Section):
 class DiffusionConfig(Section):
     """The diffusion model on the clients' parameters."""
 
-    generator: Literal["diffusion", "kin-mean", "shrinkage", "upload"] = "diffusion"
+    generator: Literal["diffusion", "mean"] = "diffusion"
     generated_layers: Annotated[str, Field(pattern=r"[^\s,]")] = "*"
     space: Literal["subspace", "raw"] = "subspace"
-    sharing: Literal["kin", "measured"] = "measured"
+    sharing: Literal["measured", "kin", "none"] = "measured"
     measure_every: Count = 20
+    own_weight: UnitInterval = 0.5
     guard: bool = True
     min_kin: Count = 3
     max_members: Annotated[int, Field(ge=2)] = 300

@@ -63,6 +63,12 @@ class FedProxConfig(Section):
     mu: NonNegative = 0.01
 
 
+class FedAvgFTConfig(Section):
+    """FedAvg with local fine-tuning, as in arXiv 2108.07313; halfway, as in arXiv 2109.01903."""
+
+    own_weight: UnitInterval = 1.0
+
+
 class FedRepConfig(Section):
     """FedRep, arXiv 2102.07078."""
 
@@ -123,6 +129,8 @@ class StrategySections(Section):
     """The strategy of a run, and the sections of those that have settings."""
 
     strategy: StrategyName = "pfedgpa"
+    # Sections go by the names of strategies.
+    fedavg_ft: FedAvgFTConfig = FedAvgFTConfig()
     fedprox: FedProxConfig = FedProxConfig()
     fedrep: FedRepConfig = FedRepConfig()
     ditto: DittoConfig = DittoConfig()

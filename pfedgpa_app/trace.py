@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
-from pfedgpa_app.diffusion import ParameterDiffusion, Spectrum, Subspace
+from pfedgpa_app.diffusion import ParameterDiffusion, Spectrum, Subspace, capped, kept_of, limited
 from pfedgpa_app.diffusion.model import schedule_of
 from pfedgpa_app.randomness import repeatable
 from pfedgpa_app.rounds import Row
@@ -33,7 +33,7 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
         How many parameters are generated, variances along the principal axes, the floor, how many
         axes the denoiser has, its first timestep, the variance of the noise there along each axis
         in the same units, and what is kept of each axis. Where everyone keeps its upload there are
-        none of the last four; ``kept`` is there where it is measured.
+        none of the last four.
     """
     members = aggregator.bank.members
     clients = sorted(members)
@@ -43,7 +43,8 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
         vectors = [members[client] for client in clients]
         spectrum = aggregator.spectrum or Spectrum.of(vectors)
         plane = Subspace.fit(vectors, 2, spectrum)
-        uploads, generated, parts = _seen_in(plane, aggregator.model, vectors)
+        mixing = limited(aggregator.mixing, aggregator.config.min_kin)[:MAX_CLIENTS]
+        uploads, generated = _seen_in(plane, aggregator, vectors, mixing)
         total = float(spectrum.eigenvalues.sum())
         row: Row = {
             "members": len(clients),
@@ -53,26 +54,24 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
             "explained": _shorts(spectrum.eigenvalues[:2] / (total or 1.0)),
         }
         if len(clients) <= MAX_CLIENTS:
-            row["kinship"] = [[round(part, 4) + 0.0 for part in each] for each in parts.tolist()]
+            row["kinship"] = [[round(part, 4) + 0.0 for part in each] for each in mixing.tolist()]
         return row | _found(aggregator, len(vectors[0]))
 
 
 def _seen_in(
-    plane: Subspace, model: ParameterDiffusion | None, vectors: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the coordinates of uploads and generated models, ``(n, 2)``, and parts ``(n, n)``.
-
-    Of the last two there are no more than `MAX_CLIENTS` rows.
-    """
-    num_shown = min(len(vectors), MAX_CLIENTS)
+    plane: Subspace, aggregator: GenerativeAggregator, vectors: list[Tensor], mixing: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the coordinates of uploads ``(n, 2)`` and of generated models, a row of ``mixing``."""
     axes = torch.zeros(2, len(plane.mean))
     axes[: plane.dim] = plane.basis
     uploads = torch.stack([axes @ (vector - plane.mean) for vector in vectors]).double()
-    if model is None:
-        return uploads, uploads[:num_shown], torch.eye(len(vectors))[:num_shown].double()
-    flat, seen = model.along(axes, plane.mean), list(uploads)
-    generated = flat.personalize(range(num_shown), seen)
-    return uploads, generated, torch.stack([model.parts(row) for row in range(num_shown)])
+    generated, model = mixing @ uploads, aggregator.model
+    if model is not None:
+        all_rows = aggregator.mixing
+        left = capped(all_rows, aggregator.config.min_kin, range(len(all_rows))).left
+        changes = [axes @ model.space.displacement(change) for change in model.changes]
+        generated += (left[:, None] * (all_rows @ torch.stack(changes).double()))[: len(generated)]
+    return uploads, generated
 
 
 def _found(aggregator: GenerativeAggregator, num_parameters: int) -> Row:
@@ -89,9 +88,7 @@ def _found(aggregator: GenerativeAggregator, num_parameters: int) -> Row:
     if isinstance(model.space, Subspace):
         noise = _noise(model, model.space.scale)
         row |= {"rank": model.space.dim, "start": model.start, "noise": noise}
-    if model.shrinkage is not None:
-        row["kept"] = _shorts(model.shrinkage.kept[:MAX_AXES])
-    return row
+    return row | {"kept": _shorts(kept_of(aggregator.mixing, spectrum)[:MAX_AXES])}
 
 
 def _noise(model: ParameterDiffusion, scale: float) -> float | None:

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping
 import pytest
 import torch
 
-from benchmarks.generators import ROWS, OracleAggregator
 from benchmarks.onboarding import NearestMember
 from pfedgpa_app.config import Config
 from server_app.simulation import simulate
@@ -86,12 +85,3 @@ def test_newcomers_may_be_given_the_nearest_members_model():
     [guest] = strategy.aggregator.bank.guests.values()
     models = [strategy.aggregator.personalize(member) for member in range(5)]
     assert any(torch.equal(guest, model) for model in models)
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_every_generator_makes_models_of_a_run(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(OracleAggregator, "num_groups", 2)
-    make, settings = ROWS[name]
-    settings = SETTINGS | settings | {"num-server-rounds": 3}
-    _, accuracies = run({}, make(Config.from_flat(settings)), **settings)
-    assert min(accuracies[3].values()) > 0.2

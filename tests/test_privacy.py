@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import withheld
+from pfedgpa_app.diffusion import excess_weights
 from pfedgpa_app.randomness import make_generator
 from server_app.strategies import PFedGPA
 
@@ -23,7 +23,7 @@ def test_no_other_client_has_too_large_a_part_of_what_one_is_sent(
 ):
     weights = torch.randn(num_clients, generator=make_generator(seed), dtype=torch.float64)
     weights = weights.sign() * weights.abs() ** power
-    left = weights - withheld(weights, min_kin, own=0)
+    left = weights - excess_weights(weights, min_kin, own=0)
     assert left[0] == weights[0]
     others, before = left[1:].abs(), weights[1:].abs()
     assert (others <= before).all()
@@ -46,7 +46,7 @@ def test_of_a_group_of_two_each_keeps_its_own_and_of_three_they_share():
 
     def nearness(min_kin: int) -> Tensor:
         """Return how near each is to the true centre of its group, its own upload being at 1."""
-        config = DiffusionConfig(generator="upload", min_kin=min_kin)
+        config = DiffusionConfig(generator="mean", min_kin=min_kin)
         aggregator = GenerativeAggregator(torch.zeros(DIM), config)
         for client in range(len(groups)):
             aggregator.observe(client, uploads[client])

@@ -30,7 +30,9 @@ def test_every_component_reconstructs_the_bank(num: int, dim: int, seed: int):
     vectors = normal(num, dim, seed=seed) + 5
     subspace = Subspace.fit(vectors)
     assert subspace.dim <= min(num - 1, dim)
-    torch.testing.assert_close(subspace.reconstruct(subspace.project(vectors)), vectors)
+    torch.testing.assert_close(
+        subspace.mean + subspace.displacement(subspace.project(vectors)), vectors
+    )
 
 
 def test_axes_and_eigenvalues_are_those_of_the_singular_value_decomposition():
@@ -86,7 +88,10 @@ def test_vectors_longer_than_a_chunk_are_reconstructed():
     vectors = torch.randn(3, 600_000, generator=make_generator(0))
     subspace = Subspace.fit(vectors)
     torch.testing.assert_close(
-        subspace.reconstruct(subspace.project(vectors)), vectors, atol=1e-4, rtol=1e-4
+        subspace.mean + subspace.displacement(subspace.project(vectors)),
+        vectors,
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -94,7 +99,7 @@ def test_vectors_longer_than_a_chunk_are_reconstructed():
 def test_a_bank_without_differences_is_a_point(vectors: Tensor):
     subspace = Subspace.fit(vectors)
     assert subspace.project(vectors).shape == (len(vectors), 0)
-    assert torch.equal(subspace.reconstruct(torch.zeros(2, 0)), torch.ones(2, 8))
+    assert torch.equal(subspace.mean + subspace.displacement(torch.zeros(2, 0)), torch.ones(2, 8))
 
 
 def test_diffusion_in_the_subspace_is_diffusion_in_the_full_space():
@@ -115,7 +120,7 @@ def test_diffusion_in_the_subspace_is_diffusion_in_the_full_space():
     lifted = code._replace(
         x_start=code.x_start @ subspace.basis, residuals=code.residuals @ subspace.basis
     )
-    in_subspace = subspace.reconstruct(generate(small, schedule, code, 0.3))
+    in_subspace = subspace.mean + subspace.displacement(generate(small, schedule, code, 0.3))
     in_full = subspace.mean + subspace.scale * generate(large, schedule, lifted, 0.3)
     torch.testing.assert_close(in_subspace, in_full, rtol=1e-6, atol=1e-6)
     # And the residuals are those that the full space's denoiser would have left.

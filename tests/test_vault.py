@@ -164,7 +164,10 @@ def test_who_is_retired_is_given_what_its_like_are_given(kept: Vault):
 def test_who_is_retired_and_like_nobody_has_its_own(kept: Vault):
     aggregator = fitted(kept)
     other = torch.randn(DIM, generator=make_generator(9))
-    aggregator.compare(0, torch.stack([sketched(other)] * 2))
+    for client in range(12):
+        wish = uploads()[client] if client else other
+        aggregator.compare(client, torch.stack([sketched(wish)] * 2))
+    aggregator.fit(3)
     assert torch.equal(aggregator.personalize(0), uploads()[0])
     by_uploads = fitted(MemoryVault(), sharing="kin")
     assert torch.equal(by_uploads.personalize(0), uploads()[0])

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pfedgpa_app.diffusion.subspace import Subspace
-
 
 @dataclass(frozen=True)
 class RawSpace:
@@ -60,15 +58,6 @@ class RawSpace:
             [functional.pad((vector - self.mean) / units, padding) for vector in vectors]
         )
 
-    def reconstruct(self, coordinates: Tensor) -> Tensor:
-        """Return the vectors ``(..., d)`` of coordinates ``(..., dim)``."""
-        return self.mean + coordinates[..., : len(self.mean)] * self.std
-
-    def along(self, axes: Tensor, origin: Tensor) -> Subspace:
-        """Return the space whose vectors are ``axes @ (vector - origin)``, ``(num_axes,)``.
-
-        ``axes`` is ``(num_axes, d)``, ``origin`` ``(d,)``; the coordinates stay what they are.
-        """
-        padding = (0, 0, 0, self.dim - len(self.mean))
-        basis = functional.pad((self.std.to(axes) * axes).T, padding)
-        return Subspace(axes @ (self.mean - origin).to(axes), basis, 1.0)
+    def displacement(self, coordinates: Tensor) -> Tensor:
+        """Return how far vectors ``(..., d)`` of coordinates ``(..., dim)`` are from the mean."""
+        return coordinates[..., : len(self.mean)].to(self.std) * self.std

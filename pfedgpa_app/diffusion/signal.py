@@ -1,72 +1,15 @@
 """Which part of the differences between clients is their own, and which is noise."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from pfedgpa_app.diffusion.subspace import Spectrum
 from pfedgpa_app.randomness import make_generator
 
 SKETCH = 2048
 """Numbers that stand for a move, so that it costs a client next to nothing to tell it."""
 
-# What is kept of an axis is the square of its part of signal: a model gains more from what
-# clients share than the best estimate of its parameters would. Tuned on the digits, seeds 100, 101.
-_CAUTION = 2
 # Axes with less than this part of the largest variance say nothing.
 _RELATIVE_TOLERANCE = 1e-12
-
-
-class Shrinkage(NamedTuple):
-    """How much is kept of what sets clients apart.
-
-    Attributes
-    ----------
-    axes
-        All principal axes as unit vectors over the clients, ``(num_clients, num_axes)``, float64.
-    kept
-        What is kept of the deviations from the mean along each axis, ``(num_axes,)``, float64,
-        0 .. 1.
-    share
-        What is kept of all deviations together, ``()``, float64.
-    """
-
-    axes: Tensor
-    kept: Tensor
-    share: Tensor
-
-    @classmethod
-    def of(cls, spectrum: Spectrum, halves: Tensor) -> "Shrinkage":
-        """Return what to keep of vectors with a spectrum, given the `normalized` moves of all."""
-        kept = signal_parts(spectrum.eigenvectors, halves) ** _CAUTION
-        # Axes that are rounding errors are no deviations from the mean either.
-        kept[spectrum.max_rank :] = 0
-        variances = spectrum.eigenvalues
-        # Of vectors that are all the same there is nothing to keep, and no 0 / 0.
-        share = (kept * variances).sum() / (variances.sum() or 1.0)
-        return cls(spectrum.eigenvectors, kept, share)
-
-    def weights(self, of: Tensor, begin: int = 0) -> Tensor:
-        """Return what mixtures of clients receive of all clients' deviations.
-
-        ``of`` ``(..., num_clients)`` has each one's part in them, and so has the result. ``begin``
-        leaves out the first axes.
-        """
-        axes = self.axes[:, begin:]
-        return (self.kept[begin:] * (of.double() @ axes)) @ axes.T
-
-    def mixture(self, of: Tensor) -> Tensor:
-        """Return the part of each client's parameters in that, ``(..., num_clients)``."""
-        return self.weights(of) + 1 / len(self.axes)
-
-    def company(self, row: int) -> Tensor:
-        """Return whose way one client goes while it is away, ``(num_clients,)``.
-
-        That is each one's part in what it is given, without those of whom it is given the opposite.
-        """
-        alone = torch.eye(len(self.axes), dtype=torch.float64)[row]
-        return self.mixture(alone).clamp(min=0)
 
 
 def sketched(move: Tensor, size: int = SKETCH) -> Tensor:
@@ -92,13 +35,27 @@ def normalized(halves: Tensor) -> Tensor:
     return halves / length if length else torch.zeros_like(halves)
 
 
+def centred(halves: Tensor) -> Tensor:
+    """Return the moves of clients, ``(num_clients, 2, size)``, less their mean over the clients.
+
+    All start from the same parameters, so that the mean is what all of them did, and what is left
+    is a client's own. Moves of 0 say nothing: they are no part of the mean, and stay so.
+    """
+    tells = halves.flatten(1).any(dim=1)
+    if not bool(tells.any()):
+        return halves
+    return torch.where(tells[:, None, None], halves - halves[tells].double().mean(dim=0), 0.0).to(
+        halves
+    )
+
+
 def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
     """Return the part of the variance between clients that is signal, axis by axis.
 
     Every client trained on two halves of its images apart, from what all have in common. What both
     halves ask for is the client's own; what only one asks for is noise of the images that it
-    happens to have, and independent of the other's. With the moves A and B ``(num_clients, size)``,
-    without their means over the clients, and ``H = (A + B) / 2``, the part along an axis q is
+    happens to have, and independent of the other's. With the `centred` moves A and B
+    ``(num_clients, size)`` and ``H = (A + B) / 2``, the part along an axis q is
     ``q^T A B^T q / q^T H H^T q``, in 0 .. 1.
 
     A client whose moves are 0 says nothing about any axis. None counts for more than the median
@@ -109,7 +66,7 @@ def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
     axes
         Unit vectors over the clients, columns of ``(num_clients, num_axes)``, float64.
     halves
-        Both moves of each client, ``(num_clients, 2, size)``.
+        Both `centred` moves of each client, ``(num_clients, 2, size)``.
 
     Returns
     -------
@@ -118,7 +75,6 @@ def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
     """
     moves = halves.double()
     tells = moves.flatten(1).any(dim=1)
-    moves = torch.where(tells[:, None, None], moves - moves[tells].mean(dim=0), 0.0)
     lengths = moves.square().sum(dim=2).mean(dim=1).sqrt()
     typical = lengths[tells].median() if bool(tells.any()) else lengths.sum()
     scales = torch.where(lengths > typical, typical / lengths, 1.0)
@@ -133,7 +89,7 @@ def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
 def agreement(halves: Tensor, others: Tensor) -> Tensor:
     """Return how far clients ask for the same, as the cosine of what is signal in their moves.
 
-    With the moves A and B of each, without the others' mean, it is
+    With the `centred` moves A and B of each it is
     ``(A_i^T B_j + B_i^T A_j) / 2 sqrt(A_i^T B_i A_j^T B_j)``. The images of two halves are not the
     same, so that noise is on average in none of these products: clients of one distribution are at
     1, whatever they lack in images. It is 0 for those whose own halves do not agree.
@@ -141,7 +97,7 @@ def agreement(halves: Tensor, others: Tensor) -> Tensor:
     Parameters
     ----------
     halves
-        Both moves of a client, ``(2, size)``.
+        Both `centred` moves of a client, ``(2, size)``.
     others
         Those of others, ``(num_clients, 2, size)``.
 
@@ -150,10 +106,8 @@ def agreement(halves: Tensor, others: Tensor) -> Tensor:
     Tensor
         ``(num_clients,)``, float64, -1 .. 1.
     """
-    tells = others.flatten(1).any(dim=1)
-    mean = others[tells].double().mean(dim=0) if bool(tells.any()) else 0.0
-    one, many = halves.double() - mean, others.double() - mean
+    one, many = halves.double(), others.double()
     products = (many[:, 0] @ one[1] + many[:, 1] @ one[0]) / 2
     signal = (many[:, 0] * many[:, 1]).sum(dim=1) * (one[0] @ one[1])
-    agrees = tells & (signal > 0) & bool(one[0] @ one[1] > 0)
+    agrees = (signal > 0) & bool(one[0] @ one[1] > 0)
     return torch.where(agrees, products / signal.abs().sqrt(), 0.0).clamp(-1, 1)

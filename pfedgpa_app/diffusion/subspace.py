@@ -90,14 +90,6 @@ class Spectrum:
         num_axes = 1 if self.is_drowned else rank
         return 2 * num_axes * self.floor / float(self.eigenvalues[:rank].mean())
 
-    def shrinkage(self, rank: int) -> Tensor:
-        """Return ``lambda / (lambda + floor)`` of the first axes, ``(rank,)``, float64.
-
-        That is the linear (Wiener) estimate of what lies under noise of the floor's variance.
-        """
-        eigenvalues = self.eigenvalues[:rank]
-        return eigenvalues / (eigenvalues + self.floor)
-
     @cached_property
     def signal_rank(self) -> int:
         """Number of axes that stand out over the noise.
@@ -228,18 +220,9 @@ class Subspace:
             coordinates += rows @ self.basis[:, chunk].double().T
         return (coordinates / self.scale).to(self.basis.dtype)
 
-    def reconstruct(self, coordinates: Tensor) -> Tensor:
-        """Return the vectors ``(..., d)`` of coordinates ``(..., dim)``."""
-        return self.mean + (coordinates * self.scale).to(self.basis.dtype) @ self.basis
-
-    def along(self, axes: Tensor, origin: Tensor) -> "Subspace":
-        """Return the space whose vectors are ``axes @ (vector - origin)``, ``(num_axes,)``.
-
-        ``axes`` is ``(num_axes, d)``, ``origin`` ``(d,)``; the coordinates stay what they are.
-        """
-        return Subspace(
-            axes @ (self.mean - origin).to(axes), self.basis.to(axes) @ axes.T, self.scale
-        )
+    def displacement(self, coordinates: Tensor) -> Tensor:
+        """Return how far vectors ``(..., d)`` of coordinates ``(..., dim)`` are from the mean."""
+        return (coordinates * self.scale).to(self.basis.dtype) @ self.basis
 
 
 def divergence(vectors: Sequence[Tensor], origin: Tensor) -> float:

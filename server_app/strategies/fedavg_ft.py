@@ -1,7 +1,10 @@
 """FedAvg-FT: the average, fine-tuned by every client on its own data."""
 
-from typing import Any
+from typing import Any, Self
 
+import torch
+
+from pfedgpa_app.config import Config
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.state import states_below, states_under
 from server_app.replies import Upload
@@ -13,11 +16,22 @@ class FedAvgFT(ClientwiseFedAvg):
 
     A client's personalized model is what it made of the average in its last round of local
     training, so that the comparison spends no more training on it than on any other strategy.
+
+    Parameters
+    ----------
+    own_weight : float (default: 1.0)
+        Part of what the client made of the average in its model; the rest is today's average.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, own_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.own_weight = own_weight
         self.fine_tuned: dict[int, StateDict] = {}
+
+    @classmethod
+    def of(cls, config: Config, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
+        return super().of(config, own_weight=config.fedavg_ft.own_weight, **kwargs)
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the fine-tuned models."""
@@ -34,4 +48,12 @@ class FedAvgFT(ClientwiseFedAvg):
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the client's fine-tuned model, or the average if it never took part."""
-        return self.fine_tuned.get(client, self.average)
+        fine_tuned = self.fine_tuned.get(client, self.average)
+        if self.own_weight == 1:
+            return fine_tuned
+        return {
+            name: torch.lerp(self.average[name], own, self.own_weight)
+            if own.is_floating_point()
+            else own
+            for name, own in fine_tuned.items()
+        }

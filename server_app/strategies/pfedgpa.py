@@ -7,8 +7,10 @@ from typing import Any, Self
 
 import torch
 from flwr.common import log
+from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.bank import ClientRecord
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import SKETCH
 from pfedgpa_app.guard import unusual
@@ -30,6 +32,10 @@ BANK = "bank"
 """The folder of models that are not in memory."""
 HALVES = "halves"
 """What a client may tell then: how two halves of its images move what is `COMMON`."""
+SECOND_AFTER = 4
+"""Rounds from a client's first measurement to its second. In the first round models mean little."""
+MEASURED_TOGETHER = 10
+"""So many clients are measured in a round, if as many train: what all did is their mean."""
 
 
 class PFedGPA(ClientwiseFedAvg):
@@ -67,8 +73,8 @@ class PFedGPA(ClientwiseFedAvg):
     ----------
     aggregator : GenerativeAggregator
         The method, once `begin` has made it.
-    measures : bool
-        Whether those who train in this round are asked for it.
+    measured : set of int
+        Who of those that train in this round is asked for its halves.
 
     Examples
     --------
@@ -105,7 +111,7 @@ class PFedGPA(ClientwiseFedAvg):
         self.diffusion = diffusion
         self.onboarding = onboarding
         self.noised = noised
-        self.measures = False
+        self.measured: set[int] = set()
         self._retired: Vault | None = None
         self.client_momentum = ClientMomentum(momentum)
 
@@ -134,31 +140,49 @@ class PFedGPA(ClientwiseFedAvg):
         )
 
     def prepare(self, server_round: int, clients: Sequence[int]) -> None:
-        """Measure if it is time for one of the clients that will train.
+        """Choose who is measured of the clients that will train.
 
-        All are asked then: moves from one mean, of one round, can be held against each other. Who
-        does not tell, or nothing that can be used, is not asked sooner again than others.
+        Those are due that were never measured, or once and some rounds ago, when models meant
+        little yet, or long ago. With them go as many others, those measured longest ago, as it
+        takes to tell what a client did from what all did. Who does not tell, or nothing that can
+        be used, is not asked sooner again than others.
         """
-        every, bank = self.diffusion.measure_every, self.aggregator.bank
+        bank = self.aggregator.bank
         num_known = len({*bank.members, *clients})
         is_first = server_round == self.completed_rounds + 1
         if is_first and (warning := too_few(num_known, self.diffusion)):
             log(WARNING, "pFedGPA: %s", warning)
-        asked = [bank.of(client).asked for client in clients]
-        is_due = any(last is None or server_round - last >= every for last in asked)
         # Members are sent the mean for it, which would tell two of them too much of each other.
         may_tell = not bank.has_members or len(bank.members) >= self.diffusion.min_kin
-        self.measures = self.diffusion.sharing == "measured" and is_due and may_tell
-        if self.measures:
-            for client in clients:
-                bank.of(client).asked = server_round
+        self.measured = set()
+        if self.diffusion.sharing != "measured" or not may_tell:
+            return
+        records = {client: bank.of(client) for client in clients}
+        due = [each for each in clients if self._is_due(records[each], server_round)]
+        others = sorted(
+            (each for each in clients if each not in due), key=lambda each: records[each].asked or 0
+        )
+        if due:
+            self.measured = {*due, *others[: max(0, MEASURED_TOGETHER - len(due))]}
+        for client in self.measured:
+            records[client].asked, records[client].was_asked_again = (
+                server_round,
+                records[client].asked is not None,
+            )
+
+    def _is_due(self, record: ClientRecord, server_round: int) -> bool:
+        if record.asked is None:
+            return True
+        every = self.diffusion.measure_every
+        wait = every if record.was_asked_again else min(SECOND_AFTER, every)
+        return server_round - record.asked >= wait
 
     def extras(self, client: int) -> StateDict:
         """Return the members' mean, ``(d,)``, where it is measured what moves clients from it.
 
         Those to whom it is sent as the parameters are asked with no entries.
         """
-        if not self.measures:
+        if client not in self.measured:
             return {}
         is_known = self.aggregator.bank.knows(client)
         return {COMMON: self.aggregator.expect() if is_known else torch.empty(0)}
@@ -169,7 +193,8 @@ class PFedGPA(ClientwiseFedAvg):
 
     def expected_extras(self, client: int) -> ParameterLayout | None:
         """Return the layout of both sketches, ``(2, SKETCH)``, where they were asked for."""
-        return ParameterLayout.of({HALVES: torch.empty(2, SKETCH)}) if self.measures else None
+        is_asked = client in self.measured
+        return ParameterLayout.of({HALVES: torch.empty(2, SKETCH)}) if is_asked else None
 
     def counts(self, client: int) -> bool:
         """Tell whether a client is a member, as all of the first round are, and is not unusual."""
@@ -249,23 +274,34 @@ class PFedGPA(ClientwiseFedAvg):
         return next(self.training_states([client]))
 
     def evaluation_state(self, client: int) -> StateDict:
-        """Return the model generated for a client, or the mean if nothing is known of it."""
-        return self.training_state(client)
+        """Return the model that a client holds, or the mean if nothing is known of it."""
+        return next(self.evaluation_states([client]))
 
     def training_states(self, clients: Sequence[int]) -> Iterator[StateDict]:
         """Yield the `training_state` of each client."""
-        known = [client for client in clients if self.aggregator.bank.knows(client)]
-        generated = self.aggregator.personalize_each(known)
-        for client in clients:
-            if self.aggregator.bank.knows(client):
-                vector = self.client_momentum.ahead(client, next(generated))
-                yield self.global_model.with_vector(vector)
-            else:
-                yield self.global_model.with_vector(self.aggregator.expect())
+        return map(self.global_model.with_vector, self._vectors(clients))
 
     def evaluation_states(self, clients: Sequence[int]) -> Iterator[StateDict]:
-        """Yield the `evaluation_state` of each client."""
-        return self.training_states(clients)
+        """Yield the `evaluation_state` of each client.
+
+        A member's is on the way from the generated model to its own upload, ``own_weight`` of it.
+        Fine-tuned weights and those that they were tuned from have, halfway between, often the best
+        of both (WiSE-FT, arXiv 2109.01903).
+        """
+        members, weight = self.aggregator.bank.members, self.diffusion.own_weight
+        for client, vector in zip(clients, self._vectors(clients), strict=True):
+            own = members.get(client, vector)
+            yield self.global_model.with_vector(torch.lerp(vector, own, weight))
+
+    def _vectors(self, clients: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the generated parameters ``(d,)`` of each client, or the mean."""
+        bank = self.aggregator.bank
+        generated = self.aggregator.personalize_each([each for each in clients if bank.knows(each)])
+        for client in clients:
+            if bank.knows(client):
+                yield self.client_momentum.ahead(client, next(generated))
+            else:
+                yield self.aggregator.expect()
 
     def summary(self) -> None:
         """Log the settings."""

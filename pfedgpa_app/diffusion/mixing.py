@@ -1,0 +1,160 @@
+"""The mixing matrix: whose parameters are in what each client is given.
+
+Everyone's model is a row of the matrix times the uploads of all. A row sums to 1; entries may be
+negative. It is made from halves that the clients reported, or from how near their uploads are.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.diffusion.signal import signal_parts
+from pfedgpa_app.diffusion.subspace import Spectrum
+
+# What is kept of an axis is the square of its part of signal: a model gains more from what
+# clients share than the best estimate of its parameters would. Tuned on the digits, seeds 100, 101.
+_CAUTION = 2
+# Of a row, the part that is too small to tell anything.
+_NEGLIGIBLE = 0.01
+
+
+def mixing_from_halves(spectrum: Spectrum, halves: Tensor) -> Tensor:
+    """Return the matrix that keeps of what sets clients apart what both halves agree on.
+
+    With the principal axes q of the uploads as unit vectors over the clients, it is
+    ``1/n + sum_q kept_q q q^T``, where ``kept`` is the square of `signal_parts`.
+
+    Parameters
+    ----------
+    spectrum
+        That of the uploads.
+    halves
+        Both `centred` moves of each client, ``(num_clients, 2, SKETCH)``; 0 of silent ones.
+
+    Returns
+    -------
+    Tensor
+        ``(num_clients, num_clients)``, float64, symmetric.
+    """
+    axes = spectrum.eigenvectors
+    kept = signal_parts(axes, halves) ** _CAUTION
+    # Axes that are rounding errors are no deviations from the mean either.
+    kept[spectrum.max_rank :] = 0
+    return (axes * kept) @ axes.T + 1 / len(axes)
+
+
+def nearness(here: Tensor, there: Tensor, noise_to_signal: float) -> Tensor:
+    """Return how near points ``(n, dim)`` are to others ``(m, dim)``.
+
+    ``softmax(-|c_i - c_j|^2 / 2 noise_to_signal)``, the weights of the optimal denoiser of a finite
+    set of points, as rows ``(n, m)``, float64, that sum to 1. Without any dimension all are alike.
+    """
+    left, right = here.double(), there.double()
+    # |c_i - c_j|^2 without |c_i|^2, which the softmax does not see.
+    distances = right.square().sum(dim=1) - 2 * left @ right.T
+    return torch.softmax(-distances / (2 * noise_to_signal), dim=1)
+
+
+def kept_of(mixing: Tensor, spectrum: Spectrum) -> Tensor:
+    """Return what is kept of the deviations from the mean along each principal axis.
+
+    ``q^T W q`` of each axis q, ``(num_axes,)``, float64.
+    """
+    axes = spectrum.eigenvectors
+    return (axes * (mixing @ axes)).sum(dim=0)
+
+
+def share_of(mixing: Tensor, spectrum: Spectrum) -> float:
+    """Return what is kept of the variance of all deviations from the mean together."""
+    variances = spectrum.eigenvalues
+    # Of vectors that are all the same there is nothing to keep, and no 0 / 0.
+    return float((kept_of(mixing, spectrum) * variances).sum() / (variances.sum() or 1.0))
+
+
+def excess_weights(weights: Tensor, min_kin: int, own: int | None = None) -> Tensor:
+    """Return by how much the weights of a mixture are too large for the privacy of others.
+
+    Who knows its own part of a mixture knows the rest of it. So none of the others may have more
+    than ``1 / (min_kin - 1)`` of their weight. Where one has, the largest are cut down to the
+    ``(min_kin - 1)``-th largest, so that as many others have the largest part.
+
+    Parameters
+    ----------
+    weights
+        Of the clients, ``(num_clients,)``.
+    min_kin
+        1 or 2 cuts nothing.
+    own
+        The place of who gets the mixture, if it is one of them.
+
+    Returns
+    -------
+    Tensor
+        What is to be taken from the weights, ``(num_clients,)``, 0 for most.
+    """
+    if min_kin < 3:
+        return torch.zeros_like(weights)
+    sizes = weights.abs()
+    if own is not None:
+        sizes[own] = 0
+    ordered = sizes.sort(descending=True).values
+    if ordered[0] * (min_kin - 1) <= ordered.sum():
+        return torch.zeros_like(weights)
+    cap = float(ordered[min_kin - 2]) if min_kin - 2 < len(ordered) else 0.0
+    return weights.sign() * (sizes - cap).clamp(min=0)
+
+
+class Capped(NamedTuple):
+    """Rows of a mixing matrix without `excess_weights`.
+
+    Attributes
+    ----------
+    weights
+        What is left of the rows, ``(n, num_clients)``.
+    own
+        What was taken, ``(n,)``: the part of who gets the mixture, in place of it.
+    left
+        How much of the others' part is left, ``(n,)``, 0 .. 1. What a denoiser changes is learned
+        from the others too, and no more of it may be given.
+    """
+
+    weights: Tensor
+    own: Tensor
+    left: Tensor
+
+
+def capped(rows: Tensor, min_kin: int, own: Sequence[int | None]) -> Capped:
+    """Return rows ``(n, num_clients)`` without `excess_weights`.
+
+    ``own`` has the place of who gets each mixture, None for those who are not among the clients.
+    """
+    excess = torch.stack(
+        [excess_weights(row, min_kin, place) for row, place in zip(rows, own, strict=True)]
+    )
+    sizes = rows.abs()
+    totals = sizes.sum(dim=1)
+    others = totals.clone()
+    for number, place in enumerate(own):
+        if place is not None:
+            others[number] -= sizes[number, place]
+    # Whose others have next to nothing is not told of that either.
+    taken = excess.abs().sum(dim=1) / torch.maximum(others, _NEGLIGIBLE * totals)
+    return Capped(rows - excess, excess.sum(dim=1), 1 - taken)
+
+
+def limited(mixing: Tensor, min_kin: int) -> Tensor:
+    """Return the matrix with each client's own upload in place of its `excess_weights`."""
+    rows = capped(mixing, min_kin, range(len(mixing)))
+    return rows.weights + torch.diag(rows.own)
+
+
+def are_alone(mixing: Tensor, min_kin: int) -> Tensor:
+    """Tell who is given nothing of others since that would tell too much, ``(num_clients,)``.
+
+    Nothing is less than a hundredth of all.
+    """
+    rows = limited(mixing, min_kin)
+    left = (rows - torch.diag(rows.diagonal())).abs().sum(dim=1)
+    return (mixing != rows).any(dim=1) & (left < _NEGLIGIBLE)
