@@ -286,12 +286,16 @@ class PFedGPA(ClientwiseFedAvg):
 
         A member's is on the way from the generated model to its own upload, ``own_weight`` of it.
         Fine-tuned weights and those that they were tuned from have, halfway between, often the best
-        of both (WiSE-FT, arXiv 2109.01903).
+        of both (WiSE-FT, arXiv 2109.01903). Who was not in the round holds the generated model:
+        what it made of an older one is worth less than what others know by now.
         """
-        members, weight = self.aggregator.bank.members, self.diffusion.own_weight
+        bank = self.aggregator.bank
+        members = bank.members
+        latest = max((bank.of(client).seen for client in members), default=0)
         for client, vector in zip(clients, self._vectors(clients), strict=True):
-            own = members.get(client, vector)
-            yield self.global_model.with_vector(torch.lerp(vector, own, weight))
+            if client in members and bank.of(client).seen == latest:
+                vector = torch.lerp(vector, members[client], self.diffusion.own_weight)
+            yield self.global_model.with_vector(vector)
 
     def _vectors(self, clients: Sequence[int]) -> Iterator[Tensor]:
         """Yield the generated parameters ``(d,)`` of each client, or the mean."""
