@@ -84,6 +84,7 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "accuracies": {name: found.last(name) for name in _ACCURACIES},
         "worst-clients": _worst(found),
         "error": found.error,
+        "warnings": found.warnings,
         "sharing": alone_in(found.metrics, found.config.diffusion),
         "failures": _failures(found.clients),
         "files": dict(_files(found.path)),
@@ -108,7 +109,10 @@ def remove(
     )
     for other in read_runs(path.parent):
         earlier = other.config.earlier_path
-        is_its = earlier is not None and earlier.resolve() == path.resolve()
+        is_its = earlier is not None and path.resolve() in (
+            earlier.resolve(),
+            earlier.resolve().parent,
+        )
         if is_its and not (other.path / CHECKPOINT).exists():
             print(f"{other.name} goes on from it and has no checkpoint of its own")
     if not yes:
@@ -203,7 +207,7 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
         f"{facts['rounds']} of {facts['num-server-rounds']} rounds in {took} h, "
         f"began {facts['began']}"
     )
-    yield from (each for each in (facts["error"], facts["sharing"]) if each)
+    yield from (each for each in (facts["error"], *facts["warnings"], facts["sharing"]) if each)
     blocks = {
         "Settings that differ from the defaults": [
             f"{key} = {json.dumps(value)}" for key, value in facts["settings"].items()

@@ -11,6 +11,7 @@ from typing import Self
 from torch import Tensor
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.divergence import best_kept, warnings_in
 from pfedgpa_app.figures import Curve, draw_curves
 from pfedgpa_app.files import read_text
 from pfedgpa_app.parameters import StateDict
@@ -185,6 +186,12 @@ class Run:
     def error(self) -> str:
         """Why it ended before its last round; empty if it did not, or could not tell."""
         return error_of(self.path)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What goes, or went, wrong in its rounds, and what may help."""
+        kept = best_kept(self.path, self.name)
+        return [f"{each}{kept}" for each in warnings_in(self.metrics, self.config).values()]
 
     @property
     def state(self) -> str:

@@ -1,6 +1,7 @@
 """What happened in a round, as rows of a run's files and as lines to read."""
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 Row = dict[str, Any]
 
 JUDGED = "personalized-accuracy"
+STANDARD_ERROR = f"{JUDGED}-error"
 NO_REPLY = "no reply"
 CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
@@ -84,6 +86,14 @@ class RoundRecord:
         """Note why a client is out of the round."""
         self._row(client)["status"] = reason
 
+    def not_evaluated(self, client: int, reason: str) -> None:
+        """Note why the evaluation of a client's personalized model cannot be used."""
+        self._row(client)["not-evaluated"] = reason
+
+    def not_finite(self, client: int) -> None:
+        """Note that losses or weights of a client are NaN, infinite or huge."""
+        self._row(client)["not-finite"] = True
+
     def evaluated(self, client: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of a client's personalized model."""
         self._row(client).update(
@@ -93,6 +103,8 @@ class RoundRecord:
                 if name in metrics
             }
         )
+        if "num-examples" in metrics:
+            self._row(client)["num-test-examples"] = int(metrics["num-examples"])
 
     @property
     def num_trained(self) -> int:
@@ -144,6 +156,7 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "personalized-loss": _mean(record.column("personalized-loss")),
         "personalized-accuracy-worst": min(accuracies, default=None),
         "personalized-accuracy-std": statistics.pstdev(accuracies) if accuracies else None,
+        STANDARD_ERROR: standard_error(record),
         "received-accuracy": _mean(record.column("accuracy-before")),
         "finetuned-accuracy": _mean(record.column("accuracy-after")),
         "finetuned-loss": _mean(record.column("loss-after")),
@@ -151,6 +164,7 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "num-clients": record.num_trained,
         "num-failures": record.num_failures,
         "num-alone": len(record.column("alone")),
+        "num-not-finite": len(record.column("not-finite")),
         "epsilon": max(record.column("epsilon"), default=None),
         "seconds-clients": round(record.seconds_clients, 3),
         "seconds-diffusion": round(record.seconds_diffusion, 3),
@@ -158,6 +172,24 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "bytes-down": record.bytes_down,
         "bytes-up": record.bytes_up,
     }
+
+
+def standard_error(record: RoundRecord) -> float | None:
+    """Return the standard error of a round's mean personalized accuracy; None if it has none.
+
+    Each accuracy is that of a finite test set, and where not all clients were evaluated the mean
+    depends on who was: of ``k`` of ``N`` clients its variance is ``(1 - k / N) / k`` times theirs.
+    """
+    rows = [row for row in record.clients.values() if JUDGED in row]
+    if not rows:
+        return None
+    accuracies = [row[JUDGED] for row in rows]
+    sampling = sum(
+        row[JUDGED] * (1 - row[JUDGED]) / max(1, row.get("num-test-examples", 1)) for row in rows
+    )
+    left_out = max(0.0, 1 - len(rows) / max(1, record.num_nodes))
+    between = left_out * statistics.pvariance(accuracies) / len(rows)
+    return math.sqrt(max(0.0, sampling) / len(rows) ** 2 + between)
 
 
 def describe(row: Row, num_rounds: int) -> str:

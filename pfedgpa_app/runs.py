@@ -15,6 +15,8 @@ from pfedgpa_app.files import is_hidden, read_text, text_of
 
 RUN_FILE = "run.json"
 CHECKPOINT = "checkpoint.safetensors"
+BEST = "best"
+"""The folder, in that of a run, with the checkpoint of its best round."""
 LATEST = "latest"
 _MAX_CANDIDATES = 10
 
@@ -129,7 +131,8 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
     Parameters
     ----------
     run
-        Its name, its id, the beginning of either if no other begins so, ``latest``, or its folder.
+        Its name, its id, the beginning of either if no other begins so, ``latest``, or its folder;
+        or any of these and ``/best``, for the folder of its best checkpoint.
     folder
         The output folder; a path may be relative to it.
     here
@@ -145,6 +148,8 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
     path = Path(os.path.expanduser(run))  # Path's own raises where there is no such user
     if (folder / path).is_dir():
         return folder / path
+    if path.name == BEST and path.parent.name:
+        return find_run(str(path.parent), folder, here) / BEST
     runs = run_folders(folder)
     if run == LATEST and runs:
         return runs[-1]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,23 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file another name, without a copy of its content where the disk can.
+
+    Raises
+    ------
+    OSError
+        If that fails.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        unfinished = target.with_name(target.name + ".unfinished")
+        shutil.copyfile(source, unfinished)
+        sync_to_disk(unfinished)
+        unfinished.replace(target)
 
 
 def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

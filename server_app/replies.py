@@ -16,6 +16,7 @@ from pfedgpa_app.parameters import (
     ParameterError,
     ParameterLayout,
     StateDict,
+    UnboundedError,
 )
 from pfedgpa_app.rounds import CLIENT_FAILED, NO_REPLY
 
@@ -41,6 +42,10 @@ _SPARE_BYTES = 2**24
 
 class ReplyError(ValueError):
     """A reply that must not be used, with the reason."""
+
+
+class NotFiniteError(ReplyError):
+    """A reply with a number, or a weight, that is NaN, infinite or huge."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,8 @@ def _read_state(arrays: ArrayRecord, layout: ParameterLayout) -> StateDict:
         layout.check_names(arrays)
         state = {entry.name: _read_array(arrays[entry.name], entry) for entry in layout.sent}
         layout.check(state)
+    except UnboundedError as error:
+        raise NotFiniteError(one_line(str(error), 1000)) from error
     except ParameterError as error:
         raise ReplyError(one_line(str(error), 1000)) from error
     return layout.received(state)
@@ -182,7 +189,7 @@ def read_metrics(
         if isinstance(value, list):
             continue
         if not abs(value) < (MAX_WEIGHT if name == weighted_by_key else MAX_ABSOLUTE):
-            raise ReplyError(f'the metric "{one_line(name)}" is {value}')
+            raise NotFiniteError(f'the metric "{one_line(name)}" is {value}')
         metrics[name] = value
     weight = metrics.get(weighted_by_key)
     if weight is None or weight < 1:

@@ -66,7 +66,12 @@ def test_a_round_is_summarized_over_its_clients():
         "num-nodes": 6,
         "num-clients": 2,
         "num-failures": 2,
+        # of test sets of 4, 4 and an unknown number, and 3 of 6 clients
+        "personalized-accuracy-error": pytest.approx(
+            math.sqrt((0.25 / 4 + 0.24) / 9 + 0.5 * (0.14 / 3) / 3)
+        ),
         "num-alone": 0,
+        "num-not-finite": 0,
         "epsilon": None,
         "seconds-clients": 1.235,
         "seconds-diffusion": 0.5,
@@ -83,6 +88,7 @@ def test_a_round_without_clients_has_no_means():
         "personalized-loss",
         "personalized-accuracy-worst",
         "personalized-accuracy-std",
+        "personalized-accuracy-error",
         "received-accuracy",
         "finetuned-accuracy",
         "finetuned-loss",
@@ -104,6 +110,7 @@ def test_a_client_has_a_row_with_all_that_is_known_of_it():
         "num-examples": 9,
         "personalized-accuracy": 1.0,
         "personalized-loss": 0.1,
+        "num-test-examples": 4,
     }
     assert rows[1]["status"] == "0.weight has values that are not finite"
     assert rows[3]["status"] == "no reply"

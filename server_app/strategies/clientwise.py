@@ -26,7 +26,14 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import RoundRecord
 from server_app.messages import FINGERPRINT, draw, make_messages, num_bytes, shared_metrics
 from server_app.outliers import outliers
-from server_app.replies import ReplyError, Upload, read_metrics, read_spent, read_upload
+from server_app.replies import (
+    NotFiniteError,
+    ReplyError,
+    Upload,
+    read_metrics,
+    read_spent,
+    read_upload,
+)
 from server_app.roster import Roster, by_addressee
 from server_app.strategies.method import ServerMethod
 
@@ -215,6 +222,9 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
                 metrics[client] = read_metrics(reply, self.weighted_by_key)
             except ReplyError as error:
                 log(WARNING, "Client %d is not evaluated: %s", client, error)
+                self.record.not_evaluated(client, str(error))
+                if isinstance(error, NotFiniteError):
+                    self.record.not_finite(client)
                 continue
             self.record.evaluated(client, metrics[client])
         if not metrics:
@@ -305,6 +315,8 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
                 self.check(client, upload)
             except ReplyError as error:
                 self._refuse(client, str(error))
+                if isinstance(error, NotFiniteError):
+                    self.record.not_finite(client)
                 continue
             state = self.global_model.spec.refreshed(upload.state)
             uploads[client], sizes[client] = replace(upload, state=state), num_bytes(reply)
