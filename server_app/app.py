@@ -21,7 +21,7 @@ from pfedgpa_app.runs import BEST, CHECKPOINT
 from pfedgpa_app.state import WriteError
 from server_app.checkpoint import ResumeError, keep_best, resume, settle_earlier, write_checkpoint
 from server_app.grid import GuardedGrid
-from server_app.replies import max_bytes
+from server_app.replies import max_bytes, metric_ranges
 from server_app.roster import JoinTimeoutError, PartitionRoster, SourceError
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
 from server_app.tracking import Tracking
@@ -146,7 +146,7 @@ def _write_report(path: Path) -> None:
 
 def make_strategy(config: Config) -> ClientwiseFedAvg:
     """Return the strategy that a run's settings ask for."""
-    return STRATEGIES[config.strategy].of(
+    strategy = STRATEGIES[config.strategy].of(
         config,
         roster=PartitionRoster(),
         fraction_train=config.server.fraction_train,
@@ -157,6 +157,8 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
         min_available_nodes=config.server.min_available_nodes,
         join_timeout=config.server.join_timeout,
     )
+    strategy.metric_ranges = metric_ranges(config.privacy)
+    return strategy
 
 
 class RunError(RuntimeError):
