@@ -63,6 +63,7 @@ def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("scans", None)  # that of the documents, if another test wrote it
     (tmp_path / "scans.py").write_text(SCANS)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PFEDGPA_TRUST", "scans")
     yield tmp_path / "scans.py"
     sys.modules.pop("scans", None)
 

@@ -1,6 +1,5 @@
 """The data sets: all examples and labels of one, and which of them are only for testing."""
 
-import importlib
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from torch import Tensor
 from pfedgpa_app.arrays import LEVELS, PIECE, ArrayError, alike, as_examples, as_labels
 from pfedgpa_app.config import DATASETS, SITES, DataConfig, DatasetInfo, by_x
 from pfedgpa_app.errors import described
+from pfedgpa_app.own_functions import own_function
 from pfedgpa_app.randomness import initialized_by, make_generator
 
 # Where Debian's package dataset-fashion-mnist puts the original files.
@@ -239,13 +239,12 @@ def _own(config: DataConfig, seed: int) -> Part:
     Global generators follow the seed meanwhile.
     """
     name = config.dataset
-    module_name, _, function_name = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function = own_function(name)
     except (ImportError, AttributeError) as error:
         raise DataError(
             f"{name}: cannot be imported ({error}). data.dataset names a function as "
-            f'"package.module:function", of a package that is installed where the clients run'
+            '"package.module:function", of a module that is there where the clients run'
         ) from error
     except Exception as error:  # code of the user's raises whatever it likes
         raise DataError(f"{name}: importing it failed with {described(error)}") from error
