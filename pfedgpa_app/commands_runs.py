@@ -3,6 +3,7 @@
 import json
 import shutil
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -22,10 +23,10 @@ from pfedgpa_app.console import (
     print_table,
     read_run,
 )
-from pfedgpa_app.files import text_of
+from pfedgpa_app.files import printable, text_of
 from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
-from pfedgpa_app.runs import CHECKPOINT, began_at
+from pfedgpa_app.runs import CHECKPOINT, began_at, run_folders
 from pfedgpa_app.sharing import alone_in
 
 runs_app = make_app(invoke_without_command=True, help="List runs, look at one, remove one.")
@@ -49,7 +50,9 @@ def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputD
         context.default_map = {context.invoked_subcommand: defaults}
         return
     folder = Config(output_dir=output_dir).output_path
-    found = read_runs(folder)
+    found, damaged = read_runs(folder)
+    for problem in damaged:
+        print(f"Passed over: {printable(problem)}", file=sys.stderr)
     if as_json:
         print(json.dumps([_facts(run) for run in found], indent=2))
         return
@@ -101,13 +104,16 @@ def remove(
     """Remove a run and all of its files."""
     found = read_run(run, output_dir)
     path, name = found.path, found.name
+    output = Config(output_dir=output_dir).output_path
+    if run_folders(path) or output.resolve().is_relative_to(path.resolve()):
+        fail(f"{path} is a folder of runs; right would be the name of one run")
     if found.state == "running":
         fail(f"{name} is going on; right would be to end it first, with flwr stop {path.name}")
     print(
         f"{name} ({found.config.strategy}, {_rounds(found)} rounds, "
         f"{_size(sum(dict(_files(path)).values()))}): {path}"
     )
-    for other in read_runs(path.parent):
+    for other in read_runs(path.parent)[0]:
         earlier = other.config.earlier_path
         is_its = earlier is not None and path.resolve() in (
             earlier.resolve(),

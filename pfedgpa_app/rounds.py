@@ -1,13 +1,14 @@
 """What happened in a round, as rows of a run's files and as lines to read."""
 
-import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pfedgpa_app.files import parse_json
 
 Row = dict[str, Any]
 
@@ -239,16 +240,47 @@ def parse_rows(file: Path, lines: bytes) -> list[Row]:
     rows = []
     for line in lines.splitlines():
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             row = None
-        if not isinstance(row, dict) or type(row.get("round")) is not int:
+        if not isinstance(row, dict) or not _is_count(row.get("round")):
             raise RowError(
                 f"{file} is damaged: {line[:60]!r}; right would be a JSON object with a round"
             )
+        for name in row.keys() & _KINDS.keys():
+            is_right, right = _KINDS[name]
+            if row[name] is not None and not is_right(row[name]):
+                raise RowError(
+                    f"{file} is damaged: {name} is {str(row[name])[:30]!r} in round "
+                    f"{row['round']}; right would be {right}"
+                )
         rows.append(row)
     return rows
 
 
 def _mean(values: list[float]) -> float | None:
     return statistics.fmean(values) if values else None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < _MOST  # type: ignore[arg-type]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_MOST = 1e18
+_TEXTS = ("strategy", "node-id", "status", "unusual", "not-evaluated")
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    **dict.fromkeys(
+        (*summarize(RoundRecord(0), "", 0.0), *TRAINING_METRICS), (_is_number, "a number")
+    ),
+    "client": (_is_count, "a whole number from 0"),
+    **dict.fromkeys(_TEXTS, (_is_text, "a text")),
+}
+"""What whoever shows rows counts on, by name: how a value is checked, and what would be right."""

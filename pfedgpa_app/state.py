@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pfedgpa_app.files import require_regular
+
 
 class WriteError(OSError):
     """A file that cannot be written; the message names it and says why."""
@@ -109,6 +111,7 @@ def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
         If the file is missing, damaged or of another kind.
     """
     try:
+        require_regular(file)
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             if metadata.get("kind") != kind:

@@ -241,8 +241,8 @@ def test_runs_are_read_oldest_first_and_other_folders_passed_over(tmp_path: Path
         (tmp_path / name / "run.json").write_text(json.dumps(facts))
     (tmp_path / "figures").mkdir()
     (tmp_path / "notes.txt").touch()
-    assert [run.path.name for run in read_runs(tmp_path)] == ["c", "a", "b"]
-    assert read_runs(tmp_path / "no such folder") == []
+    assert [run.path.name for run in read_runs(tmp_path)[0]] == ["c", "a", "b"]
+    assert read_runs(tmp_path / "no such folder")[0] == []
 
 
 def test_folders_of_other_programs_are_passed_over(tmp_path: Path):
@@ -251,7 +251,7 @@ def test_folders_of_other_programs_are_passed_over(tmp_path: Path):
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
-    assert [run.path.name for run in read_runs(tmp_path)] == ["run"]
+    assert [run.path.name for run in read_runs(tmp_path)[0]] == ["run"]
 
 
 def test_a_run_is_complete_with_its_last_round(tmp_path: Path):

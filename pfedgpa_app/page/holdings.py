@@ -1,6 +1,5 @@
 """Which data clients have: the classes and the group of each, from the run's settings alone."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pfedgpa_app.config import SITES, Config
+from pfedgpa_app.files import parse_json, require_regular
 from pfedgpa_app.report import Run
 
 
@@ -95,8 +95,9 @@ def _partitions(folder: Path) -> dict[int, tuple[int, int]]:
     found = {}
     for file in sorted(folder.glob("client-*.safetensors")):
         try:
+            require_regular(file)
             with safe_open(file, "pt") as opened:
-                facts = json.loads(opened.metadata()["facts"])
+                facts = parse_json(opened.metadata()["facts"])
             client, number, total = (
                 facts[name] for name in ("client", "partition-id", "num-partitions")
             )
