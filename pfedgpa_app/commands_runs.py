@@ -23,7 +23,7 @@ from pfedgpa_app.console import (
     print_table,
     read_run,
 )
-from pfedgpa_app.files import printable, text_of
+from pfedgpa_app.files import printable, printable_lines, text_of
 from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT, began_at, run_folders
@@ -73,7 +73,7 @@ def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputD
             _number(run.last(JUDGED)),
             _number(run.last("finetuned-accuracy")),
         )
-    print(f"Runs in {folder}")
+    print(f"Runs in {printable(str(folder))}")
     print_table(table)
 
 
@@ -92,7 +92,7 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "failures": _failures(found.clients),
         "files": dict(_files(found.path)),
     }
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(_described(facts)))
+    print(json.dumps(facts, indent=2) if as_json else printable_lines("\n".join(_described(facts))))
 
 
 @runs_app.command()

@@ -70,12 +70,22 @@ def native_path(path: str) -> str:
 
 def quoted(name: str) -> str:
     """Return a name for a message, in quotes, what cannot be printed escaped."""
-    return f'"{printable(name)}"'
+    return '"' + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) + '"'
 
 
 def printable(text: str) -> str:
-    """Return a text with what cannot be printed, such as what steers a terminal, escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Return a text with what cannot be printed, such as what steers a terminal, escaped.
+
+    The bytes of a name that is not UTF-8, which Python has as surrogates, stay.
+    """
+    return "".join(
+        c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text
+    )
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines, each of them `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def open_regular(file: Path) -> BinaryIO:
@@ -92,17 +102,6 @@ def open_regular(file: Path) -> BinaryIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is no regular file", str(file))
     return open(descriptor, "rb")
-
-
-def require_regular(file: Path) -> None:
-    """See to it that a file is no pipe or device, which might never end.
-
-    Raises
-    ------
-    OSError
-        If it is one, or cannot be read.
-    """
-    open_regular(file).close()
 
 
 def read_bytes(file: Path, most: int) -> bytes:

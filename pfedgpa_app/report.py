@@ -145,7 +145,9 @@ class RunFolder:
         folder = self.path / "models"
         with writing(folder):
             folder.mkdir(exist_ok=True)
-        model = ExportedModel(state, self.config, client, server_round, stats, partition)
+        model = ExportedModel(
+            state, self.config, client, server_round, stats, partition, run=self.path.name
+        )
         model.save(folder / f"client-{client}.safetensors")
 
     def draw(self) -> None:

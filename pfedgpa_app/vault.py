@@ -70,7 +70,10 @@ class DiskVault(MutableMapping[int, Tensor]):
         before, self.versions = self.versions, {int(c): int(n) for c, n in tensors.items()}
         try:
             for client in self:
-                load_state(self.earlier / self.file(client).name, VECTOR_KIND)
+                file = self.earlier / self.file(client).name
+                vector = load_state(file, VECTOR_KIND)[0].get("vector")
+                if vector is None or not bool(vector.isfinite().all()):
+                    raise ValueError(f"{file} is damaged: its vector is missing or not finite")
             if self.versions and self.earlier != self.folder:
                 self._take_over()
         except (OSError, ValueError) as error:

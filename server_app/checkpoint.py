@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RoundRecord
 from pfedgpa_app.runs import BEST, CHECKPOINT, RunNotFoundError, find_run
@@ -125,6 +126,11 @@ def resume(config: Config, strategy: ClientwiseFedAvg, spec: ModelSpec) -> Run:
             f"{facts['round']} rounds; right would be that or more"
         )
     strategy.begin(spec)
+    if damaged := _not_finite(tensors, spec):
+        raise ResumeError(
+            f'resume-from = "{config.resume_from}": {path / CHECKPOINT} is damaged: {damaged} has '
+            f"values that are not finite. Right would be the checkpoint of another round"
+        )
     try:
         strategy.restore(tensors)
     except ValueError as error:  # of the layout's or of the aggregator's
@@ -133,3 +139,16 @@ def resume(config: Config, strategy: ClientwiseFedAvg, spec: ModelSpec) -> Run:
     strategy.record = RoundRecord(facts["round"])
     strategy.roster.resume(dict(facts["clients"]))
     return run
+
+
+def _not_finite(tensors: StateDict, spec: ModelSpec) -> str:
+    """Return the name of a tensor with NaN or inf, "" if there is none.
+
+    The model's own, such as masks, may have such values from the beginning.
+    """
+    infinite = [name for name, each in spec.initial.items() if not bool(each.isfinite().all())]
+    for name, tensor in tensors.items():
+        is_own = any(name.endswith(f".{each}") for each in infinite)
+        if not is_own and not bool(tensor.isfinite().all()):
+            return name
+    return ""
