@@ -52,9 +52,9 @@ def test_less_is_no_fall(rows: list[Row]):
 
 
 def test_normal_noise_is_no_fall():
-    # Ten clients with 36 test images each, as with the digits: 200 runs of 100 rounds.
+    # Ten clients with 36 test images each, as with the digits: 40 runs of 100 rounds.
     draw = random.Random(0)
-    for _ in range(200):
+    for _ in range(40):
         rows = []
         for number in range(1, 101):
             record = RoundRecord(number, num_nodes=10)
