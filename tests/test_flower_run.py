@@ -145,6 +145,7 @@ def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[d
         "accuracy.svg",
         "report.html",
         "checkpoint.safetensors",
+        "best/checkpoint.safetensors",
         *(f"models/client-{client}.safetensors" for client in range(4)),
     }
     assert f"Run digits-pfedgpa-1 ({folder.name}): {folder}" in log
