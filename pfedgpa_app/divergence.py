@@ -47,7 +47,7 @@ def fall_in(rows: Sequence[Row]) -> Fall | None:
     for row in rows:
         if row.get(JUDGED) is None:
             continue
-        if best is None or row[JUDGED] >= best[JUDGED]:
+        if best is None or is_best(row, best):
             best = row
         below = [*below, row] if _is_below(row, best) else []
         if len(below) >= _ROUNDS:
@@ -55,6 +55,25 @@ def fall_in(rows: Sequence[Row]) -> Fall | None:
             first, last = below[0]["round"], below[-1]["round"]
             latest = Fall(first, last, best["round"], best[JUDGED], lowest)
     return latest
+
+
+def is_best(row: Row, best: Row | None) -> bool:
+    """Tell whether an evaluated round is at least as good as the best one before.
+
+    With more clients than in that one the mean is another: it begins anew.
+    """
+    if best is None or row[JUDGED] >= best[JUDGED]:
+        return True
+    return value_of(row, "num-evaluated") > value_of(best, "num-evaluated")
+
+
+def best_in(rows: Sequence[Row]) -> Row | None:
+    """Return the row of a run's best evaluated round; None if none was evaluated."""
+    best: Row | None = None
+    for row in rows:
+        if row.get(JUDGED) is not None and is_best(row, best):
+            best = row
+    return best
 
 
 def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], str]:

@@ -164,6 +164,7 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "num-nodes": record.num_nodes,
         "num-clients": record.num_trained,
         "num-failures": record.num_failures,
+        "num-evaluated": len(accuracies),
         "num-alone": len(record.column("alone")),
         "num-not-finite": len(record.column("not-finite")),
         "epsilon": max(record.column("epsilon"), default=None),

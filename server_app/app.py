@@ -1,7 +1,6 @@
 """The ServerApp: one run, from its settings to its folder."""
 
 import contextlib
-import math
 import time
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -13,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
-from pfedgpa_app.divergence import DIVERGED, best_kept, help_of, warnings_in
+from pfedgpa_app.divergence import DIVERGED, best_in, best_kept, help_of, is_best, warnings_in
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
 from pfedgpa_app.rounds import JUDGED, NO_REPLY, RowError, causes_of, describe, summarize
@@ -177,8 +176,7 @@ class RoundEnd:
         self.checkpointed: int | None = None
         self.rows = Run.read(folder.path).metrics
         self.warned = warnings_in(self.rows, self.config)
-        judged = (row[JUDGED] for row in self.rows if row.get(JUDGED) is not None)
-        self.best: float = max(judged, default=-math.inf)
+        self.best = best_in(self.rows)
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
         """Write the round's rows and then, if one is due, a checkpoint that counts them in.
@@ -241,9 +239,9 @@ class RoundEnd:
     def _keep_if_best(self) -> None:
         """Keep the checkpoint that was written, if no round before was better."""
         last = self.rows[-1] if self.rows else {"round": 0}
-        accuracy = last.get(JUDGED) if last["round"] == self.checkpointed else None
-        if accuracy is not None and accuracy >= self.best:
-            self.best = accuracy
+        is_judged = last["round"] == self.checkpointed and last.get(JUDGED) is not None
+        if is_judged and is_best(last, self.best):
+            self.best = last
             _keep_best(self.folder.path, self.folder.path)
 
     def _warn(self) -> None:

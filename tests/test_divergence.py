@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pfedgpa_app import cli
 from pfedgpa_app.config import Config
-from pfedgpa_app.divergence import Fall, fall_in, warnings_in
+from pfedgpa_app.divergence import Fall, best_in, fall_in, warnings_in
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RoundRecord, Row, standard_error
@@ -36,6 +36,17 @@ def test_a_fall_of_three_evaluated_rounds_is_found_with_its_best_round():
     assert fall_in(rows[:6]) is None
     # It is still found after the run has recovered.
     assert fall_in([*rows, *rounds(0.95)]) == Fall(4, 7, 3, 0.9, 0.7)
+
+
+def test_clients_that_join_late_begin_a_new_mean():
+    rows = [row | {"num-evaluated": 5} for row in rounds(0.8, 0.9, 0.9)]
+    rows += [row | {"num-evaluated": 8} for row in rounds(0.5, 0.55, 0.6, 0.58)]
+    rows = [row | {"round": number} for number, row in enumerate(rows, 1)]
+    assert fall_in(rows) is None
+    assert best_in(rows)["round"] == 6
+    # Fewer of them are no new beginning.
+    fewer = [row | {"num-evaluated": 7, "round": 7 + row["round"]} for row in rounds(0.4, 0.4, 0.4)]
+    assert fall_in([*rows, *fewer]) == Fall(8, 10, 6, 0.6, 0.4)
 
 
 @pytest.mark.parametrize(

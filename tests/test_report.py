@@ -70,6 +70,7 @@ def test_a_round_is_summarized_over_its_clients():
         "personalized-accuracy-error": pytest.approx(
             math.sqrt((0.25 / 4 + 0.24) / 9 + 0.5 * (0.14 / 3) / 3)
         ),
+        "num-evaluated": 3,
         "num-alone": 0,
         "num-not-finite": 0,
         "epsilon": None,
@@ -184,6 +185,7 @@ def test_a_saved_model_says_how_to_use_it(tmp_path: Path):
     assert facts == {
         "client": 1,
         "round": 7,
+        "run": "run",
         "partition-id": 2,
         "num-partitions": 5,
         "model": "cnn-8x8",
