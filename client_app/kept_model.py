@@ -1,7 +1,7 @@
 """The model that a site keeps for itself: the last one that it was sent, in a file at its place."""
 
 import os
-from logging import ERROR
+from logging import ERROR, WARNING
 from pathlib import Path
 
 import torch
@@ -11,12 +11,14 @@ from flwr.common import log
 from client_app.methods import Method, Task
 from client_app.node import NodeError, client_number, node_partition
 from pfedgpa_app.config import below_home
-from pfedgpa_app.exported import ExportedModel
-from pfedgpa_app.state import WriteError
+from pfedgpa_app.exported import MODEL_KIND, ExportedModel
+from pfedgpa_app.files import printable
+from pfedgpa_app.state import WriteError, load_facts
 
 MODEL_PATH = "model-path"
 """The key of a node config with the file; and the record of Flower's state of a client that says
 that it was looked at."""
+_WRITTEN = "written"
 
 
 def check_model_path(context: Context) -> None:
@@ -57,6 +59,7 @@ def keep_model(method: Method, task: Task, context: Context, server_round: int) 
     file = _model_file(context)
     if file is None or server_round == 0:
         return
+    _warn_of_another(file, context)
     labels, num_classes = task.data.train_labels, task.data.info.num_classes
     has_prior = task.config.client.class_prior
     counts = tuple(torch.bincount(labels, minlength=num_classes).tolist()) if has_prior else None
@@ -68,15 +71,38 @@ def keep_model(method: Method, task: Task, context: Context, server_round: int) 
         task.data.stats,
         None if "data-path" in context.node_config else node_partition(context),
         counts,
+        run=str(context.run_id),
     )
     try:
         model.save(file)
+        context.state[MODEL_PATH] = ConfigRecord({_WRITTEN: True})
     except WriteError as error:
         log(
             ERROR,
             "The model after round %d is not kept, and the run goes on: %s",
             server_round,
             error,
+        )
+
+
+def _warn_of_another(file: Path, context: Context) -> None:
+    """Log that another run has written to the file since this one did."""
+    kept = context.state.config_records.get(MODEL_PATH)
+    if kept is None or _WRITTEN not in kept:
+        return
+    try:
+        other = load_facts(file, MODEL_KIND).get("run", "")
+    except ValueError:  # it is gone, and is written anew
+        return
+    if other != str(context.run_id):
+        log(
+            WARNING,
+            "%s %s has a model of another run (%s), which is replaced by that of this run (%d); "
+            "right would be a file of its own for each run that goes on at the same time",
+            MODEL_PATH,
+            file,
+            printable(str(other)) or "of an older version",
+            context.run_id,
         )
 
 

@@ -17,6 +17,7 @@ from client_app.node import PRIVACY, NodeError, client_number, node_partition
 from pfedgpa_app.config import Config, ConfigError, below_home
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import Evaluation, class_prior
+from pfedgpa_app.files import printable, printable_lines
 from pfedgpa_app.model_spec import fingerprint
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import StateDict, copy_of
@@ -134,7 +135,7 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         client = client_number(context)
         data = load_data(config, context)
     except (ConfigError, DataError, NodeError) as error:
-        log(ERROR, "This node cannot take part: %s", error)
+        log(ERROR, "This node cannot take part: %s", printable_lines(str(error)))
         raise
     if config.client.torch_threads:
         torch.set_num_threads(config.client.torch_threads)
@@ -224,7 +225,10 @@ def load_data(config: Config, context: Context) -> ClientData:
     path = context.node_config.get("data-path")
     if path is not None:
         return site_data(
-            below_home(str(path)), config.data, config.seed, lambda note: log(WARNING, "%s", note)
+            below_home(str(path)),
+            config.data,
+            config.seed,
+            lambda note: log(WARNING, "%s", printable(note)),
         )
     partition = node_partition(context)
     assert partition is not None  # only a node with a data-path may have none

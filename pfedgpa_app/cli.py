@@ -21,7 +21,7 @@ from pfedgpa_app.console import (
     read_run,
     whole_numbers,
 )
-from pfedgpa_app.files import text_of
+from pfedgpa_app.files import printable, text_of
 from pfedgpa_app.watch import watch
 
 if TYPE_CHECKING:
@@ -184,8 +184,9 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
     data = model.config.data
 
     def note(text: str) -> None:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
+    classes_of = data.classes
     images = read_images(find_files(paths, note), data.info.shape, note)
     for batch in _batches(images, 256):
         probabilities = model.predict(torch.stack([image for _, image in batch]))
@@ -193,10 +194,11 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
         rows = zip(batch, classes.tolist(), best.tolist(), probabilities.tolist(), strict=True)
         for (name, _), label, probability, row in rows:
             if as_json:
-                result = {"file": text_of(name), "class": label, "class-name": data.classes[label]}
+                result = {"file": text_of(name), "class": label, "class-name": classes_of[label]}
                 print(json.dumps(result | {"probability": probability, "probabilities": row}))
             else:
-                print(f"{name}\t{data.classes[label]}\t{probability:.4f}")
+                shown = map(printable, (name, classes_of[label]))
+                print(*shown, f"{probability:.4f}", sep="\t")
 
 
 def _batches(

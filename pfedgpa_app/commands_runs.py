@@ -3,6 +3,7 @@
 import json
 import shutil
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -22,10 +23,10 @@ from pfedgpa_app.console import (
     print_table,
     read_run,
 )
-from pfedgpa_app.files import text_of
+from pfedgpa_app.files import printable, printable_lines, text_of
 from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
-from pfedgpa_app.runs import CHECKPOINT, began_at
+from pfedgpa_app.runs import CHECKPOINT, began_at, run_folders
 from pfedgpa_app.sharing import alone_in
 
 runs_app = make_app(invoke_without_command=True, help="List runs, look at one, remove one.")
@@ -49,7 +50,9 @@ def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputD
         context.default_map = {context.invoked_subcommand: defaults}
         return
     folder = Config(output_dir=output_dir).output_path
-    found = read_runs(folder)
+    found, damaged = read_runs(folder)
+    for problem in damaged:
+        print(f"Passed over: {printable(problem)}", file=sys.stderr)
     if as_json:
         print(json.dumps([_facts(run) for run in found], indent=2))
         return
@@ -70,7 +73,7 @@ def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputD
             _number(run.last(JUDGED)),
             _number(run.last("finetuned-accuracy")),
         )
-    print(f"Runs in {folder}")
+    print(f"Runs in {printable(str(folder))}")
     print_table(table)
 
 
@@ -84,11 +87,12 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "accuracies": {name: found.last(name) for name in _ACCURACIES},
         "worst-clients": _worst(found),
         "error": found.error,
+        "warnings": found.warnings,
         "sharing": alone_in(found.metrics, found.config.diffusion),
         "failures": _failures(found.clients),
         "files": dict(_files(found.path)),
     }
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(_described(facts)))
+    print(json.dumps(facts, indent=2) if as_json else printable_lines("\n".join(_described(facts))))
 
 
 @runs_app.command()
@@ -100,15 +104,21 @@ def remove(
     """Remove a run and all of its files."""
     found = read_run(run, output_dir)
     path, name = found.path, found.name
+    output = Config(output_dir=output_dir).output_path
+    if run_folders(path) or output.resolve().is_relative_to(path.resolve()):
+        fail(f"{path} is a folder of runs; right would be the name of one run")
     if found.state == "running":
         fail(f"{name} is going on; right would be to end it first, with flwr stop {path.name}")
     print(
         f"{name} ({found.config.strategy}, {_rounds(found)} rounds, "
         f"{_size(sum(dict(_files(path)).values()))}): {path}"
     )
-    for other in read_runs(path.parent):
+    for other in read_runs(path.parent)[0]:
         earlier = other.config.earlier_path
-        is_its = earlier is not None and earlier.resolve() == path.resolve()
+        is_its = earlier is not None and path.resolve() in (
+            earlier.resolve(),
+            earlier.resolve().parent,
+        )
         if is_its and not (other.path / CHECKPOINT).exists():
             print(f"{other.name} goes on from it and has no checkpoint of its own")
     if not yes:
@@ -203,7 +213,7 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
         f"{facts['rounds']} of {facts['num-server-rounds']} rounds in {took} h, "
         f"began {facts['began']}"
     )
-    yield from (each for each in (facts["error"], facts["sharing"]) if each)
+    yield from (each for each in (facts["error"], *facts["warnings"], facts["sharing"]) if each)
     blocks = {
         "Settings that differ from the defaults": [
             f"{key} = {json.dumps(value)}" for key, value in facts["settings"].items()

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.errors import described
+from pfedgpa_app.files import printable_lines
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RowError
 from pfedgpa_app.runs import find_run
@@ -149,5 +150,5 @@ def print_table(table: Table) -> None:
 
 def fail(message: str) -> NoReturn:
     """End the command with a message."""
-    print(message, file=sys.stderr)
+    print(printable_lines(message), file=sys.stderr)
     raise typer.Exit(1)

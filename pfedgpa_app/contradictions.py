@@ -1,9 +1,11 @@
 """Settings that are each right and cannot go together."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pfedgpa_app.files import quoted
 from pfedgpa_app.sections import (
     DATASETS,
     MODEL_SHAPES,
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 # Of the variance of the parameters; float32 cannot divide by less.
 _MIN_SIGNAL = 1e-30
+# Of a long value so many letters are shown.
+_MAX_SHOWN = 200
 
 
 def contradictions(config: "Config") -> Iterator[tuple[set[str], str]]:
@@ -56,8 +60,8 @@ def _data_contradictions(data: DataConfig) -> Iterator[tuple[set[str], str]]:
     if names and num_classes not in (0, len(names)):
         yield (
             {"data.dataset", "data.num-classes", "data.class-names"},
-            f'data.class-names = "{data.class_names}": has {len(names)} names for {num_classes} '
-            "classes; right would be one each",
+            f'data.class-names = "{_shortened(data.class_names)}": has {len(names)} names for '
+            f"{num_classes} classes; right would be one each",
         )
     if data.partition == "natural" and not own_data and data.dataset not in WITH_OWNERS:
         yield (
@@ -83,11 +87,16 @@ def _data_contradictions(data: DataConfig) -> Iterator[tuple[set[str], str]]:
             f"data.test-uniform-fraction = {data.test_uniform_fraction}: is of data that is shared "
             f'out; with data.dataset = "{SITES}" right would be 0.0',
         )
-    for name in sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         yield (
             {"data.class-names"},
-            f'data.class-names = "{data.class_names}": has "{name}" more than once',
+            f'data.class-names = "{_shortened(data.class_names)}": has '
+            f"{', '.join(map(quoted, repeated[:5]))} more than once; right would be each once",
         )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _size_contradictions(config: "Config") -> Iterator[tuple[set[str], str]]:

@@ -1,5 +1,6 @@
 """A client's personalized model in one file, with all that its use elsewhere takes."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,13 +17,16 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData, ImageStats, client_data
 from pfedgpa_app.errors import described
 from pfedgpa_app.evaluation import Evaluation, class_prior, evaluate, log_prior, logits_of
+from pfedgpa_app.images import MAX_PIXELS
 from pfedgpa_app.model_spec import ModelSpec
-from pfedgpa_app.models import build_model
+from pfedgpa_app.models import MODELS, build_model
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.section import OptionalCount, Positive, Section
-from pfedgpa_app.state import load_state, save_state
+from pfedgpa_app.state import Shapes, load_state, save_state
 
 MODEL_KIND = "pfedgpa-model-1"
+# Of an example: as many as the largest picture has in three channels.
+_MAX_NUMBERS = 3 * MAX_PIXELS
 
 
 class ExportError(ValueError):
@@ -39,7 +43,55 @@ class _Facts(Section, extra="ignore"):
     image_mean: list[Annotated[float, Field(allow_inf_nan=False)]] | None
     image_std: list[Positive] | None
     class_counts: list[OptionalCount] | None = None
+    run: str = ""
     config: dict[str, Any]
+
+
+def _read(file: Path, raw: dict[str, Any]) -> tuple[_Facts, Config]:
+    """Return the metadata of a file, and the settings of its run.
+
+    Raises
+    ------
+    ExportError
+        If they are damaged.
+    """
+    try:
+        facts = _Facts.model_validate(raw)
+        return facts, Config.from_older(facts.config)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ExportError(f"{file} is damaged: {wrong}") from error
+    except ValueError as error:
+        raise ExportError(f"{file} is damaged, or of another version: {error}") from error
+
+
+def _check_shapes(file: Path, config: Config, shapes: Shapes) -> None:
+    """Refuse a file whose settings name a model of other shapes than its tensors have.
+
+    Nothing is allocated for it: a model of the app would take as much memory as the settings ask
+    for, whatever is in the file. Models of one's own are only built where they are trusted.
+
+    Raises
+    ------
+    ExportError
+        If it is one, or its examples are too large.
+    """
+    info, make = config.data.info, MODELS.get(config.model.name)
+    if math.prod(info.shape) > _MAX_NUMBERS:
+        raise ExportError(
+            f"{file} is damaged: examples of shape {info.shape}; right would be {_MAX_NUMBERS:,} "
+            "numbers or less"
+        )
+    if make is None:
+        return
+    with torch.device("meta"):
+        wanted = {name: tuple(each.shape) for name, each in make(info).state_dict().items()}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
+            raise ExportError(
+                f"{file} is damaged: {name} has the shape {shapes.get(name)}, and with its "
+                f'settings model.name = "{config.model.name}" has {wanted.get(name)}'
+            )
 
 
 @dataclass(frozen=True)
@@ -68,6 +120,8 @@ class ExportedModel:
     trusted
         Whether own functions that the settings name may be imported and called. They are code of
         whoever wrote the file's settings.
+    run
+        The id of its run; empty if that is not known, as in files of older versions.
     """
 
     state: StateDict
@@ -78,6 +132,7 @@ class ExportedModel:
     partition: tuple[int, int] | None = None
     class_counts: tuple[int, ...] | None = None
     trusted: bool = False
+    run: str = ""
 
     @classmethod
     def load(cls, file: Path, *, trusted: bool = False) -> "ExportedModel":
@@ -88,28 +143,26 @@ class ExportedModel:
         ValueError
             If the file is missing, damaged or foreign.
         """
-        state, raw = load_state(file, MODEL_KIND)
-        try:
-            facts = _Facts.model_validate(raw)
-            config = Config.from_older(facts.config)
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ExportError(f"{file} is damaged: {wrong}") from error
-        except ValueError as error:
-            raise ExportError(f"{file} is damaged, or of another version: {error}") from error
+
+        def check(raw: dict[str, Any], shapes: Shapes) -> None:
+            _check_shapes(file, _read(file, raw)[1], shapes)
+
+        state, raw = load_state(file, MODEL_KIND, check)
+        facts, config = _read(file, raw)
         stats = partition = None
         if facts.image_mean is not None and facts.image_std is not None:
             stats = ImageStats(torch.tensor(facts.image_mean), torch.tensor(facts.image_std))
         if facts.partition_id is not None and facts.num_partitions is not None:
             partition = (facts.partition_id, facts.num_partitions)
         counts = None if facts.class_counts is None else tuple(facts.class_counts)
-        return cls(state, config, facts.client, facts.round, stats, partition, counts, trusted)
+        of_client = (facts.client, facts.round, stats, partition, counts)
+        return cls(state, config, *of_client, trusted, facts.run)
 
     def save(self, file: Path) -> None:
         """Write a safetensors file of the state_dict, in place of an older file in one step.
 
         What is known beside the tensors is its metadata under ``facts``, in JSON: client, round,
-        partition-id, num-partitions, model, shape, num-classes, image-mean, image-std,
+        run, partition-id, num-partitions, model, shape, num-classes, image-mean, image-std,
         class-counts and config, the flat settings of the run. What is not known is null.
         """
         info = self.config.data.info
@@ -118,6 +171,7 @@ class ExportedModel:
         facts = {
             "client": self.client,
             "round": self.server_round,
+            "run": self.run,
             "partition-id": partition_id,
             "num-partitions": num_partitions,
             "model": self.config.model.name,

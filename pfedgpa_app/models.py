@@ -1,6 +1,5 @@
 """The models that clients train. Every one maps ``(batch, *shape)`` to logits."""
 
-import importlib
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from pfedgpa_app.config import DatasetInfo
 from pfedgpa_app.model_spec import ModelError, check_logits
+from pfedgpa_app.own_functions import UntrustedError, own_function
 from pfedgpa_app.randomness import drawing_from, global_draws, initialized_by, make_generator
 
 _MLP_WIDTH = 64
@@ -113,7 +113,7 @@ def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
     """
     with initialized_by(make_generator(seed, "model")):
         try:
-            model = (MODELS.get(name) or _own_function(name))(info)
+            model = (MODELS.get(name) or _function(name))(info)
         except ModelError:
             raise
         except Exception as error:  # a function of the user's raises whatever it likes
@@ -137,18 +137,16 @@ def _cnn(convolutions: list[nn.Conv2d], linears: list[nn.Linear]) -> nn.Module:
     return nn.Sequential(OrderedDict(layers))
 
 
-def _own_function(name: str) -> Callable[[DatasetInfo], nn.Module]:
-    module_name, _, function_name = name.partition(":")
+def _function(name: str) -> Callable[[DatasetInfo], nn.Module]:
     try:
-        function: Callable[[DatasetInfo], nn.Module] = getattr(
-            importlib.import_module(module_name), function_name
-        )
+        return own_function(name)
+    except UntrustedError as error:
+        raise ModelError(f'model.name = "{name}": {error}') from error
     except (ImportError, AttributeError) as error:
         raise ModelError(
             f'model.name = "{name}": {error}; right would be package.module:function with a module '
             "that the app can import"
         ) from error
-    return function
 
 
 def _check_fit(name: str, model: object, info: DatasetInfo) -> None:

@@ -62,6 +62,10 @@ class ParameterError(ValueError):
     """Parameters that do not belong to the model, or that no one should train on."""
 
 
+class UnboundedError(ParameterError):
+    """Parameters that are NaN, infinite or huge."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a state_dict.
@@ -269,7 +273,7 @@ class ParameterLayout:
         if entry.name in self.unbounded:
             bounded |= _equal(tensor, self.unbounded[entry.name])
         if not bool(bounded.all()):
-            raise ParameterError(
+            raise UnboundedError(
                 f"{entry.name} has values that are not finite, or beyond {MAX_ABSOLUTE:.0e}"
             )
         is_statistic = not entry.trains and entry.name.rpartition(".")[2] in _NEVER_NEGATIVE

@@ -26,6 +26,8 @@ Uniform = Callable[[int], Tensor]
 
 # As many as leave room for a half, so that no draw is rounded to 1.
 _RANDOM_BITS = 52
+# Of the largest entry of a gradient, what rounding may change where a batch is another one.
+_ROUNDING = 1e-4
 
 
 def secure_uniform(size: int) -> Tensor:
@@ -232,7 +234,7 @@ def unfit_layers(
             "buffers that training changes are out, since they tell of the images and are not "
             f"uploaded: {', '.join(sorted(changed))}; right would be a model without them"
         ]
-    return _refused_by_opacus(build()) or _without_gradients(build(), info)
+    return _refused_by_opacus(build()) or _unfit_gradients(build(), info)
 
 
 def _refused_by_opacus(model: nn.Module) -> list[str]:
@@ -242,23 +244,88 @@ def _refused_by_opacus(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(f"Opacus cannot train it: {error}" for error in errors))
 
 
-def _without_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
-    """Try a step on two blank images: every parameter needs the gradient of each of them."""
-    from opacus import GradSampleModule
+def _unfit_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
+    """Try steps on random images: each needs a gradient of its own, whatever else is in its batch.
 
+    The noise of DP-SGD hides one image, which may change the sum of the clipped gradients by its
+    own and not by those of others.
+    """
+    generator = make_generator(0, "trial")
+    first = torch.randn(1, *info.shape, generator=generator)
+    # The second batch has images that are unlike those of the first in their size too.
+    others = [scale * torch.randn(3, *info.shape, generator=generator) for scale in (1.0, 10.0)]
+    batch, other = (torch.cat([first, each]) for each in others)
     try:
-        with initialized_by(make_generator(0, "trial")), quiet_opacus():
-            trial = GradSampleModule(model.train())
-            logits = trial(torch.zeros(2, *info.shape))
-            functional.cross_entropy(logits, torch.zeros(2, dtype=torch.long)).backward()
+        model.train()
+        by_opacus = _gradients_by_opacus(model, batch)
+        if missing := [name for name, each in by_opacus.items() if each is None]:
+            return [
+                f"{name} gets no gradient of each image apart; right would be layers of torch.nn, "
+                "each of whose parameters has a part in the logits"
+                for name in missing
+            ]
+        in_batch = _gradients(model, batch)
+        changing = _differing(in_batch, _gradients(model, other))
+        changing += _differing(in_batch, by_opacus)
+        if not changing:
+            if _differing(in_batch, _gradients(model, batch, seed=1)):
+                # Layers that draw at random draw other numbers for a batch of another size.
+                in_batch = _gradients(model.eval(), batch)
+            changing = _differing(in_batch, _gradients(model, first))
     except Exception as error:  # Opacus and the user's model raise whatever they like
         return [f"Opacus cannot train it: {error}"]
+    if not changing:
+        return []
+    names = ", ".join(list(dict.fromkeys(changing))[:5])
     return [
-        f"{name.removeprefix('_module.')} gets no gradient of each image apart; right would be "
-        "layers of torch.nn, each of whose parameters has a part in the logits"
-        for name, parameter in trial.named_parameters()
-        if parameter.requires_grad and getattr(parameter, "grad_sample", None) is None
+        "what it computes of an image must not depend on the other images of its batch, and does: "
+        f"{names}. Right would be a forward without statistics over the batch, such as "
+        "torch.nn.GroupNorm or LayerNorm in place of batch normalization"
     ]
+
+
+_LOGITS = "the logits"
+
+
+def _gradients_by_opacus(model: nn.Module, batch: Tensor) -> dict[str, Tensor | None]:
+    """Return what Opacus takes for the gradient of a batch's first image, by parameter."""
+    from opacus import GradSampleModule
+
+    with initialized_by(make_generator(0, "trial")), quiet_opacus():
+        wrapped = GradSampleModule(model)
+        labels = torch.zeros(len(batch), dtype=torch.long)
+        functional.cross_entropy(wrapped(batch), labels).backward()
+    found: dict[str, Tensor | None] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gradients = getattr(parameter, "grad_sample", None)
+            found[name] = None if gradients is None else gradients[0].clone()
+    wrapped.to_standard_module()
+    return found
+
+
+def _gradients(model: nn.Module, batch: Tensor, seed: int = 0) -> dict[str, Tensor | None]:
+    """Return the logits of a batch's first image, and the gradient of its loss by parameter."""
+    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    with initialized_by(make_generator(seed, "trial")):
+        logits = model(batch)[:1]
+        loss = functional.cross_entropy(logits, torch.zeros(1, dtype=torch.long))
+        gradients = torch.autograd.grad(loss, [each for _, each in named], allow_unused=True)
+    found = {name: each for (name, _), each in zip(named, gradients, strict=True)}
+    return {_LOGITS: logits.detach(), **found}
+
+
+def _differing(left: Mapping[str, Tensor | None], right: Mapping[str, Tensor | None]) -> list[str]:
+    """Return the names of what both have, and differs by more than rounding does."""
+    differing = []
+    for name, one in left.items():
+        other = right.get(name)
+        if one is None or other is None:
+            continue
+        atol = _ROUNDING * float(one.abs().max())
+        if not torch.allclose(one, other, rtol=0.0, atol=atol, equal_nan=True):
+            differing.append(name)
+    return differing
 
 
 def _between(bits: Tensor) -> Tensor:

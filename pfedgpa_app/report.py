@@ -11,8 +11,9 @@ from typing import Self
 from torch import Tensor
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.divergence import best_kept, warnings_in
 from pfedgpa_app.figures import Curve, draw_curves
-from pfedgpa_app.files import read_text
+from pfedgpa_app.files import read_bytes, read_json
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.rounds import Row, parse_rows
 from pfedgpa_app.runs import (
@@ -33,6 +34,10 @@ CURVES = {
     "finetuned-accuracy": "after local training",
     "received-accuracy": "as sent for training",
 }
+
+
+# Of a file of rows: of a thousand rounds of a hundred clients, method.jsonl has a tenth of it.
+_MAX_ROWS_BYTES = 2**30
 
 
 class RunFolder:
@@ -140,7 +145,9 @@ class RunFolder:
         folder = self.path / "models"
         with writing(folder):
             folder.mkdir(exist_ok=True)
-        model = ExportedModel(state, self.config, client, server_round, stats, partition)
+        model = ExportedModel(
+            state, self.config, client, server_round, stats, partition, run=self.path.name
+        )
         model.save(folder / f"client-{client}.safetensors")
 
     def draw(self) -> None:
@@ -168,7 +175,7 @@ class Run:
             If the folder is not one of a run.
         """
         try:
-            flat = json.loads(read_text(path / "config.json"))
+            flat = read_json(path / "config.json")
             if "strategy" not in flat:
                 raise ValueError("config.json names no strategy")
             config = Config.from_older(flat)
@@ -185,6 +192,12 @@ class Run:
     def error(self) -> str:
         """Why it ended before its last round; empty if it did not, or could not tell."""
         return error_of(self.path)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What goes, or went, wrong in its rounds, and what may help."""
+        kept = best_kept(self.path, self.name)
+        return [f"{each}{kept}" for each in warnings_in(self.metrics, self.config).values()]
 
     @property
     def state(self) -> str:
@@ -250,13 +263,19 @@ class Run:
         )
 
 
-def read_runs(folder: Path) -> list[Run]:
-    """Return the runs below an output folder, oldest first; other folders are passed over."""
-    runs = []
+def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
+    """Return the runs below an output folder, oldest first, and what is wrong with damaged ones.
+
+    Folders that never were those of a run are passed over.
+    """
+    runs, damaged = [], []
     for path in run_folders(folder):
-        with contextlib.suppress(ValueError):
+        try:
             runs.append(Run.read(path))
-    return runs
+        except ValueError as error:
+            if os.path.lexists(path / RUN_FILE):
+                damaged.append(str(error))
+    return runs, damaged
 
 
 def draw_accuracy(run: Run, file: Path) -> None:
@@ -284,7 +303,7 @@ def draw_accuracy(run: Run, file: Path) -> None:
 
 def _read_rows(file: Path) -> list[Row]:
     """Read JSON lines; the last one of a run that was killed may be cut off."""
-    content = file.read_bytes() if file.exists() else b""
+    content = read_bytes(file, _MAX_ROWS_BYTES) if file.exists() else b""
     return parse_rows(file, content[: content.rfind(b"\n") + 1])
 
 

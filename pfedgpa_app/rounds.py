@@ -1,16 +1,19 @@
 """What happened in a round, as rows of a run's files and as lines to read."""
 
-import json
+import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.files import parse_json
+
 Row = dict[str, Any]
 
 JUDGED = "personalized-accuracy"
+STANDARD_ERROR = f"{JUDGED}-error"
 NO_REPLY = "no reply"
 CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
@@ -84,6 +87,14 @@ class RoundRecord:
         """Note why a client is out of the round."""
         self._row(client)["status"] = reason
 
+    def not_evaluated(self, client: int, reason: str) -> None:
+        """Note why the evaluation of a client's personalized model cannot be used."""
+        self._row(client)["not-evaluated"] = reason
+
+    def not_finite(self, client: int) -> None:
+        """Note that losses or weights of a client are NaN, infinite or huge."""
+        self._row(client)["not-finite"] = True
+
     def evaluated(self, client: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of a client's personalized model."""
         self._row(client).update(
@@ -93,6 +104,8 @@ class RoundRecord:
                 if name in metrics
             }
         )
+        if "num-examples" in metrics:
+            self._row(client)["num-test-examples"] = int(metrics["num-examples"])
 
     @property
     def num_trained(self) -> int:
@@ -144,13 +157,16 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "personalized-loss": _mean(record.column("personalized-loss")),
         "personalized-accuracy-worst": min(accuracies, default=None),
         "personalized-accuracy-std": statistics.pstdev(accuracies) if accuracies else None,
+        STANDARD_ERROR: standard_error(record),
         "received-accuracy": _mean(record.column("accuracy-before")),
         "finetuned-accuracy": _mean(record.column("accuracy-after")),
         "finetuned-loss": _mean(record.column("loss-after")),
         "num-nodes": record.num_nodes,
         "num-clients": record.num_trained,
         "num-failures": record.num_failures,
+        "num-evaluated": len(accuracies),
         "num-alone": len(record.column("alone")),
+        "num-not-finite": len(record.column("not-finite")),
         "epsilon": max(record.column("epsilon"), default=None),
         "seconds-clients": round(record.seconds_clients, 3),
         "seconds-diffusion": round(record.seconds_diffusion, 3),
@@ -158,6 +174,24 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "bytes-down": record.bytes_down,
         "bytes-up": record.bytes_up,
     }
+
+
+def standard_error(record: RoundRecord) -> float | None:
+    """Return the standard error of a round's mean personalized accuracy; None if it has none.
+
+    Each accuracy is that of a finite test set, and where not all clients were evaluated the mean
+    depends on who was: of ``k`` of ``N`` clients its variance is ``(1 - k / N) / k`` times theirs.
+    """
+    rows = [row for row in record.clients.values() if JUDGED in row]
+    if not rows:
+        return None
+    accuracies = [row[JUDGED] for row in rows]
+    sampling = sum(
+        row[JUDGED] * (1 - row[JUDGED]) / max(1, row.get("num-test-examples", 1)) for row in rows
+    )
+    left_out = max(0.0, 1 - len(rows) / max(1, record.num_nodes))
+    between = left_out * statistics.pvariance(accuracies) / len(rows)
+    return math.sqrt(max(0.0, sampling) / len(rows) ** 2 + between)
 
 
 def describe(row: Row, num_rounds: int) -> str:
@@ -207,16 +241,47 @@ def parse_rows(file: Path, lines: bytes) -> list[Row]:
     rows = []
     for line in lines.splitlines():
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             row = None
-        if not isinstance(row, dict) or type(row.get("round")) is not int:
+        if not isinstance(row, dict) or not _is_count(row.get("round")):
             raise RowError(
                 f"{file} is damaged: {line[:60]!r}; right would be a JSON object with a round"
             )
+        for name in row.keys() & _KINDS.keys():
+            is_right, right = _KINDS[name]
+            if row[name] is not None and not is_right(row[name]):
+                raise RowError(
+                    f"{file} is damaged: {name} is {str(row[name])[:30]!r} in round "
+                    f"{row['round']}; right would be {right}"
+                )
         rows.append(row)
     return rows
 
 
 def _mean(values: list[float]) -> float | None:
     return statistics.fmean(values) if values else None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < _MOST  # type: ignore[arg-type]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_MOST = 1e18
+_TEXTS = ("strategy", "node-id", "status", "unusual", "not-evaluated")
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    **dict.fromkeys(
+        (*summarize(RoundRecord(0), "", 0.0), *TRAINING_METRICS), (_is_number, "a number")
+    ),
+    "client": (_is_count, "a whole number from 0"),
+    **dict.fromkeys(_TEXTS, (_is_text, "a text")),
+}
+"""What whoever shows rows counts on, by name: how a value is checked, and what would be right."""

@@ -11,10 +11,12 @@ from io import FileIO
 from pathlib import Path
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.files import is_hidden, read_text, text_of
+from pfedgpa_app.files import is_hidden, open_regular, read_json, text_of
 
 RUN_FILE = "run.json"
 CHECKPOINT = "checkpoint.safetensors"
+BEST = "best"
+"""The folder, in that of a run, with the checkpoint of its best round."""
 LATEST = "latest"
 _MAX_CANDIDATES = 10
 
@@ -38,7 +40,7 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
         If the file is there, or cannot be written.
     """
     data = re.sub(r"[^a-z0-9]+", "-", config.data.dataset.lower()).strip("-")
-    pattern = re.compile(rf"{data}-{config.strategy}-([0-9]+)")
+    pattern = re.compile(rf"{data}-{config.strategy}-([0-9]{{1,9}})")
     # Whoever else names a run in this folder waits.
     with _locked(path.parent):
         names = [name_of(file.parent) for file in path.parent.glob(f"*/{RUN_FILE}")]
@@ -59,7 +61,7 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
 def name_of(path: Path) -> str:
     """Return a run's name; one of an older version has none but its id."""
     name = _fact(path, "name")
-    return name if re.fullmatch("[a-z0-9-]+", name) else text_of(path.name)
+    return name if re.fullmatch("[a-z0-9-]{1,100}", name) else text_of(path.name)
 
 
 def error_of(path: Path) -> str:
@@ -84,7 +86,7 @@ def note_error(path: Path, file: FileIO, error: str) -> None:
 def _fact(path: Path, key: str) -> str:
     """Return what a run's ``run.json`` has, an empty text if it has no such thing."""
     try:
-        facts = json.loads(read_text(path / RUN_FILE))
+        facts = read_json(path / RUN_FILE)
         fact = facts.get(key)
     except (OSError, ValueError, AttributeError):
         return ""
@@ -111,10 +113,13 @@ def began_at(path: Path) -> datetime:
 def is_going_on(path: Path) -> bool:
     """Tell whether a process is at work on a run; if that cannot be told, it may be.
 
-    A run of an older version, which has no ``run.json``, counts as over.
+    A run of an older version, which has no ``run.json``, counts as over, and so does what has
+    something else in its place.
     """
+    if not (path / RUN_FILE).is_file():
+        return False
     try:
-        with (path / RUN_FILE).open("rb") as file:
+        with open_regular(path / RUN_FILE) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -129,7 +134,8 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
     Parameters
     ----------
     run
-        Its name, its id, the beginning of either if no other begins so, ``latest``, or its folder.
+        Its name, its id, the beginning of either if no other begins so, ``latest``, or its folder;
+        or any of these and ``/best``, for the folder of its best checkpoint.
     folder
         The output folder; a path may be relative to it.
     here
@@ -142,9 +148,13 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
     OSError
         If the output folder cannot be read.
     """
+    if not run:
+        raise RunNotFoundError("The name of the run is empty; pfedgpa runs lists those there are")
     path = Path(os.path.expanduser(run))  # Path's own raises where there is no such user
     if (folder / path).is_dir():
         return folder / path
+    if path.name == BEST and path.parent.name:
+        return find_run(str(path.parent), folder, here) / BEST
     runs = run_folders(folder)
     if run == LATEST and runs:
         return runs[-1]

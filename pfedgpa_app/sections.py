@@ -3,6 +3,7 @@
 import csv
 import os
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -76,6 +77,12 @@ def _split_names(names: str) -> list[str]:
     return next(csv.reader([line], skipinitialspace=True, strict=True), [])
 
 
+@lru_cache  # asked for again and again, and there may be tens of thousands
+def _composed_names(names: str) -> tuple[str, ...]:
+    composed_names = (composed(name.strip()) for name in _split_names(names))
+    return tuple(name for name in composed_names if name)
+
+
 def _check_names(names: str) -> str:
     try:
         _split_names(names)
@@ -139,8 +146,7 @@ class DataConfig(Section):
     @property
     def named_classes(self) -> tuple[str, ...]:
         """The names of ``class-names``, by label, in Unicode's NFC; none where none are given."""
-        names = (composed(name.strip()) for name in _split_names(self.class_names))
-        return tuple(name for name in names if name)
+        return _composed_names(self.class_names)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pfedgpa_app.files import open_regular, parse_json
+
+# That of a thousand tensors has a hundredth of it.
+_MAX_HEADER_BYTES = 2**24
 
 
 class WriteError(OSError):
@@ -82,8 +88,34 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file another name, without a copy of its content where the disk can.
+
+    Raises
+    ------
+    OSError
+        If that fails.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        unfinished = target.with_name(target.name + ".unfinished")
+        shutil.copyfile(source, unfinished)
+        sync_to_disk(unfinished)
+        unfinished.replace(target)
+
+
+Shapes = dict[str, tuple[int, ...]]
+"""The shapes of a file's tensors by name."""
+
+
+def load_state(
+    file: Path, kind: str, check: Callable[[dict[str, Any], Shapes], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the facts that `save_state` wrote.
+
+    ``check`` is called with the facts and the tensors' shapes before any tensor is read, and may
+    raise what it likes.
 
     Raises
     ------
@@ -91,17 +123,55 @@ def load_state(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
         If the file is missing, damaged or of another kind.
     """
     try:
+        metadata, shapes = _read_header(file)
+        facts = _facts(file, kind, metadata)
+        if check is not None:
+            check(facts, shapes)
         with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            if metadata.get("kind") != kind:
-                found = repr(metadata.get("kind", "of no kind"))[:60]
-                raise ValueError(f"{file} is {found}; right would be {kind!r}")
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{file} is missing or damaged: {error}") from error
+
+
+def load_facts(file: Path, kind: str) -> dict[str, Any]:
+    """Return the facts of `load_state` alone, with its errors."""
     try:
-        return tensors, dict(json.loads(metadata["facts"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        return _facts(file, kind, _read_header(file)[0])
+    except OSError as error:
+        raise ValueError(f"{file} is missing or damaged: {error}") from error
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], Shapes]:
+    """Return the metadata and the shapes of a safetensors file, and read nothing else of it.
+
+    Its library maps the whole file into memory before it tells.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read, or is none.
+    """
+    with open_regular(file) as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > _MAX_HEADER_BYTES:
+            raise OSError(f"its header has {size} bytes")
+        header = stream.read(size)
+    try:
+        entries = dict(parse_json(header))
+        metadata = dict(entries.pop("__metadata__", {}))
+        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise OSError(f"its header cannot be read: {error!r}") from error
+    return metadata, shapes
+
+
+def _facts(file: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if metadata.get("kind") != kind:
+        found = repr(metadata.get("kind", "of no kind"))[:60]
+        raise ValueError(f"{file} is {found}; right would be {kind!r}")
+    try:
+        return dict(parse_json(metadata["facts"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has damaged metadata: {error!r}") from error
 
 

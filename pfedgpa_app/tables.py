@@ -15,6 +15,8 @@ from pfedgpa_app.rounds import mean_and_spread
 SIGNIFICANCE = 0.05
 INDEX_KIND = "pfedgpa-bench-1"
 """What a file of JSON says that has a bench's tables, and where its results are."""
+# What spreadsheets calculate begins so.
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 CSV_HEAD = "table,row,column,text,mark,seeds,mean,std,values\n"
 _LATEX = {character: "\\" + character for character in "&%_#${}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -81,9 +83,12 @@ class Table:
             [name, *(marks[cell.mark].format(cell.text) for cell in row)]
             for name, row in self.rows.items()
         ]
-        escaped = ([_one_line(entry).replace("|", r"\|") for entry in line] for line in lines)
+        escaped = (
+            [_one_line(entry).replace("\\", r"\\").replace("|", r"\|") for entry in line]
+            for line in lines
+        )
         body = "\n".join("| " + " | ".join(line) + " |" for line in escaped)
-        return f"**{self.title}**\n\n{body}\n\n{self.whole_note}\n"
+        return f"**{_one_line(self.title)}**\n\n{body}\n\n{_one_line(self.whole_note)}\n"
 
     def latex(self) -> str:
         """Return the table in LaTeX: the best is bold, what cannot be told from it underlined.
@@ -143,12 +148,18 @@ class Table:
                 std = f"{statistics.stdev(values):.6f}" if len(values) > 1 else ""
                 each = " ".join(f"{value:.6f}" for value in values)
                 facts = [cell.text, cell.mark, len(values), mean, std, each]
-                writer.writerow([self.title, name, column, *facts])
+                texts = map(_no_formula, (self.title, name, column))
+                writer.writerow([*texts, *facts])
         return stream.getvalue()
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _no_formula(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula, with an apostrophe if it would."""
+    return f"'{text}" if text.startswith(_FORMULAS) else text
 
 
 def _label(name: str) -> str:

@@ -1,14 +1,12 @@
 """Vectors of clients that are seldom needed, in memory or on disk."""
 
-import os
-import shutil
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pfedgpa_app.state import load_state, save_state, sync_to_disk, writing
+from pfedgpa_app.state import link_or_copy, load_state, save_state, sync_to_disk, writing
 
 VECTOR_KIND = "pfedgpa-vector-1"
 
@@ -72,7 +70,10 @@ class DiskVault(MutableMapping[int, Tensor]):
         before, self.versions = self.versions, {int(c): int(n) for c, n in tensors.items()}
         try:
             for client in self:
-                load_state(self.earlier / self.file(client).name, VECTOR_KIND)
+                file = self.earlier / self.file(client).name
+                vector = load_state(file, VECTOR_KIND)[0].get("vector")
+                if vector is None or not bool(vector.isfinite().all()):
+                    raise ValueError(f"{file} is damaged: its vector is missing or not finite")
             if self.versions and self.earlier != self.folder:
                 self._take_over()
         except (OSError, ValueError) as error:
@@ -97,7 +98,7 @@ class DiskVault(MutableMapping[int, Tensor]):
     def _take_over(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for client in self:
-            _copy(self.earlier / self.file(client).name, self.file(client))
+            link_or_copy(self.earlier / self.file(client).name, self.file(client))
         sync_to_disk(self.folder)
 
     def __setitem__(self, client: int, vector: Tensor) -> None:
@@ -148,15 +149,6 @@ class DiskVault(MutableMapping[int, Tensor]):
     def __len__(self) -> int:
         """Return the number of clients."""
         return len(self.versions)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Give a file another name, without a copy of its content where the disk can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        sync_to_disk(target)
 
 
 Vault = MemoryVault | DiskVault

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pfedgpa_app.console import OutputDir, RunArgument, fail, read_run
+from pfedgpa_app.files import open_regular, printable
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import Row, accuracies, describe, has_failed, parse_rows, value_of
 from pfedgpa_app.runs import CHECKPOINT, LATEST, is_going_on
@@ -67,7 +68,7 @@ class Tail:
         """
         if not self._file.exists():
             return []
-        with self._file.open("rb") as stream:
+        with open_regular(self._file) as stream:
             self._offset = min(self._offset, os.fstat(stream.fileno()).st_size)
             stream.seek(self._offset)
             new = stream.read()
@@ -184,6 +185,8 @@ def _progress(followed: Followed, now: float) -> str:
 
 def _failures(followed: Followed, server_round: int) -> Iterator[str]:
     failures = sorted(followed.failures.get(server_round, {}).items())
-    yield from (f"client {client}: {reason}" for client, reason in failures[:_FAILURES_SHOWN])
+    yield from (
+        f"client {client}: {printable(reason)}" for client, reason in failures[:_FAILURES_SHOWN]
+    )
     if more := failures[_FAILURES_SHOWN:]:
         yield f"and {len(more)} more"

@@ -12,14 +12,15 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.divergence import DIVERGED, best_in, best_kept, help_of, is_best, warnings_in
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
-from pfedgpa_app.rounds import NO_REPLY, RowError, causes_of, describe, summarize
-from pfedgpa_app.runs import CHECKPOINT
+from pfedgpa_app.rounds import JUDGED, NO_REPLY, RowError, causes_of, describe, summarize
+from pfedgpa_app.runs import BEST, CHECKPOINT
 from pfedgpa_app.state import WriteError
-from server_app.checkpoint import ResumeError, resume, settle_earlier, write_checkpoint
+from server_app.checkpoint import ResumeError, keep_best, resume, settle_earlier, write_checkpoint
 from server_app.grid import GuardedGrid
-from server_app.replies import max_bytes
+from server_app.replies import max_bytes, metric_ranges
 from server_app.roster import JoinTimeoutError, PartitionRoster, SourceError
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
 from server_app.tracking import Tracking
@@ -69,6 +70,8 @@ def main(grid: Grid, context: Context) -> None:
             try:
                 if earlier is not None:
                     folder.go_on_from(earlier, strategy.completed_rounds)
+                    if (earlier.path / BEST / CHECKPOINT).exists():
+                        _keep_best(earlier.path / BEST, path)
                     for row in Run.read(path).metrics:
                         tracking.add_round(row)
                 _run(grid, strategy, folder, tracking)
@@ -119,6 +122,14 @@ def _note(folder: RunFolder, error: Exception) -> None:
     _write_report(folder.path)
 
 
+def _keep_best(run: Path, target: Path) -> None:
+    """Keep the checkpoint of a best round; a run does not end for the lack of it."""
+    try:
+        keep_best(run, target)
+    except WriteError as error:
+        log(WARNING, "The checkpoint of the best round is not kept: %s", error)
+
+
 def _write_report(path: Path) -> None:
     """Write the page to look at the run; whatever is wrong with it is no reason to fail."""
     try:
@@ -134,7 +145,7 @@ def _write_report(path: Path) -> None:
 
 def make_strategy(config: Config) -> ClientwiseFedAvg:
     """Return the strategy that a run's settings ask for."""
-    return STRATEGIES[config.strategy].of(
+    strategy = STRATEGIES[config.strategy].of(
         config,
         roster=PartitionRoster(),
         fraction_train=config.server.fraction_train,
@@ -145,6 +156,8 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
         min_available_nodes=config.server.min_available_nodes,
         join_timeout=config.server.join_timeout,
     )
+    strategy.metric_ranges = metric_ranges(config.privacy)
+    return strategy
 
 
 class RunError(RuntimeError):
@@ -161,6 +174,9 @@ class RoundEnd:
         self.config = folder.config
         self.clock = time.monotonic()
         self.checkpointed: int | None = None
+        self.rows = Run.read(folder.path).metrics
+        self.warned = warnings_in(self.rows, self.config)
+        self.best = best_in(self.rows)
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
         """Write the round's rows and then, if one is due, a checkpoint that counts them in.
@@ -188,6 +204,8 @@ class RoundEnd:
                 self.checkpointed = completed
             if self.checkpointed in (None, completed):
                 self.strategy.sweep()
+            if self.checkpointed == completed:
+                self._keep_if_best()
         except WriteError as error:
             if server_round == 0 or is_last:
                 raise
@@ -213,8 +231,25 @@ class RoundEnd:
         row = summarize(record, self.config.strategy, seconds)
         log(INFO, "%s", describe(row, self.config.num_server_rounds))
         self.tracking.add_round(row)
+        self.rows.append(row)
+        self._warn()
         clients = [record.clients[client] for client in sorted(record.clients)]
         self.folder.add_round(row, clients, self.strategy.trace())
+
+    def _keep_if_best(self) -> None:
+        """Keep the checkpoint that was written, if no round before was better."""
+        last = self.rows[-1] if self.rows else {"round": 0}
+        is_judged = last["round"] == self.checkpointed and last.get(JUDGED) is not None
+        if is_judged and is_best(last, self.best):
+            self.best = last
+            _keep_best(self.folder.path, self.folder.path)
+
+    def _warn(self) -> None:
+        """Log what goes wrong when it begins; the run's page says how it went on."""
+        warnings = warnings_in(self.rows, self.config)
+        for begun in warnings.keys() - self.warned.keys():
+            log(WARNING, "%s%s", warnings[begun], best_kept(self.folder.path, self.folder.name))
+        self.warned |= warnings
 
     def _stop_if_all_failed(self) -> None:
         """End a run in whose first round every client failed: it is the settings, not the clients.
@@ -231,4 +266,7 @@ class RoundEnd:
             with contextlib.suppress(WriteError):  # what is wrong is told all the same
                 self.folder.add_clients(record.clients.values())
             causes = "\n  ".join(causes_of(statuses)[-_MAX_CAUSES:])
-            raise RunError(f"Every client failed in the first round:\n  {causes}")
+            diverged = (
+                f"\n{DIVERGED}. {help_of(self.config)}" if record.column("not-finite") else ""
+            )
+            raise RunError(f"Every client failed in the first round:\n  {causes}{diverged}")

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RoundRecord
-from pfedgpa_app.runs import CHECKPOINT, RunNotFoundError, find_run
-from pfedgpa_app.state import load_state, save_state
+from pfedgpa_app.runs import BEST, CHECKPOINT, RunNotFoundError, find_run
+from pfedgpa_app.state import link_or_copy, load_state, save_state, sync_to_disk, writing
 from server_app.strategies import ClientwiseFedAvg
+from server_app.strategies.pfedgpa import BANK
 
 CHECKPOINT_KIND = "pfedgpa-checkpoint-8"
 
@@ -31,6 +33,36 @@ def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
         # JSON has no integer keys.
         clients=[[node_id, number] for node_id, number in strategy.roster.clients.items()],
     )
+
+
+def keep_best(run: Path, target: Path | None = None) -> None:
+    """Keep the checkpoint of a run, which is that of its best round so far, from the next ones.
+
+    It goes to the folder `BEST` of ``target``, by default of the run itself, with the files of its
+    bank. They are links where the disk can, so it takes space from when the next checkpoint is
+    written. A crash leaves the checkpoint that was there, or this one.
+
+    Raises
+    ------
+    WriteError
+        If it cannot be written.
+    """
+    best = (target or run) / BEST
+    with writing(best):
+        best.mkdir(exist_ok=True)
+        names = {file.name for file in (run / BANK).glob("*.safetensors")}
+        if names:
+            (best / BANK).mkdir(exist_ok=True)
+        there = {file.name for file in (best / BANK).glob("*")}
+        for name in names - there:
+            link_or_copy(run / BANK / name, best / BANK / name)
+        linked = best / f"{CHECKPOINT}.unfinished"
+        linked.unlink(missing_ok=True)
+        link_or_copy(run / CHECKPOINT, linked)
+        linked.replace(best / CHECKPOINT)
+        sync_to_disk(best)
+        for name in there - names:
+            (best / BANK / name).unlink()
 
 
 def settle_earlier(config: Config) -> Config:
@@ -77,7 +109,7 @@ def resume(config: Config, strategy: ClientwiseFedAvg, spec: ModelSpec) -> Run:
     path = config.earlier_path
     assert path is not None, "there is a run to go on from"
     try:
-        run = Run.read(path)
+        run = Run.read(path.parent if path.name == BEST else path)
         tensors, facts = load_state(path / CHECKPOINT, CHECKPOINT_KIND)
     except ValueError as error:
         raise ResumeError(f'resume-from = "{config.resume_from}": {error}') from error
@@ -94,6 +126,11 @@ def resume(config: Config, strategy: ClientwiseFedAvg, spec: ModelSpec) -> Run:
             f"{facts['round']} rounds; right would be that or more"
         )
     strategy.begin(spec)
+    if damaged := _not_finite(tensors, spec):
+        raise ResumeError(
+            f'resume-from = "{config.resume_from}": {path / CHECKPOINT} is damaged: {damaged} has '
+            f"values that are not finite. Right would be the checkpoint of another round"
+        )
     try:
         strategy.restore(tensors)
     except ValueError as error:  # of the layout's or of the aggregator's
@@ -102,3 +139,16 @@ def resume(config: Config, strategy: ClientwiseFedAvg, spec: ModelSpec) -> Run:
     strategy.record = RoundRecord(facts["round"])
     strategy.roster.resume(dict(facts["clients"]))
     return run
+
+
+def _not_finite(tensors: StateDict, spec: ModelSpec) -> str:
+    """Return the name of a tensor with NaN or inf, "" if there is none.
+
+    The model's own, such as masks, may have such values from the beginning.
+    """
+    infinite = [name for name, each in spec.initial.items() if not bool(each.isfinite().all())]
+    for name, tensor in tensors.items():
+        is_own = any(name.endswith(f".{each}") for each in infinite)
+        if not is_own and not bool(tensor.isfinite().all()):
+            return name
+    return ""

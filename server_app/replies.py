@@ -1,5 +1,6 @@
 """Reading replies of clients, none of which is trusted."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,12 +11,14 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from pfedgpa_app.arrays import MAX_HEADER_BYTES, read_header
+from pfedgpa_app.config import PrivacyConfig
 from pfedgpa_app.parameters import (
     MAX_ABSOLUTE,
     Entry,
     ParameterError,
     ParameterLayout,
     StateDict,
+    UnboundedError,
 )
 from pfedgpa_app.rounds import CLIENT_FAILED, NO_REPLY
 
@@ -35,12 +38,19 @@ MAX_PARTITIONS = 100_000
 MAX_WEIGHT = 2**53
 # Channels of images, or features of a table: those of gene expression have tens of thousands.
 _MAX_CHANNELS = 2**20
+# Ten years, and an epsilon that promises nothing: no client trains longer, or spends more.
+_MAX_SECONDS = 3e8
+_MAX_EPSILON = 1e9
 # Room for headers, and for what a strategy asks for in some rounds alone.
 _SPARE_BYTES = 2**24
 
 
 class ReplyError(ValueError):
     """A reply that must not be used, with the reason."""
+
+
+class NotFiniteError(ReplyError):
+    """A reply with a number, or a weight, that is NaN, infinite or huge."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,8 @@ def _read_state(arrays: ArrayRecord, layout: ParameterLayout) -> StateDict:
         layout.check_names(arrays)
         state = {entry.name: _read_array(arrays[entry.name], entry) for entry in layout.sent}
         layout.check(state)
+    except UnboundedError as error:
+        raise NotFiniteError(one_line(str(error), 1000)) from error
     except ParameterError as error:
         raise ReplyError(one_line(str(error), 1000)) from error
     return layout.received(state)
@@ -182,12 +194,41 @@ def read_metrics(
         if isinstance(value, list):
             continue
         if not abs(value) < (MAX_WEIGHT if name == weighted_by_key else MAX_ABSOLUTE):
-            raise ReplyError(f'the metric "{one_line(name)}" is {value}')
+            raise NotFiniteError(f'the metric "{one_line(name)}" is {value}')
         metrics[name] = value
     weight = metrics.get(weighted_by_key)
     if weight is None or weight < 1:
         raise ReplyError(f'the metric "{weighted_by_key}" is {weight}, and should be 1 or more')
     return metrics
+
+
+def metric_ranges(privacy: PrivacyConfig) -> dict[str, tuple[float, float]]:
+    """Return the smallest and the largest value of each metric of this app's own clients."""
+    may_spend = privacy.epsilon if privacy.mode == "example" else 0.0
+    most = (may_spend or _MAX_EPSILON) if privacy.is_on else 0.0
+    return {
+        **dict.fromkeys(("accuracy", "accuracy-before", "accuracy-after"), (0.0, 1.0)),
+        **dict.fromkeys(("loss", "loss-before", "loss-after"), (0.0, MAX_ABSOLUTE)),
+        "seconds": (0.0, _MAX_SECONDS),
+        "epsilon": (0.0, most),
+    }
+
+
+def check_ranges(metrics: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse metrics that cannot be.
+
+    Raises
+    ------
+    ReplyError
+        If one is outside of its range.
+    """
+    for name in metrics.keys() & ranges.keys():
+        low, high = ranges[name]
+        if not low <= metrics[name] <= high:
+            raise ReplyError(
+                f'the metric "{name}" is {metrics[name]:g}, and should be between {low:g} and '
+                f"{high:g}"
+            )
 
 
 def one_line(text: str, length: int = 300) -> str:

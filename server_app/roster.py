@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable
 from logging import INFO, WARNING
 from pathlib import Path
@@ -54,6 +55,8 @@ class Roster:
     ids_stay
         Whether a node has the same id in a run that goes on from another, as on a network. In a
         simulation all ids are new.
+    contested
+        Numbers that several nodes claimed, which none of them has.
     refused
         Nodes that are connected and are no clients, since they run other code. They are asked again
         before each round.
@@ -63,6 +66,7 @@ class Roster:
 
     def __init__(self) -> None:
         self.clients: dict[int, int] = {}
+        self.contested: set[int] = set()
         self.refused: set[int] = set()
         self.connected: set[int] = set()
         self._is_first = True
@@ -141,12 +145,39 @@ class Roster:
                 else "as many num-supernodes as there were",
             )
         self._is_first = False
-        for node_id in sorted(new, key=lambda node_id: (wishes.get(node_id, 2**63), node_id)):
-            taken = set(self.clients.values())
-            wish = wishes.get(node_id)
-            if wish is None or wish in taken:
-                wish = next(number for number in range(len(taken) + 1) if number not in taken)
-            self.clients[node_id] = wish
+        self._leave_contested(wishes)
+        self.clients |= wishes
+        for node_id in sorted(set(new) - wishes.keys()):
+            taken = {*self.clients.values(), *self.contested}
+            free = (number for number in range(len(taken) + 1) if number not in taken)
+            self.clients[node_id] = next(free)
+
+    def _leave_contested(self, wishes: dict[int, int]) -> None:
+        """Take claims out of ``wishes`` that others have as well, and say so.
+
+        Nobody is numbered by such a claim, or by the number: who is right cannot be known, and the
+        numbers of all others stay as they would be without.
+        """
+        counts = Counter(wishes.values())
+        self.contested |= {number for number, count in counts.items() if count > 1}
+        owners = {number: node_id for node_id, number in self.clients.items()}
+        for node_id, number in sorted(wishes.items()):
+            if number in owners:
+                whose = f"is that of client {number} (node {owners[number]})"
+            elif number in self.contested:
+                whose = "others claim as well"
+            else:
+                continue
+            log(
+                WARNING,
+                "Node %d says that it has partition %d, which %s: it gets another number. Right "
+                "would be a partition-id of its own for each SuperNode; a registered one keeps its "
+                "number when it is started again",
+                node_id,
+                number,
+                whose,
+            )
+            del wishes[node_id]
 
     def client(self, node_id: int) -> int:
         """Return the number of a node."""
@@ -164,8 +195,8 @@ class PartitionRoster(Roster):
     """Ask new nodes for their partition and number them by it.
 
     Runs then give the same result although the node ids of a simulation are random. The answer
-    decides about order and names only: whoever claims a partition that is taken gets another
-    number, and nobody is given the parameters of somebody else.
+    decides about order and names only: whoever claims a partition that is taken, or that others
+    claim too, gets another number, and nobody is given the parameters of somebody else.
     """
 
     # The first question waits for processes that start; later, a node must not hold up a round.

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
-from pfedgpa_app.files import composed, native_path, quoted, read_text, read_toml
+from pfedgpa_app.files import composed, native_path, quoted, read_json, read_toml
 from pfedgpa_app.preflight import decides, preflight
 from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
 from pfedgpa_app.section import Count, Section, Seed
@@ -283,10 +283,10 @@ class BenchRun:
     def result(self, folder: Path) -> Result | None:
         """Return what an earlier call found, None if there is nothing whole."""
         try:
-            result: Result = json.loads(read_text(self.file(folder)))
+            result: Result = read_json(self.file(folder))
         except (OSError, ValueError):
             return None
-        return result
+        return result if isinstance(result, dict) else None
 
     def execute(self, folder: Path) -> None:
         """Run in this process and write the result.

@@ -13,11 +13,13 @@ from digits_client import context, message
 from flwr.app import Message, MessageType, RecordDict
 
 from client_app import answering
-from client_app.answering import answer_by, reason_of
+from client_app.answering import answer_by, outline_of, reason_of
 from client_app.app import app
+from client_app.node import NodeError
 from client_app.query import query
-from pfedgpa_app.config import Config
+from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.data import DataError
+from pfedgpa_app.model_spec import ModelError
 from pfedgpa_app.source import source_hash
 from server_app.simulation import ClientError, simulate
 
@@ -61,6 +63,7 @@ def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("scans", None)  # that of the documents, if another test wrote it
     (tmp_path / "scans.py").write_text(SCANS)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PFEDGPA_TRUST", "scans")
     yield tmp_path / "scans.py"
     sys.modules.pop("scans", None)
 
@@ -137,6 +140,41 @@ def test_an_error_of_several_lines_is_one():
     with pytest.raises(DataError) as caught:
         raise DataError("right would be\n  a folder")
     assert reason_of(caught.value) == "right would be a folder"
+
+
+@pytest.mark.parametrize("kind", [MessageType.TRAIN, MessageType.EVALUATE])
+@pytest.mark.parametrize("privacy", [{}, {"privacy.mode": "update", "privacy.epsilon": 1.0}])
+def test_a_site_with_own_data_names_no_file_to_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, privacy: dict[str, object]
+):
+    for name in ("Smith_John_HIV-positive.png", "b.png"):
+        (tmp_path / "0").mkdir(exist_ok=True)
+        (tmp_path / "0" / name).write_bytes(b"no picture")
+    sites = {"data.dataset": "sites", "data.shape": "1x8x8", "data.num-classes": 2}
+    site = context(**sites, **privacy)
+    site.node_config["data-path"] = str(tmp_path)
+    with caplog.at_level(logging.ERROR):
+        reply = app(message(kind), site)
+    assert reply.error.reason == (
+        "there is a problem with its data; the log of the node's SuperNode says which"
+    )
+    assert f"{tmp_path}/0/" in caplog.text
+    assert "png: cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "about"),
+    [
+        (ConfigError(["a"]), "its settings"),
+        (NodeError("a"), "its settings"),
+        (ModelError("a"), "its model's code"),
+        (PermissionError("/srv/Smith_John.png"), "its code"),
+        (type("DataError", (Exception,), {})("a foreign class of this name"), "its code"),
+    ],
+)
+def test_what_a_site_says_follows_from_the_class_of_the_error(error: Exception, about: str):
+    said = f"there is a problem with {about}; the log of the node's SuperNode says which"
+    assert outline_of(error) == said
 
 
 @pytest.mark.usefixtures("scans")

@@ -157,6 +157,33 @@ def test_on_a_network_nodes_are_newcomers_whatever_they_claim(
     assert "registered SuperNodes" in caplog.text
 
 
+def test_a_contested_claim_numbers_nobody_and_leaves_the_others_theirs(
+    caplog: pytest.LogCaptureFixture,
+):
+    roster = PartitionRoster()
+    claims = {50: 0, 60: 1, 70: 2, 80: 3}
+    roster.admit(SimulatedGrid({}, {**claims, 10: 1}), [*claims, 10])
+    assert roster.clients == {50: 0, 70: 2, 80: 3, 10: 4, 60: 5}
+    for node in (10, 60):
+        assert (
+            f"Node {node} says that it has partition 1, which others claim as well" in caplog.text
+        )
+    assert caplog.text.count("others claim") == 2
+    # Nor does anybody get the number later.
+    roster.admit(SimulatedGrid({}, {**claims, 90: 1}), [*claims, 10, 90])
+    assert roster.clients[90] == 6
+
+
+def test_a_claim_of_a_partition_that_is_taken_is_said(caplog: pytest.LogCaptureFixture):
+    roster = PartitionRoster()
+    roster.admit(SimulatedGrid({}, {50: 0, 60: 1}), [50, 60])
+    roster.admit(SimulatedGrid({}, {50: 0, 60: 1, 70: 0}), [50, 60, 70])
+    assert roster.clients == {50: 0, 60: 1, 70: 2}
+    assert (
+        "Node 70 says that it has partition 0, which is that of client 0 (node 50)" in caplog.text
+    )
+
+
 def test_a_simulated_node_alone_is_not_given_the_number_of_a_client_that_is_away(
     caplog: pytest.LogCaptureFixture,
 ):

@@ -53,6 +53,7 @@ def test_a_process_loads_once_for_all_its_clients(monkeypatch):
 
     module.load = load
     monkeypatch.setitem(sys.modules, "own_data", module)
+    monkeypatch.setenv("PFEDGPA_TRUST", "own_data")
     for partition_id in range(4):
         # Each message brings its settings anew.
         config = DataConfig(dataset="own_data:load", shape="1x2x2", num_classes=3, partition="iid")

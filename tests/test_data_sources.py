@@ -35,6 +35,7 @@ def own(tmp_path, monkeypatch):
     """Return a function that makes settings of an own data set, which returns ``result``."""
     module = type(sys)("own_data")
     monkeypatch.setitem(sys.modules, "own_data", module)
+    monkeypatch.setenv("PFEDGPA_TRUST", "own_data")
 
     def settings(result):
         module.load = lambda root: (module.__setattr__("root", root), result)[1]

@@ -335,6 +335,14 @@ def test_every_command_of_the_guide_was_run(smallest: Reader, deployed: Reader):
     assert smallest.typed | deployed.typed == set(BLOCKS)
 
 
+def test_no_other_user_of_the_machine_reads_the_database_keys_and_models():
+    (service,) = [unit for unit in UNITS if "User=pfedgpa" in unit]
+    assert "UMask=0077" in service.splitlines()
+    made = re.findall(r"^mkdir .*", GUIDE, flags=re.MULTILINE)
+    assert len(made) == 2
+    assert all("&& chmod 700 ~/pfedgpa &&" in line for line in made)
+
+
 def test_the_services_run_the_commands_that_were_tried():
     services = [
         line

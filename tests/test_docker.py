@@ -167,6 +167,7 @@ def test_the_image_runs_as_a_user_who_owns_the_volumes_alone():
     assert instructions[-1] == ("USER", "pfedgpa")
     (made,) = (rest for _, rest in instructions if "useradd" in rest)
     assert re.search(r"useradd --uid [1-9]\d+ .*pfedgpa ", made)
+    assert "install --directory --mode=0700 --owner=pfedgpa " in made  # to nobody else's eyes
     folders = made.split("--owner=pfedgpa ")[1].split()
     mounts = (one.mounts for one in read_compose(*WAYS["tls"]).services.values())
     volumes = {target for one in mounts for target, (source, _) in one.items() if source[0] != "."}

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from pfedgpa_app.privacy import (
     sampling_plan,
     secure_uniform,
     seeded_uniform,
+    unfit_layers,
     update_deviation,
 )
 from pfedgpa_app.randomness import make_generator
@@ -519,6 +521,62 @@ def test_models_that_cannot_be_trained_privately_are_refused(
         return
     with pytest.raises(ConfigError, match=said):
         preflight.preflight(config)
+
+
+class Forward(nn.Module):
+    """A linear model after a function of the batch."""
+
+    def __init__(self, function: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.dropout = nn.Dropout(0.5)
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.function(self, images.flatten(1)))
+
+
+BATCH_NORM = torch.nn.functional.batch_norm
+MIXING: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
+    "batch_norm": lambda _, x: BATCH_NORM(x, None, None, training=True),
+    "batch_norm in training": lambda m, x: (
+        BATCH_NORM(x, None, None, training=True) if m.training else x
+    ),
+    "centred": lambda _, x: x - x.mean(0),
+    "scaled by the largest": lambda _, x: x / x.abs().max(),
+    "the others, little": lambda _, x: x + 0.01 * x.mean(0),
+    "the others, after dropout": lambda m, x: m.dropout(x) - x.mean(0),
+    "by the size of the batch": lambda _, x: x / len(x),
+    "by the size of the batch, after dropout": lambda m, x: m.dropout(x) / len(x),
+    "in another order": lambda _, x: x.flip(0),
+}
+
+
+@pytest.mark.parametrize("function", MIXING)
+def test_a_forward_that_mixes_a_batch_is_refused_by_dp_sgd(function: str):
+    made = Forward(MIXING[function])
+    privacy = Config.from_flat(EXAMPLE).privacy
+    (said,) = unfit_layers(lambda: copy.deepcopy(made), DATASETS["digits"], privacy, ())
+    assert (
+        "must not depend on the other images of its batch, and does: the logits, layer.weight"
+        in said
+    )
+    assert "torch.nn.GroupNorm or LayerNorm" in said
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.dropout(x),
+        lambda _, x: torch.nn.functional.layer_norm(x, (64,)),
+        lambda _, x: torch.nn.functional.group_norm(x, 4),
+        lambda _, x: x - x.mean(1, keepdim=True),
+    ],
+)
+def test_a_forward_that_keeps_images_apart_is_none(function: Callable):
+    made = Forward(function)
+    privacy = Config.from_flat(EXAMPLE).privacy
+    assert unfit_layers(lambda: copy.deepcopy(made), DATASETS["digits"], privacy, ()) == []
 
 
 @pytest.mark.parametrize("name", ["cnn-8x8", "cnn-28x28", "cnn-cifar"])

@@ -77,7 +77,7 @@ def test_a_falsified_reply_costs_its_sender_the_round(
     assert reasons[fault] in statuses(rows, client)[server_round]
 
 
-def test_a_site_without_its_data_is_told_and_so_is_the_server(
+def test_a_site_without_its_data_is_told_why_and_the_server_that_it_is_its_data(
     federation: Federation, falsified_run: Path
 ):
     said = f"{federation.sites}/{NOWHERE}.npz: no such folder of images or .npz file"
@@ -85,8 +85,11 @@ def test_a_site_without_its_data_is_told_and_so_is_the_server(
     assert "This node cannot take part" not in federation.log("client-0")
     failed = statuses(read_lines(falsified_run, "clients.jsonl"), NOWHERE)
     assert failed.keys() == {1, 2}
-    assert all(said in status for status in failed.values())
-    assert said in federation.log("run")
+    told = "there is a problem with its data; the log of the node's SuperNode says which"
+    assert all(told in status for status in failed.values())
+    assert told in federation.log("run")
+    # Neither the server nor what it passes on has the name of a site's file.
+    assert f"{NOWHERE}.npz" not in federation.log("run") + federation.log("superlink")
 
 
 def test_honest_clients_get_the_digits_of_a_run_without_the_faulty_ones(
@@ -96,7 +99,7 @@ def test_honest_clients_get_the_digits_of_a_run_without_the_faulty_ones(
     clients = read_lines(falsified_run, "clients.jsonl")
     last = [row for row in clients if row["round"] == 2 and row["client"] < HONEST]
     assert without(last, "node-id") == without(list(strategy.record.clients.values()), "node-id")
-    counts = ("num-nodes", "num-failures", "bytes-down")
+    counts = ("num-nodes", "num-failures", "num-not-finite", "bytes-down")
     assert without(read_lines(falsified_run), *counts) == without(expected, *counts)
     for client in range(HONEST):
         model = load_file(falsified_run / "models" / f"client-{client}.safetensors")

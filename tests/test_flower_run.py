@@ -145,6 +145,7 @@ def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[d
         "accuracy.svg",
         "report.html",
         "checkpoint.safetensors",
+        "best/checkpoint.safetensors",
         *(f"models/client-{client}.safetensors" for client in range(4)),
     }
     assert f"Run digits-pfedgpa-1 ({folder.name}): {folder}" in log
@@ -223,10 +224,14 @@ def last_words(log: str) -> list[str]:
 
 
 def test_why_all_clients_failed_is_the_last_line_and_stays_in_the_folder(superlink: SuperLink):
-    """The data set is a function that cannot read a folder."""
-    own = {"data.dataset": "json:loads", "data.shape": "1x8x8", "data.num-classes": 2}
+    """The data set is a function that takes no folder."""
+    own = {
+        "data.dataset": "benchmarks.small_images:cnn",
+        "data.shape": "1x8x8",
+        "data.num-classes": 2,
+    }
     log, rows, folder = superlink.run(3, workers=2, **own, **{"data.partition": "iid"})
-    cause = "3 clients: json:loads: failed with TypeError: the JSON object must be str"
+    cause = "3 clients: benchmarks.small_images:cnn: failed with AttributeError: "
     assert last_words(log)[-1].startswith(f"  {cause}")
     assert log.count("\n") < 250
     assert "RayTaskError" not in log

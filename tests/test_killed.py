@@ -18,6 +18,7 @@ from simulated_grid import SimulatedGrid, learning_grid, weights
 from pfedgpa_app import report
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.report import ROWS, Run, RunFolder
+from pfedgpa_app.runs import BEST
 from pfedgpa_app.state import WriteError, load_state
 from server_app import app
 from server_app.checkpoint import CHECKPOINT, CHECKPOINT_KIND, write_checkpoint
@@ -307,7 +308,7 @@ def test_a_run_that_ends_on_a_full_disk_goes_on_from_its_last_checkpoint(
     folder = disk.path / "2"
     assert load_state(folder / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == complete
     whole = {"run.json", "config.json", *ROWS, CHECKPOINT}
-    assert {path.name for path in folder.iterdir()} - {"models"} == whole
+    assert {path.name for path in folder.iterdir()} - {"models", BEST} == whole
     for name in ROWS:
         assert rows(folder, name)[-1]["round"] >= complete
     for model in folder.glob("models/*"):

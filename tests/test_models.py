@@ -141,6 +141,7 @@ def own_module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         module = ModuleType("own_models")
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, "own_models", module)
+        monkeypatch.setenv("PFEDGPA_TRUST", "own_models")
 
     return provide
 

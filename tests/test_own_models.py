@@ -65,6 +65,7 @@ def brought(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("brought")
     module.load = lambda root: pictures()
     monkeypatch.setitem(sys.modules, "brought", module)
+    monkeypatch.setenv("PFEDGPA_TRUST", "brought")
     return module
 
 

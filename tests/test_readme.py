@@ -102,6 +102,7 @@ def test_the_readmes_own_data_set_is_the_example(tmp_path: Path, monkeypatch: py
     module, data, *_ = re.findall(r"```python\n(.+?)```", page, flags=re.DOTALL)
     (tmp_path / "scans.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PFEDGPA_TRUST", "scans")
     exec(data, {})
     commands = [given for given in RUN_CONFIGS if "scans:load" in given]
     assert len(commands) == 1  # the same in the README and on the page

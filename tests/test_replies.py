@@ -18,8 +18,16 @@ from flwr.app import (
 from flwr.supercore.task_identity import TaskIdentity
 from simulated_grid import upload, weights
 
+from pfedgpa_app.config import PrivacyConfig
 from pfedgpa_app.parameters import ParameterLayout
-from server_app.replies import ReplyError, Upload, read_metrics, read_upload
+from server_app.replies import (
+    ReplyError,
+    Upload,
+    check_ranges,
+    metric_ranges,
+    read_metrics,
+    read_upload,
+)
 
 LAYOUT = ParameterLayout.of(weights(0.0))
 
@@ -112,6 +120,36 @@ def test_an_array_that_does_not_fit_is_refused_by_name(state: dict, reason: str 
 def test_numbers_that_are_none_are_refused(num_examples: float, metrics: dict, reason: str):
     with pytest.raises(ReplyError, match=reason):
         read(upload(weights(1.0), num_examples, **metrics))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("accuracy", 9e11, "between 0 and 1"),
+        ("accuracy-before", -0.01, "between 0 and 1"),
+        ("accuracy-after", 1.01, "between 0 and 1"),
+        ("loss", -1.0, "between 0 and 1e"),
+        ("loss-after", -1.0, "between 0 and 1e"),
+        ("seconds", -1.0, "between 0 and 3e"),
+        ("seconds", 9e11, "between 0 and 3e"),
+        ("epsilon", 9e11, "between 0 and 1e"),
+        ("epsilon", -1.0, "between 0 and 1e"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_by_name(name: str, value: float, wanted: str):
+    ranges = metric_ranges(PrivacyConfig(mode="update", epsilon=1.0))
+    with pytest.raises(ReplyError, match=f'"{name}" is .*, and should be {wanted}'):
+        check_ranges({name: value, "other": value}, ranges)
+    check_ranges({name: 0.5, "other": value}, ranges)
+
+
+def test_no_epsilon_is_more_than_the_settings_allow():
+    budget = metric_ranges(PrivacyConfig(mode="example", epsilon=3.0))
+    check_ranges({"epsilon": 3.0}, budget)
+    with pytest.raises(ReplyError, match="between 0 and 3"):
+        check_ranges({"epsilon": 3.1}, budget)
+    with pytest.raises(ReplyError, match="between 0 and 0"):
+        check_ranges({"epsilon": 0.1}, metric_ranges(PrivacyConfig()))
 
 
 def test_a_missing_number_of_examples_is_refused():

@@ -66,7 +66,13 @@ def test_a_round_is_summarized_over_its_clients():
         "num-nodes": 6,
         "num-clients": 2,
         "num-failures": 2,
+        # of test sets of 4, 4 and an unknown number, and 3 of 6 clients
+        "personalized-accuracy-error": pytest.approx(
+            math.sqrt((0.25 / 4 + 0.24) / 9 + 0.5 * (0.14 / 3) / 3)
+        ),
+        "num-evaluated": 3,
         "num-alone": 0,
+        "num-not-finite": 0,
         "epsilon": None,
         "seconds-clients": 1.235,
         "seconds-diffusion": 0.5,
@@ -83,6 +89,7 @@ def test_a_round_without_clients_has_no_means():
         "personalized-loss",
         "personalized-accuracy-worst",
         "personalized-accuracy-std",
+        "personalized-accuracy-error",
         "received-accuracy",
         "finetuned-accuracy",
         "finetuned-loss",
@@ -104,6 +111,7 @@ def test_a_client_has_a_row_with_all_that_is_known_of_it():
         "num-examples": 9,
         "personalized-accuracy": 1.0,
         "personalized-loss": 0.1,
+        "num-test-examples": 4,
     }
     assert rows[1]["status"] == "0.weight has values that are not finite"
     assert rows[3]["status"] == "no reply"
@@ -177,6 +185,7 @@ def test_a_saved_model_says_how_to_use_it(tmp_path: Path):
     assert facts == {
         "client": 1,
         "round": 7,
+        "run": "run",
         "partition-id": 2,
         "num-partitions": 5,
         "model": "cnn-8x8",
@@ -234,8 +243,8 @@ def test_runs_are_read_oldest_first_and_other_folders_passed_over(tmp_path: Path
         (tmp_path / name / "run.json").write_text(json.dumps(facts))
     (tmp_path / "figures").mkdir()
     (tmp_path / "notes.txt").touch()
-    assert [run.path.name for run in read_runs(tmp_path)] == ["c", "a", "b"]
-    assert read_runs(tmp_path / "no such folder") == []
+    assert [run.path.name for run in read_runs(tmp_path)[0]] == ["c", "a", "b"]
+    assert read_runs(tmp_path / "no such folder")[0] == []
 
 
 def test_folders_of_other_programs_are_passed_over(tmp_path: Path):
@@ -244,7 +253,7 @@ def test_folders_of_other_programs_are_passed_over(tmp_path: Path):
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
-    assert [run.path.name for run in read_runs(tmp_path)] == ["run"]
+    assert [run.path.name for run in read_runs(tmp_path)[0]] == ["run"]
 
 
 def test_a_run_is_complete_with_its_last_round(tmp_path: Path):

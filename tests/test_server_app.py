@@ -264,6 +264,33 @@ def test_a_page_that_cannot_be_made_costs_a_run_nothing_else(
     assert f"There is no report.html: {error}" in caplog.text
 
 
+def test_a_client_with_impossible_metrics_is_out_of_the_round_and_of_the_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    grid = learning_grid(first_id=10)
+    liar = grid.nodes[10]
+
+    def answer(message: Message) -> RecordDict:
+        content = liar(message)
+        is_train = message.metadata.message_type == MessageType.TRAIN
+        now = message.content["config"]["server-round"]
+        (record,) = content.metric_records.values()
+        if is_train == (now == 1):
+            record["seconds" if is_train else "accuracy"] = -9e11
+        return content
+
+    grid.nodes[10] = answer
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+    settings = {"output-dir": str(tmp_path), "num-server-rounds": 2, "diffusion.train-steps": 5}
+    main(grid, Context(1, 1, {}, RecordDict(), settings))
+    run = Run.read(tmp_path / "1")
+    assert [row["num-clients"] for row in run.metrics] == [5, 6]
+    assert all(0 <= row["personalized-accuracy"] <= 1 for row in run.metrics)
+    first, second = [row for row in run.clients if row["client"] == 0]
+    assert first["status"].startswith('the metric "seconds" is -9e+11')
+    assert second["not-evaluated"].startswith('the metric "accuracy" is -9e+11')
+
+
 def test_a_run_whose_clients_are_all_gone_in_the_first_round_waits_for_their_return(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

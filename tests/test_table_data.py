@@ -143,6 +143,7 @@ def test_a_table_as_wide_as_those_of_gene_expression_is_trained_on(
     own = ModuleType("genes")
     own.load = lambda root: (RNG.poisson(3, (30, 40_000)), np.arange(30) % 2)
     monkeypatch.setitem(sys.modules, "genes", own)
+    monkeypatch.setenv("PFEDGPA_TRUST", "genes")
     flat = {
         **TABLE,
         "data.dataset": "genes:load",

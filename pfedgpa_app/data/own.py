@@ -3,7 +3,6 @@
 What they return was written by others, and is checked before anything works with it.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from pfedgpa_app.arrays import ArrayError, as_examples, as_labels
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data.dataset import DataError, Part
 from pfedgpa_app.errors import described
+from pfedgpa_app.own_functions import own_function
 from pfedgpa_app.randomness import initialized_by, make_generator
 
 _RETURNS = "(examples, labels), (examples, labels, owners) or (examples, labels, owners, is_test)"
@@ -97,17 +97,15 @@ def own_shares(
 
 
 def _function(setting: str, name: str) -> Callable[..., Any]:
-    module_name, _, function_name = name.partition(":")
     try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+        return own_function(name)
     except (ImportError, AttributeError) as error:
         raise DataError(
             f"{name}: cannot be imported ({error}). {setting} names a function as "
-            f'"package.module:function", of a package that is installed where the clients run'
+            '"package.module:function", of a module that is there where the clients run'
         ) from error
     except Exception as error:  # code of the user's raises whatever it likes
         raise DataError(f"{name}: importing it failed with {described(error)}") from error
-    return function
 
 
 def _as_owners(values: Any, number: int) -> NDArray[Any]:

@@ -81,6 +81,7 @@ def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
     folders = _class_folders(folder, [entry for entry in entries if entry.is_dir()], config.classes)
     _note_others(folder, [entry for entry in entries if not entry.is_dir()], note)
     channels, *size = config.info.shape
+    label_of = {name: label for label, name in enumerate(config.classes)}
     images, labels = [], []
     for name, class_folder in sorted(folders.items()):
         found = find_pictures(class_folder)
@@ -94,7 +95,7 @@ def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
         if not found.pictures:
             note(f"{class_folder}: class {quoted(name)} has no pictures")
         images += [read_picture(file, channels, size) for file in found.pictures]
-        labels += [config.classes.index(name)] * len(found.pictures)
+        labels += [label_of[name]] * len(found.pictures)
     if not images:
         raise DataError(f"{folder}: there are no images in its class folders")
     return Part(torch.stack(alike(images)), torch.tensor(labels))

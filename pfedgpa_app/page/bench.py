@@ -1,12 +1,11 @@
 """What the page has of a bench: its tables, and curves where rounds were evaluated."""
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.files import is_hidden, read_text, text_of
+from pfedgpa_app.files import is_hidden, read_json, text_of
 from pfedgpa_app.page import figures
 from pfedgpa_app.page.html import Page, Shown, table_of, tabs
 from pfedgpa_app.rounds import Row
@@ -55,7 +54,7 @@ def _indices(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for file in sorted(file for file in folder.glob("*.json") if not is_hidden(file.name)):
         try:
-            index = json.loads(read_text(file))
+            index = read_json(file)
         except (OSError, ValueError):
             continue
         if isinstance(index, dict) and index.get("kind") == INDEX_KIND:
@@ -79,7 +78,7 @@ def _index(page: Page, folder: Path, index: Mapping[str, Any], name: str) -> str
 def _rounds(file: Path) -> list[list[Row]]:
     """Return the rounds of a result, if the run is finished."""
     try:
-        return [json.loads(read_text(file))["rounds"]]
+        return [read_json(file)["rounds"]]
     except (OSError, ValueError, KeyError):
         return []
 

@@ -1,15 +1,14 @@
 """Which data clients have: the classes and the group of each, from the run's settings alone."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pfedgpa_app.config import SITES, Config
 from pfedgpa_app.report import Run
+from pfedgpa_app.state import load_facts
 
 
 @dataclass(frozen=True)
@@ -92,15 +91,17 @@ def _groups(config: Config, partitions: dict[int, tuple[int, int]]) -> dict[int,
 
 def _partitions(folder: Path) -> dict[int, tuple[int, int]]:
     """Return each client's partition, and of how many, as the metadata of the models has it."""
+    # It imports partitioners, which take seconds.
+    from pfedgpa_app.exported import MODEL_KIND
+
     found = {}
     for file in sorted(folder.glob("client-*.safetensors")):
         try:
-            with safe_open(file, "pt") as opened:
-                facts = json.loads(opened.metadata()["facts"])
+            facts = load_facts(file, MODEL_KIND)
             client, number, total = (
                 facts[name] for name in ("client", "partition-id", "num-partitions")
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        except (KeyError, ValueError):
             continue
         if all(type(each) is int for each in (client, number, total)) and 0 <= number < total:
             found[client] = (number, total)

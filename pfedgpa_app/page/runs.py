@@ -105,7 +105,11 @@ def _run(page: Page, run: Run, number: int) -> str:
     clients, learned = run.clients, run.method
     rows = method.thinned(learned)
     holdings = Holdings.of(run)
-    notes = [note for note in (run.error, alone_in(run.metrics, run.config.diffusion)) if note]
+    notes = [
+        note
+        for note in (run.error, *run.warnings, alone_in(run.metrics, run.config.diffusion))
+        if note
+    ]
     parts = [_facts(run, clients), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
     if run.metrics:
         parts.append(page.figures(_accuracies(run, clients, holdings)))
@@ -251,6 +255,8 @@ def _failures(clients: Sequence[Row]) -> str:
         reasons = [] if status == "ok" else [status]
         if "unusual" in row:
             reasons.append(f"others did not learn from it: {row['unusual']}")
+        if "not-evaluated" in row:
+            reasons.append(f"its evaluation cannot be used: {row['not-evaluated']}")
         for reason in reasons:
             rounds.setdefault((row["client"], str(reason)[:_MAX_REASON]), []).append(row["round"])
     if not rounds:

@@ -26,7 +26,15 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import RoundRecord
 from server_app.messages import FINGERPRINT, draw, make_messages, num_bytes, shared_metrics
 from server_app.outliers import outliers
-from server_app.replies import ReplyError, Upload, read_metrics, read_spent, read_upload
+from server_app.replies import (
+    NotFiniteError,
+    ReplyError,
+    Upload,
+    check_ranges,
+    read_metrics,
+    read_spent,
+    read_upload,
+)
 from server_app.roster import Roster, by_addressee
 from server_app.strategies.method import ServerMethod
 
@@ -68,6 +76,9 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
     ----------
     record : RoundRecord
         What happened in the current round, client by client.
+    metric_ranges : dict[str, tuple[float, float]]
+        The smallest and the largest value of a client's metric, by name. None by default: other
+        clients than those of this app may mean something else by a name.
     completed_rounds : int
         Rounds of an earlier run that this one goes on from; Flower counts its rounds from 1 again.
     """
@@ -92,6 +103,7 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         self.late_clients = late_clients
         self.join_round = join_round
         self.roster = roster or Roster()
+        self.metric_ranges: dict[str, tuple[float, float]] = {}
         self.completed_rounds = 0
         self.record = RoundRecord(0)
         self._sent: dict[int, StateDict] = {}
@@ -212,11 +224,16 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         metrics: dict[int, dict[str, float]] = {}
         for client, reply in self._by_client(replies):
             try:
-                metrics[client] = read_metrics(reply, self.weighted_by_key)
+                read = read_metrics(reply, self.weighted_by_key)
+                check_ranges(read, self.metric_ranges)
             except ReplyError as error:
                 log(WARNING, "Client %d is not evaluated: %s", client, error)
+                self.record.not_evaluated(client, str(error))
+                if isinstance(error, NotFiniteError):
+                    self.record.not_finite(client)
                 continue
-            self.record.evaluated(client, metrics[client])
+            metrics[client] = read
+            self.record.evaluated(client, read)
         if not metrics:
             return None
         records = shared_metrics(list(metrics.values()))
@@ -291,6 +308,7 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
             try:
                 epsilon = read_spent(reply, self.weighted_by_key)
                 if epsilon is not None:
+                    check_ranges({"epsilon": epsilon}, self.metric_ranges)
                     log(INFO, "Client %d does not train: its privacy budget is spent", client)
                     self.record.spent(client, epsilon)
                     continue
@@ -302,9 +320,12 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
                     self.expected_extras(client),
                     may_lack_extras=self.extras_are_optional,
                 )
+                check_ranges(upload.metrics, self.metric_ranges)
                 self.check(client, upload)
             except ReplyError as error:
                 self._refuse(client, str(error))
+                if isinstance(error, NotFiniteError):
+                    self.record.not_finite(client)
                 continue
             state = self.global_model.spec.refreshed(upload.state)
             uploads[client], sizes[client] = replace(upload, state=state), num_bytes(reply)

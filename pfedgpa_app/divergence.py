@@ -1,0 +1,126 @@
+"""What is said of a run that goes wrong while it goes on: accuracy that falls, losses of NaN."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.rounds import JUDGED, STANDARD_ERROR, Row, count_of_clients, value_of
+from pfedgpa_app.runs import BEST, CHECKPOINT
+
+# A fall is one of more than so much, and of so many standard errors of the difference of two
+# rounds, in so many evaluated rounds in a row.
+MIN_FALL = 0.05
+_STANDARD_ERRORS = 4.0
+_ROUNDS = 3
+
+DIVERGED = "Training diverged, or data have such values"
+
+
+@dataclass(frozen=True)
+class Fall:
+    """Evaluated rounds in a row in which personalized accuracy was well below its best before.
+
+    Attributes
+    ----------
+    first, last
+        The first and the last of these rounds.
+    best
+        The round of the best accuracy before.
+    before, lowest
+        Accuracy in that round, and the lowest of these rounds.
+    """
+
+    first: int
+    last: int
+    best: int
+    before: float
+    lowest: float
+
+
+def fall_in(rows: Sequence[Row]) -> Fall | None:
+    """Return the latest fall that lasted, of a run's rows in metrics.jsonl; None if none did."""
+    latest: Fall | None = None
+    best: Row | None = None
+    below: list[Row] = []
+    for row in rows:
+        if row.get(JUDGED) is None:
+            continue
+        if best is None or is_best(row, best):
+            best = row
+        below = [*below, row] if _is_below(row, best) else []
+        if len(below) >= _ROUNDS:
+            lowest = min(each[JUDGED] for each in below)
+            first, last = below[0]["round"], below[-1]["round"]
+            latest = Fall(first, last, best["round"], best[JUDGED], lowest)
+    return latest
+
+
+def is_best(row: Row, best: Row | None) -> bool:
+    """Tell whether an evaluated round is at least as good as the best one before.
+
+    With more clients than in that one the mean is another: it begins anew.
+    """
+    if best is None or row[JUDGED] >= best[JUDGED]:
+        return True
+    return value_of(row, "num-evaluated") > value_of(best, "num-evaluated")
+
+
+def best_in(rows: Sequence[Row]) -> Row | None:
+    """Return the row of a run's best evaluated round; None if none was evaluated."""
+    best: Row | None = None
+    for row in rows:
+        if row.get(JUDGED) is not None and is_best(row, best):
+            best = row
+    return best
+
+
+def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], str]:
+    """Say what goes wrong in a run, by its rows in metrics.jsonl, and what may help.
+
+    Returns
+    -------
+    dict[tuple[str, int], str]
+        A sentence each, by what it is of and the round in which that began.
+    """
+    warnings = {}
+    if fall := fall_in(rows):
+        warnings["fall", fall.first] = (
+            f"Personalized accuracy fell: {fall.before:.4f} in round {fall.best}, then down to "
+            f"{fall.lowest:.4f} in rounds {fall.first} to {fall.last}. {help_of(config)}"
+        )
+    if not_finite := [row for row in rows if value_of(row, "num-not-finite")]:
+        most = max(int(value_of(row, "num-not-finite")) for row in not_finite)
+        warnings["not finite", not_finite[0]["round"]] = (
+            f"In {len(not_finite)} of {len(rows)} rounds, from round {not_finite[0]['round']} on, "
+            f"losses or weights of up to {count_of_clients(most)} were not finite (NaN or inf, "
+            f"or huge). {DIVERGED}. {help_of(config)}"
+        )
+    return warnings
+
+
+def _is_below(row: Row, best: Row) -> bool:
+    error = math.hypot(value_of(row, STANDARD_ERROR), value_of(best, STANDARD_ERROR))
+    fall: float = best[JUDGED] - row[JUDGED]
+    return fall > max(MIN_FALL, _STANDARD_ERRORS * error)
+
+
+def best_kept(path: Path, name: str) -> str:
+    """Say how to go on from the checkpoint of a run's best round; nothing if there is none."""
+    if not (path / BEST / CHECKPOINT).exists():
+        return ""
+    return (
+        f'. The checkpoint of the best round is kept: resume-from="{name}/{BEST}" goes on from it'
+    )
+
+
+def help_of(config: Config) -> str:
+    """Say what may help where training diverges."""
+    rate = config.client.learning_rate
+    steps = [f"a smaller client.learning-rate (here {rate:g}) or fewer client.local-epochs"]
+    if config.server.momentum:
+        steps.append(f"server.momentum = 0 (here {config.server.momentum:g})")
+    if config.strategy == "pfedgpa" and config.diffusion.generator == "diffusion":
+        steps.append('diffusion.generator = "kin-mean"')
+    return f"What may help: {', '.join(steps)}"

@@ -1,0 +1,108 @@
+"""Functions that settings name: only those of the user's own code are imported and called.
+
+Settings come from others too: in a suite, in the file of a model, in a run that somebody starts.
+Whoever could name any function there could have any of Python's called with a folder.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import sysconfig
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+TRUST = "PFEDGPA_TRUST"
+"""The environment variable with packages whose functions settings may name, by commas."""
+
+_APP = Path(__file__).parents[1]
+# The app's own packages have nothing that makes a data set or a model.
+_OUR_OWN = ("client_app", "pfedgpa_app", "server_app")
+_KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+class UntrustedError(ImportError):
+    """A function that is none of the user's own code; the message says what would be right."""
+
+
+def own_function(name: str) -> Callable[..., Any]:
+    """Return the function ``package.module:function``.
+
+    It must be of a module in the folder of the app (where `flwr run` has put what it packed) or in
+    the current one, or of a package that the environment variable `TRUST` names. Nothing else is
+    imported. What a module has imported itself counts as of where it was defined.
+
+    Raises
+    ------
+    UntrustedError
+        If it is another one.
+    ImportError, AttributeError
+        If there is no such module, or it has no such function. Importing it may raise anything.
+    """
+    module_name, _, function_name = name.partition(":")
+    package = module_name.partition(".")[0]
+    if not _is_trusted(package):
+        raise UntrustedError(_refusal(package))
+    function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+    origin = _module_of(function).partition(".")[0]
+    if origin != package and not _is_trusted(origin):
+        raise UntrustedError(f"{function_name} comes from another package: {_refusal(origin)}")
+    return function
+
+
+def _refusal(package: str) -> str:
+    return (
+        f"{package} is not a module of your own; right would be one in the current folder or the "
+        f"app's, with a function that calls what you need, or {TRUST}={package} in the environment "
+        "of whoever runs it, if you trust all functions of that package"
+    )
+
+
+def _module_of(function: object) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__module__", None) or "builtins")
+
+
+def _is_trusted(package: str) -> bool:
+    """Tell whether functions of a package may be called, without importing it."""
+    if package in {each.strip() for each in os.environ.get(TRUST, "").split(",")}:
+        return True
+    if package in _OUR_OWN:
+        return False
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # of __main__, which has none
+        return False
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    folders = list(_folders(spec))
+    return bool(folders) and all(map(_is_own, folders))
+
+
+def _folders(spec: ModuleSpec) -> Iterator[Path]:
+    """Yield the folders that a module, or the parts of a package, lie in; none if built in."""
+    if spec.submodule_search_locations is not None:
+        yield from (Path(each).resolve().parent for each in spec.submodule_search_locations)
+    elif spec.has_location and spec.origin is not None:
+        yield Path(spec.origin).parent.resolve()
+
+
+def _is_own(folder: Path) -> bool:
+    installed = [Path(sysconfig.get_path(kind)).resolve() for kind in _KINDS]
+    if set(folder.parts) & set(_INSTALLED) or any(map(folder.is_relative_to, installed)):
+        return False
+    return any(map(folder.is_relative_to, _own_folders()))
+
+
+def _own_folders() -> Iterator[Path]:
+    yield _APP.resolve()
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed
+        return
+    if here != Path(here.anchor):  # a service may be started there, and everything is below
+        yield here.resolve()
