@@ -32,7 +32,7 @@ STATE_KIND = "pfedgpa-aggregator-8"
 
 # Of all that a client is like, the part that must have been in the round to speak for it.
 MIN_KINSHIP = 0.01
-# Divergence from the initial model up to which clients are alike: docs/choosing.md has the runs.
+# Divergence from the initial model up to which clients are alike.
 MAX_DIVERGENCE = 0.5
 # Agreement of those who ask for the same: members of one group have 1, of others less than 0.4.
 MIN_AGREEMENT = 0.5
