@@ -3,6 +3,7 @@
 import os
 from logging import ERROR, WARNING
 from pathlib import Path
+from typing import cast
 
 import torch
 from flwr.app import ConfigRecord, Context
@@ -18,7 +19,7 @@ from pfedgpa_app.state import WriteError, load_facts
 MODEL_PATH = "model-path"
 """The key of a node config with the file; and the record of Flower's state of a client that says
 that it was looked at."""
-_WRITTEN = "written"
+_ROUND = "round"
 
 
 def check_model_path(context: Context) -> None:
@@ -54,10 +55,11 @@ def keep_model(method: Method, task: Task, context: Context, server_round: int) 
 
     The file is what ``pfedgpa export`` would write, with all that the model's use takes. It stays
     as it was where it cannot be written, which is logged, and before the first round is over: an
-    untrained model is worth less than that of an earlier run.
+    untrained model is worth less than that of an earlier run. What is sent for the next training
+    is no better than what was sent for evaluation after the same round.
     """
     file = _model_file(context)
-    if file is None or server_round == 0:
+    if file is None or server_round <= _round_kept(context):
         return
     _warn_of_another(file, context)
     labels, num_classes = task.data.train_labels, task.data.info.num_classes
@@ -75,7 +77,7 @@ def keep_model(method: Method, task: Task, context: Context, server_round: int) 
     )
     try:
         model.save(file)
-        context.state[MODEL_PATH] = ConfigRecord({_WRITTEN: True})
+        context.state[MODEL_PATH] = ConfigRecord({_ROUND: server_round})
     except WriteError as error:
         log(
             ERROR,
@@ -87,8 +89,7 @@ def keep_model(method: Method, task: Task, context: Context, server_round: int) 
 
 def _warn_of_another(file: Path, context: Context) -> None:
     """Log that another run has written to the file since this one did."""
-    kept = context.state.config_records.get(MODEL_PATH)
-    if kept is None or _WRITTEN not in kept:
+    if not _round_kept(context):
         return
     try:
         other = load_facts(file, MODEL_KIND).get("run", "")
@@ -104,6 +105,12 @@ def _warn_of_another(file: Path, context: Context) -> None:
             printable(str(other)) or "of an older version",
             context.run_id,
         )
+
+
+def _round_kept(context: Context) -> int:
+    """Return the round after which the model was sent that is in the file; 0 if none is."""
+    kept = context.state.config_records.get(MODEL_PATH, ConfigRecord())
+    return cast(int, kept.get(_ROUND, 0))
 
 
 def _model_file(context: Context) -> Path | None:

@@ -87,6 +87,19 @@ def test_what_is_sent_for_training_is_the_model_after_the_round_before(tmp_path:
     assert same(kept.state, MODEL.state_dict())
 
 
+def test_what_was_sent_for_evaluation_stays_when_the_next_training_begins(
+    tmp_path: Path, file: Path
+):
+    context = site(tmp_path, file)
+    evaluate_message(message(MessageType.EVALUATE, 3), context)
+    kept = file.read_bytes()
+    train_message(message(MessageType.TRAIN, 4), context)
+    assert file.read_bytes() == kept
+    file.unlink()
+    train_message(message(MessageType.TRAIN, 5), context)
+    assert ExportedModel.load(file).server_round == 4
+
+
 def test_an_untrained_model_does_not_take_the_place_of_an_earlier_run(tmp_path: Path, file: Path):
     file.write_text("of an earlier run")
     train_message(message(MessageType.TRAIN, 1), site(tmp_path, file))
@@ -166,6 +179,6 @@ def test_a_folder_that_is_gone_later_on_costs_no_round(tmp_path: Path, file: Pat
     evaluate_message(message(MessageType.EVALUATE), context)
     file.unlink()
     file.parent.rmdir()
-    reply = train_message(message(MessageType.TRAIN, 2), context)
+    reply = train_message(message(MessageType.TRAIN, 3), context)
     assert reply.content["metrics"]["num-examples"] > 0
-    assert ["The model after round 1 is not kept" in line for line in said] == [True]
+    assert ["The model after round 2 is not kept" in line for line in said] == [True]

@@ -81,7 +81,31 @@ def test_pfedgpa_sends_each_node_parameters_of_its_own_group():
     for node, value in generated.items():
         assert value == pytest.approx((-1.0) ** node, abs=0.2)
     assert len(set(generated.values())) == 8
-    assert received(grid, "evaluate")[0] == generated
+    # Halfway from there to its own upload is what each of them holds.
+    held = received(grid, "evaluate")[0]
+    for node, value in generated.items():
+        upload = (-1.0) ** node * (1 + node / 100)
+        assert held[node] == pytest.approx((value + upload) / 2, abs=1e-6)
+
+
+def test_who_was_not_in_the_round_holds_the_generated_model():
+    nodes = groups()
+    strategy = PFedGPA(diffusion=DiffusionConfig(own_weight=1.0))
+    start(strategy, SimulatedGrid(nodes), num_rounds=1)
+    del nodes[0]
+    strategy.aggregator.observe(7, strategy.aggregator.bank.members[7] + 1)
+    strategy.aggregator.fit(2)
+    models = {
+        name: [float(state["layer.weight"][0, 0]) for state in states([6, 7])]
+        for name, states in (
+            ("sent", strategy.training_states),
+            ("held", strategy.evaluation_states),
+        )
+    }
+    uploads = strategy.aggregator.bank.members
+    assert models["held"][0] == models["sent"][0] != float(uploads[6][0])
+    assert models["held"][1] != models["sent"][1]
+    assert models["held"][1] in uploads[7].tolist()
 
 
 def test_pfedgpa_averages_what_is_not_generated():
@@ -287,7 +311,7 @@ def test_nodes_that_come_and_go_keep_their_numbers():
     grid = SimulatedGrid(nodes)
     strategy = PFedGPA(diffusion=DiffusionConfig())
     start(strategy, grid, num_rounds=1)
-    kept = float(strategy.evaluation_state(7)["layer.weight"][0, 0])
+    kept = float(strategy.training_state(7)["layer.weight"][0, 0])
     del nodes[0]
     nodes[50] = site(1.0)
     asked = strategy.configure_train(2, ArrayRecord(strategy.average), ConfigRecord(), grid)
@@ -475,6 +499,7 @@ def judged_every(rounds: int) -> list[dict]:
     """Return the metrics of a run of five rounds with three clients."""
     settings = {"client.local-epochs": 1, "diffusion.train-steps": 5, "num-server-rounds": 5}
     settings |= {"server.evaluate-every": rounds, "client.device": "cpu"}
+    settings |= {"diffusion.own-weight": 0.0}
     return simulate(Config.from_flat(settings), 3, num_processes=0)[1]
 
 
