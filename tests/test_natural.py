@@ -33,6 +33,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Own:
     _shared_out.cache_clear()
     module: Any = ModuleType("own_owners")
     monkeypatch.setitem(sys.modules, "own_owners", module)
+    monkeypatch.setenv("PFEDGPA_TRUST", "own_owners")
 
     def settings(*more: Any, share: Callable[..., Any] | None = None, **flat: Any) -> DataConfig:
         module.load = lambda root: (EXAMPLES, LABELS, *more)

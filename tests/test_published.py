@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from itertools import count
 from pathlib import Path
@@ -152,6 +153,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         flags=re.DOTALL,
     ):
         (tmp_path / name).write_text(module)
+        # Not what an earlier test imported from a folder of its own.
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sources, "_torchvision", noise)
