@@ -155,6 +155,8 @@ def are_alone(mixing: Tensor, min_kin: int) -> Tensor:
 
     Nothing is less than a hundredth of all.
     """
-    rows = limited(mixing, min_kin)
-    left = (rows - torch.diag(rows.diagonal())).abs().sum(dim=1)
-    return (mixing != rows).any(dim=1) & (left < _NEGLIGIBLE)
+    before, after = (
+        (rows - torch.diag(rows.diagonal())).abs().sum(dim=1)
+        for rows in (mixing, limited(mixing, min_kin))
+    )
+    return (before >= _NEGLIGIBLE) & (after < _NEGLIGIBLE)
