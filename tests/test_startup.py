@@ -15,6 +15,9 @@ app = import_module("server_app.cli").app
 for words in {commands!r}:
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
+shell = {{"_PFEDGPA_COMPLETE": "complete_bash", "COMP_WORDS": "pfedgpa ru", "COMP_CWORD": "1"}}
+result = CliRunner().invoke(app, [], prog_name="pfedgpa", env=shell)
+assert "runs" in result.stdout.split(), result.output
 print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """
 COMMANDS = [
@@ -23,7 +26,6 @@ COMMANDS = [
     ["bench", "--help"],
     ["runs"],
     ["runs", "--json"],
-    ["--show-completion", "bash"],
 ]
 HEAVY = {"torch", "flwr", "ray", "numpy", "scipy", "sklearn", "matplotlib", "plotly", "torchvision"}
 
