@@ -16,18 +16,23 @@ from pfedgpa_app.sharing import too_few
 
 config_app = make_app(help="Settings.", no_args_is_help=True)
 
+SettingsFile = Annotated[
+    Path | None, typer.Argument(help="Overrides of pyproject.toml's defaults, as in conf/.")
+]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="key=value as in TOML, such as diffusion.fidelity=0.5; may be repeated.",
+    ),
+]
+
 
 @config_app.command()
 def check(
-    file: Annotated[
-        Path | None, typer.Argument(help="Overrides of pyproject.toml's defaults, as in conf/.")
-    ] = None,
-    config: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--config", "-c", help="key=value as in TOML, such as diffusion.fidelity=0.5."
-        ),
-    ] = None,
+    file: SettingsFile = None,
+    config: Pairs = None,
     clients: Annotated[
         int | None,
         typer.Option(
@@ -42,10 +47,7 @@ def check(
     The model is built and an own data set loaded, by calling own functions as a run does. Run it in
     the project's folder.
     """
-    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
-    settings = _load(file, config or [])
-    if problems := list(_problems(settings, clients)):
-        fail(str(ConfigError(problems)))
+    settings = checked(file, config or [], clients)
     changed = settings.changed
     print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
     for key, value in changed.items():
@@ -57,10 +59,33 @@ def check(
         print(f"Not tried: {untried}")
 
 
-def _load(file: Path | None, overrides: list[str]) -> Config:
-    """Build the settings from a TOML file and ``key=value`` pairs, or end with what is wrong."""
-    flat: dict[str, Any] = {}
+def checked(file: Path | None, overrides: list[str], clients: int | None) -> Config:
+    """Return settings with which nothing is wrong, or end the command with all that is."""
+    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
+    settings = load_settings(file, overrides)
+    if problems := list(_problems(settings, clients)):
+        fail(str(ConfigError(problems)))
+    return settings
+
+
+def defaults_here() -> dict[str, Any] | None:
+    """Return the defaults in this folder's pyproject.toml; None if it is not the app's folder."""
+    if not Path("pyproject.toml").is_file():
+        return None
+    tool: Any = read_toml(Path("pyproject.toml")).get("tool", {})
+    told = tool.get("flwr", {}).get("app", {})
+    if told.get("components", {}).get("serverapp") != "server_app.app:app":
+        return None
+    return dict(flatten(told.get("config", {})))
+
+
+def load_settings(file: Path | None, overrides: list[str]) -> Config:
+    """Build the settings as `flwr run` does here, or end the command with what is wrong.
+
+    Those of the file win over the defaults, and ``key=value`` pairs over both.
+    """
     try:
+        flat = defaults_here() or {}
         if file is not None:
             flat |= flatten(read_toml(file))
         for override in overrides:  # UTF-8 too, whatever the locale
