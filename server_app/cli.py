@@ -23,12 +23,14 @@ from pfedgpa_app.section import NUM_SEEDS
 from pfedgpa_app.state import writing
 from server_app import commands_run as commands_run
 from server_app.commands_config import config_app
+from server_app.commands_data import data_app
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
     from server_app.suites import BenchRun, Suite
 
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
 
 @app.command()

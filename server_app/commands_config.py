@@ -3,7 +3,7 @@
 import os
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +62,7 @@ def check(
 def checked(file: Path | None, overrides: list[str], clients: int | None) -> Config:
     """Return settings with which nothing is wrong, or end the command with all that is."""
     sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
-    settings = load_settings(file, overrides)
+    settings = settings_of(given_settings(file, overrides))
     if problems := list(_problems(settings, clients)):
         fail(str(ConfigError(problems)))
     return settings
@@ -79,13 +79,10 @@ def defaults_here() -> dict[str, Any] | None:
     return dict(flatten(told.get("config", {})))
 
 
-def load_settings(file: Path | None, overrides: list[str]) -> Config:
-    """Build the settings as `flwr run` does here, or end the command with what is wrong.
-
-    Those of the file win over the defaults, and ``key=value`` pairs over both.
-    """
+def given_settings(file: Path | None, overrides: list[str]) -> dict[str, Any]:
+    """Return the settings of a TOML file and ``key=value`` pairs, which win, or end the command."""
+    flat: dict[str, Any] = {}
     try:
-        flat = defaults_here() or {}
         if file is not None:
             flat |= flatten(read_toml(file))
         for override in overrides:  # UTF-8 too, whatever the locale
@@ -93,9 +90,15 @@ def load_settings(file: Path | None, overrides: list[str]) -> Config:
             if not settings:
                 fail(f'--config "{override}": right would be, for example, seed=1')
             flat |= settings
-        return Config.from_flat(flat)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')
+    return flat
+
+
+def settings_of(given: Mapping[str, Any]) -> Config:
+    """Build the settings as `flwr run` does here, or end the command with what is wrong."""
+    try:
+        return Config.from_flat({**(defaults_here() or {}), **given})
     except ConfigError as error:
         fail(str(error))
 

@@ -9,6 +9,7 @@ every suite. test_benchmarks.py and test_benchmark_processes.py run the benchmar
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from contextlib import nullcontext
 from itertools import count
@@ -152,6 +153,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         flags=re.DOTALL,
     ):
         (tmp_path / name).write_text(module)
+        # Another test has its own in another folder, which would be nobody's here.
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sources, "_torchvision", noise)
@@ -248,6 +251,8 @@ def scans(project: Path, own_home: Path) -> None:
         file = project / "site" / ("benign", "malignant")[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
+    named = 'shape = "1x64x64"\nclass-names = "benign,malignant"\n'
+    (project / "sites.toml").write_text(f"[data]\n{named}")
 
 
 def earlier_runs(name: str, clients: int, output: Path) -> None:
@@ -324,6 +329,7 @@ def finished(project: Path, finished_run: Path) -> None:
 
 
 SAME = ("4711", "4712", "4713")
+SITE = {"/srv/scans": "site", "run.toml": "sites.toml"}
 SHORTER = {"demo": ("--rounds", "1")}
 MODEL = ("pfedgpa", "export", "latest", "--client", "3", "-o", "model.safetensors")
 
@@ -331,10 +337,10 @@ MODEL = ("pfedgpa", "export", "latest", "--client", "3", "-o", "model.safetensor
 @pytest.mark.parametrize(
     "words", [words for words in OTHERS if "build/bench/mine" not in words], ids=shlex.join
 )
-def test_a_command_does_what_it_should(words: Words, project: Path, finished: None):
+def test_a_command_does_what_it_should(words: Words, project: Path, finished: None, scans: None):
     if "predict" in words:
         type_in(MODEL)
-    runs, here = iter(SAME), {"/srv/models/mine.safetensors": "model.safetensors"}
+    runs, here = iter(SAME), {"/srv/models/mine.safetensors": "model.safetensors", **SITE}
     typed = (next(runs) if word == "RUN" else here.get(word, word) for word in words)
     said = type_in((*typed, *SHORTER.get(words[1], ())), answer="y\n").stdout
     assert said
