@@ -17,6 +17,7 @@ from pfedgpa_app.console import fail
 from pfedgpa_app.report import Run
 
 _LEVEL = re.compile(r"(INFO|WARNING|ERROR)\s*:\s*(.*)")
+_ENDED = {"finished:failed": "failed", "finished:stopped": "was stopped"}
 
 
 @dataclass
@@ -55,7 +56,8 @@ class FlowerRun:
         if status == "finished:completed":
             return ""
         cause = " ".join(details.rpartition("exception: ")[2].split())
-        return f"run {self.run_id} is {status}" + (f": {cause}" if cause not in ("", "N/A") else "")
+        ended = _ENDED.get(status, f"is {status}")
+        return f"run {self.run_id} {ended}" + (f": {cause}" if cause not in ("", "N/A") else "")
 
 
 def run_on_flower(config: Config, clients: int, superlink: str) -> Run:

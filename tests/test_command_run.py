@@ -126,7 +126,7 @@ def test_a_failed_run_ends_with_its_cause(here: Path):
     result = run(here, status="finished:failed", why=why)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (
-        "run 4711 is finished:failed: Every client failed: 2 clients: no data"
+        "run 4711 failed: Every client failed: 2 clients: no data"
     )
     assert "The folder of this run, where its ServerApp ran: " in result.stdout
     wait_until_nothing_is_left(here)
