@@ -5,6 +5,7 @@
 The first run of the README, ten simulated clients, on a SuperLink that is up. Seconds are those at
 which a line appears in the log, to a tenth. And what the process costs that answers a message of a
 SuperNode, before it trains: the first time that a data set is shared out on a machine, and later.
+And what commands cost that compute nothing.
 """
 
 import os
@@ -31,6 +32,8 @@ LINES = {
     "Round 1/": "the models are evaluated",
 }
 
+# What is typed to see that it works, and while one waits for something else.
+COMMANDS = ("--version", "--help", "runs")
 
 CLIENT = """
 import client_app.messages
@@ -38,12 +41,20 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 client_data(Config().data, 0, 0, 10)
 """
+CALL = """
+from server_app.cli import app
+app()
+"""
 
 
 def main(quick: Quick = False) -> None:
     """Print the tables."""
+    print("| processor seconds of a command | |\n| --- | --- |")
+    for name in COMMANDS:
+        print(f"| {seconds_of(CALL, name):.2f} | pfedgpa {name} |", flush=True)
+    print()
     with tempfile.TemporaryDirectory() as folder:
-        first, later = (seconds_of_client(folder) for _ in range(2))
+        first, later = (seconds_of(CLIENT, cache=folder) for _ in range(2))
     print("| processor seconds before a client trains | |\n| --- | --- |")
     print(f"| {first:.1f} | for the first time |\n| {later:.1f} | later |\n")
     with tempfile.TemporaryDirectory() as folder, Network(Path(folder)) as network:
@@ -57,11 +68,12 @@ def main(quick: Quick = False) -> None:
             before = seconds
 
 
-def seconds_of_client(folder: str) -> float:
-    """Return the processor seconds of a client's process until it has its data."""
+def seconds_of(script: str, *arguments: str, cache: str = "") -> float:
+    """Return the processor seconds of a Python process, with a folder for its cache."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    env = {**os.environ, "XDG_CACHE_HOME": folder}
-    subprocess.run([sys.executable, "-c", CLIENT], env=env, check=True)
+    env = {**os.environ, "XDG_CACHE_HOME": cache}
+    command = [sys.executable, "-c", script, *arguments]
+    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

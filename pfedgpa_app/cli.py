@@ -9,7 +9,6 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from pfedgpa_app.commands_runs import runs_app
@@ -25,9 +24,11 @@ from pfedgpa_app.files import printable, text_of
 from pfedgpa_app.watch import watch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pfedgpa_app.exported import ExportedModel
 
-app = make_app(no_args_is_help=True, add_completion=False)
+app = make_app(no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 app.command()(watch)
 
@@ -179,6 +180,8 @@ def _counts(text: str | None) -> list[int] | None:
 
 
 def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> None:
+    import torch
+
     from pfedgpa_app.images import find_files, read_images
 
     data = model.config.data
@@ -202,8 +205,8 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
 
 
 def _batches(
-    images: Iterable[tuple[str, torch.Tensor]], size: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    images: Iterable[tuple[str, "Tensor"]], size: int
+) -> Iterator[list[tuple[str, "Tensor"]]]:
     """Yield images of one type together, since floats beside bytes would all become floats."""
     for _, alike in groupby(images, lambda each: each[1].dtype):
         while batch := list(islice(alike, size)):

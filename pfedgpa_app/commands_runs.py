@@ -59,12 +59,12 @@ def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputD
     if not found:
         print(f"No runs in {folder}")
         return
-    table = make_table(
-        "run", "strategy", "data", "seed", "rounds", "state", "personalized", "after training"
-    )
+    columns = ("run", "began", "strategy", "data", "seed", "rounds", "state")
+    table = make_table(*columns, "personalized", "after training")
     for run in found:
         table.add_row(
             run.name,
+            f"{began_at(run.path).astimezone():%Y-%m-%d %H:%M}",
             run.config.strategy,
             run.config.data.dataset,
             str(run.config.seed),

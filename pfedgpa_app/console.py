@@ -5,7 +5,10 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -146,6 +149,16 @@ def make_table(*columns: str) -> Table:
 def print_table(table: Table) -> None:
     """Print a table with all that it holds: what is too wide for a terminal goes on below."""
     Console(width=_WIDER_THAN_ANY, markup=False, emoji=False).print(table)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let a SIGTERM end all processes and runs, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str) -> NoReturn:

@@ -13,9 +13,7 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import numpy as np
-
-# matplotlib takes a second to import, which only figures need.
+# numpy and matplotlib take a second to import, which only figures need.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -272,6 +270,7 @@ def _draw_row(
 
 def _name_at_ends(axes: "Axes") -> None:
     """Write the labels of curves beside their ends, apart from each other."""
+    import numpy as np
     from matplotlib.colors import to_rgb
 
     lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]

@@ -6,15 +6,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Self
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.divergence import best_kept, warnings_in
 from pfedgpa_app.figures import Curve, draw_curves
 from pfedgpa_app.files import read_bytes, read_json
-from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.rounds import Row, parse_rows
 from pfedgpa_app.runs import (
     RUN_FILE,
@@ -26,6 +23,12 @@ from pfedgpa_app.runs import (
     run_folders,
 )
 from pfedgpa_app.state import sync_to_disk, writing
+
+# torch takes seconds to import, which whoever only reads runs is spared.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pfedgpa_app.parameters import StateDict
 
 ROWS = ("clients.jsonl", "method.jsonl", "metrics.jsonl")
 REPORT = "report.html"
@@ -124,7 +127,7 @@ class RunFolder:
             _append(self.path / name, [row for row in rows if row["round"] <= completed_rounds])
 
     def save_model(
-        self, client: int, state: StateDict, server_round: int, site: Mapping[str, Tensor]
+        self, client: int, state: "StateDict", server_round: int, site: Mapping[str, "Tensor"]
     ) -> None:
         """Write a client's personalized model, ``models/client-<number>.safetensors``.
 

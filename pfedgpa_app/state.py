@@ -7,13 +7,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from pfedgpa_app.files import open_regular, parse_json
+
+# torch takes seconds to import, which whoever writes and reads no tensors is spared.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # That of a thousand tensors has a hundredth of it.
 _MAX_HEADER_BYTES = 2**24
@@ -41,7 +43,7 @@ def writing(file: Path) -> Iterator[None]:
         raise WriteError(f"{file} cannot be written: {reason}") from error
 
 
-def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: Any) -> None:
+def save_state(file: Path, kind: str, tensors: Mapping[str, "Tensor"], **facts: Any) -> None:
     """Write tensors, and facts as JSON, in place of an older file in one step.
 
     Whoever is killed, loses power or has no space left while writing leaves the older file as it
@@ -52,6 +54,8 @@ def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: An
     WriteError
         If the file cannot be written.
     """
+    from safetensors.torch import save_file
+
     unfinished = file.with_name(file.name + ".unfinished")
     metadata = {"kind": kind, "facts": json.dumps(facts)}
     apart = _apart(tensors)
@@ -66,7 +70,7 @@ def save_state(file: Path, kind: str, tensors: Mapping[str, Tensor], **facts: An
         sync_to_disk(file.parent)
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _apart(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Return tensors that are contiguous and share no memory, as safetensors wants them.
 
     Only those that are not so are copied: a state may be a large part of what there is of memory.
@@ -111,7 +115,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 def load_state(
     file: Path, kind: str, check: Callable[[dict[str, Any], Shapes], None] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Return the tensors and the facts that `save_state` wrote.
 
     ``check`` is called with the facts and the tensors' shapes before any tensor is read, and may
@@ -175,18 +179,18 @@ def _facts(file: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]
         raise ValueError(f"{file} has damaged metadata: {error!r}") from error
 
 
-def under(prefix: str, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: Mapping[Any, "Tensor"]) -> dict[str, "Tensor"]:
     """Return the tensors with names that begin with ``prefix.``."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def below(prefix: str, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Return the tensors below ``prefix.`` by the rest of their names, the inverse of `under`."""
     start = prefix + "."
     return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
-def states_under(prefix: str, states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def states_under(prefix: str, states: Mapping[int, Mapping[str, "Tensor"]]) -> dict[str, "Tensor"]:
     """Return the tensors of many clients' states below ``prefix.<client>.``."""
     return {
         name: tensor
@@ -195,7 +199,7 @@ def states_under(prefix: str, states: Mapping[int, Mapping[str, Tensor]]) -> dic
     }
 
 
-def states_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+def states_below(prefix: str, tensors: Mapping[str, "Tensor"]) -> dict[int, dict[str, "Tensor"]]:
     """Return the states by client, the inverse of `states_under`."""
     states: dict[int, dict[str, Tensor]] = {}
     for key, tensor in below(prefix, tensors).items():

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.files import read_text
+from server_app.simulation import end_with_parent
 from server_app.suites import BenchRun
 
 BYTES_A_RUN = 2 * 2**30
@@ -67,15 +67,9 @@ def execute(
     return failed
 
 
-def _end_with(parent: Any) -> None:
-    """End this process when the bench does, which may be killed, even while it starts this one."""
-    wait([parent.sentinel])
-    os._exit(1)
-
-
 def _execute(run: BenchRun, folder: Path) -> None:
-    if parent := multiprocessing.parent_process():
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if multiprocessing.parent_process():
+        end_with_parent()  # which may be killed even while it starts this one
         os.dup2(sys.stderr.fileno(), 1)  # what own modules print is no part of the bench's output
     file = run.traceback_file(folder)
     file.unlink(missing_ok=True)

@@ -4,11 +4,9 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,18 +16,21 @@ import typer
 
 from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
-from pfedgpa_app.console import Json, fail, whole_numbers
+from pfedgpa_app.console import Json, fail, terminable, whole_numbers
 from pfedgpa_app.files import composed, native_path, text_of
 from pfedgpa_app.rounds import RowError, value_of
 from pfedgpa_app.section import NUM_SEEDS
 from pfedgpa_app.state import writing
+from server_app import commands_run as commands_run
 from server_app.commands_config import config_app
+from server_app.commands_data import data_app
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
     from server_app.suites import BenchRun, Suite
 
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
 
 @app.command()
@@ -120,7 +121,7 @@ def bench(
     left_column = TextColumn("{task.fields[left]}")
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), left_column)
     # A progress bar would hide the prompt of a debugger.
-    with _terminable(), Progress(*columns, disable=not processes) as progress:
+    with terminable(), Progress(*columns, disable=not processes) as progress:
         task = progress.add_task("runs", total=len(pending), left="")
         finished: list[BenchRun] = []
 
@@ -199,16 +200,6 @@ def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> d
     print(f"Tables and figure: {folder}/{name}.{{{','.join(formats)},png,svg}}")
     print(f"A page of them: {shlex.join(['pfedgpa', 'report', str(folder)])}")
     return index
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let a SIGTERM end all processes and runs, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _on(superlink: str, run: "BenchRun", folder: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import os
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,18 +16,23 @@ from pfedgpa_app.sharing import too_few
 
 config_app = make_app(help="Settings.", no_args_is_help=True)
 
+SettingsFile = Annotated[
+    Path | None, typer.Argument(help="Overrides of pyproject.toml's defaults, as in conf/.")
+]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="key=value as in TOML, such as diffusion.fidelity=0.5; may be repeated.",
+    ),
+]
+
 
 @config_app.command()
 def check(
-    file: Annotated[
-        Path | None, typer.Argument(help="Overrides of pyproject.toml's defaults, as in conf/.")
-    ] = None,
-    config: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--config", "-c", help="key=value as in TOML, such as diffusion.fidelity=0.5."
-        ),
-    ] = None,
+    file: SettingsFile = None,
+    config: Pairs = None,
     clients: Annotated[
         int | None,
         typer.Option(
@@ -42,10 +47,7 @@ def check(
     The model is built and an own data set loaded, by calling own functions as a run does. Run it in
     the project's folder.
     """
-    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
-    settings = _load(file, config or [])
-    if problems := list(_problems(settings, clients)):
-        fail(str(ConfigError(problems)))
+    settings = checked(file, config or [], clients)
     changed = settings.changed
     print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
     for key, value in changed.items():
@@ -57,8 +59,28 @@ def check(
         print(f"Not tried: {untried}")
 
 
-def _load(file: Path | None, overrides: list[str]) -> Config:
-    """Build the settings from a TOML file and ``key=value`` pairs, or end with what is wrong."""
+def checked(file: Path | None, overrides: list[str], clients: int | None) -> Config:
+    """Return settings with which nothing is wrong, or end the command with all that is."""
+    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
+    settings = settings_of(given_settings(file, overrides))
+    if problems := list(_problems(settings, clients)):
+        fail(str(ConfigError(problems)))
+    return settings
+
+
+def defaults_here() -> dict[str, Any] | None:
+    """Return the defaults in this folder's pyproject.toml; None if it is not the app's folder."""
+    if not Path("pyproject.toml").is_file():
+        return None
+    tool: Any = read_toml(Path("pyproject.toml")).get("tool", {})
+    told = tool.get("flwr", {}).get("app", {})
+    if told.get("components", {}).get("serverapp") != "server_app.app:app":
+        return None
+    return dict(flatten(told.get("config", {})))
+
+
+def given_settings(file: Path | None, overrides: list[str]) -> dict[str, Any]:
+    """Return the settings of a TOML file and ``key=value`` pairs, which win, or end the command."""
     flat: dict[str, Any] = {}
     try:
         if file is not None:
@@ -68,9 +90,15 @@ def _load(file: Path | None, overrides: list[str]) -> Config:
             if not settings:
                 fail(f'--config "{override}": right would be, for example, seed=1')
             flat |= settings
-        return Config.from_flat(flat)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f'not TOML: {error}; right would be, for example, strategy="local" or seed=1')
+    return flat
+
+
+def settings_of(given: Mapping[str, Any]) -> Config:
+    """Build the settings as `flwr run` does here, or end the command with what is wrong."""
+    try:
+        return Config.from_flat({**(defaults_here() or {}), **given})
     except ConfigError as error:
         fail(str(error))
 

@@ -7,8 +7,13 @@ twenty; comparisons need many of them.
 import importlib
 import logging
 import multiprocessing
+import os
+import secrets
+import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +27,7 @@ from pfedgpa_app.data import client_data
 from pfedgpa_app.files import read_toml
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import RoundRecord, Row, summarize
-from server_app.app import make_strategy
+from server_app.app import main, make_strategy
 from server_app.roster import PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg
 
@@ -54,6 +59,7 @@ class PoolGrid:
         self.absent: Collection[int] = ()
         self.states = {node: RecordDict() for node in range(num_clients)}
         self._num_sent = 0
+        self._replies: dict[str, Message] = {}
         _identify()
         if config.data.dataset != "sites":  # once, before the processes fork
             client_data(config.data, config.seed, 0, num_clients)
@@ -65,7 +71,7 @@ class PoolGrid:
                 'right would be "loop"'
             )
         has_pool = num_processes and not self._is_batched
-        self._pool = context.Pool(num_processes, _identify) if has_pool else None
+        self._pool = context.Pool(num_processes, _begin_worker) if has_pool else None
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the connected nodes, which are the numbers of their partitions."""
@@ -97,6 +103,17 @@ class PoolGrid:
         for reply, state in answers:
             self.states[reply.metadata.src_node_id] = state
         return [reply for reply, _ in answers]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Let the nodes answer messages, and keep the replies until they are pulled."""
+        messages = list(messages)
+        for reply in self.send_and_receive(messages):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies to messages, each once."""
+        return [self._replies.pop(each) for each in message_ids if each in self._replies]
 
     def close(self) -> None:
         """End the processes."""
@@ -160,6 +177,17 @@ def simulate(
     return strategy, rows
 
 
+def run_app(config: Config, num_clients: int, num_processes: int) -> Path:
+    """Do a run of the ServerApp, as `flwr run` does, and return its folder."""
+    run_id = secrets.randbits(63)  # as long as those of Flower, and no other's
+    grid: Any = PoolGrid(config, num_clients, num_processes)
+    try:
+        main(grid, Context(run_id, 1, {}, RecordDict(), config.to_flat()))
+    finally:
+        grid.close()
+    return config.output_path / str(run_id)
+
+
 def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
     """Read a file of conf/ with other settings on top, such as ``{"seed": 1}``."""
     cpu = {"client.device": "cpu", "diffusion.device": "cpu"}
@@ -170,6 +198,25 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
 def _identify() -> None:
     """Set what Flower's processes set before an app starts."""
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+
+def _begin_worker() -> None:
+    """Prepare a process of the pool, which ends with its parent and by it alone."""
+    _identify()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, which may be killed."""
+
+    def end(parent: Any) -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=end, args=(parent,), daemon=True).start()
 
 
 def _answer(module: str, message: Message, context: Context) -> tuple[Message, RecordDict]:

@@ -21,7 +21,7 @@ Words = tuple[str, ...]
 
 # In the text of a page, a name without what it is given is a mention and no command.
 INLINE = re.compile(
-    r"`((?:python -m benchmarks\.|pfedgpa (?:bench|export|predict|report|watch) [^-`]"
+    r"`((?:python -m benchmarks\.|pfedgpa (?:bench|data \w+|export|predict|report|run|watch) [^-`]"
     r"|pfedgpa runs \w+ |flwr run \. |pytest |docker |ray start )[^`]*)`"
 )
 # In a comment or a docstring, a line of its own, which may go on.

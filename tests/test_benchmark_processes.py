@@ -13,7 +13,7 @@ ROWS = {
     # How many rows it prints, and what is in the last one.
     "benchmarks.reliability": (2, r"falsified replies .* not finite.* 1 of 1"),
     "benchmarks.rounds": (1, r"0 .* 0\.\d{4}"),
-    "benchmarks.startup": (10, "the run is over: all rounds, models and figure"),
+    "benchmarks.startup": (13, "the run is over: all rounds, models and figure"),
 }
 
 

@@ -123,7 +123,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkey
         Path(path).write_bytes(b"half of a")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pfedgpa_app.state.save_file", crash)
+    monkeypatch.setattr("safetensors.torch.save_file", crash)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(file.parent, strategy)
     assert file.read_bytes() == before

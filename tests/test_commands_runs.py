@@ -1,6 +1,8 @@
 """The commands pfedgpa runs, pfedgpa runs show and pfedgpa runs remove."""
 
 import json
+import os
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from typer.testing import CliRunner, Result
 from pfedgpa_app import cli, console
 from pfedgpa_app.config import Config
 from pfedgpa_app.report import RunFolder
+from pfedgpa_app.runs import began_at
 
 
 def make_run(path: Path, num_rounds: int, clients: list[dict] | None = None, **flat: Any) -> None:
@@ -39,13 +42,21 @@ def test_runs_are_listed_in_full_however_narrow_the_terminal_is(
     make_run(tmp_path / "111", 2, seed=5, **{**long, "num-server-rounds": 2})
     make_run(tmp_path / "12345678901234567890", 0)
     (tmp_path / "12345678901234567890" / "run.json").unlink()
+    # Times are those of the local clock: of the file, where an older version wrote none.
+    began = datetime(2026, 11, 30, 12, 0, 59).astimezone()
+    facts = {"name": "emnist-byclass-fedavg-ft-1", "began": began.isoformat()}
+    (tmp_path / "111" / "run.json").write_text(json.dumps(facts))
+    later = (began + timedelta(minutes=5)).timestamp()
+    os.utime(tmp_path / "12345678901234567890" / "config.json", (later, later))
     with RunFolder(tmp_path / "333", Config()):
         lines = invoke(tmp_path, "runs").stdout.splitlines()
+    began = f"{began_at(tmp_path / '333').astimezone():%Y-%m-%d %H:%M}"
     assert lines[0] == f"Runs in {tmp_path}"
     assert [" ".join(line.split()) for line in lines[2:]] == [
-        "emnist-byclass-fedavg-ft-1 fedavg-ft emnist-byclass 5 2/2 complete 0.6250 0.5000",
-        "12345678901234567890 pfedgpa digits 0 0/10 stopped - -",
-        "digits-pfedgpa-1 pfedgpa digits 0 0/10 running - -",
+        "emnist-byclass-fedavg-ft-1 2026-11-30 12:00 fedavg-ft emnist-byclass 5 2/2 complete "
+        "0.6250 0.5000",
+        "12345678901234567890 2026-11-30 12:05 pfedgpa digits 0 0/10 stopped - -",
+        f"digits-pfedgpa-1 {began} pfedgpa digits 0 0/10 running - -",
     ]
 
 

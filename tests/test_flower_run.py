@@ -163,6 +163,20 @@ def test_benchmarks_give_the_digits_of_a_run(one_worker: tuple[str, list[dict], 
     assert without_seconds(rows) == without_seconds(expected)
 
 
+def test_a_run_that_is_checked_first_gives_the_digits_of_a_run(
+    one_worker: tuple[str, list[dict], Path], tmp_path: Path
+):
+    pairs = {**QUICK, "client.device": "cpu", "output-dir": str(tmp_path)}
+    words = [word for key, value in pairs.items() for word in ("-c", f"{key}={json.dumps(value)}")]
+    command = [BIN / "pfedgpa", "run", "--clients", "4", *words]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    page = Path(done.stdout.splitlines()[-1].removeprefix("The page of this run: "))
+    assert page.parent.parent == tmp_path
+    assert page.is_file()
+    assert without_seconds(read_lines(page.parent)) == without_seconds(one_worker[1])
+
+
 def test_two_workers_and_a_kill_between_give_the_same_digits(
     superlink: SuperLink,
     one_worker: tuple[str, list[dict], Path],

@@ -14,7 +14,6 @@ from client_app import kept_model
 from client_app.messages import evaluate_message, train_message
 from client_app.node import NodeError
 from client_app.query import query
-from pfedgpa_app import state
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import site_data
 from pfedgpa_app.exported import ExportedModel
@@ -165,7 +164,7 @@ def test_a_full_disk_costs_a_line_in_the_log_and_not_the_round(
 
     file.write_text("of an earlier round")
     context = site(tmp_path, file)
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     reply = train_message(message(MessageType.TRAIN, 2), context)
     assert reply.content["metrics"]["num-examples"] > 0
     assert file.read_text() == "of an earlier round"

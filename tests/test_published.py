@@ -9,9 +9,9 @@ every suite. test_benchmarks.py and test_benchmark_processes.py run the benchmar
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,16 @@ from pfedgpa_app.config import DATASETS, Config, DataConfig, flatten
 from pfedgpa_app.data import client_data, sources
 from pfedgpa_app.report import Run
 from server_app import app as server_app
-from server_app import bench, cli
+from server_app import bench, cli, commands_config, commands_run
 from server_app.suites import BenchRun
+from server_app.superlink import FlowerRun
 
 COMMANDS = commands()
 BENCHES = [words for words in COMMANDS if words[:2] == ("pfedgpa", "bench")]
-OTHERS = [words for words in COMMANDS if words[0] == "pfedgpa" and words not in BENCHES]
+CHECKED_RUNS = [words for words in COMMANDS if words[:2] == ("pfedgpa", "run")]
+OTHERS = [
+    words for words in COMMANDS if words[0] == "pfedgpa" and words not in (*BENCHES, *CHECKED_RUNS)
+]
 NOT_HERE = "tracking='tensorboard'"  # whose package is not installed
 RUNS = [words for words in COMMANDS if words[:2] == ("flwr", "run") and NOT_HERE not in words]
 
@@ -94,9 +98,6 @@ ELSEWHERE = {
     "flwr run . --stream --run-config 'tracking='\"'\"'tensorboard'\"'\"'' --federation-config "
     "'num-supernodes=10 client-resources-num-cpus=1'": TRACKED,
     "tensorboard --logdir '~/.local/share/pfedgpa/runs'": TRACKED,
-    # These two write the file of the command after them, whose test runs them.
-    "echo 'resume-from = \"fashion-mnist-pfedgpa-1\"'": "the run of resume.toml",
-    "cat conf/fashion-mnist-20.toml": "the run of resume.toml",
 }
 DEFAULTS = dict(
     flatten(
@@ -110,13 +111,12 @@ SHORT = {
     "diffusion.device": "cpu",
     "diffusion.train-steps": 5,
 }
-RUNS_PAGE = (PROJECT / "docs" / "runs.md").read_text()
 FEW = 10
 """Clients, and images of each."""
 
 
 def test_every_command_is_run_by_a_test():
-    run_here = [*BENCHES, *RUNS, *OTHERS]
+    run_here = [*BENCHES, *RUNS, *CHECKED_RUNS, *OTHERS]
     run_here += [words for kind in (True, False) for words in benchmarks(have_processes=kind)]
     assert {shlex.join(words) for words in COMMANDS if words not in run_here} == set(ELSEWHERE)
 
@@ -153,7 +153,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         flags=re.DOTALL,
     ):
         (tmp_path / name).write_text(module)
-        # Not what an earlier test imported from a folder of its own.
+        # Another test has its own in another folder, which would be nobody's here.
         monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -251,6 +251,8 @@ def scans(project: Path, own_home: Path) -> None:
         file = project / "site" / ("benign", "malignant")[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
+    named = 'shape = "1x64x64"\nclass-names = "benign,malignant"\n'
+    (project / "sites.toml").write_text(f"[data]\n{named}")
 
 
 def earlier_runs(name: str, clients: int, output: Path) -> None:
@@ -268,11 +270,7 @@ def test_a_run_goes_to_its_end(words: Words, project: Path, tmp_path: Path, scan
     options = command.make_context("run", [*words[2:]]).params
     (asked,) = options["federation_config_overrides"] or ("num-supernodes=2",)
     clients = min(FEW, parse_config_args([asked])["num-supernodes"])
-    overrides = [*(options["run_config_overrides"] or ())]
-    if overrides == ["resume.toml"]:
-        (line,) = re.findall(r"^\(echo .+ > resume\.toml$", RUNS_PAGE, flags=re.MULTILINE)
-        subprocess.run(["bash", "-ec", line], check=True)
-    given = parse_config_args(overrides)
+    given = parse_config_args([*(options["run_config_overrides"] or ())])
     assert given.keys() <= DEFAULTS.keys()
     settings, output = shortened(given, clients), tmp_path / "runs"
     if name := given.get("resume-from"):
@@ -284,6 +282,32 @@ def test_a_run_goes_to_its_end(words: Words, project: Path, tmp_path: Path, scan
     assert [row["round"] for row in run.metrics] == [*range(1, settings["num-server-rounds"] + 1)]
     assert all(row["num-failures"] == 0 and row["num-clients"] for row in run.metrics)
     assert (run.path / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", CHECKED_RUNS, ids=shlex.join)
+def test_a_run_that_is_checked_first_goes_to_its_end(
+    words: Words, project: Path, tmp_path: Path, scans: None, monkeypatch: pytest.MonkeyPatch
+):
+    """All but Flower's programs, which test_command_run.py plays and test_flower_run.py runs."""
+
+    def play(config: Config, superlink: str, clients: int, **options: Any) -> FlowerRun:
+        few, output = min(FEW, clients), tmp_path / "runs"
+        settings = shortened(config.changed, few)
+        if name := config.resume_from:
+            earlier_runs(name, few, output)
+            settings |= {"num-server-rounds": 2}
+        return FlowerRun(run_id="1", folder=str(run_app(settings, few, output)))
+
+    monkeypatch.setattr(commands_run, "own_superlink", lambda: nullcontext({}))
+    monkeypatch.setattr(commands_run, "flwr_run", play)
+    monkeypatch.setattr(FlowerRun, "problem", lambda *arguments: "")
+    if "resume-from" in str(words):  # of a run that is not there yet
+        monkeypatch.setattr(commands_config, "_problems", lambda *arguments: iter(()))
+    page = type_in(words).stdout.splitlines()[-1].removeprefix("The page of this run: ")
+    run = Run.read(Path(page).parent)
+    assert run.is_complete
+    assert all(row["num-failures"] == 0 and row["num-clients"] for row in run.metrics)
 
 
 @pytest.fixture(scope="module")
@@ -305,18 +329,20 @@ def finished(project: Path, finished_run: Path) -> None:
 
 
 SAME = ("4711", "4712", "4713")
+SITE = {"/srv/scans": "site", "run.toml": "sites.toml"}
+SHORTER = {"demo": ("--rounds", "1")}
 MODEL = ("pfedgpa", "export", "latest", "--client", "3", "-o", "model.safetensors")
 
 
 @pytest.mark.parametrize(
     "words", [words for words in OTHERS if "build/bench/mine" not in words], ids=shlex.join
 )
-def test_a_command_does_what_it_should(words: Words, project: Path, finished: None):
+def test_a_command_does_what_it_should(words: Words, project: Path, finished: None, scans: None):
     if "predict" in words:
         type_in(MODEL)
-    runs, here = iter(SAME), {"/srv/models/mine.safetensors": "model.safetensors"}
+    runs, here = iter(SAME), {"/srv/models/mine.safetensors": "model.safetensors", **SITE}
     typed = (next(runs) if word == "RUN" else here.get(word, word) for word in words)
-    said = type_in(tuple(typed), answer="y\n").stdout
+    said = type_in((*typed, *SHORTER.get(words[1], ())), answer="y\n").stdout
     assert said
     if "-o" in words:
         assert Path(words[words.index("-o") + 1]).stat().st_size > 1000

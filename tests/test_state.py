@@ -54,7 +54,7 @@ def test_on_a_full_disk_the_older_state_is_kept_and_nothing_else(
         Path(path).write_bytes(b"half of a")
         raise error
 
-    monkeypatch.setattr("pfedgpa_app.state.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(WriteError, match="state cannot be written: the disk is full; right would"):
         save_state(tmp_path / "state", "test", {"a": torch.ones(1)}, round=2)
     assert load_state(tmp_path / "state", "test")[1] == {"round": 1}
@@ -142,7 +142,7 @@ def test_only_what_is_not_apart_is_copied_to_be_written(
         written.update({name: tensor.data_ptr() for name, tensor in tensors.items()})
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("pfedgpa_app.state.save_file", save)
+    monkeypatch.setattr("safetensors.torch.save_file", save)
     save_state(tmp_path / "state", "test", state)
     loaded, _ = load_state(tmp_path / "state", "test")
     assert loaded.keys() == state.keys()

@@ -1,0 +1,122 @@
+"""The commands that run the app: ``pfedgpa demo`` and ``pfedgpa run``."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pfedgpa_app.cli import app
+from pfedgpa_app.config import SITES, Config
+from pfedgpa_app.console import fail, terminable
+from pfedgpa_app.report import REPORT, Run
+from pfedgpa_app.section import NUM_SEEDS
+from server_app.commands_config import Pairs, SettingsFile, checked, defaults_here
+from server_app.own_superlink import NAME, SuperLinkError, own_superlink
+from server_app.superlink import FlowerRun, flwr_run
+
+_CLIENTS = 10
+
+
+@app.command()
+def demo(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, max=NUM_SEEDS - 1, help="Of all that is drawn.")] = 0,
+) -> None:
+    """Do the README's first run, ten clients with digits, in seconds: without Flower's servers.
+
+    Settings, results and the run's folder are those of `flwr run`.
+    """
+    print("Ten clients train on scikit-learn's digits; a line a round:", flush=True)
+    # They import torch and Flower, which other commands are spared.
+    from server_app.bench import num_processes
+    from server_app.simulation import run_app
+
+    config = Config(num_server_rounds=rounds, seed=seed)
+    with terminable(), _rounds_alone():
+        folder = run_app(config, _CLIENTS, min(_CLIENTS, num_processes()))
+    name = Run.read(folder).name
+    print(f"The page of this run: {folder / REPORT}\nNext:")
+    print(f"  pfedgpa runs show {name}")
+    print(f"  pfedgpa export {name} --client 3 -o model.safetensors")
+    print("  pfedgpa predict model.safetensors --test-set")
+
+
+@app.command()
+def run(
+    file: SettingsFile = None,
+    config: Pairs = None,
+    clients: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"How many are simulated, {_CLIENTS} by default; on a SuperLink that is named its "
+            "SuperNodes are the clients, unless this says otherwise.",
+        ),
+    ] = None,
+    superlink: Annotated[
+        str, typer.Option(help="One of flwr's configuration, in place of one for this run alone.")
+    ] = "",
+) -> None:
+    """Check settings, run the app by `flwr run`, and say how it ended.
+
+    Type it in the project's folder. The exit code is 0 if the run is complete, and 1 otherwise,
+    with the reason in the last line. An interrupt stops the run.
+    """
+    if defaults_here() is None:
+        fail(
+            f"{Path.cwd()}: has no pyproject.toml of this app; right would be the project's folder"
+        )
+    if not superlink and clients is None:
+        clients = _CLIENTS
+    settings = checked(file, config or [], clients)
+    if not superlink and settings.data.dataset == SITES:
+        fail(f'data.dataset = "{SITES}" needs sites; right would be --superlink NAME')
+    with terminable():
+        try:
+            if superlink:
+                told = flwr_run(settings, superlink, clients, show=_news)
+                problem = told.problem(superlink)
+            else:
+                with own_superlink() as env:
+                    told = flwr_run(settings, NAME, clients, env=env, show=_news)
+                    problem = told.problem(NAME, env)
+        except (SuperLinkError, OSError) as error:
+            fail(str(error))
+    _end(told, problem)
+
+
+def _news(level: str, text: str) -> str:
+    """Return what to print of a line of the log, beside rounds."""
+    is_begin = text.startswith("Run ") and " begins: " in text
+    return text if is_begin or (level == "WARNING" and "flwr" not in text) else ""
+
+
+def _end(told: FlowerRun, problem: str) -> None:
+    """Say where the page of a run is, and end the command with what went wrong, if anything."""
+    page = Path(told.folder) / REPORT
+    if told.folder and page.is_file():
+        print(f"The page of this run: {page}")
+    elif told.folder:
+        print(f"The folder of this run, where its ServerApp ran: {told.folder}")
+    if problem:
+        fail(problem)
+
+
+@contextmanager
+def _rounds_alone() -> Iterator[None]:
+    """Print of Flower's log the lines of rounds, and warnings, as they are."""
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.getMessage().startswith("Round ")
+
+    logger, handler = logging.getLogger("flwr"), logging.StreamHandler(sys.stdout)
+    handler.addFilter(is_shown)
+    before, logger.handlers = logger.handlers, [handler]
+    try:
+        yield
+    finally:
+        logger.handlers = before

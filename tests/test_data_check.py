@@ -1,0 +1,88 @@
+"""What `pfedgpa data check` says of a site's data, which is what the site would load."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from server_app.cli import app
+
+SETTINGS = ("-c", 'data.shape="1x6x4"', "-c", 'data.class-names="normal,benign,malignant"')
+
+
+def check(path: Path, *words: str) -> Result:
+    return CliRunner().invoke(app, ["data", "check", str(path), *words])
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with 10 pictures of a class and 5 of another, and what is nothing to read."""
+    for name, number in (("benign", 10), ("malignant", 5)):
+        (tmp_path / name).mkdir()
+        for grey in range(number):
+            Image.new("L", (4, 6), 100 + grey).save(tmp_path / name / f"{grey:03}.png")
+    (tmp_path / "benign" / "notes.txt").touch()
+    (tmp_path / "benign" / ".DS_Store").touch()
+    (tmp_path / ".thumbnails").mkdir()
+    return tmp_path
+
+
+def test_a_folder_is_counted_by_class_and_split(site: Path):
+    result = check(site, *SETTINGS, "-c", "data.test-fraction=0.4")
+    assert result.exit_code == 0, result.stderr
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines == [
+        f"{site} can be used: 9 examples for training, 6 for testing.",
+        "Each is 1x6x4, uint8 from 100 to 109; 0.00036 MB in memory.",
+        "class training testing",
+        "benign 6 4",
+        "malignant 3 2",
+        "1 of 3 classes have no examples: normal",
+        f"Not read: {site}/benign: passed over: 1 .txt",
+        f"Not read: {site}: 1 hidden folder, 1 hidden file, which nobody brings as data",
+    ]
+
+
+def test_a_file_is_told_in_json_with_settings_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    np.savez(tmp_path / "site.npz", x=np.ones((8, 3)) / 4, y=np.arange(8) % 2, years=np.ones(8))
+    settings = '[data]\nshape = "3"\nnum-classes = 2\n[model]\nname = "mlp"\n'
+    (tmp_path / "run.toml").write_text(settings)
+    monkeypatch.chdir(tmp_path)
+    result = check(Path("site.npz"), "run.toml", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {
+        "path": str(tmp_path / "site.npz"),
+        "training": 6,
+        "testing": 2,
+        "shape": "3",
+        "type": "float32",
+        "lowest": 0.25,
+        "highest": 0.25,
+        "bytes": 8 * 3 * 4,
+        "classes": [
+            {"class": "0", "training": 3, "testing": 1},
+            {"class": "1", "training": 3, "testing": 1},
+        ],
+        "not-read": [f"{tmp_path / 'site.npz'}: arrays other than x and y: years"],
+    }
+
+
+def test_data_that_cannot_be_used_are_an_error_in_a_line(site: Path):
+    Image.new("L", (5, 6)).save(site / "benign" / "000.png")
+    for path, problem in ((site, "000.png: "), (site / "none", "none: no such folder of images")):
+        result = check(path, *SETTINGS)
+        assert result.exit_code == 1
+        assert not result.stdout
+        (line,) = result.stderr.splitlines()
+        assert problem in line
+
+
+def test_settings_without_a_shape_are_refused(site: Path):
+    result = check(site)
+    assert result.exit_code == 1
+    assert 'data.shape = ""' in result.stderr
