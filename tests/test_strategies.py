@@ -108,6 +108,12 @@ def test_who_was_not_in_the_round_holds_the_generated_model():
     assert models["held"][1] in uploads[7].tolist()
 
 
+def test_clients_whose_uploads_are_noised_hold_the_generated_model():
+    grid = SimulatedGrid(groups())
+    start(PFedGPA(noised=True), grid)
+    assert received(grid, "evaluate")[0] == received(grid, "train")[1]
+
+
 def test_pfedgpa_averages_what_is_not_generated():
     grid = SimulatedGrid(groups())
     strategy = PFedGPA(diffusion=DiffusionConfig(generated_layers="layer.bias"))

@@ -65,7 +65,8 @@ class PFedGPA(ClientwiseFedAvg):
         Part of its last step by which each client's model goes on.
     noised : bool (default: False)
         Whether clients add noise to their uploads for their privacy. They then tell nothing of
-        halves, so that uploads alone decide what is shared.
+        halves, so that uploads alone decide what is shared, and hold the generated model: their
+        uploads have more noise.
     **kwargs : Any
         The arguments of Flower's `FedAvg`, such as ``fraction_train``.
 
@@ -98,7 +99,8 @@ class PFedGPA(ClientwiseFedAvg):
     ) -> None:
         diffusion = diffusion or DiffusionConfig()
         if noised:
-            diffusion = diffusion.model_copy(update={"sharing": "kin"})
+            sharing = "none" if diffusion.sharing == "none" else "kin"
+            diffusion = diffusion.model_copy(update={"sharing": sharing, "own_weight": 0.0})
         onboarding = onboarding or OnboardingConfig()
         super().__init__(
             generated_layers=diffusion.patterns,
