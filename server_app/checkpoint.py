@@ -16,7 +16,7 @@ from pfedgpa_app.state import link_or_copy, load_state, save_state, sync_to_disk
 from server_app.strategies import ClientwiseFedAvg
 from server_app.strategies.pfedgpa import BANK
 
-CHECKPOINT_KIND = "pfedgpa-checkpoint-8"
+CHECKPOINT_KIND = "pfedgpa-checkpoint-9"
 
 
 class ResumeError(ValueError):
