@@ -16,7 +16,7 @@ from server_app.cli import app
 
 # It runs nothing: it notes how it was called, and says what a run says.
 FLWR = f"""#!{sys.executable}
-import json, os, signal, sys, tomllib
+import json, os, signal, sys, time, tomllib
 from pathlib import Path
 
 here = Path(sys.argv[0]).parent
@@ -40,6 +40,8 @@ print("\\x1b[92mINFO \\x1b[0m:      Run digits-local-1 (4711) begins:", folder, 
 print("\\x1b[93mWARNING \\x1b[0m:   Client 1 is out of the round", flush=True)
 print("\\x1b[92mINFO \\x1b[0m:      Round 1/1: personalized accuracy 0.7500", flush=True)
 if outcome.get("interrupt"):
+    while not (here / "read").exists():
+        time.sleep(0.01)
     os.kill(os.getppid(), signal.SIGINT)
     signal.pause()
 if outcome["status"] == "finished:completed" and not outcome.get("elsewhere"):
@@ -139,7 +141,18 @@ def test_a_run_that_flwr_refuses_ends_with_what_it_says(here: Path):
     wait_until_nothing_is_left(here)
 
 
-def test_an_interrupt_stops_the_run_and_ends_the_superlink(here: Path):
+def test_an_interrupt_stops_the_run_and_ends_the_superlink(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plain = superlink._plain
+
+    def note(line: str) -> str:
+        """Tell the program that this line was read, so that it knows when to interrupt."""
+        if "Round 1/1" in line:
+            (here / "read").touch()
+        return plain(line)
+
+    monkeypatch.setattr(superlink, "_plain", note)
     # Processes that a shell starts in the background ignore interrupts, and this may be one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -113,8 +113,8 @@ def test_a_site_has_the_model_that_it_was_sent_last(federation: Federation, fals
     strategy, _ = undisturbed(federation, HONEST, rounds=1)
     kept = ExportedModel.load(federation.folder / KEPT, trusted=True)
     assert kept.server_round == 1
-    assert kept.state.keys() == strategy.evaluation_state(KEEPER).keys()
-    for name, tensor in strategy.evaluation_state(KEEPER).items():
+    assert kept.state.keys() == strategy.training_state(KEEPER).keys()
+    for name, tensor in strategy.training_state(KEEPER).items():
         assert torch.equal(kept.state[name], tensor)
     data = site_data(federation.sites / f"{KEEPER}.npz", kept.config.data, kept.config.seed)
     hits = kept.predict(data.test_images).argmax(1) == data.test_labels
