@@ -145,7 +145,9 @@ def ordered(panels: Panels) -> Panels:
     """Return the rows with the best of the first panel first."""
     first = next(iter(panels.values()))
     order = sorted(first, key=lambda row: -fmean(first[row]))
-    return {column: {row: rows[row] for row in order} for column, rows in panels.items()}
+    return {
+        column: {row: rows[row] for row in order if row in rows} for column, rows in panels.items()
+    }
 
 
 if __name__ == "__main__":
