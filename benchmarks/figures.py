@@ -142,12 +142,11 @@ def cells_of(name: str, table: str) -> list[dict[str, str]]:
 
 
 def ordered(panels: Panels) -> Panels:
-    """Return the rows with the best of the first panel first."""
+    """Return the rows that all panels have, with the best of the first panel first."""
     first = next(iter(panels.values()))
     order = sorted(first, key=lambda row: -fmean(first[row]))
-    return {
-        column: {row: rows[row] for row in order if row in rows} for column, rows in panels.items()
-    }
+    common = [row for row in order if all(row in rows for rows in panels.values())]
+    return {column: {row: rows[row] for row in common} for column, rows in panels.items()}
 
 
 if __name__ == "__main__":
