@@ -114,6 +114,13 @@ def test_clients_whose_uploads_are_noised_hold_the_generated_model():
     assert received(grid, "evaluate")[0] == received(grid, "train")[1]
 
 
+def test_fine_tuned_models_may_be_held_halfway_to_the_average():
+    strategy = FedAvgFT(own_weight=0.5)
+    start(strategy, SimulatedGrid({1: site(1.0), 2: site(5.0)}), num_rounds=1)
+    held = [float(strategy.evaluation_state(each)["layer.weight"][0, 0]) for each in range(2)]
+    assert held == pytest.approx([2.0, 4.0])  # of 1 and 5, whose average is 3
+
+
 def test_pfedgpa_averages_what_is_not_generated():
     grid = SimulatedGrid(groups())
     strategy = PFedGPA(diffusion=DiffusionConfig(generated_layers="layer.bias"))
