@@ -179,6 +179,16 @@ class GenerativeAggregator:
                 together = self._personalized(clients[begin : begin + TOGETHER])
             yield from together
 
+    def supplied_by_others(self, client: int) -> float:
+        """Return how much of what sets a member apart others supply to its model, 0 .. 1.
+
+        Of its deviation from the mean `share` is kept, ``W_ii`` of it by its own upload. In a group
+        others supply nearly all of it; where each is different, or all are alike, nothing.
+        """
+        row = list(self.bank.members).index(client)
+        own = float(self.mixing[row, row])
+        return min(max(self.share - own, 0.0), 1.0)
+
     def expect(self) -> Tensor:
         """Return what a client may expect of which nothing is known, ``(d,)``.
 

@@ -81,11 +81,12 @@ def test_pfedgpa_sends_each_node_parameters_of_its_own_group():
     for node, value in generated.items():
         assert value == pytest.approx((-1.0) ** node, abs=0.2)
     assert len(set(generated.values())) == 8
-    # Halfway from there to its own upload is what each of them holds.
+    # Four are in a group, so that others supply three quarters of what sets each apart. An eighth
+    # of the way to its own upload is what it holds.
     held = received(grid, "evaluate")[0]
     for node, value in generated.items():
         upload = (-1.0) ** node * (1 + node / 100)
-        assert held[node] == pytest.approx((value + upload) / 2, abs=1e-6)
+        assert held[node] == pytest.approx(value + (upload - value) / 8, abs=1e-3)
 
 
 def test_who_was_not_in_the_round_holds_the_generated_model():
@@ -104,8 +105,8 @@ def test_who_was_not_in_the_round_holds_the_generated_model():
     }
     uploads = strategy.aggregator.bank.members
     assert models["held"][0] == models["sent"][0] != float(uploads[6][0])
-    assert models["held"][1] != models["sent"][1]
-    assert models["held"][1] in uploads[7].tolist()
+    upload = float(uploads[7][0])
+    assert abs(models["held"][1] - upload) < abs(models["sent"][1] - upload)
 
 
 def test_clients_whose_uploads_are_noised_hold_the_generated_model():

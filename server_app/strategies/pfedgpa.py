@@ -286,17 +286,20 @@ class PFedGPA(ClientwiseFedAvg):
     def evaluation_states(self, clients: Sequence[int]) -> Iterator[StateDict]:
         """Yield the `evaluation_state` of each client.
 
-        A member's is on the way from the generated model to its own upload, ``own_weight`` of it.
-        Fine-tuned weights and those that they were tuned from have, halfway between, often the best
-        of both (WiSE-FT, arXiv 2109.01903). Who was not in the round holds the generated model:
-        what it made of an older one is worth less than what others know by now.
+        A member's is on the way from the generated model to its own upload. Fine-tuned weights and
+        those that they were tuned from have, halfway between, often the best of both (WiSE-FT,
+        arXiv 2109.01903). The way is ``own_weight``, less the part of it that others supply
+        already: the upload of one of a group adds noise to the mean of the group. Who was not in
+        the round holds the generated model: what it made of an older one is worth less than what
+        others know by now.
         """
         bank = self.aggregator.bank
         members = bank.members
         latest = max((bank.of(client).seen for client in members), default=0)
         for client, vector in zip(clients, self._vectors(clients), strict=True):
             if client in members and bank.of(client).seen == latest:
-                vector = torch.lerp(vector, members[client], self.diffusion.own_weight)
+                own = 1 - self.aggregator.supplied_by_others(client)
+                vector = torch.lerp(vector, members[client], self.diffusion.own_weight * own)
             yield self.global_model.with_vector(vector)
 
     def _vectors(self, clients: Sequence[int]) -> Iterator[Tensor]:
