@@ -194,48 +194,6 @@ def test_noise_that_drowns_nothing_changes_nothing():
     assert noised.noise_to_signal(3) == plain.noise_to_signal(3)
 
 
-def test_signal_rank_of_groups_is_found_without_a_gap():
-    """Ten groups, each more unlike the others than the next, among clients with unequal noise."""
-    centres = normal(10, 3000) * torch.logspace(0, -0.6, 10)[:, None]
-    noise = normal(20, 3000, seed=1) * torch.exp(0.5 * normal(20, 1, seed=2))
-    spectrum = Spectrum.of(centres[torch.arange(20) % 10] + 0.3 * noise)
-    rank = spectrum.signal_rank
-    assert rank >= 7
-    assert (spectrum.eigenvalues[:rank] < 2 * spectrum.eigenvalues[1 : rank + 1]).all()
-
-
-@pytest.mark.parametrize("num_vectors", [10, 20, 100])
-@pytest.mark.parametrize("dim", [1, 3, 9])
-def test_nothing_is_near_in_a_cloud(num_vectors: int, dim: int):
-    nearness = []
-    for seed in range(20):
-        spectrum = Spectrum.of(normal(num_vectors, dim, seed=seed))
-        nearness.append(spectrum.nearness((num_vectors - 1) // 2))  # of more none stand out
-    assert np.median(nearness) < 2
-    assert max(nearness) < 5  # the threshold of signal_rank
-
-
-@pytest.mark.parametrize("num_vectors", [4, 5, 6, 8])
-def test_few_vectors_are_seldom_near_by_chance(num_vectors: int):
-    clouds = [Spectrum.of(normal(num_vectors, 300, seed=seed)) for seed in range(200)]
-    nearness = [cloud.nearness((num_vectors - 1) // 2) for cloud in clouds]
-    assert np.mean(np.array(nearness) > 5) < 0.03
-
-
-def test_nearness_is_that_of_the_distances():
-    vectors = normal(7, 30)
-    points, variances, _ = np.linalg.svd((vectors - vectors.mean(0)).numpy())
-    points, variances = list(points[:, :3] * variances[:3]), variances[:3] ** 2
-    nearness = []
-    for k in (1, 2, 3):
-        distances = [[((p - q)[:k] ** 2).sum() for q in points if q is not p] for p in points]
-        num_dims = variances[:k].sum() ** 2 / (variances[:k] ** 2).sum()
-        nearest = np.min(distances, axis=1).mean()
-        nearness.append(np.mean(distances) / nearest * 7 ** (-2 / num_dims))
-    assert Spectrum.of(vectors).nearness(3) == pytest.approx(max(nearness))
-    assert Spectrum.of(vectors).nearness(0) == 0
-
-
 @pytest.mark.parametrize("num_vectors", [2, 5, 100])
 def test_divergence_does_not_depend_on_how_many_vectors_there_are(num_vectors: int):
     dim = 50_000

@@ -15,8 +15,6 @@ _RELATIVE_TOLERANCE = 1e-8
 # Neighbouring eigenvalues of banks without groups (iid, Dirichlet, pathological) differ by factors
 # of up to 2, those on the two sides of a gap by 25 and more.
 _MIN_GAP = 3
-# Clouds without groups seldom exceed it, and the fewer vectors the more often: the tests count.
-_MIN_NEARNESS = 5
 # Where noise was added, the lowest eigenvalue is at least this part of what it would be if there
 # were no other; without any it is below half of the median.
 _FLAT = 0.9
@@ -95,9 +93,9 @@ class Spectrum:
         """Number of axes that stand out over the noise.
 
         Twice the median eigenvalue is the hard threshold of Gavish and Donoho (arXiv 1305.5870)
-        for an unknown noise level, in the limit of far fewer vectors than dimensions. If neither
-        the eigenvalues have a gap nor most vectors have kin, each is different from all others:
-        what is above the threshold then tells no groups apart, and there is none.
+        for an unknown noise level, in the limit of far fewer vectors than dimensions. If the
+        eigenvalues have no gap, each vector is different from all others: what is above the
+        threshold then tells no groups apart, and there is none.
 
         Noise that was added has no eigenvalues above the edge of its known distribution, which is
         much nearer, and what is above it is signal. It tells who is alike if it is, on average, at
@@ -109,8 +107,7 @@ class Spectrum:
             return len(above) if len(above) and above.mean() >= _MIN_ABOVE * self.floor else 0
         num_above = min(self.max_rank, int((self.eigenvalues > 2 * self.floor).sum()))
         gaps = self.eigenvalues[:num_above] >= _MIN_GAP * self.eigenvalues[1 : num_above + 1]
-        is_grouped = bool(gaps.any()) or self.nearness(num_above) > _MIN_NEARNESS
-        return num_above if is_grouped else 0
+        return num_above if bool(gaps.any()) else 0
 
     @property
     def is_drowned(self) -> bool:
@@ -127,29 +124,6 @@ class Spectrum:
     @property
     def _noise_width(self) -> float:
         return math.sqrt(len(self.eigenvectors) / len(self.mean))
-
-    def nearness(self, rank: int) -> float:
-        """Return how much nearer vectors have their nearest than in a cloud without groups.
-
-        That is about 1 for such a cloud, by squared distances in the first ``k`` axes: of ``n``
-        points that fill ``p`` dimensions, the nearest is at ``n^(-1/p)`` of their mean distance;
-        ``p`` is the participation ratio of the eigenvalues. Means over all vectors, unlike medians,
-        do not take a few far ones for the distance, and the many in the middle for a group. Groups
-        may show in some axes and drown in others: it is the largest of all ``k`` up to ``rank``.
-        """
-        num_vectors = len(self.eigenvectors)
-        itself = torch.eye(num_vectors, dtype=torch.bool)
-        distances = torch.zeros(num_vectors, num_vectors, dtype=torch.float64)
-        nearness = 0.0
-        for k in range(1, min(rank, self.max_rank) + 1):
-            eigenvalues = self.eigenvalues[:k]
-            points = self.eigenvectors[:, k - 1] * eigenvalues[-1].sqrt()
-            distances += (points[:, None] - points).square()
-            mean = distances.sum() / (num_vectors * (num_vectors - 1))
-            nearest = distances.masked_fill(itself, torch.inf).amin(dim=1).mean()
-            num_dims = eigenvalues.sum().square() / eigenvalues.square().sum()
-            nearness = max(nearness, float(mean / nearest / num_vectors ** (2 / num_dims)))
-        return nearness
 
 
 @dataclass(frozen=True)
