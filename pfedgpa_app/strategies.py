@@ -1,7 +1,7 @@
 """The strategies: what each is called, what the settings must know of it, and its own section.
 
 A new one is named in `STRATEGY_INFO` and, if it has settings, in `StrategySections`. Its server is
-named in server_app/strategies, what its clients do in client_app/methods: docs/rivals.md.
+named in server_app/strategies, what its clients do in client_app/methods: docs/contributing.md.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple

@@ -80,7 +80,7 @@ def test_the_suite_of_the_documents_is_right(tmp_path: Path):
 def test_an_exported_model_is_used_as_the_documents_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    page = (DOCS / "models.md").read_text()
+    page = (DOCS / "runs.md").read_text()
     (snippet,) = re.findall(r"```python\n(import json\n.+?)```", page, flags=re.DOTALL)
     config = Config.from_flat({"data.dataset": "cifar10", "model.name": "cnn-cifar"})
     state = build_model("cnn-cifar", config.data.info, seed=1).state_dict()

@@ -31,8 +31,8 @@ def test_every_section_of_strategies_is_that_of_one():
     assert sections <= {name.replace("-", "_") for name in NAMES}
 
 
-def test_the_table_of_rivals_names_every_strategy_but_pfedgpa():
-    text = (PROJECT / "docs" / "rivals.md").read_text()
+def test_the_table_of_strategies_names_every_strategy_but_pfedgpa():
+    text = (PROJECT / "docs" / "comparing.md").read_text()
     heading, *rows = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
     assert heading == "strategy"
     assert ["pfedgpa", *rows] == NAMES

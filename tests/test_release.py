@@ -60,7 +60,7 @@ def test_the_wheel_has_the_packages_with_their_types_and_nothing_else(wheel: Pat
 
 
 def test_citation_and_changelog_are_of_this_version():
-    citation = yaml.safe_load((PROJECT / "docs" / "citation.cff").read_text())
+    citation = yaml.safe_load((PROJECT / "docs" / "CITATION.cff").read_text())
     assert citation["version"] == VERSION
     first = re.search(
         r"^## (\S+)", (PROJECT / "docs" / "changelog.md").read_text(), flags=re.MULTILINE
