@@ -31,10 +31,11 @@ from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.protocol import EXTRAS
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import Cell, Table
-from server_app.replies import EXTRAS, Upload
+from server_app.replies import Upload
 from server_app.simulation import PoolGrid, simulate
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, PFedGPA
 

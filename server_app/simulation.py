@@ -25,6 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from pfedgpa_app.config import Config, flatten
 from pfedgpa_app.data import client_data
 from pfedgpa_app.files import read_toml
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import RoundRecord, Row, summarize
 from server_app.app import main, make_strategy
@@ -131,18 +132,18 @@ def simulate(
     num_processes: int = 2,
     on_round: Callable[[RoundRecord], None] = lambda record: None,
     absent: Callable[[int], Collection[int]] = lambda server_round: (),
-    strategy: ClientwiseFedAvg | None = None,
+    make_strategy: Callable[[Config, ModelSpec], ClientwiseFedAvg] = make_strategy,
     make_grid: Callable[[Config, int, int], PoolGrid] = PoolGrid,
 ) -> tuple[ClientwiseFedAvg, list[Row]]:
     """Run the configured strategy and return it with a row a round.
 
     ``num_rounds`` stops before the configured number of rounds; ``judged_rounds`` evaluates the
     personalized models in the last rounds only. ``on_round`` is called after each round; ``absent``
-    says which nodes are not connected in a round. ``strategy`` takes the configured one's place,
-    and ``make_grid`` that of `PoolGrid`.
+    says which nodes are not connected in a round. ``make_strategy`` and ``make_grid`` make others
+    than the configured strategy and `PoolGrid`.
     """
     num_rounds = num_rounds or config.num_server_rounds
-    strategy = strategy or make_strategy(config)
+    strategy = make_strategy(config, preflight(config, one_process=True))
     # Asked for their partitions, clients begin to keep account of what they tell.
     strategy.roster = PartitionRoster() if config.privacy.is_on else Roster()
     fraction_evaluate = strategy.fraction_evaluate
@@ -159,8 +160,6 @@ def simulate(
             rows.append(summarize(strategy.record, config.strategy, seconds))
             on_round(strategy.record)
 
-    if not strategy.has_begun:
-        strategy.begin(preflight(config, one_process=True))
     grid: Any = make_grid(config, num_clients, num_processes)
     level = FLOWER_LOGGER.level
     FLOWER_LOGGER.setLevel(logging.WARNING)
