@@ -1,10 +1,11 @@
 """Whole runs of the app in this process or a pool of them, without network.
 
+This module stands above both apps, as Flower's own simulation does.
+
 A run gives the digits of `flwr run` with the same settings, and starts in a second instead of
 twenty; comparisons need many of them.
 """
 
-import importlib
 import logging
 import multiprocessing
 import os
@@ -22,6 +23,8 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.supercore.task_identity import TaskIdentity
 
+from client_app.app import app as own_client_app
+from client_app.batched import train_messages
 from pfedgpa_app.config import Config, flatten
 from pfedgpa_app.data import client_data
 from pfedgpa_app.files import read_toml
@@ -49,10 +52,10 @@ class PoolGrid:
     absent
         The nodes that are not connected now.
     client_app
-        The module of the ClientApp.
+        What answers the messages.
     """
 
-    client_app: ClassVar[str] = "client_app.app"
+    client_app: ClassVar[ClientApp] = own_client_app
 
     def __init__(self, config: Config, num_clients: int, num_processes: int) -> None:
         self.run_config = config.to_flat()
@@ -66,10 +69,10 @@ class PoolGrid:
             client_data(config.data, config.seed, 0, num_clients)
         context = multiprocessing.get_context("fork")
         self._is_batched = config.client.engine == "vmap"
-        if self._is_batched and self.client_app != PoolGrid.client_app:
+        if self._is_batched and self.client_app is not own_client_app:
             raise ValueError(
-                f'client.engine = "vmap": {self.client_app} trains one client after the other; '
-                'right would be "loop"'
+                'client.engine = "vmap": any other ClientApp than that of this app trains one '
+                'client after the other; right would be "loop"'
             )
         has_pool = num_processes and not self._is_batched
         self._pool = context.Pool(num_processes, _begin_worker) if has_pool else None
@@ -94,16 +97,23 @@ class PoolGrid:
             given = (self.node_config(node), self.states[node], self.run_config)
             contexts.append(Context(1, node, *given))
         types = {message.metadata.message_type for message in messages}
-        tasks = [(self.client_app, *each) for each in zip(messages, contexts, strict=True)]
+        tasks = list(zip(messages, contexts, strict=True))
         if self._is_batched and types == {MessageType.TRAIN}:
-            answers = _answer_together(messages, contexts)
+            answers = list(zip(train_messages(messages, contexts), contexts, strict=True))
         elif self._pool:
-            answers = self._pool.starmap(_answer, tasks, chunksize=1)
+            answers = self._pool.starmap(self._answer, tasks, chunksize=1)
         else:
-            answers = [_answer(*task) for task in tasks]
-        for reply, state in answers:
-            self.states[reply.metadata.src_node_id] = state
+            answers = [self._answer(*task) for task in tasks]
+        self.states |= {context.node_id: context.state for _, context in answers}
         return [reply for reply, _ in answers]
+
+    @classmethod
+    def _answer(cls, message: Message, context: Context) -> tuple[Message, Context]:
+        """Return a node's reply, and its context with what is kept for its next message."""
+        reply = cls.client_app(message, context)
+        if reply.has_error():
+            raise ClientError(f"client {context.node_id} failed: {reply.error.reason}")
+        return reply, context
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Let the nodes answer messages, and keep the replies until they are pulled."""
@@ -216,21 +226,3 @@ def end_with_parent() -> None:
 
     if parent := multiprocessing.parent_process():
         threading.Thread(target=end, args=(parent,), daemon=True).start()
-
-
-def _answer(module: str, message: Message, context: Context) -> tuple[Message, RecordDict]:
-    """Return a node's reply, and what is kept for its next message."""
-    # By its name, as Flower loads it: server and client know each other by messages alone.
-    client_app: ClientApp = importlib.import_module(module).app
-    reply = client_app(message, context)
-    if reply.has_error():
-        raise ClientError(f"client {context.node_id} failed: {reply.error.reason}")
-    return reply, context.state
-
-
-def _answer_together(
-    messages: list[Message], contexts: list[Context]
-) -> list[tuple[Message, RecordDict]]:
-    """Return what `_answer` returns, of all nodes, whose training is one graph."""
-    replies = importlib.import_module("client_app.batched").train_messages(messages, contexts)
-    return [(reply, each.state) for reply, each in zip(replies, contexts, strict=True)]
