@@ -27,12 +27,10 @@ class FedPAC(Method):
         settings, model, labels = task.config.fedpac, task.model, task.data.train_labels
         before = all_features(task)
         extras = head_statistics(before, labels, task.data.info.num_classes)
-        head = task.head.names
-        body = [name for name, _ in model.named_parameters() if name not in head]
         rate, epochs = settings.head_learning_rate, settings.head_epochs
-        with training_only(model, head):
+        with training_only(model, task.head.names):
             task.fit(model, epochs=epochs, learning_rate=rate)
-        with training_only(model, body):
+        with training_only(model, task.body):
             task.fit(model, aligned(task, before))
         extras |= class_means(all_features(task), labels, task.data.info.num_classes)
         return Trained(copy_of(model.state_dict()), copy_of(extras))
