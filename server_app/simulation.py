@@ -13,7 +13,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,9 +25,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app as own_client_app
 from client_app.batched import train_messages
-from pfedgpa_app.config import Config, flatten
+from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
-from pfedgpa_app.files import read_toml
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import RoundRecord, Row, summarize
@@ -195,13 +194,6 @@ def run_app(config: Config, num_clients: int, num_processes: int) -> Path:
     finally:
         grid.close()
     return config.output_path / str(run_id)
-
-
-def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
-    """Read a file of conf/ with other settings on top, such as ``{"seed": 1}``."""
-    cpu = {"client.device": "cpu", "diffusion.device": "cpu"}
-    flat = dict(flatten(read_toml(file)))
-    return Config.from_flat(flat | cpu | dict(overrides))
 
 
 def _identify() -> None:

@@ -216,7 +216,7 @@ def test_clients_of_fedprox_stay_nearer_to_what_they_were_sent():
 def test_every_strategy_is_made_from_the_settings(name: str):
     config = Config.from_flat({"strategy": name, "seed": 3})
     model = build_model("cnn-8x8", config.data.info, 0)
-    strategy = make_strategy(config, ModelSpec.of(model))
+    strategy = make_strategy(config, ModelSpec.of_state(model.state_dict()))
     assert type(strategy) is STRATEGIES[name]
     assert strategy.seed == 3
     assert strategy.evaluation_state(7).keys() == model.state_dict().keys()

@@ -274,8 +274,11 @@ class ClientwiseFedAvg(FedAvg):
     ) -> Result:
         """Run all rounds, as Flower's `FedAvg` does, from what `begin` made if there was a spec."""
         if not self._has_begun:
-            initial, model = initial_arrays.to_torch_state_dict(), self.model
-            self.begin(ModelSpec.of(model, initial) if model else ModelSpec.of_state(initial))
+            initial = initial_arrays.to_torch_state_dict()
+            if self.model is None:
+                self.begin(ModelSpec.of_state(initial))
+            else:
+                self.begin(ModelSpec.of(self.model, initial))
         self._last_round = self.completed_rounds + num_rounds
         return super().start(
             grid,
