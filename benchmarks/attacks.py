@@ -18,10 +18,12 @@ from typing import Annotated, Any, ClassVar
 import torch
 import typer
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import lying_client
 from benchmarks.lying_client import TARGET, with_trigger
 from benchmarks.options import Quick, Seeds, flag
 from benchmarks.small_images import CLIENTS
@@ -29,12 +31,14 @@ from benchmarks.small_runs import configs
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.protocol import EXTRAS
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import Cell, Table
-from server_app.replies import EXTRAS, Upload
+from server_app.replies import Upload
 from server_app.simulation import PoolGrid, simulate
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, PFedGPA
 
@@ -132,7 +136,7 @@ NONE = Attack()
 class AttackedGrid(PoolGrid):
     """A pool of clients of which some lie."""
 
-    client_app: ClassVar[str] = "benchmarks.lying_client"
+    client_app: ClassVar[ClientApp] = lying_client.app
 
     def __init__(
         self, attack: Attack, liars: Collection[int], config: Config, num_clients: int, *args: Any
@@ -218,16 +222,19 @@ class Robust(FedAvgFT):
         return arrays.to_torch_state_dict()
 
 
-def _robust(rule: FedAvg) -> Callable[[Config], ClientwiseFedAvg]:
-    def make(config: Config) -> ClientwiseFedAvg:
-        strategy = Robust.of(config)
+Make = Callable[[Config, ModelSpec], ClientwiseFedAvg]
+
+
+def _robust(rule: FedAvg) -> Make:
+    def make(config: Config, spec: ModelSpec) -> ClientwiseFedAvg:
+        strategy = Robust.of(config, spec)
         strategy.rule = rule
         return strategy
 
     return make
 
 
-RULES: dict[str, tuple[Callable[[Config], ClientwiseFedAvg], dict[str, Any]]] = {
+RULES: dict[str, tuple[Make, dict[str, Any]]] = {
     "pfedgpa": (PFedGPA.of, {}),
     "pfedgpa, no guard": (PFedGPA.of, {"diffusion.guard": False}),
     "fedavg-ft": (FedAvgFT.of, {"strategy": "fedavg-ft"}),
@@ -248,7 +255,7 @@ class Result:
 
 def run(
     config: Config,
-    strategy: ClientwiseFedAvg,
+    make: Make,
     attack: Attack,
     liars: Collection[int],
     judged: Collection[int],
@@ -269,7 +276,7 @@ def run(
         judged_rounds=JUDGED_ROUNDS,
         on_round=note,
         absent=lambda server_round: liars if last and server_round > last else (),
-        strategy=strategy,
+        make_strategy=make,
         make_grid=partial(AttackedGrid, attack, liars),
     )
     accuracies = [fmean(values[-JUDGED_ROUNDS:]) for values in found.values()]
@@ -309,7 +316,7 @@ def main(
             for config in configs(file, rounds, seeds, quick, settings):
                 lying = LIARS[who] if name != "none" else ()
                 attack = ATTACKS.get(name, NONE)
-                result = run(config, make(config), attack, lying, judged)
+                result = run(config, make, attack, lying, judged)
                 results.setdefault((rule, name), []).append(result)
             each = results[rule, name]
             print(

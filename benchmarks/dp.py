@@ -18,12 +18,12 @@ from opacus.accountants.utils import get_noise_multiplier
 
 from benchmarks.options import Quick, Seeds, flag
 from benchmarks.small_images import CLIENTS
-from benchmarks.small_runs import configs
+from benchmarks.small_runs import configs, read_config
 from pfedgpa_app.config import ClientConfig
 from pfedgpa_app.privacy import quiet_opacus, sampling_plan
 from pfedgpa_app.rounds import mean_and_spread
 from pfedgpa_app.tables import Cell, Table
-from server_app.simulation import read_config, simulate
+from server_app.simulation import simulate
 
 JUDGED_ROUNDS = 3
 STRATEGIES = ("pfedgpa", "fedavg-ft", "local")

@@ -23,6 +23,7 @@ from benchmarks.small_runs import configs
 from pfedgpa_app.config import Config
 from pfedgpa_app.rounds import RoundRecord, mean_and_spread
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table
+from server_app.app import make_strategy
 from server_app.replies import Upload
 from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
@@ -152,7 +153,7 @@ def accuracies(
         judged_rounds=config.num_server_rounds - join_round + 1,
         on_round=note,
         absent=lambda server_round: never | late if server_round < join_round else never,
-        strategy=strategy_type and strategy_type.of(config),
+        make_strategy=strategy_type.of if strategy_type else make_strategy,
     )
     return found
 

@@ -54,9 +54,7 @@ class Result(NamedTuple):
 
 def run(config: Config, num_groups: int) -> Result:
     """Return what a run gives clients, and what each of them finds out of another of its group."""
-    strategy, rows = simulate(
-        config, CLIENTS, judged_rounds=JUDGED_ROUNDS, strategy=Kept.of(config)
-    )
+    strategy, rows = simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS, make_strategy=Kept.of)
     assert isinstance(strategy, Kept)
     mean = torch.stack([*strategy.vectors.values()]).mean(dim=0)
     cosines, aucs = [], []

@@ -6,8 +6,8 @@ from typing import Any
 
 from benchmarks.options import numbers, tenth
 from benchmarks.small_images import SMALL_IMAGES
-from pfedgpa_app.config import Config
-from server_app.simulation import read_config
+from pfedgpa_app.config import Config, flatten
+from pfedgpa_app.files import read_toml
 
 LESS = {
     "data.train-samples": 50,
@@ -17,6 +17,13 @@ LESS = {
 }
 """Settings of a quick run, on top of all others."""
 NO_OTHERS: Mapping[str, Any] = {}
+
+
+def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
+    """Read a file of conf/ with other settings on top, such as ``{"seed": 1}``."""
+    cpu = {"client.device": "cpu", "diffusion.device": "cpu"}
+    flat = dict(flatten(read_toml(file)))
+    return Config.from_flat(flat | cpu | dict(overrides))
 
 
 def configs(

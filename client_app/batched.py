@@ -22,6 +22,7 @@ from client_app.messages import prepare, training_reply
 from client_app.methods import Fit, Task
 from pfedgpa_app.data import ImageStats, normalize
 from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.protocol import METRICS, SECONDS
 from pfedgpa_app.randomness import repeatable
 from pfedgpa_app.training import Momenta, batches, step
 
@@ -45,7 +46,7 @@ def train_messages(messages: Sequence[Message], contexts: Sequence[Context]) -> 
         replies.append(training_reply(message, context, task, method, judged, trained))
     seconds = (time.monotonic() - begin) / len(replies)
     for reply in replies:
-        reply.content.metric_records["metrics"]["seconds"] = seconds
+        reply.content.metric_records[METRICS][SECONDS] = seconds
     return replies
 
 

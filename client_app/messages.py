@@ -14,6 +14,7 @@ from torch import nn
 from client_app.kept_model import check_model_path, keep_model
 from client_app.methods import METHODS, Method, Task, Trained
 from client_app.node import PRIVACY, NodeError, client_number, node_partition
+from pfedgpa_app import protocol
 from pfedgpa_app.config import Config, ConfigError, below_home
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import Evaluation, class_prior
@@ -32,12 +33,6 @@ from pfedgpa_app.randomness import make_generator, resolve_device
 
 MEMORY = "memory"
 """The record of Flower's state of a client in which its method keeps what it keeps."""
-EXTRAS = "extras"
-"""The record of a message with what a strategy and its clients exchange beside the model."""
-FINGERPRINT = "fixed-weights"
-"""In a message's config, the hash of the weights that it does not contain."""
-BUDGET_SPENT = "budget-spent"
-"""The metric of a reply by a client that did not train, since that would exceed its budget."""
 
 
 def train_message(message: Message, context: Context) -> Message:
@@ -51,14 +46,14 @@ def train_message(message: Message, context: Context) -> Message:
     data, privacy = task.data, task.config.privacy
     if not task.may_train():
         spent: dict[str, MetricRecordValues] = {
-            "num-examples": len(data.train_labels),
-            "epsilon": task.ledger.epsilon(privacy.delta),
-            BUDGET_SPENT: 1,
+            protocol.NUM_EXAMPLES: len(data.train_labels),
+            protocol.EPSILON: task.ledger.epsilon(privacy.delta),
+            protocol.BUDGET_SPENT: 1,
         }
-        return Message(RecordDict({"metrics": MetricRecord(spent)}), reply_to=message)
+        return Message(RecordDict({protocol.METRICS: MetricRecord(spent)}), reply_to=message)
     before = task.judge(method.personal_model(task))
     reply = training_reply(message, context, task, method, before, method.train(task))
-    reply.content.metric_records["metrics"]["seconds"] = time.monotonic() - begin
+    reply.content.metric_records[protocol.METRICS][protocol.SECONDS] = time.monotonic() - begin
     return reply
 
 
@@ -80,30 +75,32 @@ def training_reply(
     if task.memory:
         context.state[MEMORY] = ArrayRecord(copy_of(task.memory))
     metrics: dict[str, MetricRecordValues] = {
-        "num-examples": len(data.train_labels),
-        "accuracy-before": before.accuracy,
-        "loss-before": before.loss,
-        "accuracy-after": after.accuracy,
-        "loss-after": after.loss,
+        protocol.NUM_EXAMPLES: len(data.train_labels),
+        protocol.ACCURACY_BEFORE: before.accuracy,
+        protocol.LOSS_BEFORE: before.loss,
+        protocol.ACCURACY_AFTER: after.accuracy,
+        protocol.LOSS_AFTER: after.loss,
     }
     has_own_data = "data-path" in context.node_config
     is_table = len(data.info.shape) == 1
     # Two numbers a feature tell of a site's patients what two a channel do not tell of pictures.
     if not (has_own_data and (privacy.is_on or is_table)):
         # What a model needs to be used elsewhere, and its client alone knows.
-        metrics["image-mean"] = data.stats.mean.tolist()
-        metrics["image-std"] = data.stats.std.tolist()
+        metrics[protocol.IMAGE_MEAN] = data.stats.mean.tolist()
+        metrics[protocol.IMAGE_STD] = data.stats.std.tolist()
     if not has_own_data:
-        metrics["partition"] = list(node_partition(context) or ())
+        metrics[protocol.PARTITION] = list(node_partition(context) or ())
     if privacy.is_on:
         context.state[PRIVACY] = MetricRecord({**task.ledger.columns()})
-        metrics["epsilon"] = task.ledger.epsilon(privacy.delta)
+        metrics[protocol.EPSILON] = task.ledger.epsilon(privacy.delta)
     # What did not come is not sent back.
-    sent = message.content.array_records["arrays"].keys()
+    sent = message.content.array_records[protocol.ARRAYS].keys()
     state = {name: tensor for name, tensor in state.items() if name in sent}
-    content = RecordDict({"arrays": ArrayRecord(state), "metrics": MetricRecord(metrics)})
+    content = RecordDict(
+        {protocol.ARRAYS: ArrayRecord(state), protocol.METRICS: MetricRecord(metrics)}
+    )
     if trained.extras:
-        content[EXTRAS] = ArrayRecord(copy_of(trained.extras))
+        content[protocol.EXTRAS] = ArrayRecord(copy_of(trained.extras))
     return Message(content, reply_to=message)
 
 
@@ -113,11 +110,11 @@ def evaluate_message(message: Message, context: Context) -> Message:
     keep_model(method, task, context, round_of(message))
     result = task.judge(method.personal_model(task))
     metrics: dict[str, MetricRecordValues] = {
-        "num-examples": len(task.data.test_labels),
-        "accuracy": result.accuracy,
-        "loss": result.loss,
+        protocol.NUM_EXAMPLES: len(task.data.test_labels),
+        protocol.ACCURACY: result.accuracy,
+        protocol.LOSS: result.loss,
     }
-    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+    return Message(RecordDict({protocol.METRICS: MetricRecord(metrics)}), reply_to=message)
 
 
 def prepare(message: Message, context: Context) -> tuple[Task, Method]:
@@ -143,10 +140,10 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     build = partial(build_model, config.model.name, config.data.info, config.seed)
     model = build()
     records = message.content.array_records
-    received = with_own_weights(model, records["arrays"].to_torch_state_dict(), message)
+    received = with_own_weights(model, records[protocol.ARRAYS].to_torch_state_dict(), message)
     # Copies: a model may take the tensors that it is given for its own.
     model.load_state_dict({name: t.clone() for name, t in received.items()}, strict=True)
-    extras = records[EXTRAS].to_torch_state_dict() if EXTRAS in records else {}
+    extras = records[protocol.EXTRAS].to_torch_state_dict() if protocol.EXTRAS in records else {}
     kept = context.state.array_records.get(MEMORY)
     server_round = round_of(message)
     noise = make_generator(config.seed, "noise", client, server_round)
@@ -175,7 +172,7 @@ def with_own_weights(model: nn.Module, received: StateDict, message: Message) ->
     NodeError
         If what the model has is not what the server's has.
     """
-    expected = message.content.config_records["config"].get(FINGERPRINT)
+    expected = message.content.config_records[protocol.CONFIG].get(protocol.FINGERPRINT)
     if expected is None:
         return received
     state = copy_of(model.state_dict())
@@ -190,7 +187,7 @@ def with_own_weights(model: nn.Module, received: StateDict, message: Message) ->
 
 def round_of(message: Message) -> int:
     """Return the round that a message belongs to."""
-    return cast(int, message.content.config_records["config"]["server-round"])
+    return cast(int, message.content.config_records[protocol.CONFIG][protocol.SERVER_ROUND])
 
 
 def kept_ledger(context: Context, config: Config, num_examples: int, server_round: int) -> Ledger:

@@ -5,10 +5,8 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, MetricRecordValues, RecordDict
 
 from client_app.node import PRIVACY, node_partition
+from pfedgpa_app.protocol import METRICS, PARTITION_ID, SOURCE
 from pfedgpa_app.source import source_hash
-
-SOURCE = "source"
-"""The record of the reply, and its entry, with the hash of the code that this node runs."""
 
 
 def query(message: Message, context: Context) -> Message:
@@ -18,6 +16,6 @@ def query(message: Message, context: Context) -> Message:
     """
     partition = node_partition(context)
     context.state.setdefault(PRIVACY, MetricRecord())
-    told: dict[str, MetricRecordValues] = {"partition-id": partition[0]} if partition else {}
+    told: dict[str, MetricRecordValues] = {PARTITION_ID: partition[0]} if partition else {}
     source = ConfigRecord({SOURCE: source_hash(Path(__file__).parent)})
-    return Message(RecordDict({"metrics": MetricRecord(told), SOURCE: source}), reply_to=message)
+    return Message(RecordDict({METRICS: MetricRecord(told), SOURCE: source}), reply_to=message)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app import protocol
 from pfedgpa_app.files import parse_json
 
 Row = dict[str, Any]
@@ -18,13 +19,13 @@ NO_REPLY = "no reply"
 CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
 TRAINING_METRICS = (
-    "num-examples",
-    "accuracy-before",
-    "loss-before",
-    "accuracy-after",
-    "loss-after",
-    "seconds",
-    "epsilon",
+    protocol.NUM_EXAMPLES,
+    protocol.ACCURACY_BEFORE,
+    protocol.LOSS_BEFORE,
+    protocol.ACCURACY_AFTER,
+    protocol.LOSS_AFTER,
+    protocol.SECONDS,
+    protocol.EPSILON,
 )
 
 
@@ -100,12 +101,12 @@ class RoundRecord:
         self._row(client).update(
             {
                 f"personalized-{name}": metrics[name]
-                for name in ("accuracy", "loss")
+                for name in (protocol.ACCURACY, protocol.LOSS)
                 if name in metrics
             }
         )
-        if "num-examples" in metrics:
-            self._row(client)["num-test-examples"] = int(metrics["num-examples"])
+        if protocol.NUM_EXAMPLES in metrics:
+            self._row(client)["num-test-examples"] = int(metrics[protocol.NUM_EXAMPLES])
 
     @property
     def num_trained(self) -> int:

@@ -17,6 +17,8 @@ RUN_FILE = "run.json"
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best"
 """The folder, in that of a run, with the checkpoint of its best round."""
+BANK = "bank"
+"""The folder, in that of a run, of models that are not in memory."""
 LATEST = "latest"
 _MAX_CANDIDATES = 10
 

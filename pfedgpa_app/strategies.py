@@ -1,10 +1,11 @@
-"""The strategies: what each is called, what the settings must know of it, and its own section.
+"""The strategies: the one place where each is registered, and the sections of their settings.
 
-A new one is named in `STRATEGY_INFO` and, if it has settings, in `StrategySections`. Its server is
-named in server_app/strategies, what its clients do in client_app/methods: docs/contributing.md.
+docs/contributing.md says how to add one.
 """
 
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -12,10 +13,14 @@ from pfedgpa_app.section import Count, NonNegative, Positive, Section, UnitInter
 
 
 class StrategyInfo(NamedTuple):
-    """What the settings must know of a strategy.
+    """What a strategy consists of, and what the settings must know of it.
 
     Attributes
     ----------
+    server
+        Its class, as ``module:Class`` of server_app/strategies; by default FedAvg's.
+    client
+        What its clients do, as ``module:Class`` of client_app/methods; by default what FedAvg's do.
     is_plain
         Whether its clients train by plain SGD and upload nothing but parameters, so that noise can
         make that private, and many clients can be trained as one graph.
@@ -26,30 +31,44 @@ class StrategyInfo(NamedTuple):
         Whether a round depends on how many there are in all.
     """
 
+    server: str = "clientwise:ClientwiseFedAvg"
+    client: str = "method:Method"
     is_plain: bool = False
     head: Literal["", "any", "linear", "plain"] = ""
     depends_on_length: bool = False
 
 
+_SHARED_PART = "shared_part:SharedPart"
+
 STRATEGY_INFO: dict[str, StrategyInfo] = {
-    "pfedgpa": StrategyInfo(is_plain=True),
-    "local": StrategyInfo(is_plain=True),
+    "pfedgpa": StrategyInfo("pfedgpa:PFedGPA", "pfedgpa:PFedGPA", is_plain=True),
+    "local": StrategyInfo("local:Local", is_plain=True),
     "fedavg": StrategyInfo(is_plain=True),
-    "fedavg-ft": StrategyInfo(is_plain=True),
-    "fedprox": StrategyInfo(),
-    "fedper": StrategyInfo(head="any"),
-    "fedrep": StrategyInfo(head="any"),
-    "ditto": StrategyInfo(),
-    "fedrod": StrategyInfo(head="plain"),
-    "fedamp": StrategyInfo(),
-    "fedpac": StrategyInfo(head="linear"),
-    "pfedhn": StrategyInfo(),
+    "fedavg-ft": StrategyInfo("fedavg_ft:FedAvgFT", is_plain=True),
+    "fedprox": StrategyInfo(client="fedprox:FedProx"),
+    "fedper": StrategyInfo(_SHARED_PART, "fedper:FedPer", head="any"),
+    "fedrep": StrategyInfo(_SHARED_PART, "fedrep:FedRep", head="any"),
+    "ditto": StrategyInfo(_SHARED_PART, "ditto:Ditto"),
+    "fedrod": StrategyInfo(_SHARED_PART, "fedrod:FedRoD", head="plain"),
+    "fedamp": StrategyInfo("fedamp:FedAMP", "fedamp:FedAMP"),
+    "fedpac": StrategyInfo("fedpac:FedPAC", "fedpac:FedPAC", head="linear"),
+    "pfedhn": StrategyInfo("pfedhn:PFedHN"),
     # Its clients get their points after a part of all rounds.
-    "floco": StrategyInfo(head="plain", depends_on_length=True),
-    "ifca": StrategyInfo(),
+    "floco": StrategyInfo("floco:Floco", "floco:Floco", head="plain", depends_on_length=True),
+    "ifca": StrategyInfo("ifca:IFCA", "ifca:IFCA"),
 }
 """Every name that the setting ``strategy`` may have."""
 PLAIN_STRATEGIES = tuple(name for name, info in STRATEGY_INFO.items() if info.is_plain)
+
+
+def classes_in(package: str, registered: Mapping[str, str]) -> dict[str, type[Any]]:
+    """Return the classes ``module:Class`` of a package, by the strategy that each is of."""
+    classes = {}
+    for strategy, name in registered.items():
+        module, _, class_name = name.partition(":")
+        classes[strategy] = getattr(importlib.import_module(f"{package}.{module}"), class_name)
+    return classes
+
 
 if TYPE_CHECKING:
     StrategyName = str

@@ -13,11 +13,13 @@ from flwr.superlink.grid import InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.divergence import DIVERGED, best_in, best_kept, help_of, is_best, warnings_in
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
 from pfedgpa_app.rounds import JUDGED, NO_REPLY, RowError, causes_of, describe, summarize
-from pfedgpa_app.runs import BEST, CHECKPOINT
+from pfedgpa_app.runs import BANK, BEST, CHECKPOINT
 from pfedgpa_app.state import WriteError
+from pfedgpa_app.vault import DiskVault
 from server_app.checkpoint import ResumeError, keep_best, resume, settle_earlier, write_checkpoint
 from server_app.grid import GuardedGrid
 from server_app.replies import max_bytes, metric_ranges
@@ -37,15 +39,11 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = settle_earlier(Config.from_flat(context.run_config))
         spec, earlier = preflight(config), None
-        strategy = make_strategy(config)
-        strategy.roster.ids_stay = not isinstance(grid, InMemoryGrid)
         path = config.output_path / str(context.run_id)
-        if config.server.bank == "disk":
-            strategy.store_below(path, config.earlier_path)
+        strategy = make_strategy(config, spec, path)
+        strategy.roster.ids_stay = not isinstance(grid, InMemoryGrid)
         if config.resume_from:
-            earlier = resume(config, strategy, spec)
-        else:
-            strategy.begin(spec)
+            earlier = resume(config, strategy)
     except (ConfigError, ResumeError) as error:
         log(ERROR, "%s", error)
         raise
@@ -143,10 +141,19 @@ def _write_report(path: Path) -> None:
         log(WARNING, "There is no %s: %s", REPORT, str(error))
 
 
-def make_strategy(config: Config) -> ClientwiseFedAvg:
-    """Return the strategy that a run's settings ask for."""
-    strategy = STRATEGIES[config.strategy].of(
+def make_strategy(config: Config, spec: ModelSpec, folder: Path | None = None) -> ClientwiseFedAvg:
+    """Return the strategy that a run's settings ask for.
+
+    With ``server.bank = "disk"`` its files are below the ``folder`` of the run.
+    """
+    vault = None
+    if config.server.bank == "disk" and folder is not None:
+        earlier = config.earlier_path
+        vault = DiskVault(folder / BANK, earlier and earlier / BANK)
+    return STRATEGIES[config.strategy].of(
         config,
+        spec,
+        vault=vault,
         roster=PartitionRoster(),
         fraction_train=config.server.fraction_train,
         fraction_evaluate=config.server.fraction_evaluate,
@@ -155,9 +162,8 @@ def make_strategy(config: Config) -> ClientwiseFedAvg:
         min_evaluate_nodes=1,
         min_available_nodes=config.server.min_available_nodes,
         join_timeout=config.server.join_timeout,
+        metric_ranges=metric_ranges(config.privacy),
     )
-    strategy.metric_ranges = metric_ranges(config.privacy)
-    return strategy
 
 
 class RunError(RuntimeError):
@@ -203,7 +209,7 @@ class RoundEnd:
                 write_checkpoint(self.folder.path, self.strategy)
                 self.checkpointed = completed
             if self.checkpointed in (None, completed):
-                self.strategy.sweep()
+                self.strategy.vault.sweep()
             if self.checkpointed == completed:
                 self._keep_if_best()
         except WriteError as error:

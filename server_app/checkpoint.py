@@ -11,10 +11,9 @@ from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RoundRecord
-from pfedgpa_app.runs import BEST, CHECKPOINT, RunNotFoundError, find_run
+from pfedgpa_app.runs import BANK, BEST, CHECKPOINT, RunNotFoundError, find_run
 from pfedgpa_app.state import link_or_copy, load_state, save_state, sync_to_disk, writing
 from server_app.strategies import ClientwiseFedAvg
-from server_app.strategies.pfedgpa import BANK
 
 CHECKPOINT_KIND = "pfedgpa-checkpoint-9"
 
@@ -85,10 +84,8 @@ def settle_earlier(config: Config) -> Config:
     return config.model_copy(update={"resume_from": path.name if is_below else str(path)})
 
 
-def resume(config: Config, strategy: ClientwiseFedAvg, spec: ModelSpec) -> Run:
+def resume(config: Config, strategy: ClientwiseFedAvg) -> Run:
     """Bring a strategy into the state of the run ``config.resume_from``, which is settled.
-
-    ``spec`` is that of the configured model.
 
     Returns
     -------
@@ -125,8 +122,7 @@ def resume(config: Config, strategy: ClientwiseFedAvg, spec: ModelSpec) -> Run:
             f"num-server-rounds = {config.num_server_rounds}: the run has completed "
             f"{facts['round']} rounds; right would be that or more"
         )
-    strategy.begin(spec)
-    if damaged := _not_finite(tensors, spec):
+    if damaged := _not_finite(tensors, strategy.global_model.spec):
         raise ResumeError(
             f'resume-from = "{config.resume_from}": {path / CHECKPOINT} is damaged: {damaged} has '
             f"values that are not finite. Right would be the checkpoint of another round"

@@ -114,14 +114,11 @@ def _problems(config: Config, clients: int | None) -> Iterator[str]:
     yield from _data_problems(config, clients)
     try:
         spec = preflight(config)
-        strategy = make_strategy(config)
+        config = settle_earlier(config)
+        # In the earlier run's own folder nothing is written.
+        strategy = make_strategy(config, spec, config.earlier_path)
         if config.resume_from:
-            config = settle_earlier(config)
-            if config.server.bank == "disk" and config.earlier_path is not None:
-                strategy.store_below(config.earlier_path, None)  # where nothing is written
-            resume(config, strategy, spec)
-        else:
-            strategy.begin(spec)
+            resume(config, strategy)
     except ConfigError as error:
         yield from error.problems
     except ResumeError as error:

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
+from pfedgpa_app import protocol
 from pfedgpa_app.arrays import MAX_HEADER_BYTES, read_header
 from pfedgpa_app.config import PrivacyConfig
 from pfedgpa_app.parameters import (
@@ -28,10 +29,6 @@ _GONE = (
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
 )
-# The record of a message with what a strategy and its clients exchange beside the model.
-EXTRAS = "extras"
-# The metric of a reply by a client that did not train, since that would exceed its privacy budget.
-BUDGET_SPENT = "budget-spent"
 # More clients than anyone shares a data set out to; whoever does later must come to an end.
 MAX_PARTITIONS = 100_000
 # Whole numbers beyond are not exact as floats.
@@ -124,9 +121,9 @@ def read_upload(
     records = dict(message.content.array_records)
     extras: StateDict = {}
     if extras_layout is not None:
-        if EXTRAS not in records:
-            raise ReplyError(f'has no record "{EXTRAS}" beside that of the parameters')
-        extras = _read_state(records.pop(EXTRAS), extras_layout)
+        if protocol.EXTRAS not in records:
+            raise ReplyError(f'has no record "{protocol.EXTRAS}" beside that of the parameters')
+        extras = _read_state(records.pop(protocol.EXTRAS), extras_layout)
     state = _read_state(next(iter(records.values())), layout)
     site = _read_site(next(iter(message.content.metric_records.values())))
     return Upload(layout, sent, state, int(metrics[weighted_by_key]), metrics, site, extras)
@@ -142,9 +139,11 @@ def read_spent(message: Message, weighted_by_key: str) -> float | None:
     """
     if message.has_error() or message.content.array_records:
         return None
-    if not any(BUDGET_SPENT in record for record in message.content.metric_records.values()):
+    if not any(
+        protocol.BUDGET_SPENT in record for record in message.content.metric_records.values()
+    ):
         return None
-    return read_metrics(message, weighted_by_key).get("epsilon", 0.0)
+    return read_metrics(message, weighted_by_key).get(protocol.EPSILON, 0.0)
 
 
 def max_bytes(*layouts: ParameterLayout | None) -> int:
@@ -207,10 +206,14 @@ def metric_ranges(privacy: PrivacyConfig) -> dict[str, tuple[float, float]]:
     may_spend = privacy.epsilon if privacy.mode == "example" else 0.0
     most = (may_spend or _MAX_EPSILON) if privacy.is_on else 0.0
     return {
-        **dict.fromkeys(("accuracy", "accuracy-before", "accuracy-after"), (0.0, 1.0)),
-        **dict.fromkeys(("loss", "loss-before", "loss-after"), (0.0, MAX_ABSOLUTE)),
-        "seconds": (0.0, _MAX_SECONDS),
-        "epsilon": (0.0, most),
+        **dict.fromkeys(
+            (protocol.ACCURACY, protocol.ACCURACY_BEFORE, protocol.ACCURACY_AFTER), (0.0, 1.0)
+        ),
+        **dict.fromkeys(
+            (protocol.LOSS, protocol.LOSS_BEFORE, protocol.LOSS_AFTER), (0.0, MAX_ABSOLUTE)
+        ),
+        protocol.SECONDS: (0.0, _MAX_SECONDS),
+        protocol.EPSILON: (0.0, most),
     }
 
 
@@ -241,9 +244,11 @@ def one_line(text: str, length: int = 300) -> str:
 def _read_site(record: MetricRecord) -> StateDict:
     """Return what a client tells of its data, as `Upload` has it."""
     site = {}
-    if "image-mean" in record or "image-std" in record:
-        site["image-stats"] = _read_image_stats(record.get("image-mean"), record.get("image-std"))
-    match record.get("partition"):
+    if protocol.IMAGE_MEAN in record or protocol.IMAGE_STD in record:
+        site["image-stats"] = _read_image_stats(
+            record.get(protocol.IMAGE_MEAN), record.get(protocol.IMAGE_STD)
+        )
+    match record.get(protocol.PARTITION):
         case None:
             pass
         case [int(number), int(total)] if 0 <= number < total <= MAX_PARTITIONS:

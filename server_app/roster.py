@@ -11,11 +11,10 @@ from flwr.app import Message, MessageType, Metadata, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
+from pfedgpa_app.protocol import PARTITION_ID, SOURCE
 from pfedgpa_app.source import source_hash
 from server_app.replies import one_line
 
-PARTITION_KEY = "partition-id"
-SOURCE_KEY = "source"
 # The package of the clients, as it was installed with this one.
 _CLIENT_APP = Path(__file__).parents[1] / "client_app"
 # Of a hash, so many digits are shown.
@@ -225,8 +224,8 @@ class PartitionRoster(Roster):
 
     def _runs_other_code(self, node_id: int, content: RecordDict) -> bool:
         """Tell whether a node says so. Clients of another's own say nothing."""
-        record = content.config_records.get(SOURCE_KEY)
-        theirs, ours = record and record.get(SOURCE_KEY), source_hash(_CLIENT_APP)
+        record = content.config_records.get(SOURCE)
+        theirs, ours = record and record.get(SOURCE), source_hash(_CLIENT_APP)
         if theirs is None or theirs == ours:
             return False
         log(
@@ -259,7 +258,7 @@ def by_addressee(sent: Iterable[Metadata], replies: Iterable[Message]) -> dict[i
 
 def _partition(content: RecordDict) -> int | None:
     for record in content.metric_records.values():
-        partition = record.get(PARTITION_KEY)
+        partition = record.get(PARTITION_ID)
         if isinstance(partition, int) and 0 <= partition < 2**31:
             return partition
     return None

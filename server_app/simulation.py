@@ -1,10 +1,11 @@
 """Whole runs of the app in this process or a pool of them, without network.
 
+This module stands above both apps, as Flower's own simulation does.
+
 A run gives the digits of `flwr run` with the same settings, and starts in a second instead of
 twenty; comparisons need many of them.
 """
 
-import importlib
 import logging
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,9 +23,11 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import FLOWER_LOGGER
 from flwr.supercore.task_identity import TaskIdentity
 
-from pfedgpa_app.config import Config, flatten
+from client_app.app import app as own_client_app
+from client_app.batched import train_messages
+from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
-from pfedgpa_app.files import read_toml
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.rounds import RoundRecord, Row, summarize
 from server_app.app import main, make_strategy
@@ -48,10 +51,10 @@ class PoolGrid:
     absent
         The nodes that are not connected now.
     client_app
-        The module of the ClientApp.
+        What answers the messages.
     """
 
-    client_app: ClassVar[str] = "client_app.app"
+    client_app: ClassVar[ClientApp] = own_client_app
 
     def __init__(self, config: Config, num_clients: int, num_processes: int) -> None:
         self.run_config = config.to_flat()
@@ -65,10 +68,10 @@ class PoolGrid:
             client_data(config.data, config.seed, 0, num_clients)
         context = multiprocessing.get_context("fork")
         self._is_batched = config.client.engine == "vmap"
-        if self._is_batched and self.client_app != PoolGrid.client_app:
+        if self._is_batched and self.client_app is not own_client_app:
             raise ValueError(
-                f'client.engine = "vmap": {self.client_app} trains one client after the other; '
-                'right would be "loop"'
+                'client.engine = "vmap": any other ClientApp than that of this app trains one '
+                'client after the other; right would be "loop"'
             )
         has_pool = num_processes and not self._is_batched
         self._pool = context.Pool(num_processes, _begin_worker) if has_pool else None
@@ -93,16 +96,23 @@ class PoolGrid:
             given = (self.node_config(node), self.states[node], self.run_config)
             contexts.append(Context(1, node, *given))
         types = {message.metadata.message_type for message in messages}
-        tasks = [(self.client_app, *each) for each in zip(messages, contexts, strict=True)]
+        tasks = list(zip(messages, contexts, strict=True))
         if self._is_batched and types == {MessageType.TRAIN}:
-            answers = _answer_together(messages, contexts)
+            answers = list(zip(train_messages(messages, contexts), contexts, strict=True))
         elif self._pool:
-            answers = self._pool.starmap(_answer, tasks, chunksize=1)
+            answers = self._pool.starmap(self._answer, tasks, chunksize=1)
         else:
-            answers = [_answer(*task) for task in tasks]
-        for reply, state in answers:
-            self.states[reply.metadata.src_node_id] = state
+            answers = [self._answer(*task) for task in tasks]
+        self.states |= {context.node_id: context.state for _, context in answers}
         return [reply for reply, _ in answers]
+
+    @classmethod
+    def _answer(cls, message: Message, context: Context) -> tuple[Message, Context]:
+        """Return a node's reply, and its context with what is kept for its next message."""
+        reply = cls.client_app(message, context)
+        if reply.has_error():
+            raise ClientError(f"client {context.node_id} failed: {reply.error.reason}")
+        return reply, context
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Let the nodes answer messages, and keep the replies until they are pulled."""
@@ -131,18 +141,18 @@ def simulate(
     num_processes: int = 2,
     on_round: Callable[[RoundRecord], None] = lambda record: None,
     absent: Callable[[int], Collection[int]] = lambda server_round: (),
-    strategy: ClientwiseFedAvg | None = None,
+    make_strategy: Callable[[Config, ModelSpec], ClientwiseFedAvg] = make_strategy,
     make_grid: Callable[[Config, int, int], PoolGrid] = PoolGrid,
 ) -> tuple[ClientwiseFedAvg, list[Row]]:
     """Run the configured strategy and return it with a row a round.
 
     ``num_rounds`` stops before the configured number of rounds; ``judged_rounds`` evaluates the
     personalized models in the last rounds only. ``on_round`` is called after each round; ``absent``
-    says which nodes are not connected in a round. ``strategy`` takes the configured one's place,
-    and ``make_grid`` that of `PoolGrid`.
+    says which nodes are not connected in a round. ``make_strategy`` and ``make_grid`` make others
+    than the configured strategy and `PoolGrid`.
     """
     num_rounds = num_rounds or config.num_server_rounds
-    strategy = strategy or make_strategy(config)
+    strategy = make_strategy(config, preflight(config, one_process=True))
     # Asked for their partitions, clients begin to keep account of what they tell.
     strategy.roster = PartitionRoster() if config.privacy.is_on else Roster()
     fraction_evaluate = strategy.fraction_evaluate
@@ -159,8 +169,6 @@ def simulate(
             rows.append(summarize(strategy.record, config.strategy, seconds))
             on_round(strategy.record)
 
-    if not strategy.has_begun:
-        strategy.begin(preflight(config, one_process=True))
     grid: Any = make_grid(config, num_clients, num_processes)
     level = FLOWER_LOGGER.level
     FLOWER_LOGGER.setLevel(logging.WARNING)
@@ -188,13 +196,6 @@ def run_app(config: Config, num_clients: int, num_processes: int) -> Path:
     return config.output_path / str(run_id)
 
 
-def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
-    """Read a file of conf/ with other settings on top, such as ``{"seed": 1}``."""
-    cpu = {"client.device": "cpu", "diffusion.device": "cpu"}
-    flat = dict(flatten(read_toml(file)))
-    return Config.from_flat(flat | cpu | dict(overrides))
-
-
 def _identify() -> None:
     """Set what Flower's processes set before an app starts."""
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
@@ -217,21 +218,3 @@ def end_with_parent() -> None:
 
     if parent := multiprocessing.parent_process():
         threading.Thread(target=end, args=(parent,), daemon=True).start()
-
-
-def _answer(module: str, message: Message, context: Context) -> tuple[Message, RecordDict]:
-    """Return a node's reply, and what is kept for its next message."""
-    # By its name, as Flower loads it: server and client know each other by messages alone.
-    client_app: ClientApp = importlib.import_module(module).app
-    reply = client_app(message, context)
-    if reply.has_error():
-        raise ClientError(f"client {context.node_id} failed: {reply.error.reason}")
-    return reply, context.state
-
-
-def _answer_together(
-    messages: list[Message], contexts: list[Context]
-) -> list[tuple[Message, RecordDict]]:
-    """Return what `_answer` returns, of all nodes, whose training is one graph."""
-    replies = importlib.import_module("client_app.batched").train_messages(messages, contexts)
-    return [(reply, each.state) for reply, each in zip(replies, contexts, strict=True)]

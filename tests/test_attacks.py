@@ -10,6 +10,7 @@ from benchmarks.attacks import ATTACKS, RULES, Attack, AttackedGrid
 from benchmarks.lying_client import TARGET, falsified, with_trigger
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.randomness import make_generator
 from server_app.replies import Upload
@@ -35,7 +36,7 @@ def uploads(attack: Attack) -> tuple[Tensor, Tensor, dict[int, Upload]]:
     strategy, _ = simulate(
         config,
         NUM_CLIENTS,
-        strategy=Kept.of(config),
+        make_strategy=Kept.of,
         make_grid=lambda *args: AttackedGrid(attack, LIARS, *args),
         num_processes=0,
     )
@@ -101,13 +102,14 @@ def test_robust_rules_take_the_place_of_the_average():
     every = np.stack([state["weight"].numpy() for state in states])
     given = [Upload(ParameterLayout.of(state), {}, state, 10, {}, {}, {}) for state in states]
     config = Config.from_flat({"strategy": "fedavg-ft"})
+    spec = ModelSpec.of_state(states[0])
     ordered = np.sort(every, axis=0)
     for name, expected in {
         "median, FT": np.median(every, axis=0),
         "trimmed mean, FT": ordered[1:-1].mean(axis=0),  # a fifth of eight on either side
     }.items():
         make, _ = RULES[name]
-        np.testing.assert_allclose(make(config).combine(given)["weight"], expected, rtol=1e-5)
+        np.testing.assert_allclose(make(config, spec).combine(given)["weight"], expected, rtol=1e-5)
     make, _ = RULES["Krum, FT"]
-    chosen = make(config).combine(given)["weight"]
+    chosen = make(config, spec).combine(given)["weight"]
     assert any(torch.equal(chosen, state["weight"]) for state in states)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor, nn
 
@@ -268,7 +269,7 @@ RUN = {
 
 
 class OtherApp(PoolGrid):
-    client_app = "no_such_app"
+    client_app = ClientApp()
 
 
 def run(**settings) -> list[dict]:
@@ -297,7 +298,7 @@ def test_clients_that_train_together_need_no_processes():
 
 def test_another_app_does_not_train_many_clients_together():
     config = Config.from_flat({**RUN, "client.engine": "vmap"})
-    with pytest.raises(ValueError, match=r'no_such_app trains one .*right would be "loop"'):
+    with pytest.raises(ValueError, match=r'any other ClientApp .*right would be "loop"'):
         simulate(config, NUM_CLIENTS, num_processes=0, make_grid=OtherApp)
 
 

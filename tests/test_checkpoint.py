@@ -38,11 +38,11 @@ def go(
     config: Config, name: str, num_rounds: int, first_id: int = 100
 ) -> tuple[ClientwiseFedAvg, list[dict]]:
     """Run rounds and leave a folder with a checkpoint; return strategy and metrics."""
-    strategy = make_strategy(config)
+    strategy = make_strategy(config, MODEL)
     strategy.roster.ids_stay = False
     initial = ArrayRecord(weights(0.0))
     if config.resume_from:
-        resume(config, strategy, MODEL)
+        resume(config, strategy)
         initial = ArrayRecord(strategy.average)
     folder = RunFolder(config.output_path / name, config)
     rows = []
@@ -77,7 +77,7 @@ def test_settings_that_decide_about_results_must_be_the_same(tmp_path: Path):
     go(config(tmp_path, "local"), "first", 1)
     other = config(tmp_path, "local", **{"resume-from": "first", "client.momentum": 0.9})
     with pytest.raises(ResumeError, match=r"client\.momentum = 0\.9, there 0\.5"):
-        resume(other, make_strategy(other), MODEL)
+        resume(other, make_strategy(other, MODEL))
 
 
 def test_another_model_is_refused(tmp_path: Path):
@@ -85,14 +85,14 @@ def test_another_model_is_refused(tmp_path: Path):
     again = config(tmp_path, "local", **{"resume-from": "first"})
     other = ModelSpec.of_state({**weights(0.0), "layer.bias": torch.zeros(7)})
     with pytest.raises(ResumeError, match=r"not that of the run.*layer\.bias"):
-        resume(again, make_strategy(again), other)
+        resume(again, make_strategy(again, other))
 
 
 def test_a_run_that_is_longer_than_asked_for_is_refused(tmp_path: Path):
     go(config(tmp_path, "local"), "first", 3)
     done = config(tmp_path, "local", **{"resume-from": "first", "num-server-rounds": 2})
     with pytest.raises(ResumeError, match="= 2: the run has completed 3 rounds"):
-        resume(done, make_strategy(done), MODEL)
+        resume(done, make_strategy(done, MODEL))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "missing", "no run"])
@@ -111,7 +111,7 @@ def test_what_is_no_checkpoint_is_refused_with_its_path(tmp_path: Path, damage: 
         (tmp_path / "first" / "config.json").unlink()
     again = config(tmp_path, "local", **{"resume-from": "first"})
     with pytest.raises(ResumeError, match=r'resume-from = "first".*first'):
-        resume(again, make_strategy(again), MODEL)
+        resume(again, make_strategy(again, MODEL))
 
 
 def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch):

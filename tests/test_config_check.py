@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from server_app.cli import app
 from server_app.simulation import simulate
 
 DATA = """
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -175,9 +177,9 @@ def leave_run(bank: str = "memory") -> Path:
     flat = {"num-server-rounds": 2, "client.local-epochs": 1, "server.bank": bank}
     config = Config.from_flat({**flat, "diffusion.max-members": 2, "server.fraction-train": 0.5})
     path = config.output_path / "111"
-    strategy = make_strategy(config)
-    strategy.store_below(path, None)
-    simulate(config, 6, num_rounds=2, num_processes=0, strategy=strategy)
+    strategy, _ = simulate(
+        config, 6, num_rounds=2, num_processes=0, make_strategy=partial(make_strategy, folder=path)
+    )
     with RunFolder(path, config):
         write_checkpoint(path, strategy)
     return path

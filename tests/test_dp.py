@@ -397,12 +397,12 @@ def test_nobody_learns_from_who_has_spent_its_budget():
         }
     )
     states = []
-    strategy = make_strategy(config)
+    strategy = make_strategy(config, preflight.preflight(config))
     simulate(
         config,
         4,
         num_processes=0,
-        strategy=strategy,
+        make_strategy=lambda config, spec: strategy,
         on_round=lambda record: states.append(copy_of(strategy.state())),
     )
     assert states[0].keys() == states[2].keys()
@@ -437,13 +437,12 @@ def trained_steps(settings: dict) -> list[float]:
 
 @pytest.mark.parametrize("settings", [UPDATE, EXAMPLE])
 def test_the_server_of_pfedgpa_does_not_ask_for_halves(settings: dict):
-    strategy = make_strategy(Config.from_flat(settings))
-    strategy.begin(ModelSpec.of_state(copy_of(MODEL.state_dict())))
-    strategy.prepare(1, [0, 1, 2])
+    spec = ModelSpec.of_state(copy_of(MODEL.state_dict()))
+    strategy = make_strategy(Config.from_flat(settings), spec)
+    strategy.training_states([0, 1, 2])
     assert strategy.extras(0) == {}
-    plain = make_strategy(Config())
-    plain.begin(ModelSpec.of_state(copy_of(MODEL.state_dict())))
-    plain.prepare(1, [0, 1, 2])
+    plain = make_strategy(Config(), spec)
+    plain.training_states([0, 1, 2])
     assert plain.extras(0)
 
 
@@ -636,7 +635,7 @@ def test_a_plan_has_as_many_steps_as_plain_training():
 
 def test_a_budget_that_is_too_small_for_one_round_ends_the_run(tmp_path: Path):
     config = Config.from_flat({**EXAMPLE, "privacy.epsilon": 0.1})
-    strategy = make_strategy(config)
+    strategy = make_strategy(config, preflight.preflight(config))
     strategy.record.server_round = 1
     strategy.record.spent(0, 0.0)
     folder = RunFolder(tmp_path / "run", config)
@@ -655,8 +654,7 @@ def test_columns_of_the_benchmark_spend_the_epsilon_of_their_headings(epsilon: f
 
 def test_a_round_tells_the_largest_epsilon_in_its_log(monkeypatch, caplog, tmp_path: Path):
     config = Config.from_flat(EXAMPLE)
-    strategy = make_strategy(config)
-    strategy.begin(preflight.preflight(config))
+    strategy = make_strategy(config, preflight.preflight(config))
     strategy.record.server_round = 1
     strategy.record.trained(0, {"num-examples": 3, "epsilon": 1.5}, 10)
     strategy.record.spent(1, 2.25)

@@ -222,18 +222,17 @@ def test_names_in_a_models_file_do_not_steer_a_terminal(tmp_path: Path):
 def test_a_checkpoint_with_values_that_are_not_finite_is_refused(tmp_path: Path, value: float):
     config = Config(output_dir=str(tmp_path), strategy="fedavg")
     spec = ModelSpec.of_state(weights(0.0))
-    strategy = make_strategy(config)
-    strategy.begin(spec)
+    strategy = make_strategy(config, spec)
     with RunFolder(tmp_path / "1", config):
         write_checkpoint(tmp_path / "1", strategy)
     again = config.model_copy(update={"resume_from": "1"})
-    resume(again, make_strategy(again), spec)
+    resume(again, make_strategy(again, spec))
     tensors, facts = load_state(tmp_path / "1" / CHECKPOINT, CHECKPOINT_KIND)
     (name,) = [name for name in tensors if name.endswith("layer.bias")][:1]
     tensors[name][0] = value
     save_state(tmp_path / "1" / CHECKPOINT, CHECKPOINT_KIND, tensors, **facts)
     with pytest.raises(ResumeError, match=r"layer\.bias has values that are not finite"):
-        resume(again, make_strategy(again), spec)
+        resume(again, make_strategy(again, spec))
 
 
 def test_a_vector_with_nan_on_disk_is_refused(tmp_path: Path):

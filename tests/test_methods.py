@@ -174,7 +174,7 @@ def test_a_head_that_stays_with_its_client_is_not_uploaded(name: str):
 def test_a_run_whose_clients_keep_parts_is_not_gone_on_from():
     config = Config(strategy="ditto", resume_from="4711")
     with pytest.raises(ResumeError, match="the clients of ditto keep parts of their models"):
-        resume(config, make_strategy(config), ModelSpec.of_state(MODEL.state_dict()))
+        resume(config, make_strategy(config, ModelSpec.of_state(MODEL.state_dict())))
 
 
 def test_the_class_prior_is_added_to_the_logits_in_prediction():
@@ -215,10 +215,11 @@ def test_clients_of_fedprox_stay_nearer_to_what_they_were_sent():
 @pytest.mark.parametrize("name", STRATEGY_INFO)
 def test_every_strategy_is_made_from_the_settings(name: str):
     config = Config.from_flat({"strategy": name, "seed": 3})
-    strategy = make_strategy(config)
+    model = build_model("cnn-8x8", config.data.info, 0)
+    strategy = make_strategy(config, ModelSpec.of_state(model.state_dict()))
     assert type(strategy) is STRATEGIES[name]
     assert strategy.seed == 3
-    strategy.begin(ModelSpec.of_state(build_model("cnn-8x8", config.data.info, 0).state_dict()))
+    assert strategy.evaluation_state(7).keys() == model.state_dict().keys()
 
 
 class Remembers(Method):

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.onboarding import NearestMember
 from pfedgpa_app.config import Config
+from server_app.app import make_strategy
 from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
 
@@ -23,7 +24,7 @@ SETTINGS = {
 
 
 def run(
-    absent: Mapping[int, Collection[int]], strategy: PFedGPA | None = None, **settings
+    absent: Mapping[int, Collection[int]], make=make_strategy, **settings
 ) -> tuple[PFedGPA, dict[int, dict[int, float]]]:
     """Return the strategy, and the accuracy of whoever trained, by round and node."""
     accuracies: dict[int, dict[int, float]] = {}
@@ -42,7 +43,7 @@ def run(
         num_processes=0,
         on_round=note,
         absent=lambda server_round: absent.get(server_round, ()),
-        strategy=strategy,
+        make_strategy=make,
     )
     assert isinstance(strategy, PFedGPA)
     return strategy, accuracies
@@ -77,9 +78,8 @@ def test_who_was_away_catches_up_and_others_lose_nothing(
 
 
 def test_newcomers_may_be_given_the_nearest_members_model():
-    config = Config.from_flat(SETTINGS | {"num-server-rounds": 3, "onboarding.rounds": 2})
     strategy, _ = run(
-        {1: (5,)}, NearestMember.of(config), **{"num-server-rounds": 3, "onboarding.rounds": 2}
+        {1: (5,)}, NearestMember.of, **{"num-server-rounds": 3, "onboarding.rounds": 2}
     )
     assert list(strategy.aggregator.bank.guests) == [5]
     [guest] = strategy.aggregator.bank.guests.values()

@@ -1,5 +1,6 @@
 """What is chosen by name is named in every place that must know it; a test says which lacks it."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,23 +8,27 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from client_app.methods import METHODS
+from client_app.methods import METHODS, Method
 from pfedgpa_app.config import Config, ConfigError, ModelConfig
 from pfedgpa_app.models import MODELS
 from pfedgpa_app.section import Section
 from pfedgpa_app.strategies import STRATEGY_INFO, StrategySections
-from server_app.strategies import STRATEGIES
+from server_app.strategies import STRATEGIES, ClientwiseFedAvg
 
 PROJECT = Path(__file__).parents[1]
 NAMES = list(STRATEGY_INFO)
 
 
-def test_every_strategy_has_a_server_in_server_app_strategies():
-    assert list(STRATEGIES) == NAMES
-
-
-def test_every_strategy_has_a_method_in_client_app_methods():
-    assert list(METHODS) == NAMES
+@pytest.mark.parametrize(
+    ("classes", "base", "others"),
+    [(STRATEGIES, ClientwiseFedAvg, set()), (METHODS, Method, {"heads"})],
+)
+def test_every_file_of_a_strategy_is_registered(classes: dict, base: type, others: set[str]):
+    assert all(issubclass(each, base) for each in classes.values())
+    folder = Path(inspect.getfile(base)).parent
+    registered = {inspect.getfile(each) for each in classes.values()}
+    files = {str(file) for file in folder.glob("*.py") if file.stem not in {"__init__", *others}}
+    assert registered == files
 
 
 def test_every_section_of_strategies_is_that_of_one():

@@ -32,10 +32,12 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import states_below
 from pfedgpa_app.strategies import FedAMPConfig, FedPACConfig, FlocoConfig, PFedHNConfig
 from server_app.simulation import simulate
-from server_app.strategies import IFCA, STRATEGIES, FedAMP, FedPAC, Floco, PFedHN, fedamp
-from server_app.strategies.fedamp import attention
-from server_app.strategies.fedpac import head_shares
-from server_app.strategies.floco import onto_simplex, project, riesz_energy
+from server_app.strategies import STRATEGIES, fedamp
+from server_app.strategies.fedamp import FedAMP, attention
+from server_app.strategies.fedpac import FedPAC, head_shares
+from server_app.strategies.floco import Floco, onto_simplex, project, riesz_energy
+from server_app.strategies.ifca import IFCA
+from server_app.strategies.pfedhn import PFedHN
 
 INPUTS = IMAGES.flatten(1).double()
 
@@ -317,11 +319,10 @@ class TestPFedHN:
     )
 
     def test_network_and_embedding_take_the_steps_of_the_paper(self):
-        strategy = PFedHN(settings=self.SETTINGS)
+        strategy = PFedHN(settings=self.SETTINGS, spec=ModelSpec.of_state(weights(0.0)))
         grid = SimulatedGrid({1: site(1.0)})
         strategy.min_available_nodes = 1
         strategy.min_train_nodes = strategy.min_evaluate_nodes = 1
-        strategy.begin(ModelSpec.of_state(weights(0.0)))
         embedding = strategy._embedding(0).double().numpy()
         linear = [layer for layer in strategy.network if isinstance(layer, nn.Linear)]
         matrices = [layer.weight.detach().double().numpy().copy() for layer in linear]
@@ -363,9 +364,9 @@ class TestPFedHN:
             np.testing.assert_allclose(layer.bias.detach().numpy(), bias, atol=1e-5)
 
     def test_a_model_that_is_too_large_is_refused(self):
-        strategy = PFedHN(settings=PFedHNConfig(hidden_size=20_000))
+        settings, spec = PFedHNConfig(hidden_size=20_000), ModelSpec.of_state(weights(0.0))
         with pytest.raises(ConfigError, match=r"pfedhn.hidden-size = 20000: .*1,200,120,000"):
-            strategy.begin(ModelSpec.of_state(weights(0.0)))
+            PFedHN(settings=settings, spec=spec)
 
     def test_clients_have_models_of_their_own_from_the_beginning(self):
         grid = SimulatedGrid({node: site(float(node)) for node in (1, 2)})
@@ -489,8 +490,7 @@ class TestFloco:
         strategy = Floco(num_endpoints=2, momentum=0.5)
         grid = SimulatedGrid({1: self.node(2.0, 10), 2: self.node(2.0, 10)})
         strategy.start(grid, ArrayRecord(weights_with_head(0.0)), num_rounds=2)
-        first = Floco(num_endpoints=2)
-        first.begin(ModelSpec.of_state(weights_with_head(0.0)))
+        first = Floco(num_endpoints=2, spec=ModelSpec.of_state(weights_with_head(0.0)))
         torch.testing.assert_close(strategy.endpoints, 2 + 0.5 * (2 - first.endpoints))
 
     def test_endpoints_beyond_all_others_cost_their_sender_the_round(self):
@@ -560,8 +560,7 @@ class TestIFCA:
             3: self.node(7.0, [1, 0, 0]),
         }
         grid = SimulatedGrid(nodes)
-        strategy = IFCA(num_clusters=3)
-        strategy.begin(ModelSpec.of_state(weights(0.5)))
+        strategy = IFCA(num_clusters=3, spec=ModelSpec.of_state(weights(0.5)))
         untouched = strategy.clusters[2]
         strategy.start(grid, ArrayRecord(weights(0.5)), num_rounds=1)
         values = [float(strategy.clusters[n]["layer.weight"][0, 0]) for n in range(2)]
@@ -581,14 +580,12 @@ class TestIFCA:
         assert first == pytest.approx((10 + 100 * 3) / 110)
 
     def test_initial_models_have_the_same_entries_in_another_order(self):
-        strategy = IFCA(num_clusters=2)
         initial = weights(0.0) | {"layer.weight": torch.arange(4.0).reshape(2, 2)}
-        strategy.begin(ModelSpec.of_state(initial))
+        strategy = IFCA(num_clusters=2, spec=ModelSpec.of_state(initial))
         first, second = strategy.clusters.values()
         assert torch.equal(first["layer.weight"], initial["layer.weight"])
         assert sorted(second["layer.weight"].flatten().tolist()) == [0, 1, 2, 3]
-        other = IFCA(num_clusters=20)
-        other.begin(ModelSpec.of_state(initial))
+        other = IFCA(num_clusters=20, spec=ModelSpec.of_state(initial))
         orders = {tuple(c["layer.weight"].flatten().tolist()) for c in other.clusters.values()}
         assert len(orders) > 5
 
@@ -620,8 +617,7 @@ def test_what_is_restored_goes_on_with_the_same_digits(name: str):
     whole, rows = simulate(config, 3, num_processes=0)
     assert all(row["num-failures"] == 0 for row in rows)
     half, _ = simulate(config, 3, num_rounds=2, num_processes=0)
-    restored = STRATEGIES[name].of(config, roster=half.roster)
-    restored.begin(ModelSpec.of_state(half.average))
+    restored = STRATEGIES[name].of(config, ModelSpec.of_state(half.average), roster=half.roster)
     restored.restore(half.state())
     restored.record.server_round = 2
     for client in range(4):  # the last one never took part

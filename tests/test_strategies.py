@@ -18,7 +18,8 @@ from pfedgpa_app.model_spec import ModelSpec
 from server_app import roster as roster_module
 from server_app.roster import JoinTimeoutError, PartitionRoster, Roster
 from server_app.simulation import simulate
-from server_app.strategies import ClientwiseFedAvg, FedAvgFT, Local, PFedGPA
+from server_app.strategies import ClientwiseFedAvg, FedAvgFT, PFedGPA
+from server_app.strategies.local import Local
 
 # The nodes here move along one direction, in which some of them must be against the others.
 UNGUARDED = DiffusionConfig(guard=False)
@@ -243,8 +244,7 @@ def test_what_clients_told_of_their_data_survives_a_checkpoint(strategy):
     before = strategy(fraction_evaluate=0.0)
     grid = SimulatedGrid({1: telling(1.0, 5.0), 2: telling(2.0, 6.0, partition=[1, 2])})
     start(before, grid, num_rounds=1)
-    after = strategy()
-    after.begin(ModelSpec.of_state(weights(0.0)))
+    after = strategy(spec=ModelSpec.of_state(weights(0.0)))
     after.restore(before.state())
     assert after.sites.keys() == {0, 1}
     for client, told in before.sites.items():
@@ -431,8 +431,11 @@ def test_onboarding_goes_on_after_a_restart():
     grid = Joining(groups(), newcomer=7, after=14)
     strategy = PFedGPA(diffusion=UNGUARDED, onboarding=OnboardingConfig(rounds=2))
     start(strategy, grid)
-    again = PFedGPA(diffusion=UNGUARDED, onboarding=OnboardingConfig(rounds=2))
-    again.begin(ModelSpec.of_state(weights(0.0)))
+    again = PFedGPA(
+        diffusion=UNGUARDED,
+        onboarding=OnboardingConfig(rounds=2),
+        spec=ModelSpec.of_state(weights(0.0)),
+    )
     again.restore(strategy.state())
     assert again.aggregator.bank.clients[7].rounds_onboarded == 1
     for client in range(8):

@@ -1,10 +1,9 @@
 """Ditto: a personal model beside the global one, which it is drawn to."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from client_app.methods.method import Method, Task, Trained
 from pfedgpa_app.parameters import copy_of
-from pfedgpa_app.training import cross_entropy, proximal
 
 
 class Ditto(Method):
@@ -21,13 +20,7 @@ class Ditto(Method):
     def train(self, task: Task) -> Trained:
         """Train both models, and upload the global one."""
         personal = self.personal_model(task)
-        plain = cross_entropy(task.offset)
-        distance = proximal(task.received, task.config.ditto.penalty)
-
-        def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-            return plain(model, images, labels) + distance(model)
-
         task.fit(task.model)
-        task.fit(personal, loss)
+        task.fit_near_received(personal, task.config.ditto.penalty)
         task.memory = copy_of(personal.state_dict())
-        return Trained(copy_of(task.model.state_dict()), {})
+        return self.upload(task, [task.model])

@@ -1,10 +1,6 @@
 """FedAMP: local training that stays near the cloud model of the client."""
 
-from torch import Tensor, nn
-
 from client_app.methods.method import Method, Task, Trained
-from pfedgpa_app.parameters import copy_of
-from pfedgpa_app.training import cross_entropy, proximal
 
 
 class FedAMP(Method):
@@ -13,11 +9,5 @@ class FedAMP(Method):
     def train(self, task: Task) -> Trained:
         """Train by cross-entropy and penalty."""
         settings = task.config.fedamp
-        plain = cross_entropy(task.offset)
-        distance = proximal(task.received, settings.penalty / settings.alpha)
-
-        def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-            return plain(model, images, labels) + distance(model)
-
-        task.fit(task.model, loss)
-        return Trained(copy_of(task.model.state_dict()), {})
+        task.fit_near_received(task.model, settings.penalty / settings.alpha)
+        return self.upload(task, [task.model])

@@ -9,6 +9,7 @@ from client_app.methods.method import Method, Task, Trained
 from pfedgpa_app.data import normalize
 from pfedgpa_app.evaluation import autocast
 from pfedgpa_app.parameters import StateDict, copy_of
+from pfedgpa_app.protocol import CLASS_COUNTS, CLASS_MEANS, VARIANCE, WEIGHTED_MEANS
 from pfedgpa_app.training import Loss
 
 
@@ -26,12 +27,10 @@ class FedPAC(Method):
         settings, model, labels = task.config.fedpac, task.model, task.data.train_labels
         before = all_features(task)
         extras = head_statistics(before, labels, task.data.info.num_classes)
-        head = task.head.names
-        body = [name for name, _ in model.named_parameters() if name not in head]
         rate, epochs = settings.head_learning_rate, settings.head_epochs
-        with training_only(model, head):
+        with training_only(model, task.head.names):
             task.fit(model, epochs=epochs, learning_rate=rate)
-        with training_only(model, body):
+        with training_only(model, task.body):
             task.fit(model, aligned(task, before))
         extras |= class_means(all_features(task), labels, task.data.info.num_classes)
         return Trained(copy_of(model.state_dict()), copy_of(extras))
@@ -43,8 +42,8 @@ def aligned(task: Task, features: Tensor) -> Loss:
     targets = None
     if task.extras:
         own = class_means(features, task.data.train_labels, task.data.info.num_classes)
-        known = task.extras["class-counts"].unsqueeze(1) > 0
-        targets = torch.where(known, task.extras["class-means"], own["class-means"])
+        known = task.extras[CLASS_COUNTS].unsqueeze(1) > 0
+        targets = torch.where(known, task.extras[CLASS_MEANS], own[CLASS_MEANS])
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         logits, features = logits_and_features(model, task.head, images)
@@ -74,7 +73,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> StateDict
     members = functional.one_hot(labels, num_classes).to(features.dtype)
     counts = members.sum(dim=0)
     means = members.T @ features / counts.clamp(min=1).unsqueeze(1)
-    return {"class-means": means, "class-counts": counts}
+    return {CLASS_MEANS: means, CLASS_COUNTS: counts}
 
 
 def head_statistics(features: Tensor, labels: Tensor, num_classes: int) -> StateDict:
@@ -84,8 +83,8 @@ def head_statistics(features: Tensor, labels: Tensor, num_classes: int) -> State
     examples and its mean mu_k; ``variance`` ``(1,)`` is ``sum (p_k E|f|^2 - p_k^2 |mu_k|^2) / n``.
     """
     found = class_means(features, labels, num_classes)
-    parts = found["class-counts"] / len(labels)
-    weighted = parts.unsqueeze(1) * found["class-means"]
+    parts = found[CLASS_COUNTS] / len(labels)
+    weighted = parts.unsqueeze(1) * found[CLASS_MEANS]
     # sum_k p_k E_k |f|^2 is the mean over all examples.
     variance = (features.square().sum(dim=1).mean() - weighted.square().sum()) / len(labels)
-    return {"weighted-means": weighted, "variance": variance.reshape(1)}
+    return {WEIGHTED_MEANS: weighted, VARIANCE: variance.reshape(1)}

@@ -16,9 +16,7 @@ class FedRep(FedPer):
 
     def fit(self, task: Task, model: nn.Module) -> None:
         """Train head and body one after the other."""
-        head = task.head.names
-        body = [name for name, _ in model.named_parameters() if name not in head]
-        with training_only(model, head):
+        with training_only(model, task.head.names):
             task.fit(model, epochs=task.config.fedrep.head_epochs)
-        with training_only(model, body):
+        with training_only(model, task.body):
             task.fit(model, epochs=task.config.fedrep.body_epochs)

@@ -80,4 +80,4 @@ class FedRoD(Method):
         task.fit(model, loss)
         assert isinstance(model, TwoHeads)
         task.memory = copy_of(model.personal.state_dict())
-        return Trained(copy_of(task.model.state_dict()), {})
+        return self.upload(task, [task.model])

@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from client_app.methods.method import Method, Task, Trained
 from pfedgpa_app.parameters import StateDict, copy_of
+from pfedgpa_app.protocol import CENTER, ENDPOINTS, HAS_REGION
 
 
 class Simplex(nn.Module):
@@ -85,9 +86,9 @@ class Floco(Method):
             self.simplex = Simplex(
                 task.model,
                 task.head.weights,
-                extras["endpoints"].clone(),
-                extras["center"],
-                task.config.floco.radius if bool(extras["has-region"]) else None,
+                extras[ENDPOINTS].clone(),
+                extras[CENTER],
+                task.config.floco.radius if bool(extras[HAS_REGION]) else None,
                 task.generator,
             )
         return self.simplex
@@ -103,4 +104,4 @@ class Floco(Method):
         simplex = self.personal_model(task)
         assert isinstance(simplex, Simplex)
         task.fit(simplex)
-        return Trained(simplex.state_at_center(), copy_of({"endpoints": simplex.endpoints}))
+        return Trained(simplex.state_at_center(), copy_of({ENDPOINTS: simplex.endpoints}))

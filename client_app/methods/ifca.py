@@ -6,6 +6,7 @@ from torch import nn
 from client_app.methods.method import Method, Task, Trained
 from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.protocol import CHOICE, CLUSTER, RECEIVED
 from pfedgpa_app.state import states_below
 
 
@@ -35,11 +36,11 @@ class IFCA(Method):
         trained = super().train(task)
         choice = torch.zeros(len(self._models(task)))
         choice[self.chosen] = 1.0
-        return trained._replace(extras={"choice": choice})
+        return trained._replace(extras={CHOICE: choice})
 
     def _models(self, task: Task) -> dict[int, StateDict]:
-        received = {int(task.extras["received"]): task.received}
-        others = states_below("cluster", task.extras)
+        received = {int(task.extras[RECEIVED]): task.received}
+        others = states_below(CLUSTER, task.extras)
         # What never changes may be left out of messages.
         return received | {number: task.received | state for number, state in others.items()}
 

@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData
 from pfedgpa_app.evaluation import Evaluation, evaluate
-from pfedgpa_app.model_spec import (
-    Head,
-    ModelError,
-    ModelSpec,
-    find_head,
-)
+from pfedgpa_app.model_spec import Head, ModelError, ModelSpec, find_head
 from pfedgpa_app.parameters import StateDict, copy_of
 from pfedgpa_app.privacy import Ledger, Uniform, cost_of_round, private_update, secure_uniform
-from pfedgpa_app.training import Loss, cross_entropy, train
+from pfedgpa_app.training import Loss, cross_entropy, proximal, train
 
 
 @dataclass
@@ -93,6 +88,12 @@ class Task:
             raise ModelError("the model has no layer that makes the logits")
         return head
 
+    @property
+    def body(self) -> list[str]:
+        """The names of all parameters that are not the head's."""
+        head = self.head.names
+        return [name for name, _ in self.model.named_parameters() if name not in head]
+
     def fit(
         self,
         model: nn.Module,
@@ -117,6 +118,11 @@ class Task:
 
         self.ledger = self.ledger.after(*cost_of_round(privacy, client, len(data.train_labels)))
         train_privately(model, *sample, client, privacy, self.uniform, self.generator, loss=loss)
+
+    def fit_near_received(self, model: nn.Module, strength: float) -> None:
+        """Train a model in place by cross-entropy and ``strength / 2 |w - received|^2``."""
+        plain, distance = cross_entropy(self.offset), proximal(self.received, strength)
+        self.fit(model, lambda each, images, labels: plain(each, images, labels) + distance(each))
 
     def may_train(self) -> bool:
         """Tell whether another training leaves the client within its privacy budget."""

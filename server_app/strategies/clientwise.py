@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
+import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -14,17 +15,23 @@ from flwr.app import (
     MessageType,
     Metadata,
     MetricRecord,
+    RecordDict,
 )
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
+from torch import nn
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
-from pfedgpa_app.parameters import StateDict
+from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.protocol import EPSILON, EXTRAS, FINGERPRINT, SERVER_ROUND
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.rounds import RoundRecord
-from server_app.messages import FINGERPRINT, draw, make_messages, num_bytes, shared_metrics
+from pfedgpa_app.rounds import RoundRecord, Row
+from pfedgpa_app.state import states_below, states_under
+from pfedgpa_app.vault import MemoryVault, Vault
+from server_app.global_model import GlobalModel, average_of
+from server_app.messages import draw, num_bytes, shared_metrics
 from server_app.outliers import outliers
 from server_app.replies import (
     NotFiniteError,
@@ -36,21 +43,20 @@ from server_app.replies import (
     read_upload,
 )
 from server_app.roster import Roster, by_addressee
-from server_app.strategies.method import ServerMethod
 
 
-class ClientwiseFedAvg(ServerMethod, FedAvg):
+class ClientwiseFedAvg(FedAvg):
     """Federated Averaging in which a client may be sent parameters of its own.
 
     Implementation based on https://arxiv.org/abs/1602.05629. As it stands it gives everyone the
-    average. Subclasses override what `ServerMethod` has.
+    average. A reply that is an error, does not fit the model, is not finite or never comes costs
+    its sender the round and nobody else. Who takes part is drawn from ``seed`` and the round.
 
-    An upload comes in by `aggregate_train`. It is read and checked, its client is judged, it has
-    its part in the average, and it is learned from. What came of it goes out with the next
-    message, by `configure_evaluate` or `configure_train`.
-
-    A reply that is an error, does not fit the model, is not finite or never comes costs its sender
-    the round and nobody else. Who takes part is drawn from ``seed`` and the round.
+    Subclasses override these methods, which know clients by number and nothing of messages. `of`
+    takes their settings from those of a run and `begin` makes what depends on the clients' model.
+    In a round come `training_state` and `extras` of each client that trains, `check` of each
+    upload, `judge`, `counts`, `combine` and `learn`, then `evaluation_state` and `extras` of each
+    client that evaluates, and `trace`. `state` and `restore` are for checkpoints.
 
     Parameters
     ----------
@@ -69,19 +75,42 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
     evaluate_every : int (default: 1)
         Rounds from one in which models are evaluated to the next. The last round is always one; 0:
         it alone. Who trains judges what it is sent in every round.
+    model : torch.nn.Module, optional
+        The clients' model, if `start` shall know what of it trains. Without it everything of
+        floating point does, but the statistics of normalization layers.
+    spec : ModelSpec, optional
+        What there is to know of it, with the initial parameters, if that is known before `start`.
+    vault : Vault, optional
+        Where what is seldom needed is kept. By default in memory.
+    metric_ranges : dict[str, tuple[float, float]], optional
+        The smallest and the largest value of a client's metric, by name. None by default: other
+        clients than those of this app may mean something else by a name.
     **kwargs : Any
         The arguments of Flower's `FedAvg`.
 
     Attributes
     ----------
+    clients_keep_parts : bool
+        Whether a personalized model is known to its client alone, so that the server can neither
+        write it down nor go on with another run's clients.
+    global_model : GlobalModel
+        The average of all, from ``spec`` or from the arrays that `start` is given.
+    extras_layout : ParameterLayout | None
+        What clients must upload beside the parameters, as `extras` is what they are sent.
+    optional_extras : dict[int, ParameterLayout]
+        What some clients may upload beside the parameters in this round, by client.
+    sites : dict[int, StateDict]
+        What each client last told of its data, by client, as `Upload.site` has it.
+    unusual : dict[int, str]
+        From which clients of the current round the others do not learn, and why.
     record : RoundRecord
         What happened in the current round, client by client.
-    metric_ranges : dict[str, tuple[float, float]]
-        The smallest and the largest value of a client's metric, by name. None by default: other
-        clients than those of this app may mean something else by a name.
     completed_rounds : int
         Rounds of an earlier run that this one goes on from; Flower counts its rounds from 1 again.
     """
+
+    clients_keep_parts: ClassVar[bool] = False
+    global_model: GlobalModel
 
     def __init__(
         self,
@@ -94,33 +123,144 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         momentum: float = 0.0,
         join_timeout: float = math.inf,
         evaluate_every: int = 1,
+        model: nn.Module | None = None,
+        spec: ModelSpec | None = None,
+        vault: Vault | None = None,
+        metric_ranges: dict[str, tuple[float, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(generated_layers=generated_layers, seed=seed, momentum=momentum, **kwargs)
-        self.evaluate_every = evaluate_every
-        self._last_round = 0
-        self.join_timeout = join_timeout
+        super().__init__(**kwargs)
+        self.generated_layers = tuple(generated_layers)
+        self.seed = seed
+        self.roster = roster or Roster()
         self.late_clients = late_clients
         self.join_round = join_round
-        self.roster = roster or Roster()
-        self.metric_ranges: dict[str, tuple[float, float]] = {}
+        self.momentum = momentum
+        self.join_timeout = join_timeout
+        self.evaluate_every = evaluate_every
+        self.model = model
+        self.vault = MemoryVault() if vault is None else vault
+        self.metric_ranges = metric_ranges or {}
+        self.extras_layout: ParameterLayout | None = None
+        self.optional_extras: dict[int, ParameterLayout] = {}
+        self.sites: dict[int, StateDict] = {}
+        self.unusual: dict[int, str] = {}
         self.completed_rounds = 0
         self.record = RoundRecord(0)
+        self._last_round = 0
         self._sent: dict[int, StateDict] = {}
         self._addressees: list[Metadata] = []
         self._sent_at = 0.0
+        self._has_begun = False
+        if spec is not None:
+            self.begin(spec)
+
+    # What subclasses override
 
     @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
+    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
         late = config.onboarding
         return cls(
+            spec=spec,
             seed=config.seed,
             late_clients=late.late_clients,
             join_round=late.join_round,
             momentum=config.server.momentum,
             **kwargs,
         )
+
+    def begin(self, spec: ModelSpec) -> None:
+        """Make all that depends on the clients' model, whose tensors are in the vectors' order.
+
+        The constructor calls it last, so subclasses have what it needs before they call
+        ``super().__init__``; without a ``spec`` it is `start` that calls it.
+
+        Raises
+        ------
+        ParameterError
+            If a pattern takes no tensor of it, or nothing would be generated.
+        """
+        self.global_model = GlobalModel(spec, self.generated_layers, self.momentum)
+        self._has_begun = True
+
+    def training_state(self, client: int) -> StateDict:
+        """Return the state_dict that a client starts its local training from."""
+        return self.average
+
+    def training_states(self, clients: Sequence[int]) -> Iterable[StateDict]:
+        """Return the `training_state` of each client of a round, of many at once if cheaper."""
+        return map(self.training_state, clients)
+
+    def extras(self, client: int) -> StateDict:
+        """Return what a client is sent beside its parameters, for training and for evaluation."""
+        return {}
+
+    def check(self, client: int, upload: Upload) -> None:
+        """Refuse an upload that fits the model and cannot be used all the same.
+
+        Raises
+        ------
+        ReplyError
+            If its data are another partition than before, as when a run is resumed with more
+            clients.
+        """
+        before = self.sites.get(client, {}).get("partition")
+        now = upload.site.get("partition")
+        if before is not None and now is not None and not torch.equal(before, now):
+            raise ReplyError(
+                f"its data are partition {now[0]} of {now[1]}, and were {before[0]} of "
+                f"{before[1]}; right would be as many clients as in the rounds before"
+            )
+
+    def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
+        """Return from which clients of a round the others should not learn, and why."""
+        return {}
+
+    def counts(self, client: int) -> bool:
+        """Tell whether a client's upload has its part in the average."""
+        return client not in self.unusual
+
+    def combine(self, uploads: Sequence[Upload]) -> StateDict:
+        """Return what the average becomes, by default that of uploads by their examples."""
+        return average_of(uploads)
+
+    def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Take in the uploads of a round by client; the average is up to date already."""
+
+    def evaluation_state(self, client: int) -> StateDict:
+        """Return the state_dict of a client's personalized model."""
+        return self.average
+
+    def evaluation_states(self, clients: Sequence[int]) -> Iterable[StateDict]:
+        """Return the `evaluation_state` of each client, one by one as they are asked for."""
+        return map(self.evaluation_state, clients)
+
+    def trace(self) -> Row:
+        """Return what was learned in the round, as numbers for method.jsonl; by default nothing."""
+        return {}
+
+    def state(self) -> StateDict:
+        """Return all that the next round needs, as named tensors."""
+        return self.global_model.state() | states_under("site", self.sites)
+
+    def restore(self, tensors: StateDict) -> None:
+        """Take over what `state` returned.
+
+        Raises
+        ------
+        ValueError
+            If it is another model's, or of other settings.
+        """
+        self.global_model.restore(tensors)
+        self.sites = states_below("site", tensors)
+
+    # The rounds, as Flower calls them
+
+    @property
+    def average(self) -> StateDict:
+        """The average of all clients' models."""
+        return self.global_model.average
 
     def start(
         self,
@@ -132,8 +272,8 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run all rounds, as Flower's `FedAvg` does; with `begin`, if it was not called before."""
-        if not self.has_begun:
+        """Run all rounds, as Flower's `FedAvg` does, from what `begin` made if there was a spec."""
+        if not self._has_begun:
             initial = initial_arrays.to_torch_state_dict()
             if self.model is None:
                 self.begin(ModelSpec.of_state(initial))
@@ -161,11 +301,8 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         clients = self._sample(
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
-        self.prepare(server_round, clients)
         self._sent = dict(zip(clients, self.training_states(clients), strict=True))
-        messages = self._messages(
-            MessageType.TRAIN, clients, self._sent.values(), self.extras, config
-        )
+        messages = self._messages(MessageType.TRAIN, clients, self._sent.values(), config)
         self.record.num_nodes = len(self.roster.connected)
         self.record.expect(clients, map(self.roster.node_id, clients))
         self._sent_at = time.monotonic()
@@ -215,7 +352,7 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
             self.min_evaluate_nodes,
         )
         states = self.evaluation_states(clients)
-        return self._messages(MessageType.EVALUATE, clients, states, self.evaluation_extras, config)
+        return self._messages(MessageType.EVALUATE, clients, states, config)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -271,25 +408,26 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         return draw(clients, size, make_generator(self.seed, "sample", purpose, server_round))
 
     def _messages(
-        self,
-        kind: str,
-        clients: Sequence[int],
-        states: Iterable[StateDict],
-        extras_of: Callable[[int], StateDict],
-        config: ConfigRecord,
+        self, kind: str, clients: Sequence[int], states: Iterable[StateDict], config: ConfigRecord
     ) -> list[Message]:
-        """Make a message a client, and take note of whom each is for."""
+        """Make a message a client, each with its state, and take note of whom each is for."""
         spec, layout = self.global_model.spec, self.global_model.layout
-        config = ConfigRecord({**config, "server-round": self.record.server_round})
+        config = ConfigRecord({**config, SERVER_ROUND: self.record.server_round})
         if not spec.sends_fixed:
             config[FINGERPRINT] = spec.fingerprint
-
-        def contents(arrays: ArrayRecord) -> dict[str, ArrayRecord | ConfigRecord]:
-            return {self.arrayrecord_key: arrays, self.configrecord_key: config}
-
-        messages = make_messages(
-            kind, self.roster, clients, states, extras_of, layout.to_send, contents
-        )
+        made: dict[int, tuple[StateDict, ArrayRecord]] = {}
+        messages = []
+        for client, state in zip(clients, states, strict=True):
+            if id(state) not in made:  # the same state is one record for all
+                # The state is kept with its record: ids are unique among living objects only.
+                made[id(state)] = (state, ArrayRecord(layout.to_send(state)))
+            content = RecordDict(
+                {self.arrayrecord_key: made[id(state)][1], self.configrecord_key: config}
+            )
+            if extras := self.extras(client):
+                content[EXTRAS] = ArrayRecord(extras)
+            node_id = self.roster.node_id(client)
+            messages.append(Message(content, dst_node_id=node_id, message_type=kind))
         self.record.bytes_down += sum(map(num_bytes, messages))
         # Flower writes the ids of the messages into their metadata when it sends them.
         self._addressees = [message.metadata for message in messages]
@@ -308,7 +446,7 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
             try:
                 epsilon = read_spent(reply, self.weighted_by_key)
                 if epsilon is not None:
-                    check_ranges({"epsilon": epsilon}, self.metric_ranges)
+                    check_ranges({EPSILON: epsilon}, self.metric_ranges)
                     log(INFO, "Client %d does not train: its privacy budget is spent", client)
                     self.record.spent(client, epsilon)
                     continue
@@ -317,8 +455,8 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
                     self.global_model.layout,
                     self._sent[client],
                     self.weighted_by_key,
-                    self.expected_extras(client),
-                    may_lack_extras=self.extras_are_optional,
+                    self.optional_extras.get(client, self.extras_layout),
+                    may_lack_extras=client in self.optional_extras,
                 )
                 check_ranges(upload.metrics, self.metric_ranges)
                 self.check(client, upload)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.state import below, under
 from server_app.momentum import ClientMomentum
@@ -33,16 +34,16 @@ class FedAMP(FedAvgFT):
     """
 
     def __init__(self, *, alpha: float = 1e4, sigma: float = 1e6, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.alpha = alpha
         self.sigma = sigma
+        super().__init__(**kwargs)
         self.client_momentum = ClientMomentum(self.momentum)
 
     @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
+    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
         settings = config.fedamp
-        return super().of(config, alpha=settings.alpha, sigma=settings.sigma, **kwargs)
+        return super().of(config, spec, alpha=settings.alpha, sigma=settings.sigma, **kwargs)
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""

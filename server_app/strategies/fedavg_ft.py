@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.state import states_below, states_under
 from server_app.replies import Upload
@@ -24,14 +25,14 @@ class FedAvgFT(ClientwiseFedAvg):
     """
 
     def __init__(self, *, own_weight: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.own_weight = own_weight
         self.fine_tuned: dict[int, StateDict] = {}
+        super().__init__(**kwargs)
 
     @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
-        return super().of(config, own_weight=config.fedavg_ft.own_weight, **kwargs)
+    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
+        return super().of(config, spec, own_weight=config.fedavg_ft.own_weight, **kwargs)
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the fine-tuned models."""

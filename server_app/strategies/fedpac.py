@@ -11,6 +11,7 @@ from torch import Tensor
 from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
+from pfedgpa_app.protocol import CLASS_COUNTS, CLASS_MEANS, VARIANCE, WEIGHTED_MEANS
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.global_model import weights_of
 from server_app.momentum import Momentum
@@ -50,15 +51,15 @@ class FedPAC(FedAvgFT):
     """
 
     def __init__(self, *, judged: str = "trained", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.judged = judged
         self.heads: dict[int, Head] = {}
         self.means: StateDict = {}
+        super().__init__(**kwargs)
 
     @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
-        return super().of(config, judged=config.fedpac.judged, **kwargs)
+    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
+        return super().of(config, spec, judged=config.fedpac.judged, **kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
         """Take note of the head's size."""
@@ -67,10 +68,10 @@ class FedPAC(FedAvgFT):
         self.head_names, (num_classes, dim) = head.names, head.size
         self.extras_layout = ParameterLayout.of(
             {
-                "class-means": torch.zeros(num_classes, dim),
-                "class-counts": torch.zeros(num_classes),
-                "weighted-means": torch.zeros(num_classes, dim),
-                "variance": torch.zeros(1),
+                CLASS_MEANS: torch.zeros(num_classes, dim),
+                CLASS_COUNTS: torch.zeros(num_classes),
+                WEIGHTED_MEANS: torch.zeros(num_classes, dim),
+                VARIANCE: torch.zeros(1),
             }
         )
 
@@ -87,7 +88,7 @@ class FedPAC(FedAvgFT):
             If a count or the variance is negative, or the counts are not those of all examples.
         """
         super().check(client, upload)
-        counts, variance = upload.extras["class-counts"], upload.extras["variance"]
+        counts, variance = upload.extras[CLASS_COUNTS], upload.extras[VARIANCE]
         if bool((counts < 0).any()) or bool((variance < 0).any()):
             raise ReplyError("its class-counts or its variance are negative")
         if not torch.equal(counts, counts.round()):
@@ -105,8 +106,8 @@ class FedPAC(FedAvgFT):
         heads = [
             {name: upload.state[name] for name in self.head_names} for upload in uploads.values()
         ]
-        weighted = torch.stack([upload.extras["weighted-means"] for upload in uploads.values()])
-        variances = torch.cat([upload.extras["variance"] for upload in uploads.values()])
+        weighted = torch.stack([upload.extras[WEIGHTED_MEANS] for upload in uploads.values()])
+        variances = torch.cat([upload.extras[VARIANCE] for upload in uploads.values()])
         for row, client in enumerate(uploads):
             shares = head_shares(weighted, variances, row)
             combined = weighted_average(heads, shares.tolist())
@@ -117,8 +118,8 @@ class FedPAC(FedAvgFT):
         return Momentum(self.momentum, self.global_model.spec.trained)
 
     def _learn_means(self, uploads: list[Upload]) -> None:
-        counts = torch.stack([upload.extras["class-counts"] for upload in uploads])
-        means = torch.stack([upload.extras["class-means"] for upload in uploads])
+        counts = torch.stack([upload.extras[CLASS_COUNTS] for upload in uploads])
+        means = torch.stack([upload.extras[CLASS_MEANS] for upload in uploads])
         # Whoever claims too many examples claims as much too many of each class.
         limits = [w / u.num_examples for w, u in zip(weights_of(uploads), uploads, strict=True)]
         counts = counts * torch.tensor(limits).unsqueeze(1)
@@ -126,9 +127,9 @@ class FedPAC(FedAvgFT):
         weighted = (counts.unsqueeze(2) * means).sum(dim=0)
         mean = weighted / torch.where(total > 0, total, 1.0).unsqueeze(1)
         if self.means:  # classes of absent clients keep theirs
-            mean = torch.where(total.unsqueeze(1) > 0, mean, self.means["class-means"])
-            total = torch.where(total > 0, total, self.means["class-counts"])
-        self.means = {"class-means": mean, "class-counts": total}
+            mean = torch.where(total.unsqueeze(1) > 0, mean, self.means[CLASS_MEANS])
+            total = torch.where(total > 0, total, self.means[CLASS_COUNTS])
+        self.means = {CLASS_MEANS: mean, CLASS_COUNTS: total}
 
     def training_state(self, client: int) -> StateDict:
         """Return the average with the client's head."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
+from pfedgpa_app.protocol import CENTER, ENDPOINTS, HAS_REGION
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import below, under
 from server_app.global_model import weights_of
@@ -41,20 +42,20 @@ class Floco(ClientwiseFedAvg):
     def __init__(
         self, *, num_endpoints: int = 10, projection_round: int = 250, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
         self.num_endpoints = num_endpoints
         self.projection_round = projection_round
-        self.endpoints = torch.empty(0)
-        self.endpoint_momentum = Momentum(self.momentum, {"endpoints"})
         self.updates: dict[int, Tensor] = {}
         self.points: dict[int, Tensor] = {}
+        super().__init__(**kwargs)
+        self.endpoint_momentum = Momentum(self.momentum, {ENDPOINTS})
 
     @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
+    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
         settings = config.floco
         return super().of(
             config,
+            spec,
             num_endpoints=settings.num_endpoints,
             projection_round=max(1, round(settings.projection * config.num_server_rounds)),
             **kwargs,
@@ -68,24 +69,24 @@ class Floco(ClientwiseFedAvg):
         generator = make_generator(self.seed, "endpoints")
         draws = torch.randn(self.num_endpoints, num_classes, dim, generator=generator)
         self.endpoints = draws * (2 / (num_classes + dim)) ** 0.5
-        self.extras_layout = ParameterLayout.of({"endpoints": self.endpoints})
+        self.extras_layout = ParameterLayout.of({ENDPOINTS: self.endpoints})
 
     def extras(self, client: int) -> StateDict:
         """Return the endpoints, the client's point and whether it has one."""
         return {
-            "endpoints": self.endpoints,
-            "center": self._point(client),
-            "has-region": torch.tensor(client in self.points),
+            ENDPOINTS: self.endpoints,
+            CENTER: self._point(client),
+            HAS_REGION: torch.tensor(client in self.points),
         }
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Average the endpoints, and give every client its point when the time has come."""
         for client, upload in uploads.items():
-            self.updates[client] = (self.endpoints - upload.extras["endpoints"]).flatten()
+            self.updates[client] = (self.endpoints - upload.extras[ENDPOINTS]).flatten()
         extras = [upload.extras for upload in uploads.values()]
         averaged = weighted_average(extras, weights_of(uploads.values()))
-        sent = {"endpoints": self.endpoints}
-        self.endpoints = self.endpoint_momentum.step(sent, averaged)["endpoints"]
+        sent = {ENDPOINTS: self.endpoints}
+        self.endpoints = self.endpoint_momentum.step(sent, averaged)[ENDPOINTS]
         if server_round >= self.projection_round and not self.points:
             clients = sorted(self.updates)
             updates = torch.stack([self.updates[client] for client in clients])
@@ -98,9 +99,7 @@ class Floco(ClientwiseFedAvg):
         weight = torch.tensordot(self._point(client), self.endpoints, dims=1)
         return self.average | dict.fromkeys(self.weight_names, weight)
 
-    def training_state(self, client: int) -> StateDict:
-        """Return the same."""
-        return self.evaluation_state(client)
+    training_state = evaluation_state
 
     def _point(self, client: int) -> Tensor:
         center = torch.full((self.num_endpoints,), 1 / self.num_endpoints)

@@ -7,6 +7,7 @@ import torch
 from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
+from pfedgpa_app.protocol import CHOICE, CLUSTER, RECEIVED
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import below, states_below, states_under, under
 from server_app.global_model import weights_of
@@ -32,16 +33,14 @@ class IFCA(ClientwiseFedAvg):
     """
 
     def __init__(self, *, num_clusters: int = 2, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.clusters: dict[int, StateDict] = {}
         self.num_clusters = num_clusters
-        self.momenta: list[Momentum] = []
         self.choices: dict[int, int] = {}
+        super().__init__(**kwargs)
 
     @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
-        return super().of(config, num_clusters=config.ifca.num_clusters, **kwargs)
+    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
+        return super().of(config, spec, num_clusters=config.ifca.num_clusters, **kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
         """Draw the clusters' initial models."""
@@ -50,7 +49,7 @@ class IFCA(ClientwiseFedAvg):
         layout = self.global_model.layout
         vector, rest = layout.split(spec.initial)
         sizes = [entry.numel for entry in layout.generated]
-        self.clusters = {0: spec.initial}
+        self.clusters: dict[int, StateDict] = {0: spec.initial}
         for cluster in range(1, self.num_clusters):
             generator = make_generator(self.seed, "cluster", cluster)
             shuffled = [
@@ -58,7 +57,7 @@ class IFCA(ClientwiseFedAvg):
                 for piece in vector.split(sizes)
             ]
             self.clusters[cluster] = spec.refreshed(layout.merge(torch.cat(shuffled), rest))
-        self.extras_layout = ParameterLayout.of({"choice": torch.zeros(self.num_clusters)})
+        self.extras_layout = ParameterLayout.of({CHOICE: torch.zeros(self.num_clusters)})
 
     def extras(self, client: int) -> StateDict:
         """Return the number of the cluster whose model it is sent, and the others' models."""
@@ -68,7 +67,7 @@ class IFCA(ClientwiseFedAvg):
             for number, state in self.clusters.items()
             if number != own
         }
-        return {"received": torch.tensor(own)} | states_under("cluster", others)
+        return {RECEIVED: torch.tensor(own)} | states_under(CLUSTER, others)
 
     def check(self, client: int, upload: Upload) -> None:
         """Refuse an upload that does not name one cluster.
@@ -79,7 +78,7 @@ class IFCA(ClientwiseFedAvg):
             If it names none or several.
         """
         super().check(client, upload)
-        choice = upload.extras["choice"]
+        choice = upload.extras[CHOICE]
         if sorted(choice.tolist()) != [0.0] * (len(choice) - 1) + [1.0]:
             raise ReplyError(
                 f"its cluster is {choice.tolist()}; right would be a 1 among {len(choice) - 1} 0s"
@@ -87,9 +86,7 @@ class IFCA(ClientwiseFedAvg):
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Average every cluster's uploads."""
-        chosen = {
-            client: int(upload.extras["choice"].argmax()) for client, upload in uploads.items()
-        }
+        chosen = {client: int(upload.extras[CHOICE].argmax()) for client, upload in uploads.items()}
         self.choices |= chosen
         # Measured by the round, since a cluster's median may be that of a single one who lies.
         counts = dict(zip(uploads, weights_of(uploads.values()), strict=True))
@@ -102,12 +99,13 @@ class IFCA(ClientwiseFedAvg):
                 self.clusters[cluster] = self.global_model.spec.refreshed(moved)
 
     def evaluation_state(self, client: int) -> StateDict:
-        """Return the model of the cluster that a client last chose, at first that of the first."""
+        """Return the model of the cluster that a client last chose, at first that of the first.
+
+        For training it is the same; the client chooses among all of them.
+        """
         return self.clusters[self.choices.get(client, 0)]
 
-    def training_state(self, client: int) -> StateDict:
-        """Return the same; the client chooses among all of them."""
-        return self.evaluation_state(client)
+    training_state = evaluation_state
 
     def state(self) -> StateDict:
         """Return all that the next round needs, as named tensors."""

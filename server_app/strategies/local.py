@@ -13,9 +13,8 @@ class Local(ClientwiseFedAvg):
     """Every client goes on from its own last upload and learns nothing of the others."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.initial: StateDict = {}
         self.uploads: dict[int, StateDict] = {}
+        super().__init__(**kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
         """Keep the initial model."""
@@ -42,6 +41,4 @@ class Local(ClientwiseFedAvg):
         """Return the client's last upload, or the initial model."""
         return self.uploads.get(client, self.initial)
 
-    def evaluation_state(self, client: int) -> StateDict:
-        """Return the client's last upload, or the initial model."""
-        return self.training_state(client)
+    evaluation_state = training_state

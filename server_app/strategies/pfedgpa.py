@@ -1,12 +1,13 @@
 """pFedGPA: the server trains a diffusion model on the clients' parameters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from logging import INFO, WARNING
-from pathlib import Path
 from typing import Any, Self
 
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common import log
+from flwr.serverapp import Grid
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
@@ -16,22 +17,17 @@ from pfedgpa_app.diffusion import SKETCH
 from pfedgpa_app.guard import unusual
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.protocol import COMMON, HALVES
 from pfedgpa_app.rounds import Row
 from pfedgpa_app.sharing import alone_now, too_few
 from pfedgpa_app.state import below, under
 from pfedgpa_app.trace import trace_of
-from pfedgpa_app.vault import DiskVault, Vault
 from server_app.momentum import ClientMomentum
 from server_app.replies import Upload
-from server_app.roster import Roster
 from server_app.strategies.clientwise import ClientwiseFedAvg
 
-COMMON = "common"
-"""What a client is sent beside its parameters to be asked for `HALVES`."""
-BANK = "bank"
-"""The folder of models that are not in memory."""
-HALVES = "halves"
-"""What a client may tell then: how two halves of its images move what is `COMMON`."""
+HALVES_LAYOUT = ParameterLayout.of({HALVES: torch.empty(2, SKETCH)})
+"""Both sketches."""
 SECOND_AFTER = 4
 """Rounds from a client's first measurement to its second. In the first round models mean little."""
 MEASURED_TOGETHER = 10
@@ -55,8 +51,6 @@ class PFedGPA(ClientwiseFedAvg):
     ----------
     seed : int (default: 0)
         Fixes sampling, the denoiser's training and the noises.
-    roster : Roster, optional
-        Numbers the clients. By default in the order of their node ids.
     diffusion : DiffusionConfig, optional
         Settings of the diffusion model, among them which layers it generates.
     onboarding : OnboardingConfig, optional
@@ -68,14 +62,12 @@ class PFedGPA(ClientwiseFedAvg):
         halves, so that uploads alone decide what is shared, and hold the generated model: their
         uploads have more noise.
     **kwargs : Any
-        The arguments of Flower's `FedAvg`, such as ``fraction_train``.
+        The arguments of `ClientwiseFedAvg` and Flower's `FedAvg`, such as ``fraction_train``.
 
     Attributes
     ----------
     aggregator : GenerativeAggregator
-        The method, once `begin` has made it.
-    measured : set of int
-        Who of those that train in this round is asked for its halves.
+        The method.
 
     Examples
     --------
@@ -83,14 +75,12 @@ class PFedGPA(ClientwiseFedAvg):
     >>> strategy.start(grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=20)
     """
 
-    extras_are_optional = True
     aggregator: GenerativeAggregator
 
     def __init__(
         self,
         *,
         seed: int = 0,
-        roster: Roster | None = None,
         diffusion: DiffusionConfig | None = None,
         onboarding: OnboardingConfig | None = None,
         momentum: float = 0.0,
@@ -102,25 +92,23 @@ class PFedGPA(ClientwiseFedAvg):
             sharing = "none" if diffusion.sharing == "none" else "kin"
             diffusion = diffusion.model_copy(update={"sharing": sharing, "own_weight": 0.0})
         onboarding = onboarding or OnboardingConfig()
+        self.diffusion = diffusion
+        self.onboarding = onboarding
+        self.noised = noised
+        self.client_momentum = ClientMomentum(momentum)
         super().__init__(
             generated_layers=diffusion.patterns,
             seed=seed,
-            roster=roster,
             late_clients=onboarding.late_clients,
             join_round=onboarding.join_round,
             **kwargs,
         )
-        self.diffusion = diffusion
-        self.onboarding = onboarding
-        self.noised = noised
-        self.measured: set[int] = set()
-        self._retired: Vault | None = None
-        self.client_momentum = ClientMomentum(momentum)
 
     @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
+    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
         return cls(
+            spec=spec,
             seed=config.seed,
             diffusion=config.diffusion,
             onboarding=config.onboarding,
@@ -138,10 +126,10 @@ class PFedGPA(ClientwiseFedAvg):
             self.onboarding,
             seed=self.seed,
             is_noised=self.noised,
-            retired=self._retired,
+            retired=self.vault,
         )
 
-    def prepare(self, server_round: int, clients: Sequence[int]) -> None:
+    def _choose_measured(self, clients: Sequence[int]) -> None:
         """Choose who is measured of the clients that will train.
 
         Those are due that were never measured, or once and some rounds ago, when models meant
@@ -149,14 +137,14 @@ class PFedGPA(ClientwiseFedAvg):
         takes to tell what a client did from what all did. Who does not tell, or nothing that can
         be used, is not asked sooner again than others.
         """
-        bank = self.aggregator.bank
+        bank, server_round = self.aggregator.bank, self.record.server_round
         num_known = len({*bank.members, *clients})
         is_first = server_round == self.completed_rounds + 1
         if is_first and (warning := too_few(num_known, self.diffusion)):
             log(WARNING, "pFedGPA: %s", warning)
         # Members are sent the mean for it, which would tell two of them too much of each other.
         may_tell = not bank.has_members or len(bank.members) >= self.diffusion.min_kin
-        self.measured = set()
+        self.optional_extras = {}
         if self.diffusion.sharing != "measured" or not may_tell:
             return
         records = {client: bank.of(client) for client in clients}
@@ -165,8 +153,9 @@ class PFedGPA(ClientwiseFedAvg):
             (each for each in clients if each not in due), key=lambda each: records[each].asked or 0
         )
         if due:
-            self.measured = {*due, *others[: max(0, MEASURED_TOGETHER - len(due))]}
-        for client in self.measured:
+            measured = {*due, *others[: max(0, MEASURED_TOGETHER - len(due))]}
+            self.optional_extras = dict.fromkeys(measured, HALVES_LAYOUT)
+        for client in self.optional_extras:
             records[client].asked, records[client].was_asked_again = (
                 server_round,
                 records[client].asked is not None,
@@ -184,19 +173,17 @@ class PFedGPA(ClientwiseFedAvg):
 
         Those to whom it is sent as the parameters are asked with no entries.
         """
-        if client not in self.measured:
+        if client not in self.optional_extras:
             return {}
         is_known = self.aggregator.bank.knows(client)
         return {COMMON: self.aggregator.expect() if is_known else torch.empty(0)}
 
-    def evaluation_extras(self, client: int) -> StateDict:
-        """Return nothing."""
-        return {}
-
-    def expected_extras(self, client: int) -> ParameterLayout | None:
-        """Return the layout of both sketches, ``(2, SKETCH)``, where they were asked for."""
-        is_asked = client in self.measured
-        return ParameterLayout.of({HALVES: torch.empty(2, SKETCH)}) if is_asked else None
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send each client its model, and ask nobody for its halves."""
+        self.optional_extras = {}
+        return super().configure_evaluate(server_round, arrays, config, grid)
 
     def counts(self, client: int) -> bool:
         """Tell whether a client is a member, as all of the first round are, and is not unusual."""
@@ -263,24 +250,17 @@ class PFedGPA(ClientwiseFedAvg):
         self.aggregator.restore(below("aggregator", tensors))
         self.client_momentum.restore(below("client-momentum", tensors))
 
-    def store_below(self, folder: Path, earlier: Path | None) -> None:
-        """Keep the models of those beyond ``diffusion.max-members`` in files."""
-        self._retired = DiskVault(folder / BANK, earlier and earlier / BANK)
-
-    def sweep(self) -> None:
-        """Remove their files that no checkpoint counts on any more."""
-        self.aggregator.bank.retired.sweep()
-
     def training_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""
-        return next(self.training_states([client]))
+        return self.global_model.with_vector(next(self._vectors([client])))
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the model that a client holds, or the mean if nothing is known of it."""
         return next(self.evaluation_states([client]))
 
     def training_states(self, clients: Sequence[int]) -> Iterator[StateDict]:
-        """Yield the `training_state` of each client."""
+        """Return the `training_state` of each client of a round, and choose who is measured."""
+        self._choose_measured(clients)
         return map(self.global_model.with_vector, self._vectors(clients))
 
     def evaluation_states(self, clients: Sequence[int]) -> Iterator[StateDict]:

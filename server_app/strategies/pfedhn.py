@@ -40,16 +40,15 @@ class PFedHN(ClientwiseFedAvg):
     """
 
     def __init__(self, *, settings: PFedHNConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         self.settings = settings or PFedHNConfig()
         self.embeddings: dict[int, Tensor] = {}
-        self.network = nn.Sequential()
         self.velocity: dict[str, Tensor] = {}
+        super().__init__(**kwargs)
 
     @classmethod
-    def of(cls, config: Config, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of `FedAvg`."""
-        return super().of(config, settings=config.pfedhn, **kwargs)
+    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
+        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
+        return super().of(config, spec, settings=config.pfedhn, **kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
         """Build the hypernetwork of a model.
@@ -85,9 +84,7 @@ class PFedHN(ClientwiseFedAvg):
             theta = self.network(self._embedding(client))
         return self.global_model.with_vector(theta)
 
-    def evaluation_state(self, client: int) -> StateDict:
-        """Return the model that is generated for a client."""
-        return self.training_state(client)
+    evaluation_state = training_state
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Follow what the clients' training changed, client by client."""
