@@ -181,7 +181,7 @@ class Run:
             flat = read_json(path / "config.json")
             if "strategy" not in flat:
                 raise ValueError("config.json names no strategy")
-            config = Config.from_older(flat)
+            config = Config.from_flat(flat)
             return cls(path, config, _read_rows(path / "metrics.jsonl"))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the folder of a run: {error}") from error
