@@ -122,5 +122,5 @@ def help_of(config: Config) -> str:
     if config.server.momentum:
         steps.append(f"server.momentum = 0 (here {config.server.momentum:g})")
     if config.strategy == "pfedgpa" and config.diffusion.generator == "diffusion":
-        steps.append('diffusion.generator = "kin-mean"')
+        steps.append('diffusion.generator = "mean"')
     return f"What may help: {', '.join(steps)}"
