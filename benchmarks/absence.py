@@ -16,10 +16,9 @@ import typer
 
 from benchmarks.options import Quick, Seeds, flag, tenth
 from benchmarks.small_images import CLIENTS
-from benchmarks.small_runs import configs
+from benchmarks.small_runs import configs, print_table
 from pfedgpa_app.config import Config
-from pfedgpa_app.rounds import RoundRecord, mean_and_spread
-from pfedgpa_app.tables import Cell, Table
+from pfedgpa_app.rounds import RoundRecord
 from server_app.simulation import simulate
 
 JUDGED_ROUNDS = 5
@@ -54,20 +53,30 @@ def main(
     torch.set_num_threads(1)
     of_seeds = configs(file, rounds, seeds, quick)
     present = [accuracies(config, NOBODY) for config in of_seeds]
-    cells = {}
-    for name, case in list(CASES.items())[-1 if quick else 0 :]:
-        if quick:
-            case = Case(case.away, tenth(case.first), tenth(case.last))
-        runs = [accuracies(config, case) for config in of_seeds]
-        others = sorted(set(range(CLIENTS)) - set(case.away))
-        cells[name] = [
-            Cell(mean_and_spread([fmean(run[node] for node in nodes) for run in each]))
-            for nodes in (sorted(case.away), others)
-            for each in (runs, present)
-        ]
+    shortened = {
+        name: Case(case.away, tenth(case.first), tenth(case.last)) if quick else case
+        for name, case in list(CASES.items())[-1 if quick else 0 :]
+    }
+    rows = {
+        name: (
+            means(accuracies(config, case), there, case)
+            for config, there in zip(of_seeds, present, strict=True)
+        )
+        for name, case in shortened.items()
+    }
     command = f"python -m benchmarks.absence{flag(quick)}"
     note = f"Means over the last {JUDGED_ROUNDS} rounds: {command}"
-    print(Table(f"Absence, {rounds} rounds", COLUMNS, cells, note).markdown())
+    print_table(f"Absence, {rounds} rounds", COLUMNS, rows, note)
+
+
+def means(found: dict[int, float], present: dict[int, float], case: Case) -> list[float]:
+    """Return the numbers of `COLUMNS`, given each node's accuracy with and without absence."""
+    others = sorted(set(range(CLIENTS)) - set(case.away))
+    return [
+        fmean(run[node] for node in nodes)
+        for nodes in (sorted(case.away), others)
+        for run in (found, present)
+    ]
 
 
 def accuracies(config: Config, case: Case) -> dict[int, float]:

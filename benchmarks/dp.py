@@ -16,13 +16,11 @@ import torch
 import typer
 from opacus.accountants.utils import get_noise_multiplier
 
-from benchmarks.options import Quick, Seeds, flag
+from benchmarks.options import Quick, Seeds, flag, tenth
 from benchmarks.small_images import CLIENTS
-from benchmarks.small_runs import configs, read_config
-from pfedgpa_app.config import ClientConfig
+from benchmarks.small_runs import configs, print_table, read_config
+from pfedgpa_app.config import ClientConfig, Config
 from pfedgpa_app.privacy import quiet_opacus, sampling_plan
-from pfedgpa_app.rounds import mean_and_spread
-from pfedgpa_app.tables import Cell, Table
 from server_app.simulation import simulate
 
 JUDGED_ROUNDS = 3
@@ -72,29 +70,29 @@ def main(
     """Print the table."""
     torch.set_num_threads(1)
     epsilons = EPSILONS[mode][: 1 if quick else None]
-    cells: dict[str, list[Cell]] = {}
-    for strategy in STRATEGIES[: 1 if quick else None]:
-        cells[strategy] = []
-        for epsilon in (None, *epsilons):
-            accuracies = []
-            for base in configs(file, rounds, seeds, quick, {**CLIENT, "strategy": strategy}):
-                private = settings(mode, epsilon, base.num_server_rounds, base.data.train_samples)
-                config = read_config(file, {**base.to_flat(), **private})
-                _, rows = simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS)
-                accuracies.append(
-                    fmean(row["personalized-accuracy"] for row in rows[-JUDGED_ROUNDS:])
-                )
-            cells[strategy].append(Cell(mean_and_spread(accuracies)))
-            spent = rows[-1]["epsilon"]
-            print(
-                strategy, epsilon, cells[strategy][-1].text, f"spent {spent}", sep=", ", flush=True
-            )
+    strategies = STRATEGIES[: 1 if quick else None]
+    bases = {
+        strategy: configs(file, rounds, seeds, quick, {**CLIENT, "strategy": strategy})
+        for strategy in strategies
+    }
+    rows = {
+        strategy: ([accuracy(file, base, mode, each) for each in (None, *epsilons)] for base in of)
+        for strategy, of in bases.items()
+    }
     headings = ["no privacy", *(f"epsilon {epsilon:g}" for epsilon in epsilons)]
     note = (
-        f"delta = {DELTA:g}, {base.num_server_rounds} rounds, means over the last {JUDGED_ROUNDS}: "
-        f"python -m benchmarks.dp --mode {mode} --seeds {seeds}{flag(quick)}"
+        f"delta = {DELTA:g}, {tenth(rounds) if quick else rounds} rounds, means over the last "
+        f"{JUDGED_ROUNDS}: python -m benchmarks.dp --mode {mode} --seeds {seeds}{flag(quick)}"
     )
-    print(Table(f"Accuracy with privacy.mode = {mode}", headings, cells, note).markdown())
+    print_table(f"Accuracy with privacy.mode = {mode}", headings, rows, note)
+
+
+def accuracy(file: Path, base: Config, mode: str, epsilon: float | None) -> float:
+    """Return the mean accuracy of a run's last rounds."""
+    private = settings(mode, epsilon, base.num_server_rounds, base.data.train_samples)
+    config = read_config(file, {**base.to_flat(), **private})
+    _, rows = simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS)
+    return fmean(row["personalized-accuracy"] for row in rows[-JUDGED_ROUNDS:])
 
 
 if __name__ == "__main__":

@@ -16,15 +16,13 @@ import typer
 from torch import Tensor
 
 from benchmarks.options import Quick, Seeds, flag, numbers
-from benchmarks.small_runs import shortened
+from benchmarks.small_runs import print_table, shortened
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import ParameterLayout
-from pfedgpa_app.rounds import mean_and_spread
-from pfedgpa_app.tables import Cell, Table
 from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
 from server_app.suites import Suite
@@ -44,17 +42,13 @@ def main(seeds: Seeds = "0,1,2", quick: Quick = False) -> None:
     for seed in numbers(seeds, quick):
         for name, values in measure(seed, quick).items():
             rows.setdefault(name, []).append(values)
-    cells = {
-        name: [Cell(mean_and_spread(values)) for values in zip(*each, strict=True)]
-        for name, each in rows.items()
-    }
     note = (
         "Distances in units of the mean distance of an upload to the nearest other upload. Shared "
         "errors: of the test images that a client's model or its nearest upload gets wrong, the "
         f"part that both give the same wrong class. Mean ± standard deviation over seeds {seeds}: "
         f"python -m benchmarks.memorization --seeds {seeds}{flag(quick)}"
     )
-    print(Table("Memorization, 20 clients in 5 groups", COLUMNS, cells, note).markdown())
+    print_table("Memorization, 20 clients in 5 groups", COLUMNS, rows, note)
 
 
 def measure(seed: int, quick: bool) -> dict[str, list[float]]:
@@ -101,11 +95,15 @@ def _row(
         distance += float((vector - other).norm()) / unit
         labels, classes = _predict(config, client, vector)
         _, others = _predict(config, client, other)
-        wrong = (classes != labels) | (others != labels)
-        both = (classes == others) & wrong
-        shared += int(both.sum()) / max(1, int(wrong.sum()))
+        shared += shared_errors(labels, classes, others)
         accuracy += float((classes == labels).double().mean())
     return [total / len(models) for total in (distance, shared, accuracy)]
+
+
+def shared_errors(labels: Tensor, one: Tensor, other: Tensor) -> float:
+    """Return of what one or the other gets wrong the part that both give the same class."""
+    wrong = (one != labels) | (other != labels)
+    return int(((one == other) & wrong).sum()) / max(1, int(wrong.sum()))
 
 
 def _predict(config: Config, client: int, vector: Tensor) -> tuple[Tensor, Tensor]:

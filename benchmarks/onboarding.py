@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.options import Quick, Seeds, beside, flag, tenth
 from benchmarks.small_images import CLIENTS
-from benchmarks.small_runs import configs
+from benchmarks.small_runs import configs, print_table
 from pfedgpa_app.config import Config
-from pfedgpa_app.rounds import RoundRecord, mean_and_spread
-from pfedgpa_app.tables import CSV_HEAD, Cell, Table
+from pfedgpa_app.rounds import RoundRecord
+from pfedgpa_app.tables import CSV_HEAD
 from server_app.app import make_strategy
 from server_app.replies import Upload
 from server_app.simulation import simulate
@@ -71,10 +71,6 @@ METHODS: dict[str, tuple[str, type[PFedGPA] | None]] = {
 """The strategy's name, and what takes its place."""
 
 
-def _cell(values: list[float]) -> Cell:
-    return Cell(mean_and_spread(values), values=values)
-
-
 def _distance_to(vector: Tensor) -> Callable[[Tensor], float]:
     return lambda other: float((vector - other).norm())
 
@@ -99,24 +95,22 @@ def main(
     columns = sorted({1, 2, 3, last} & set(range(1, last + 1)))
     tables = []
     for name, case in list(CASES.items())[: 1 if quick else None]:
-        curves = {
-            method: [curve(config, case, method, join_round) for config in each]
+        rows = {
+            method: (
+                [curve[n - 1] for n in columns]
+                for curve in (curve_of(config, case, method, join_round) for config in each)
+            )
             for method, each in of_seeds.items()
-        }
-        cells = {
-            method: [_cell([each[n - 1] for each in rows]) for n in columns]
-            for method, rows in curves.items()
         }
         note = f"python -m benchmarks.onboarding --seeds {seeds}{flag(quick)}"
         headings = [f"round {n}" for n in columns]
-        tables.append(Table(f"{name}: rounds since joining", headings, cells, note))
-        print(tables[-1].markdown(), flush=True)
+        tables.append(print_table(f"{name}: rounds since joining", headings, rows, note))
     if results:
         text = CSV_HEAD + "".join(table.csv() for table in tables)
         beside(results, quick).write_text(text, encoding="utf-8")
 
 
-def curve(config: Config, case: Case, method: str, join_round: int) -> Curve:
+def curve_of(config: Config, case: Case, method: str, join_round: int) -> Curve:
     """Return the mean accuracy of a case's late clients in each round from ``join_round`` on."""
     late, never = frozenset(case.late), frozenset(case.never)
     if method == "pfedgpa, from the start":

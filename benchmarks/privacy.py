@@ -18,13 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.options import Quick, Seeds, flag
-from benchmarks.small_runs import configs
+from benchmarks.small_runs import configs, print_table
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
 from pfedgpa_app.models import build_model
-from pfedgpa_app.rounds import mean_and_spread
-from pfedgpa_app.tables import Cell, Table
 from server_app.replies import Upload
 from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
@@ -99,25 +97,26 @@ def main(
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    cells = {}
-    for size in GROUP_SIZES[: 1 if quick else None]:
-        for min_kin in (1, 3):
-            settings = {
-                "data.num-groups": CLIENTS // size,
-                "diffusion.min-kin": min_kin,
-            }
-            results = [
-                run(config, CLIENTS // size)
-                for config in configs(file, rounds, seeds, quick, settings)
-            ]
-            name = f"groups of {size}, min-kin = {min_kin}"
-            cells[name] = [Cell(mean_and_spread(values)) for values in zip(*results, strict=True)]
-            print(name, *(cell.text for cell in cells[name]), sep=", ", flush=True)
+    sizes = GROUP_SIZES[: 1 if quick else None]
+    rows = {
+        f"groups of {size}, min-kin = {min_kin}": (
+            run(config, config.data.num_groups)
+            for config in configs(
+                file,
+                rounds,
+                seeds,
+                quick,
+                {"data.num-groups": CLIENTS // size, "diffusion.min-kin": min_kin},
+            )
+        )
+        for size in sizes
+        for min_kin in (1, 3)
+    }
     note = (
         f"Accuracies are means over the last {JUDGED_ROUNDS} rounds: "
         f"python -m benchmarks.privacy{flag(quick)}"
     )
-    print(Table(f"What is told of others, {CLIENTS} clients", COLUMNS, cells, note).markdown())
+    print_table(f"What is told of others, {CLIENTS} clients", COLUMNS, rows, note)
 
 
 if __name__ == "__main__":

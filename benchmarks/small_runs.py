@@ -1,6 +1,6 @@
-"""Settings of the runs that benchmarks compare, and of their quick versions."""
+"""The runs that benchmarks compare, over seeds, and the tables of what they found."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ from benchmarks.options import numbers, tenth
 from benchmarks.small_images import SMALL_IMAGES
 from pfedgpa_app.config import Config, flatten
 from pfedgpa_app.files import read_toml
+from pfedgpa_app.rounds import mean_and_spread
+from pfedgpa_app.tables import Cell, Table
 
 LESS = {
     "data.train-samples": 50,
@@ -39,3 +41,23 @@ def shortened(config: Config) -> Config:
     """Return the settings of a quick run."""
     rounds = tenth(config.num_server_rounds)
     return Config.from_flat({**config.to_flat(), **LESS, "num-server-rounds": rounds})
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Mapping[str, Iterable[Sequence[float]]],
+    note: str,
+) -> Table:
+    """Print a table of means over seeds, and each row as soon as it is known.
+
+    ``rows`` has the numbers of a row, one a column, for each seed; they may be computed on the way.
+    """
+    cells = {}
+    for name, of_seeds in rows.items():
+        columnwise = zip(*of_seeds, strict=True)
+        cells[name] = [Cell(mean_and_spread(values), values=values) for values in columnwise]
+        print(name, *(cell.text for cell in cells[name]), sep=", ", flush=True)
+    table = Table(title, columns, cells, note)
+    print(table.markdown(), flush=True)
+    return table

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfedgpa_app.data_section import by_x
 from pfedgpa_app.parameters import MAX_ABSOLUTE
-from pfedgpa_app.sections import by_x
 
 # Of an array; it is held in memory as a whole.
 MAX_BYTES = 8 * 2**30

@@ -21,6 +21,7 @@ from pfedgpa_app.console import (
     whole_numbers,
 )
 from pfedgpa_app.files import printable, text_of
+from pfedgpa_app.state import write_text
 from pfedgpa_app.watch import watch
 
 if TYPE_CHECKING:
@@ -142,7 +143,6 @@ def report(
 ) -> None:
     """Write one HTML page to look at a run, to compare several, or of a bench."""
     # plotly takes time to import, which other commands are spared.
-    from pfedgpa_app.page import write_page
     from pfedgpa_app.page.bench import is_bench, page_of_bench
     from pfedgpa_app.page.runs import page_of
 
@@ -159,7 +159,7 @@ def report(
             if len({run.path.resolve() for run in found}) < len(found):
                 fail(f"{', '.join(run.name for run in found)}: right would be each run once")
             page = page_of(found)
-        write_page(output, page)
+        write_text(output, page)
     except (OSError, ValueError) as error:
         fail(str(error))
     print(f"{output}: {len(page) / 1e6:.1f} MB, opens in a browser without a network")

@@ -11,28 +11,20 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from pfedgpa_app.contradictions import contradictions
-from pfedgpa_app.files import native_path
-from pfedgpa_app.section import Count, Scalar, Seed
+from pfedgpa_app.data_section import DATASETS, PARTITIONS, SITES, DataConfig, DatasetInfo, by_x
+from pfedgpa_app.files import below_home, native_path, xdg_folder
+from pfedgpa_app.section import Contradiction, ContradictionError, Count, Scalar, Seed
 from pfedgpa_app.sections import (
-    DATASETS,
     MODEL_SHAPES,
-    PARTITIONS,
-    SITES,
     CheckpointConfig,
     ClientConfig,
-    DataConfig,
-    DatasetInfo,
     DiffusionConfig,
     ModelConfig,
     OnboardingConfig,
     PrivacyConfig,
     ServerConfig,
-    below_home,
-    by_x,
-    xdg_folder,
 )
-from pfedgpa_app.strategies import STRATEGY_INFO, StrategySections
+from pfedgpa_app.strategies import PLAIN_STRATEGIES, STRATEGY_INFO, StrategySections
 
 __all__ = [
     "DATASETS",
@@ -55,11 +47,6 @@ __all__ = [
     "flatten",
     "xdg_folder",
 ]
-
-# Settings that had another name in earlier versions, whose runs and models are there still.
-_RENAMED = {"data.image-shape": "data.shape"}
-# Settings of earlier versions, which the folders of their runs name, and what is done now.
-_REMOVED = {"diffusion.blocks": "whole", "diffusion.old-uploads": "kin"}
 
 
 class ConfigError(ValueError):
@@ -92,53 +79,30 @@ class Config(StrategySections):
     def from_flat(cls, flat: Mapping[str, Any]) -> "Config":
         """Build the settings from a flat run config such as ``{"diffusion.start": 200}``.
 
-        What an earlier version wrote is passed over where it asks for what is done now anyway.
-
         Raises
         ------
         ConfigError
             With every problem: unknown keys, wrong types, values out of range, contradictions.
         """
         known = cls().to_flat().keys()
-        problems = {
-            key: _unknown(key, value, known) for key, value in flat.items() if key not in known
-        }
-        sound = {key: value for key, value in flat.items() if key in known}
-        try:
-            config = cls.model_validate(_nest(sound))
-        except ValidationError as error:
-            problems |= _describe(error, sound)
+        problems = [_unknown(key, value, known) for key, value in flat.items() if key not in known]
+        left = {key: value for key, value in flat.items() if key in known}
+        wrong = set(flat.keys() - known)
+        while True:
+            try:
+                config = cls.model_validate(_nest(left))
+                break
+            except ValidationError as error:
+                problems += _describe(error, left, wrong)
             # The rest is judged as if the wrong values had not been given.
-            config = cls.model_validate(
-                _nest({k: v for k, v in sound.items() if k not in problems})
-            )
-        contrary = [
-            message for keys, message in contradictions(config) if not keys & problems.keys()
-        ]
-        if problems or contrary:
-            raise ConfigError([*problems.values(), *contrary])
+            left = {key: value for key, value in left.items() if key not in wrong}
+        if problems:
+            raise ConfigError(problems)
         return config
 
     def to_flat(self) -> dict[str, Scalar]:
         """Return the settings as a flat run config, the inverse of `from_flat`."""
         return dict(flatten(self.model_dump(by_alias=True)))
-
-    @classmethod
-    def from_older(cls, flat: Mapping[str, Any]) -> "Config":
-        """Build the settings from what `to_flat` returned, perhaps in an earlier version.
-
-        Raises
-        ------
-        ConfigError
-            As `from_flat`, of settings that are no longer there too.
-        """
-        return cls.from_flat(
-            {
-                _RENAMED.get(key, key): value
-                for key, value in flat.items()
-                if (key, value) not in _REMOVED.items()
-            }
-        )
 
     @property
     def changed(self) -> dict[str, Scalar]:
@@ -200,6 +164,88 @@ class Config(StrategySections):
             if value != theirs[key]
         }
 
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield what cannot go together of sections that are each right."""
+        info, model = self.data.info, self.model.name
+        if not _takes(model, info.shape):
+            fitting = [name for name in MODEL_SHAPES if _takes(name, info.shape)]
+            own = "a function of your own, package.module:function"
+            yield (
+                {"model.name", "data.dataset", "data.shape"},
+                f'model.name = "{model}": takes {by_x(MODEL_SHAPES[model])} (* is any) and '
+                f"{self.data.dataset} has {by_x(info.shape)}; right would be "
+                f"{' or '.join(fitting) or own}",
+            )
+        newcomers = self.onboarding
+        late, join, last = newcomers.late_clients, newcomers.join_round, self.num_server_rounds
+        yield from self.diffusion.contradictions_of_steps(
+            "onboarding", newcomers.start, newcomers.num_steps
+        )
+        if late and not 2 <= join <= last:
+            yield (
+                {"onboarding.late-clients", "onboarding.join-round", "num-server-rounds"},
+                f"onboarding.join-round = {join}: with onboarding.late-clients = {late}, the round "
+                f"in which they join should be 2 to num-server-rounds = {last}",
+            )
+        if self.privacy.is_on:
+            yield from self._privacy_contradictions()
+        if self.client.engine == "vmap":
+            yield from self._engine_contradictions()
+
+    def _privacy_contradictions(self) -> Iterator[Contradiction]:
+        mode = f'privacy.mode = "{self.privacy.mode}"'
+        if self.strategy not in PLAIN_STRATEGIES:
+            yield (
+                {"privacy.mode", "strategy"},
+                f'strategy = "{self.strategy}": with {mode} right would be '
+                f"{', '.join(PLAIN_STRATEGIES)}, whose clients train by plain SGD and upload "
+                "nothing but parameters",
+            )
+        if self.resume_from:
+            yield (
+                {"privacy.mode", "resume-from"},
+                f'resume-from = "{self.resume_from}": with {mode} a run cannot go on, since its '
+                "clients forget with the run how much they told",
+            )
+        if self.privacy.mode == "example" and self.client.class_prior:
+            yield (
+                {"privacy.mode", "client.class-prior"},
+                f"client.class-prior = true: with {mode} the gradient of an image must not depend "
+                "on other images, whose labels are counted there; right would be false",
+            )
+        if self.privacy.mode == "example" and self.client.precision != "fp32":
+            yield (
+                {"privacy.mode", "client.precision"},
+                f'client.precision = "{self.client.precision}": with {mode} right would be "fp32"',
+            )
+
+    def _engine_contradictions(self) -> Iterator[Contradiction]:
+        strategy, precision = self.strategy, self.client.precision
+        reasons = {}
+        if strategy not in PLAIN_STRATEGIES:
+            reasons["strategy", strategy] = (
+                f"only the clients of {', '.join(PLAIN_STRATEGIES)} train by plain SGD, as one "
+                "graph"
+            )
+        if self.privacy.mode == "example":
+            reasons["privacy.mode", "example"] = "Opacus trains one model at a time"
+        if precision != "fp32":
+            reasons["client.precision", precision] = "models that train as one graph do so in fp32"
+        for (key, value), reason in reasons.items():
+            yield (
+                {"client.engine", key},
+                f'client.engine = "vmap": with {key} = "{value}" right would be "loop"; {reason}',
+            )
+
+
+def _takes(model: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a model is made for a shape, as those of one's own are."""
+    sizes = MODEL_SHAPES.get(model)
+    return sizes is None or (
+        len(sizes) == len(shape)
+        and all(size in (None, given) for size, given in zip(sizes, shape, strict=True))
+    )
+
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Turn ``{"seed": 0, "a.b": 1}`` into ``{"seed": 0, "a": {"b": 1}}``."""
@@ -220,25 +266,37 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _unknown(key: str, value: object, known: Iterable[str]) -> str:
-    if key in _REMOVED:
-        return f'{key} = {_show(value)}: is no setting any more; every run does "{_REMOVED[key]}"'
     close = difflib.get_close_matches(key, known, n=1)
     hint = f", did you mean {close[0]}?" if close else ""
     return f"{key} = {_show(value)}: no such setting{hint}"
 
 
-def _describe(error: ValidationError, flat: Mapping[str, Any]) -> dict[str, str]:
-    """Turn pydantic's errors into one sentence a key; a union reports one error an alternative."""
+def _describe(error: ValidationError, flat: Mapping[str, Any], wrong: set[str]) -> list[str]:
+    """Say what is wrong, a sentence each, and add the keys to those that are ``wrong``.
+
+    Of a union pydantic has an error for each alternative. Contradictions with what is wrong anyway
+    are not named.
+    """
     wanted: dict[str, list[str]] = {}
+    contradictions: list[Contradiction] = []
     for item in error.errors():
+        if isinstance(cause := item.get("ctx", {}).get("error"), ContradictionError):
+            contradictions += cause.contradictions
+            continue
         location = [str(part) for part in item["loc"]]
         key = next(key for n in (1, 2) if (key := ".".join(location[:n])) in flat)
         wanted.setdefault(key, []).append(_wanted(item))
-    return {
-        key: f"{key} = {_show(flat[key])}: "
-        + " or ".join(dict.fromkeys(texts)).replace(" or should be ", " or ")
-        for key, texts in wanted.items()
-    }
+    wrong.update(wanted)
+    named = [message for keys, message in contradictions if not keys & wrong]
+    wrong.update(*(keys for keys, _ in contradictions))
+    return [
+        *(
+            f"{key} = {_show(flat[key])}: "
+            + " or ".join(dict.fromkeys(texts)).replace(" or should be ", " or ")
+            for key, texts in wanted.items()
+        ),
+        *named,
+    ]
 
 
 def _wanted(item: Any) -> str:

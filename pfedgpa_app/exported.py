@@ -57,7 +57,7 @@ def _read(file: Path, raw: dict[str, Any]) -> tuple[_Facts, Config]:
     """
     try:
         facts = _Facts.model_validate(raw)
-        return facts, Config.from_older(facts.config)
+        return facts, Config.from_flat(facts.config)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ExportError(f"{file} is damaged: {wrong}") from error

@@ -175,3 +175,21 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError as error:
         raise tomllib.TOMLDecodeError("nested too deeply") from error
+
+
+def below_home(path: str) -> Path:
+    """Return a path in full, relative ones seen from the user's home.
+
+    The working directory of a Flower app is that of whoever started the SuperLink, so nothing may
+    depend on it.
+    """
+    return Path.home() / os.path.expanduser(native_path(path))
+
+
+def xdg_folder(variable: str, fallback: str) -> Path:
+    """Return ``pfedgpa`` below an XDG base directory, ``fallback`` where the variable has none.
+
+    The XDG specification has relative values ignored.
+    """
+    base = Path(os.environ.get(variable, ""))
+    return (base if base.is_absolute() else Path.home() / fallback) / "pfedgpa"

@@ -1,4 +1,4 @@
-"""The folder of a run: settings, metrics, figure and the personalized models."""
+"""The folder of a run: settings, metrics and the personalized models."""
 
 import contextlib
 import json
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Self
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.divergence import best_kept, warnings_in
-from pfedgpa_app.figures import Curve, draw_curves
 from pfedgpa_app.files import read_bytes, read_json
 from pfedgpa_app.rounds import Row, parse_rows
 from pfedgpa_app.runs import (
@@ -32,12 +31,6 @@ if TYPE_CHECKING:
 
 ROWS = ("clients.jsonl", "method.jsonl", "metrics.jsonl")
 REPORT = "report.html"
-CURVES = {
-    "personalized-accuracy": "personalized",
-    "finetuned-accuracy": "after local training",
-    "received-accuracy": "as sent for training",
-}
-
 
 # Of a file of rows: of a thousand rounds of a hundred clients, method.jsonl has a tenth of it.
 _MAX_ROWS_BYTES = 2**30
@@ -153,12 +146,6 @@ class RunFolder:
         )
         model.save(folder / f"client-{client}.safetensors")
 
-    def draw(self) -> None:
-        """Draw accuracy.png, and accuracy.svg, from the metrics so far."""
-        file = self.path / "accuracy.png"
-        with writing(file):
-            draw_accuracy(Run.read(self.path), file)
-
 
 @dataclass(frozen=True)
 class Run:
@@ -181,7 +168,7 @@ class Run:
             flat = read_json(path / "config.json")
             if "strategy" not in flat:
                 raise ValueError("config.json names no strategy")
-            config = Config.from_older(flat)
+            config = Config.from_flat(flat)
             return cls(path, config, _read_rows(path / "metrics.jsonl"))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the folder of a run: {error}") from error
@@ -279,29 +266,6 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
             if os.path.lexists(path / RUN_FILE):
                 damaged.append(str(error))
     return runs, damaged
-
-
-def draw_accuracy(run: Run, file: Path) -> None:
-    """Draw a run's mean accuracies over rounds as PNG, and as SVG beside it.
-
-    Where not every round was judged, a curve has the models of the round before, as they were
-    sent.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written.
-    """
-    names = dict(CURVES)
-    if run.config.server.evaluate_every == 1:
-        del names["received-accuracy"]
-    curves = []
-    for metric, name in names.items():
-        rows = [row for row in run.metrics if row.get(metric) is not None]
-        if rows:
-            rounds = [row["round"] for row in rows]
-            curves.append(Curve.over(name, rounds, [[row[metric] for row in rows]]))
-    draw_curves(file, {"": curves}, run.name, "Mean over clients.")
 
 
 def _read_rows(file: Path) -> list[Row]:

@@ -1,8 +1,9 @@
 """What all sections of the settings are made of."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Scalar = bool | int | float | str
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -13,6 +14,18 @@ Count = Annotated[int, Field(ge=1)]
 NUM_SEEDS = 2**31
 Seed = Annotated[int, Field(ge=0, lt=NUM_SEEDS)]
 OptionalCount = Annotated[int, Field(ge=0)]
+OwnFunction = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+
+Contradiction = tuple[set[str], str]
+"""Settings that are each right and cannot go together: their keys, and what would be right."""
+
+
+class ContradictionError(ValueError):
+    """Settings of a section, or of several, that cannot go together."""
+
+    def __init__(self, contradictions: list[Contradiction]) -> None:
+        self.contradictions = contradictions
+        super().__init__("; ".join(message for _, message in contradictions))
 
 
 class Section(BaseModel):
@@ -25,3 +38,13 @@ class Section(BaseModel):
         populate_by_name=True,
         alias_generator=lambda name: name.replace("_", "-"),
     )
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield what cannot go together of values that are each right."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if found := list(self.contradictions()):
+            raise ContradictionError(found)
+        return self

@@ -1,64 +1,27 @@
-"""The sections of the settings, and what they name: data sets and models."""
+"""The sections of the settings that belong to no strategy, ``data`` aside."""
 
-import csv
-import os
-from collections.abc import Iterable
-from functools import lru_cache
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from pfedgpa_app.files import composed, native_path
 from pfedgpa_app.section import (
+    Contradiction,
     Count,
     Fraction,
     NonNegative,
     OptionalCount,
+    OwnFunction,
     Positive,
     Section,
     UnitInterval,
 )
 
-OwnFunction = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 Device = Literal["auto", "cpu", "cuda"]
 
-SITES = "sites"
-"""The data set of which every site brings its own part."""
-
-
-class DatasetInfo(NamedTuple):
-    """What a model must know of a data set: the shape of an example, and how many classes it has.
-
-    The shape is ``(channels, height, width)`` of images, ``(features,)`` of a table's rows,
-    ``(channels, length)`` of signals, or any other.
-    """
-
-    shape: tuple[int, ...]
-    num_classes: int
-
-    @property
-    def is_image(self) -> bool:
-        """Whether an example is an image."""
-        return len(self.shape) == 3
-
-
-DATASETS: dict[str, DatasetInfo] = {
-    "digits": DatasetInfo((1, 8, 8), 10),
-    "fashion-mnist": DatasetInfo((1, 28, 28), 10),
-    "emnist-balanced": DatasetInfo((1, 28, 28), 47),
-    "emnist-byclass": DatasetInfo((1, 28, 28), 62),
-    "cifar10": DatasetInfo((3, 32, 32), 10),
-    "breast-cancer": DatasetInfo((30,), 2),
-    "watch": DatasetInfo((6, 100), 7),
-}
-WITH_OWNERS = ("watch",)
-"""The data sets that say whose each example is."""
-
-ByClass = Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"]
-"""The partitions that share out the samples of each class."""
-PARTITIONS: tuple[str, ...] = (*get_args(ByClass), "natural")
+# Of the variance of the parameters; float32 cannot divide by less.
+_MIN_SIGNAL = 1e-30
 
 # The shapes that a model is made for; None is any size.
 MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
@@ -69,94 +32,6 @@ MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
     "mlp": (None,),
     "cnn-1d": (None, None),
 }
-
-
-def _split_names(names: str) -> list[str]:
-    """Split names at commas; one with a comma stands in double quotes, as in a CSV file."""
-    line = " ".join(names.splitlines())
-    return next(csv.reader([line], skipinitialspace=True, strict=True), [])
-
-
-@lru_cache  # asked for again and again, and there may be tens of thousands
-def _composed_names(names: str) -> tuple[str, ...]:
-    composed_names = (composed(name.strip()) for name in _split_names(names))
-    return tuple(name for name in composed_names if name)
-
-
-def _check_names(names: str) -> str:
-    try:
-        _split_names(names)
-    except csv.Error as error:
-        raise PydanticCustomError(
-            "names",
-            "should be names with commas between them, and one that has a comma in double quotes, "
-            """such as '"left, upper",right' ({reason})""",
-            {"reason": str(error)},
-        ) from error
-    return names
-
-
-class DataConfig(Section):
-    """Which data, and how the clients share it."""
-
-    dataset: (
-        Literal[
-            "digits",
-            "fashion-mnist",
-            "emnist-balanced",
-            "emnist-byclass",
-            "cifar10",
-            "breast-cancer",
-            "watch",
-            "sites",
-        ]
-        | OwnFunction
-    ) = "digits"
-    root: str = ""
-    shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*(x[1-9]\d*)*$")] = ""
-    num_classes: OptionalCount = 0
-    class_names: Annotated[str, AfterValidator(_check_names)] = ""
-    partition: ByClass | Literal["natural"] | OwnFunction = "dominant-classes"
-    train_samples: OptionalCount = 30
-    test_samples: OptionalCount = 0
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    num_groups: Count = 2
-    dominant_classes: Count = 5
-    uniform_fraction: UnitInterval = 0.0
-    dirichlet_alpha: Positive = 0.5
-    classes_per_client: Count = 2
-    test_uniform_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    shift: Literal["none", "rotation", "contrast", "permuted-labels"] = "none"
-    shift_by: Literal["group", "client"] = "group"
-
-    @property
-    def info(self) -> DatasetInfo:
-        """Shape and number of classes, of the named data set or as given for an own one."""
-        if self.dataset in DATASETS:
-            return DATASETS[self.dataset]
-        shape = tuple(int(part) for part in self.shape.split("x"))
-        return DatasetInfo(shape, self.num_classes or len(self.named_classes))
-
-    @property
-    def is_known(self) -> bool:
-        """Whether `info` can tell."""
-        num_classes = self.num_classes or len(self.named_classes)
-        return self.dataset in DATASETS or (self.shape != "" and num_classes >= 2)
-
-    @property
-    def named_classes(self) -> tuple[str, ...]:
-        """The names of ``class-names``, by label, in Unicode's NFC; none where none are given."""
-        return _composed_names(self.class_names)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, by label; where none are given, the labels themselves."""
-        return self.named_classes or tuple(map(str, range(self.info.num_classes)))
-
-    @property
-    def root_path(self) -> Path:
-        """The folder of the data sets, absolute."""
-        return below_home(self.root) if self.root else xdg_folder("XDG_CACHE_HOME", ".cache")
 
 
 class ModelConfig(Section):
@@ -229,6 +104,58 @@ class DiffusionConfig(Section):
         """The patterns of ``generated-layers``, one by one."""
         return tuple(part.strip() for part in self.generated_layers.split(",") if part.strip())
 
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield what cannot go together of values that are each right."""
+        is_auto = self.start == "auto"
+        start = self.num_timesteps - 1 if self.start == "auto" else self.start
+        yield from self.contradictions_of_steps("diffusion", start, self.num_steps, is_auto)
+        if self.space == "raw" and is_auto:
+            yield (
+                {"diffusion.space", "diffusion.start"},
+                'diffusion.start = "auto": follows from the noise floor of the subspace; with '
+                'diffusion.space = "raw" right would be a timestep, such as 200',
+            )
+        if self.beta_start > self.beta_end:
+            yield (
+                {"diffusion.beta-start", "diffusion.beta-end"},
+                f"diffusion.beta-start = {self.beta_start}: more than diffusion.beta-end = "
+                f"{self.beta_end}, but the noise schedule rises",
+            )
+
+    def contradictions_of_steps(
+        self, section: str, start: int, num_steps: int, is_auto: bool = False
+    ) -> Iterator[Contradiction]:
+        """Yield what keeps ``num_steps`` from leading from a section's ``start`` down to 0.
+
+        An automatic start leaves something of the parameters by itself.
+        """
+        key, timesteps = f"{section}.start", self.num_timesteps
+        if start >= timesteps:
+            yield (
+                {key, "diffusion.num-timesteps"},
+                f"{key} = {start}: the forward process has the timesteps 0 to {timesteps - 1} "
+                f"(diffusion.num-timesteps = {timesteps})",
+            )
+        elif num_steps > start:
+            yield (
+                {key, f"{section}.num-steps", "diffusion.num-timesteps"},
+                f"{section}.num-steps = {num_steps}: there are only {start} timesteps from "
+                f"{key} = {start} down to the clean parameters",
+            )
+        rises = self.beta_start <= self.beta_end
+        if start < timesteps and rises and not is_auto and self._signal(start) < _MIN_SIGNAL:
+            yield (
+                {key, "diffusion.beta-start", "diffusion.beta-end"},
+                f"{key} = {start}: nothing of the parameters is left at this timestep; right "
+                "would be an earlier one, or less noise than diffusion.beta-end = "
+                f"{self.beta_end} adds",
+            )
+
+    def _signal(self, timestep: int) -> float:
+        """Return ``alphas_cumprod`` of a timestep, as `NoiseSchedule.linear` has it."""
+        rise = (self.beta_end - self.beta_start) / (self.num_timesteps - 1)
+        return math.prod(1 - (self.beta_start + rise * step) for step in range(timestep + 1))
+
 
 class OnboardingConfig(Section):
     """What becomes of clients that appear when others have been trained already."""
@@ -239,6 +166,15 @@ class OnboardingConfig(Section):
     num_steps: Count = 20
     late_clients: OptionalCount = 0
     join_round: OptionalCount = 0
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield what cannot go together of values that are each right."""
+        if self.join_round and not self.late_clients:
+            yield (
+                {"onboarding.late-clients", "onboarding.join-round"},
+                f"onboarding.join-round = {self.join_round}: no client joins late; right would be "
+                "onboarding.late-clients = 1 or more",
+            )
 
 
 class PrivacyConfig(Section):
@@ -258,31 +194,17 @@ class PrivacyConfig(Section):
         """Whether uploads are to be private."""
         return self.mode != "none"
 
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield what cannot go together of values that are each right."""
+        if self.mode == "update" and not self.epsilon:
+            yield (
+                {"privacy.mode", "privacy.epsilon"},
+                f'privacy.epsilon = {self.epsilon}: with privacy.mode = "update" it decides about '
+                "the noise on each upload; right would be, for example, 1.0",
+            )
+
 
 class CheckpointConfig(Section):
     """What the server writes down so that a run can go on after its end."""
 
     every: OptionalCount = 1
-
-
-def below_home(path: str) -> Path:
-    """Return a path in full, relative ones seen from the user's home.
-
-    The working directory of a Flower app is that of whoever started the SuperLink, so nothing may
-    depend on it.
-    """
-    return Path.home() / os.path.expanduser(native_path(path))
-
-
-def xdg_folder(variable: str, fallback: str) -> Path:
-    """Return ``pfedgpa`` below an XDG base directory, ``fallback`` where the variable has none.
-
-    The XDG specification has relative values ignored.
-    """
-    base = Path(os.environ.get(variable, ""))
-    return (base if base.is_absolute() else Path.home() / fallback) / "pfedgpa"
-
-
-def by_x(shape: Iterable[int | str | None]) -> str:
-    """Write a shape as ``data.shape`` has it, with * for any size."""
-    return "x".join("*" if size is None else str(size) for size in shape)

@@ -56,18 +56,38 @@ def save_state(file: Path, kind: str, tensors: Mapping[str, "Tensor"], **facts: 
     """
     from safetensors.torch import save_file
 
-    unfinished = file.with_name(file.name + ".unfinished")
     metadata = {"kind": kind, "facts": json.dumps(facts)}
     apart = _apart(tensors)
+    with replacing(file) as unfinished:
+        save_file(apart, unfinished, metadata)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Give a path to write to, which then takes the place of ``file`` in one step.
+
+    Raises
+    ------
+    WriteError
+        If it cannot be written; an older file is as it was.
+    """
+    unfinished = file.with_name(file.name + ".unfinished")
     with writing(file):
         try:
-            save_file(apart, unfinished, metadata)
+            unfinished.unlink(missing_ok=True)
+            yield unfinished
             # Otherwise the new name may reach the disk before the content.
             sync_to_disk(unfinished)
             unfinished.replace(file)
         finally:
             unfinished.unlink(missing_ok=True)
         sync_to_disk(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file of UTF-8, as `replacing` does."""
+    with replacing(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _apart(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
@@ -97,16 +117,14 @@ def link_or_copy(source: Path, target: Path) -> None:
 
     Raises
     ------
-    OSError
+    WriteError
         If that fails.
     """
     try:
         os.link(source, target)
     except OSError:
-        unfinished = target.with_name(target.name + ".unfinished")
-        shutil.copyfile(source, unfinished)
-        sync_to_disk(unfinished)
-        unfinished.replace(target)
+        with replacing(target) as unfinished:
+            shutil.copyfile(source, unfinished)
 
 
 Shapes = dict[str, tuple[int, ...]]

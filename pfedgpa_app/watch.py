@@ -4,40 +4,39 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from pfedgpa_app.console import OutputDir, RunArgument, fail, read_run
 from pfedgpa_app.files import open_regular, printable
 from pfedgpa_app.report import Run
-from pfedgpa_app.rounds import Row, accuracies, describe, has_failed, parse_rows, value_of
+from pfedgpa_app.rounds import Row, describe, has_failed, parse_rows, value_of
 from pfedgpa_app.runs import CHECKPOINT, LATEST, is_going_on
 
 _PAUSE = 1.0  # seconds between two looks
-_ROUNDS_SHOWN = 10
 _ROUNDS_TIMED = 5  # of which the median is taken for each round that is left
 _FAILURES_SHOWN = 5
 _INTERRUPTED = 130  # what shells say of Ctrl-C
 
 
 def watch(run: RunArgument = LATEST, output_dir: OutputDir = "") -> None:
-    """Follow a run until it is over: a table on a terminal, otherwise a line a round.
+    """Follow a run until it is over: a line a round, and on a terminal how long the rest takes.
 
     The exit code is 0 if all rounds are complete then, 1 if not.
     """
     followed = Followed(read_run(run, output_dir))
     console = Console()
+    bottom = Live(console=console, auto_refresh=False, transient=True)
     try:
-        if console.is_terminal:
-            _show(followed, console)
-        else:
-            _print(followed)
+        with bottom if console.is_terminal else nullcontext():
+            for left in _rounds(followed):
+                bottom.update(Text(left), refresh=console.is_terminal)
     except KeyboardInterrupt:
         raise typer.Exit(_INTERRUPTED) from None
     name, path = followed.run.name, followed.run.path
@@ -132,8 +131,11 @@ class Followed:
         return max(0.0, whole - self.seconds_since(now))
 
 
-def _print(followed: Followed) -> None:
-    """Print a line a round, and one for each client that failed in it."""
+def _rounds(followed: Followed) -> Iterator[str]:
+    """Print a line a round, and one for each client that failed in it, until the run is over.
+
+    Yields at each look where the run is.
+    """
     while True:
         for row in followed.update():
             print(describe(row, followed.num_rounds))
@@ -142,42 +144,14 @@ def _print(followed: Followed) -> None:
         print(end="", flush=True)
         if followed.is_over:
             return
+        yield _progress(followed, time.time())
         time.sleep(_PAUSE)
-
-
-def _show(followed: Followed, console: Console) -> None:
-    """Keep a table of the last rounds on a terminal."""
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            followed.update()
-            live.update(_picture(followed, time.time()), refresh=True)
-            if followed.is_over:
-                return
-            time.sleep(_PAUSE)
-
-
-def _picture(followed: Followed, now: float) -> Group:
-    """Return the table, and where the run is ``now``, in seconds since 1970."""
-    table = Table(
-        "round", "personalized", "worst", "as sent", "trained", "clients", "missing", "seconds"
-    )
-    for server_round in sorted(followed.rounds)[-_ROUNDS_SHOWN:]:
-        row = followed.rounds[server_round]
-        table.add_row(
-            str(server_round),
-            *accuracies(row),
-            str(value_of(row, "num-clients")),
-            Text("\n".join(_failures(followed, server_round)) or "-"),
-            f"{value_of(row, 'seconds-round'):.1f}",
-        )
-    title = Text(f"{followed.run.name}: {followed.run.path}")
-    return Group(title, table, Text("" if followed.is_over else _progress(followed, now)))
 
 
 def _progress(followed: Followed, now: float) -> str:
     since = timedelta(seconds=round(followed.seconds_since(now)))
     if followed.last_round == followed.num_rounds:
-        return f"All rounds are complete; models and figure are written for {since} h"
+        return f"All rounds are complete; models and page are written for {since} h"
     left = followed.seconds_left(now)
     about = "" if left is None else f", about {timedelta(seconds=round(left))} h left"
     return f"Round {followed.last_round + 1} of {followed.num_rounds} for {since} h{about}"

@@ -18,7 +18,7 @@ from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
 from pfedgpa_app.rounds import JUDGED, NO_REPLY, RowError, causes_of, describe, summarize
 from pfedgpa_app.runs import BANK, BEST, CHECKPOINT
-from pfedgpa_app.state import WriteError
+from pfedgpa_app.state import WriteError, write_text
 from pfedgpa_app.vault import DiskVault
 from server_app.checkpoint import ResumeError, keep_best, resume, settle_earlier, write_checkpoint
 from server_app.grid import GuardedGrid
@@ -90,7 +90,7 @@ def _run(
     folder: RunFolder,
     tracking: Tracking,
 ) -> None:
-    """Do the rounds that are left, and write models and figure."""
+    """Do the rounds that are left, and write models and page."""
     config = folder.config
     layouts = (strategy.global_model.layout, strategy.extras_layout)
     guarded: Any = GuardedGrid(grid, max_bytes(*layouts))
@@ -105,7 +105,6 @@ def _run(
     for client, state in zip(clients, strategy.evaluation_states(clients), strict=True):
         site = strategy.sites.get(client, {})
         folder.save_model(client, state, strategy.record.server_round, site)
-    folder.draw()
     _write_report(folder.path)
 
 
@@ -132,10 +131,9 @@ def _write_report(path: Path) -> None:
     """Write the page to look at the run; whatever is wrong with it is no reason to fail."""
     try:
         # Only the end of a run needs plotly.
-        from pfedgpa_app.page import write_page
         from pfedgpa_app.page.runs import page_of
 
-        write_page(path / REPORT, page_of([Run.read(path)]))
+        write_text(path / REPORT, page_of([Run.read(path)]))
     except Exception as error:
         # As text: an error has the frames of the run, and with them all its models.
         log(WARNING, "There is no %s: %s", REPORT, str(error))

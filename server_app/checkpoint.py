@@ -12,7 +12,7 @@ from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RoundRecord
 from pfedgpa_app.runs import BANK, BEST, CHECKPOINT, RunNotFoundError, find_run
-from pfedgpa_app.state import link_or_copy, load_state, save_state, sync_to_disk, writing
+from pfedgpa_app.state import link_or_copy, load_state, replacing, save_state, writing
 from server_app.strategies import ClientwiseFedAvg
 
 CHECKPOINT_KIND = "pfedgpa-checkpoint-9"
@@ -55,11 +55,8 @@ def keep_best(run: Path, target: Path | None = None) -> None:
         there = {file.name for file in (best / BANK).glob("*")}
         for name in names - there:
             link_or_copy(run / BANK / name, best / BANK / name)
-        linked = best / f"{CHECKPOINT}.unfinished"
-        linked.unlink(missing_ok=True)
-        link_or_copy(run / CHECKPOINT, linked)
-        linked.replace(best / CHECKPOINT)
-        sync_to_disk(best)
+        with replacing(best / CHECKPOINT) as linked:
+            link_or_copy(run / CHECKPOINT, linked)
         for name in there - names:
             (best / BANK / name).unlink()
 

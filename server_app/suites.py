@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import time
 import tomllib
@@ -22,7 +21,7 @@ from pfedgpa_app.files import composed, native_path, quoted, read_json, read_tom
 from pfedgpa_app.preflight import decides, preflight
 from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
 from pfedgpa_app.section import Count, Section, Seed
-from pfedgpa_app.state import writing
+from pfedgpa_app.state import write_text, writing
 from server_app.simulation import simulate
 
 Settings = dict[str, Any]
@@ -364,14 +363,9 @@ class BenchRun:
             },
         }
         file = self.file(folder)
-        part = file.with_suffix(f".{os.getpid()}.part")
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                part.write_text(json.dumps(result), encoding="utf-8")
-                part.replace(file)
-            finally:
-                part.unlink(missing_ok=True)
+        write_text(file, json.dumps(result))
 
     def outcome(self, folder: Path) -> str:
         """Say how it ended: its last accuracy and its seconds."""

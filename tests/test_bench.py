@@ -1,7 +1,6 @@
 """Suites of whole runs, and the tables that come of them."""
 
 import csv
-import errno
 import json
 import re
 import signal
@@ -21,7 +20,7 @@ from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.strategies import FedProxConfig
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table, compare, p_value
-from server_app import bench, bench_tables, suites
+from server_app import bench_tables, suites
 from server_app.cli import app
 from server_app.suites import Suite
 
@@ -216,21 +215,13 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def test_a_run_says_why_it_failed_where_no_traceback_can_be_written(
-    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_run_that_failed_where_no_traceback_can_be_written_says_where_the_error_is(
+    suite: Path, tmp_path: Path
 ):
-    run = replace(Suite.read(suite).runs()[0], judged_rounds=0)
-
-    def fail(*arguments: object, **keywords: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", fail)
-    monkeypatch.setattr(suites, "simulate", lambda *arguments, **keywords: (None, []))
-    with pytest.raises(SystemExit):
-        bench._execute(run, tmp_path)
-    assert "json cannot be written: the disk is full; right would be free" in capfd.readouterr().err
-    assert not list(tmp_path.glob("runs/*"))
-    assert bench._why(1, run.traceback_file(tmp_path)).startswith("see its error above")
+    (tmp_path / "runs").symlink_to("gone")
+    result = invoke(suite, "--seeds", "0", "--processes", 1, "--results", tmp_path)
+    assert result.exit_code == 1
+    assert "see its error above; its traceback could not be written" in result.stderr
 
 
 @pytest.mark.parametrize("where", ["file", "file/folder"])

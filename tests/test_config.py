@@ -108,19 +108,6 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one():
     )
 
 
-def test_a_setting_of_an_earlier_version_is_told_from_a_slip():
-    assert the_problem({"diffusion.blocks": "per-layer"}) == (
-        'diffusion.blocks = "per-layer": is no setting any more; every run does "whole"'
-    )
-
-
-def test_runs_of_an_earlier_version_that_asked_for_what_is_done_are_read():
-    earlier = Config().to_flat() | {"diffusion.blocks": "whole", "diffusion.old-uploads": "kin"}
-    assert Config.from_older(earlier) == Config()
-    with pytest.raises(ConfigError, match="is no setting any more"):
-        Config.from_older(earlier | {"diffusion.blocks": "per-layer"})
-
-
 def test_an_unknown_key_like_no_other_is_named_alone():
     assert the_problem({"xyzzy": "a"}) == 'xyzzy = "a": no such setting'
 
@@ -387,18 +374,6 @@ def test_an_example_may_have_any_shape(written: str, shape: tuple[int, ...]):
     info = Config.from_flat({**flat, "data.shift": "permuted-labels"}).data.info
     assert info == (shape, 2)
     assert not info.is_image
-
-
-def test_a_setting_that_was_renamed_is_named_by_its_new_name():
-    assert the_problem({"data.image-shape": "1x28x28"}) == (
-        'data.image-shape = "1x28x28": no such setting, did you mean data.shape?'
-    )
-
-
-def test_settings_of_an_earlier_version_are_those_of_now():
-    flat = Config.from_flat({**SITES, "data.num-classes": 2}).to_flat()
-    older = {("data.image-shape" if key == "data.shape" else key): v for key, v in flat.items()}
-    assert Config.from_older(older) == Config.from_flat(flat)
 
 
 def test_an_own_data_set_is_as_its_settings_say():

@@ -39,7 +39,13 @@ def own(tmp_path, monkeypatch):
 
     def settings(result):
         module.load = lambda root: (module.__setattr__("root", root), result)[1]
-        return DataConfig(dataset="own_data:load", shape="1x4x5", num_classes=3, root=str(tmp_path))
+        return DataConfig(
+            dataset="own_data:load",
+            shape="1x4x5",
+            num_classes=3,
+            partition="iid",
+            root=str(tmp_path),
+        )
 
     return settings
 

@@ -185,15 +185,6 @@ def test_a_file_with_damaged_metadata_is_refused(tmp_path: Path, facts: str | No
         ExportedModel.load(file)
 
 
-def test_a_file_of_an_earlier_version_is_loaded_with_its_meaning(tmp_path: Path):
-    """Its settings have the shape under the name that it had."""
-    file = tmp_path / "model.safetensors"
-    config = Config.from_flat(OWN_DATA)
-    older = {k.replace("data.shape", "data.image-shape"): v for k, v in config.to_flat().items()}
-    save_with(file, {"config": older, "shape": "gone", "image-shape": [1, 8, 8]})
-    assert ExportedModel.load(file).config == config
-
-
 PRIOR = {"client.class-prior": True}
 
 

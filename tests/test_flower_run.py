@@ -141,8 +141,6 @@ def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[d
         "metrics.jsonl",
         "clients.jsonl",
         "method.jsonl",
-        "accuracy.png",
-        "accuracy.svg",
         "report.html",
         "checkpoint.safetensors",
         "best/checkpoint.safetensors",

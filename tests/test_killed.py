@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +14,8 @@ from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 from simulated_grid import SimulatedGrid, learning_grid, weights
 
-from pfedgpa_app import report
 from pfedgpa_app.model_spec import ModelSpec
-from pfedgpa_app.report import ROWS, Run, RunFolder
+from pfedgpa_app.report import ROWS, RunFolder
 from pfedgpa_app.runs import BEST
 from pfedgpa_app.state import WriteError, load_state
 from server_app import app
@@ -40,18 +38,6 @@ def run_app(output: Path, run_id: int, first_id: int = 1000, **settings: object)
         patch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
         app.main(learning_grid(first_id), context)
     return output / str(run_id)
-
-
-@pytest.fixture(autouse=True)
-def figure(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare runs the drawing itself, which takes a third of their time, unless a disk is full."""
-
-    def leave_files(run: Run, file: Path) -> None:
-        for suffix in (".png", ".svg"):
-            file.with_suffix(suffix).write_text("drawn")
-
-    if "disk" not in request.fixturenames:
-        monkeypatch.setattr(report, "draw_accuracy", leave_files)
 
 
 @pytest.fixture(scope="module")
@@ -107,20 +93,16 @@ def assert_same_results(folder: Path, expected: Path) -> None:
         ours, theirs = (load_file(path / "models" / name) for path in (folder, expected))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
-    assert (folder / "accuracy.png").exists()
-    assert (folder / "accuracy.svg").exists()
 
 
 # What is killed when it is called for the n-th time, and the round that is then complete.
 MOMENTS = {
     "before the first round": (RunFolder, "add_round", 1, 0),
     "before a round's rows": (RunFolder, "add_round", 3, 2),
-    "between clients.jsonl and metrics.jsonl": ("pfedgpa_app.report", "_append", 8, 2),
     # The first checkpoint is that of round 0.
     "between a round's rows and its checkpoint": (app, "write_checkpoint", 4, 2),
     "between the last round and the models": (RunFolder, "save_model", 1, ROUNDS),
     "among the models": (RunFolder, "save_model", 4, ROUNDS),
-    "before the figure": (RunFolder, "draw", 1, ROUNDS),
 }
 
 
@@ -130,24 +112,25 @@ def test_killed_at_any_moment_a_run_loses_the_round_in_progress_at_most(
 ):
     owner, name, call, complete = MOMENTS[moment]
     with monkeypatch.context() as patch:
-        module = sys.modules[owner] if isinstance(owner, str) else owner
-        kill_at(patch, module, name, call)
+        kill_at(patch, owner, name, call)
         with pytest.raises(Killed):
             run_app(tmp_path, 2)
     assert load_state(tmp_path / "2" / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == complete
     assert_same_results(run_app(tmp_path, 3, **{"resume-from": "2"}), expected)
 
 
-def test_lines_that_are_cut_off_do_no_harm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path
+@pytest.mark.parametrize("missing", [20, None], ids=["cut off", "missing in metrics.jsonl"])
+def test_lines_that_are_cut_off_or_missing_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Path, missing: int | None
 ):
     with monkeypatch.context() as patch:
         kill_at(patch, app, "write_checkpoint", 4)
         with pytest.raises(Killed):
             run_app(tmp_path, 2)
-    for name in ROWS:
+    for name in ROWS if missing else ["metrics.jsonl"]:  # which is written last
         file = tmp_path / "2" / name
-        os.truncate(file, file.stat().st_size - 20)
+        last = len(file.read_bytes().splitlines(keepends=True)[-1])
+        os.truncate(file, file.stat().st_size - (missing or last))
     assert_same_results(run_app(tmp_path, 3, **{"resume-from": "2"}), expected)
 
 
@@ -286,7 +269,6 @@ FULL = {
     "between a round's rows and its checkpoint": (app, "write_checkpoint", 4, 2),
     "before the rows of the last round": (RunFolder, "add_round", ROUNDS, ROUNDS - 1),
     "among the models": (RunFolder, "save_model", 4, ROUNDS),
-    "before the figure": (RunFolder, "draw", 1, ROUNDS),
 }
 
 

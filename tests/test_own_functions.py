@@ -81,7 +81,11 @@ def test_no_other_function_is_called_or_imported(here: Path, name: str):
 def test_a_data_set_that_is_named_so_deletes_nothing(tmp_path: Path):
     (tmp_path / "kept").mkdir()
     config = DataConfig(
-        dataset="shutil:rmtree", root=str(tmp_path / "kept"), shape="1x8x8", num_classes=2
+        dataset="shutil:rmtree",
+        root=str(tmp_path / "kept"),
+        shape="1x8x8",
+        num_classes=2,
+        partition="iid",
     )
     with pytest.raises(DataError, match="shutil is not a module of your own"):
         load_dataset(config, seed=0)

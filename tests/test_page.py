@@ -19,7 +19,7 @@ from pfedgpa_app import cli
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.exported import ExportedModel
-from pfedgpa_app.page import figures, method, runs, write_page
+from pfedgpa_app.page import figures, method, runs
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown
@@ -27,7 +27,7 @@ from pfedgpa_app.page.look import COLOURS
 from pfedgpa_app.page.runs import grouped, page_of
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.rounds import RoundRecord, summarize
-from pfedgpa_app.state import WriteError
+from pfedgpa_app.state import WriteError, write_text
 from pfedgpa_app.tables import INDEX_KIND
 
 EVIL = "</script><script>window.evil = 1</script><img src=x onerror='window.evil = 2'>\u2028&lt;"
@@ -493,7 +493,7 @@ def test_the_command_says_what_is_no_run(tmp_path: Path):
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path):
     (tmp_path / "page.html").mkdir()
     with pytest.raises(WriteError, match=r"page\.html cannot be written"):
-        write_page(tmp_path / "page.html", "page")
+        write_text(tmp_path / "page.html", "page")
     assert {file.name for file in tmp_path.iterdir()} == {"page.html"}
 
 
@@ -522,7 +522,7 @@ def test_a_browser_draws_every_figure_and_has_nothing_to_complain_of(
             del nothing_denoised[name]
         rows.write(json.dumps(nothing_denoised) + "\n")
     file = tmp_path / "page.html"
-    write_page(file, page_of(several))
+    write_text(file, page_of(several))
     with Browser(tmp_path / "profile") as browser:
         browser.open(file, width, scheme)
         seen: set[int] = set()
@@ -549,7 +549,7 @@ def test_a_browser_draws_every_figure_and_has_nothing_to_complain_of(
 def test_where_all_of_the_axis_is_shown_a_legend_names_the_curves(tmp_path: Path):
     """Names beside the ends of curves have places for the range of the second half."""
     file = tmp_path / "page.html"
-    write_page(file, page_of([make_run(tmp_path / "run")]))
+    write_text(file, page_of([make_run(tmp_path / "run")]))
     legend = "document.querySelectorAll('.plot')[0].querySelectorAll('.legendtext').length"
     names = "document.querySelectorAll('.plot')[0].querySelectorAll('.annotation').length"
     with Browser(tmp_path / "profile") as browser:
@@ -565,7 +565,7 @@ def test_where_all_of_the_axis_is_shown_a_legend_names_the_curves(tmp_path: Path
 def test_the_slider_goes_through_the_rounds_by_the_keyboard(tmp_path: Path):
     run = make_run(tmp_path / "run")
     file = tmp_path / "page.html"
-    write_page(file, page_of([run]))
+    write_text(file, page_of([run]))
     shown = "document.querySelectorAll('.plot')[3].data[1]"
     with Browser(tmp_path / "profile") as browser:
         browser.open(file)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data import DataError
 from pfedgpa_app.data.partitions import partition
-from pfedgpa_app.sections import ByClass
+from pfedgpa_app.data_section import ByClass
 
 PARTITIONS = get_args(ByClass)
 

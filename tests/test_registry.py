@@ -82,6 +82,21 @@ def comments() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("key", "names"), choices(Config), ids=lambda value: str(value)[:30])
-def test_the_comment_in_pyproject_names_every_choice(key: str, names: list[str]):
-    assert [name for name in names if name not in comments()[key]] == []
+def test_the_comments_in_pyproject_and_the_table_of_settings_are_those_of_the_settings():
+    """Descriptions stand in pyproject.toml alone; docs/settings.md has the choices once more."""
+    settings, described = Config().to_flat(), comments()
+    assert described.keys() == settings.keys()
+    text = (PROJECT / "docs" / "settings.md").read_text()
+    rows = {
+        key: row
+        for keys, row in re.findall(r"^\| (`.+?`) \| (.+) \|$", text, flags=re.MULTILINE)
+        for key in re.findall("`([^`]+)`", keys)
+    }
+    assert rows.keys() <= settings.keys()
+    for key, names in choices(Config):
+        assert [name for name in names if name not in described[key]] == []
+        in_row = re.findall(r"`([^`]+)`", rows.get(key, ""))
+        assert [name for name in names if name and key in rows and name not in in_row] == []
+    often = re.findall(r"`([a-z.-]+)` \(([\d.]+)", text.partition("Often changed:")[2])
+    assert often
+    assert [(key, value) for key, value in often if str(settings[key]) != value] == []

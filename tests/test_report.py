@@ -2,18 +2,16 @@
 
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.report import Run, RunFolder, draw_accuracy, read_runs
+from pfedgpa_app.report import Run, RunFolder, read_runs
 from pfedgpa_app.rounds import RoundRecord, mean_and_spread, summarize
 from pfedgpa_app.state import WriteError
 
@@ -209,15 +207,6 @@ def test_the_model_of_a_client_is_found_and_those_there_are_named(tmp_path: Path
         run.model_file(1)
 
 
-def test_the_settings_of_a_run_of_an_earlier_version_are_read(tmp_path: Path):
-    """The shape of an example was that of an image."""
-    settings = {"data.dataset": "mine:load", "data.shape": "1x8x8", "data.num-classes": 10}
-    RunFolder(tmp_path / "run", Config.from_flat(settings))
-    file = tmp_path / "run" / "config.json"
-    file.write_text(file.read_text().replace("data.shape", "data.image-shape"))
-    assert Run.read(tmp_path / "run").config == Config.from_flat(settings)
-
-
 def test_a_run_that_has_just_begun_has_no_metrics(tmp_path: Path):
     RunFolder(tmp_path / "run", Config())
     run = Run.read(tmp_path / "run")
@@ -273,42 +262,6 @@ def test_mean_and_spread_of_few_values():
     assert mean_and_spread([0.2]) == "0.2000"
     assert mean_and_spread([]) == "-"
     assert mean_and_spread([10.0, 20.0], digits=0) == "15 ± 7"
-
-
-def colours_of(file: Path) -> set[tuple[int, ...]]:
-    """Return the saturated colours of a PNG, which are those of the curves."""
-    content = file.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    assert min(struct.unpack(">II", content[16:24])) > 500
-    pixels = (matplotlib.image.imread(file)[..., :3] * 255).round().astype(int)
-    found = pixels.reshape(-1, 3)
-    return {tuple(map(int, colour)) for colour in found[found.max(1) - found.min(1) > 120]}
-
-
-BLUE, VERMILLION = (0, 114, 178), (213, 94, 0)
-
-
-def test_a_figure_has_a_curve_a_metric_that_names_itself(tmp_path: Path):
-    run = make_run(tmp_path / "run", [0.2, None, 0.6])
-    draw_accuracy(run, tmp_path / "figure.png")
-    assert {BLUE, VERMILLION} <= colours_of(tmp_path / "figure.png")
-    text = (tmp_path / "figure.svg").read_text()
-    for written in (run.name, "personalized", "after local training", "round"):
-        assert f">{written}</text>" in text
-    assert "as sent for training" not in text
-
-
-def test_a_run_without_numbers_has_a_figure_too(tmp_path: Path):
-    draw_accuracy(make_run(tmp_path / "run", []), tmp_path / "figure.png")
-    assert (tmp_path / "figure.svg").exists()
-
-
-def test_a_run_folder_draws_its_own_figure(tmp_path: Path):
-    folder = RunFolder(tmp_path / "run", Config())
-    for server_round, accuracy in [(1, 0.2), (2, 0.5)]:
-        folder.add_round({"round": server_round, "personalized-accuracy": accuracy}, [])
-        folder.draw()
-    assert BLUE in colours_of(tmp_path / "run" / "accuracy.png")
 
 
 def test_the_last_reason_for_the_end_of_a_run_is_read_and_its_lock_stays(tmp_path: Path):

@@ -323,7 +323,8 @@ class TestPFedHN:
         grid = SimulatedGrid({1: site(1.0)})
         strategy.min_available_nodes = 1
         strategy.min_train_nodes = strategy.min_evaluate_nodes = 1
-        embedding = strategy._embedding(0).double().numpy()
+        generator = make_generator(strategy.seed, "embedding", 0)
+        embedding = torch.randn(2, generator=generator).double().numpy()
         linear = [layer for layer in strategy.network if isinstance(layer, nn.Linear)]
         matrices = [layer.weight.detach().double().numpy().copy() for layer in linear]
         biases = [layer.bias.detach().double().numpy().copy() for layer in linear]

@@ -193,7 +193,7 @@ def test_a_server_that_is_away_does_not_end_the_run(
     mlflow.is_away = True
     run_app(tmp_path, 7, monkeypatch, tracking="mlflow")
     assert len(numbers(tmp_path / "7")) == 2
-    assert (tmp_path / "7" / "accuracy.png").exists()
+    assert (tmp_path / "7" / "report.html").exists()
     assert sum("the server is away" in text for text in caplog.messages) == 2
 
 
@@ -216,10 +216,10 @@ def test_an_end_that_cannot_be_written_is_logged(
 def test_a_run_that_breaks_off_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow: FakeMLflow
 ):
-    def fail(folder: RunFolder) -> None:
+    def fail(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunFolder, "draw", fail)
+    monkeypatch.setattr(RunFolder, "save_model", fail)
     with pytest.raises(KeyboardInterrupt):
         run_app(tmp_path, 7, monkeypatch, tracking="mlflow")
     assert mlflow.calls[-1] == ("end_run", "FAILED")

@@ -11,9 +11,9 @@ from typer.testing import CliRunner, Result
 
 from pfedgpa_app import cli, watch
 from pfedgpa_app.config import Config
-from pfedgpa_app.report import Run, RunFolder
+from pfedgpa_app.report import RunFolder
 from pfedgpa_app.rounds import RoundRecord, Row, summarize
-from pfedgpa_app.watch import Followed, Tail
+from pfedgpa_app.watch import Tail
 
 NUM_ROUNDS = 3
 
@@ -111,72 +111,50 @@ def test_ctrl_c_is_neither_the_end_nor_a_failure_of_the_run(
     assert invoke(tmp_path).exit_code == 130
 
 
-def test_rounds_of_an_older_version_have_dashes(tmp_path: Path, folder: RunFolder):
+def test_numbers_that_are_not_known_are_dashes(tmp_path: Path, folder: RunFolder):
     for number in (1, 2, 3):
         folder.add_round({"round": number, "personalized-accuracy": 0.5}, [])
     folder.__exit__()
-    result = invoke(tmp_path)
-    assert result.exit_code == 0
-    assert result.stdout.splitlines()[0] == (
+    assert invoke(tmp_path).stdout.splitlines()[0] == (
         "Round 1/3: personalized accuracy 0.5000 (worst client -), as sent -, after local training "
         "-; 0 clients, 0.0 s (clients 0.0, diffusion 0.0)"
     )
-    assert any("0.5000" in row for row in picture(tmp_path / "111", 0.0))
 
 
-def picture(run: Path, now: float) -> list[str]:
-    """Return what a terminal of 100 columns shows."""
-    followed = Followed(Run.read(run))
-    followed.update()
-    file = io.StringIO()
-    Console(file=file, width=100).print(watch._picture(followed, now))
-    return [text.rstrip() for text in file.getvalue().splitlines()]
-
-
-def test_on_a_terminal_the_last_rounds_are_a_table(tmp_path: Path):
-    folder = RunFolder(tmp_path / "111", Config(num_server_rounds=20))
-    failures = dict.fromkeys(range(7), "no reply")
-    for number in range(1, 14):
-        end_round(folder, number, failures if number == 13 else None)
-    os.utime(tmp_path / "111" / "metrics.jsonl", (1000, 1000))
-    title, *table, progress = picture(tmp_path / "111", now=1003.0)
-    assert title == f"digits-pfedgpa-1: {tmp_path}/111"
-    cells = [[cell.strip() for cell in row.strip("│┃").split("│")] for row in table if "│" in row]
-    assert [row[0] for row in cells if row[0]] == [str(number) for number in range(4, 14)]
-    assert cells[0] == ["4", "0.8450", "0.8000", "0.5000", "0.7500", "10", "-", "2.0"]
-    assert [row[6] for row in cells[9:]] == [
-        *(f"client {client}: no reply" for client in range(5)),
-        "and 2 more",
-    ]
-    # Seven rounds of 2 s, of which 3 s are over.
-    assert progress == "Round 14 of 20 for 0:00:03 h, about 0:00:11 h left"
-
-
-def test_before_the_first_round_nobody_knows_how_long_it_takes(tmp_path: Path, folder: RunFolder):
-    os.utime(tmp_path / "111" / "config.json", (1000, 1000))
-    assert picture(tmp_path / "111", 1007.0)[-1] == "Round 1 of 3 for 0:00:07 h"
-
-
-def test_after_the_last_round_models_are_written(tmp_path: Path, folder: RunFolder):
-    for number in (1, 2, 3):
-        end_round(folder, number)
-    assert picture(tmp_path / "111", 0.0)[-1].startswith("All rounds are complete; models and")
-    folder.__exit__()
-    assert picture(tmp_path / "111", 0.0)[-1] == ""
-
-
-def test_on_a_terminal_the_table_stays_until_the_run_is_over(
+def test_a_terminal_also_has_how_long_the_round_takes_and_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder
 ):
+    def end(number: int, failures: dict[int, str] | None = None) -> None:
+        end_round(folder, number, failures)
+        os.utime(tmp_path / "111" / "metrics.jsonl", (1000, 1000))
+
+    os.utime(tmp_path / "111" / "config.json", (998, 998))
     file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=100)
+    console = Console(file=file, force_terminal=True, width=200)
     monkeypatch.setattr(watch, "Console", lambda: console)
-    rounds = (lambda number=number: end_round(folder, number) for number in (1, 2, 3))
-    meanwhile(monkeypatch, *rounds, lambda: folder.__exit__())
+    monkeypatch.setattr(watch.time, "time", lambda: 1001.0)
+    failures = dict.fromkeys(range(7), "no reply")
+    meanwhile(
+        monkeypatch,
+        lambda: end(1),
+        lambda: end(2, failures),
+        lambda: end(3),
+        lambda: folder.__exit__(),
+    )
     result = invoke(tmp_path)
     assert result.exit_code == 0
-    assert file.getvalue().count("Round 1 of 3") == 1
-    assert file.getvalue().count("All rounds are complete") == 1
+    shown = file.getvalue()
+    for text in (
+        "Round 1 of 3 for 0:00:03 h",
+        # Two rounds of 2 s, of which 1 s is over.
+        "Round 2 of 3 for 0:00:01 h, about 0:00:03 h left",
+        "  client 4: no reply",
+        "  and 2 more",
+        "All rounds are complete; models and page are written for 0:00:01 h",
+    ):
+        assert text in shown
+    assert [shown.count(f"Round {number}/3: ") for number in (1, 2, 3)] == [1, 1, 1]
+    assert "client 5" not in shown
     assert result.stdout == f"digits-pfedgpa-1 is complete, 3 of 3 rounds: {tmp_path}/111\n"
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from pfedgpa_app.config import PARTITIONS, DataConfig
 from pfedgpa_app.data.dataset import DataError
 from pfedgpa_app.data.own import own_shares
-from pfedgpa_app.sections import ByClass
+from pfedgpa_app.data_section import ByClass
 
 Indices = NDArray[np.int64]
 

@@ -1,0 +1,229 @@
+"""The data sets that have names, and the section of the settings that chooses one."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from pfedgpa_app.files import below_home, composed, quoted, xdg_folder
+from pfedgpa_app.section import (
+    Contradiction,
+    Count,
+    OptionalCount,
+    OwnFunction,
+    Positive,
+    Section,
+    UnitInterval,
+)
+
+# Of a long value so many letters are shown.
+_MAX_SHOWN = 200
+
+SITES = "sites"
+"""The data set of which every site brings its own part."""
+
+
+class DatasetInfo(NamedTuple):
+    """What a model must know of a data set: the shape of an example, and how many classes it has.
+
+    The shape is ``(channels, height, width)`` of images, ``(features,)`` of a table's rows,
+    ``(channels, length)`` of signals, or any other.
+    """
+
+    shape: tuple[int, ...]
+    num_classes: int
+
+    @property
+    def is_image(self) -> bool:
+        """Whether an example is an image."""
+        return len(self.shape) == 3
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "digits": DatasetInfo((1, 8, 8), 10),
+    "fashion-mnist": DatasetInfo((1, 28, 28), 10),
+    "emnist-balanced": DatasetInfo((1, 28, 28), 47),
+    "emnist-byclass": DatasetInfo((1, 28, 28), 62),
+    "cifar10": DatasetInfo((3, 32, 32), 10),
+    "breast-cancer": DatasetInfo((30,), 2),
+    "watch": DatasetInfo((6, 100), 7),
+}
+WITH_OWNERS = ("watch",)
+"""The data sets that say whose each example is."""
+
+ByClass = Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"]
+"""The partitions that share out the samples of each class."""
+PARTITIONS: tuple[str, ...] = (*get_args(ByClass), "natural")
+
+
+def _split_names(names: str) -> list[str]:
+    """Split names at commas; one with a comma stands in double quotes, as in a CSV file."""
+    line = " ".join(names.splitlines())
+    return next(csv.reader([line], skipinitialspace=True, strict=True), [])
+
+
+@lru_cache  # asked for again and again, and there may be tens of thousands
+def _composed_names(names: str) -> tuple[str, ...]:
+    composed_names = (composed(name.strip()) for name in _split_names(names))
+    return tuple(name for name in composed_names if name)
+
+
+def _check_names(names: str) -> str:
+    try:
+        _split_names(names)
+    except csv.Error as error:
+        raise PydanticCustomError(
+            "names",
+            "should be names with commas between them, and one that has a comma in double quotes, "
+            """such as '"left, upper",right' ({reason})""",
+            {"reason": str(error)},
+        ) from error
+    return names
+
+
+class DataConfig(Section):
+    """Which data, and how the clients share it."""
+
+    dataset: (
+        Literal[
+            "digits",
+            "fashion-mnist",
+            "emnist-balanced",
+            "emnist-byclass",
+            "cifar10",
+            "breast-cancer",
+            "watch",
+            "sites",
+        ]
+        | OwnFunction
+    ) = "digits"
+    root: str = ""
+    shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*(x[1-9]\d*)*$")] = ""
+    num_classes: OptionalCount = 0
+    class_names: Annotated[str, AfterValidator(_check_names)] = ""
+    partition: ByClass | Literal["natural"] | OwnFunction = "dominant-classes"
+    train_samples: OptionalCount = 30
+    test_samples: OptionalCount = 0
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    num_groups: Count = 2
+    dominant_classes: Count = 5
+    uniform_fraction: UnitInterval = 0.0
+    dirichlet_alpha: Positive = 0.5
+    classes_per_client: Count = 2
+    test_uniform_fraction: UnitInterval = 0.0
+    shift: Literal["none", "rotation", "contrast", "permuted-labels"] = "none"
+    shift_by: Literal["group", "client"] = "group"
+
+    @property
+    def info(self) -> DatasetInfo:
+        """Shape and number of classes, of the named data set or as given for an own one."""
+        if self.dataset in DATASETS:
+            return DATASETS[self.dataset]
+        shape = tuple(int(part) for part in self.shape.split("x"))
+        return DatasetInfo(shape, self.num_classes or len(self.named_classes))
+
+    @property
+    def named_classes(self) -> tuple[str, ...]:
+        """The names of ``class-names``, by label, in Unicode's NFC; none where none are given."""
+        return _composed_names(self.class_names)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by label; where none are given, the labels themselves."""
+        return self.named_classes or tuple(map(str, range(self.info.num_classes)))
+
+    @property
+    def root_path(self) -> Path:
+        """The folder of the data sets, absolute."""
+        return below_home(self.root) if self.root else xdg_folder("XDG_CACHE_HOME", ".cache")
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield what cannot go together of values that are each right."""
+        own_data = self.dataset not in DATASETS
+        names, num_classes = self.named_classes, self.num_classes
+        if own_data and not self.shape:
+            yield (
+                {"data.dataset", "data.shape"},
+                f'data.shape = "": data.dataset = "{self.dataset}" is an own data set, say how '
+                'large its examples are, for example "1x28x28" (channels x height x width) or "30" '
+                "(features of a table)",
+            )
+        if own_data and (num_classes or len(names)) < 2:
+            yield (
+                {"data.dataset", "data.num-classes", "data.class-names"},
+                f'data.num-classes = {num_classes}: data.dataset = "{self.dataset}" is an own '
+                "data set, say how many classes it has (2 or more), or what they are called "
+                "(data.class-names)",
+            )
+        if not own_data:
+            num_classes = DATASETS[self.dataset].num_classes
+        shown = self.class_names[:_MAX_SHOWN] + "…" * (len(self.class_names) > _MAX_SHOWN)
+        if names and num_classes not in (0, len(names)):
+            yield (
+                {"data.dataset", "data.num-classes", "data.class-names"},
+                f'data.class-names = "{shown}": has {len(names)} names for {num_classes} classes; '
+                "right would be one each",
+            )
+        if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+            yield (
+                {"data.class-names"},
+                f'data.class-names = "{shown}": has {", ".join(map(quoted, repeated[:5]))} more '
+                "than once; right would be each once",
+            )
+        if self.partition == "natural" and not own_data and self.dataset not in WITH_OWNERS:
+            yield (
+                {"data.partition", "data.dataset"},
+                f'data.partition = "natural": {self.dataset} does not say whose each example is; '
+                f"right would be another partition, {' or '.join(WITH_OWNERS)}, or a data set of "
+                "your own",
+            )
+        uniform = f"data.test-uniform-fraction = {self.test_uniform_fraction}"
+        if self.partition == "natural" and self.test_uniform_fraction:
+            yield (
+                {"data.partition", "data.test-uniform-fraction"},
+                f'{uniform}: with data.partition = "natural" each owner\'s test examples are its '
+                "own; right would be 0.0",
+            )
+        if self.dataset == SITES and self.test_uniform_fraction:
+            yield (
+                {"data.dataset", "data.test-uniform-fraction"},
+                f"{uniform}: is of data that is shared out; with data.dataset = "
+                f'"{SITES}" right would be 0.0',
+            )
+        if self.dataset == SITES and self.shift != "none":
+            yield (
+                {"data.dataset", "data.shift"},
+                f'data.shift = "{self.shift}": changes data that is shared out; with data.dataset '
+                f'= "{SITES}" right would be "none"',
+            )
+        if not own_data or (self.shape and (num_classes or len(names)) >= 2):
+            yield from self._size_contradictions()
+
+    def _size_contradictions(self) -> Iterator[Contradiction]:
+        most, shape = self.info.num_classes, self.info.shape
+        asked = {
+            "dominant-classes": ("data.dominant-classes", self.dominant_classes),
+            "pathological": ("data.classes-per-client", self.classes_per_client),
+        }
+        key, number = asked.get(self.partition, ("", 0))
+        if number > most and self.dataset != SITES:
+            yield (
+                {"data.partition", key, "data.dataset", "data.num-classes"},
+                f"{key} = {number}: {self.dataset} has only {most} classes, so at most {most}",
+            )
+        if self.shift in ("rotation", "contrast") and not self.info.is_image:
+            yield (
+                {"data.shift", "data.dataset", "data.shape"},
+                f'data.shift = "{self.shift}": is one of images, and {self.dataset} has the shape '
+                f'{by_x(shape)}; right would be "none" or "permuted-labels"',
+            )
+
+
+def by_x(shape: Iterable[int | str | None]) -> str:
+    """Write a shape as ``data.shape`` has it, with * for any size."""
+    return "x".join("*" if size is None else str(size) for size in shape)
