@@ -6,7 +6,7 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from benchmarks.attacks import ATTACKS, RULES, Attack, AttackedGrid
+from benchmarks.attacks import ATTACKS, RULES, Attack, AttackedGrid, Case
 from benchmarks.lying_client import TARGET, falsified, with_trigger
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
@@ -36,7 +36,7 @@ def uploads(attack: Attack) -> tuple[Tensor, Tensor, dict[int, Upload]]:
         config,
         NUM_CLIENTS,
         strategy=Kept.of(config),
-        make_grid=lambda *args: AttackedGrid(attack, LIARS, *args),
+        make_grid=lambda *args: AttackedGrid(attack, Case(LIARS), *args),
         num_processes=0,
     )
     assert isinstance(strategy, Kept)

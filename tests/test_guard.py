@@ -12,7 +12,8 @@ from torch import Tensor
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import MAX_AGE
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.guard import cosines_with_others, unusual
+from pfedgpa_app.guard import Guard, Move, cosines_with_others
+from pfedgpa_app.parameters import ParameterLayout
 from pfedgpa_app.randomness import make_generator
 from server_app.strategies import ClientwiseFedAvg, PFedGPA
 
@@ -29,7 +30,15 @@ def honest_moves(num_clients: int, groups: Tensor, seed: int = 3) -> Tensor:
 
 def judged(moves: Tensor) -> set[int]:
     """Return who is unusual in a first round."""
-    return set(unusual(list(moves), list(moves), torch.zeros(DIM)))
+    return set(found(moves, moves))
+
+
+def found(moves: Tensor, positions: Tensor) -> dict[int, str]:
+    """Return who is unusual, and why, of clients that moved and came so far, ``(n, DIM)``."""
+    layout = ParameterLayout.of({"weight": torch.zeros(DIM)})
+    sent = {"weight": torch.zeros(DIM)}
+    made = {row: Move.of(layout, sent, {"weight": move}) for row, move in enumerate(moves)}
+    return Guard().unusual(made, dict(enumerate(positions)), torch.zeros(DIM), len(moves))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +70,7 @@ def test_who_went_far_step_by_step_is_found():
     moves = honest_moves(20, torch.arange(20) % 5)
     positions = 5 * moves
     positions[7] *= 3
-    [(row, reason)] = unusual(list(moves), list(positions), torch.zeros(DIM)).items()
+    [(row, reason)] = found(moves, positions).items()
     assert row == 7
     assert reason.startswith("it came")
 
