@@ -362,12 +362,13 @@ def run(
     found: dict[int, list[float]] = {node: [] for node in judged}
 
     def note(record: RoundRecord) -> None:
-        for row in record.clients.values():
-            node = int(row.get("node-id", -1))
+        for client, row in record.clients.items():
+            node = strategy.roster.node_id(client)
             if node in found and "personalized-accuracy" in row:
                 found[node].append(row["personalized-accuracy"])
 
     last = attack.last_round
+    strategy.fraction_train = config.server.fraction_train
     strategy, _ = simulate(
         config,
         CLIENTS,

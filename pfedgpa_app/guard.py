@@ -218,7 +218,7 @@ def misfits(halves: Sequence[Tensor], moves: Sequence[Tensor]) -> dict[int, str]
     own = torch.stack(
         [cosine(one + other, m.double()) for (one, other), m in zip(pairs, moves, strict=True)]
     )
-    return _against(each_other, "its halves") | _against(own, "its halves with its move")
+    return _against(own, "its halves with its move") | _against(each_other, "its halves")
 
 
 def _against(cosines: Tensor, whose: str, most: float = 0.0) -> dict[int, str]:

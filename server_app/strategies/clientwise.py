@@ -50,7 +50,7 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
     message, by `configure_evaluate` or `configure_train`.
 
     A reply that is an error, does not fit the model, is not finite or never comes costs its sender
-    the round and nobody else. Who takes part is drawn from ``seed`` and the round.
+    the round and nobody else. Who takes part is drawn from ``sampling_seed`` and the round.
 
     Parameters
     ----------
@@ -79,6 +79,9 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
     metric_ranges : dict[str, tuple[float, float]]
         The smallest and the largest value of a client's metric, by name. None by default: other
         clients than those of this app may mean something else by a name.
+    sampling_seed : int
+        Who takes part is drawn from it: the seed, but a secret on a network, where clients that
+        know when they are most of a round could wait for it.
     completed_rounds : int
         Rounds of an earlier run that this one goes on from; Flower counts its rounds from 1 again.
     """
@@ -104,6 +107,7 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
         self.join_round = join_round
         self.roster = roster or Roster()
         self.metric_ranges: dict[str, tuple[float, float]] = {}
+        self.sampling_seed = seed
         self.completed_rounds = 0
         self.record = RoundRecord(0)
         self._sent: dict[int, StateDict] = {}
@@ -268,7 +272,9 @@ class ClientwiseFedAvg(ServerMethod, FedAvg):
                 )
         size = min(len(clients), max(minimum, round(fraction * len(clients))))
         log(INFO, "configure_%s: Sampled %s nodes (out of %s)", purpose, size, len(clients))
-        return draw(clients, size, make_generator(self.seed, "sample", purpose, server_round))
+        return draw(
+            clients, size, make_generator(self.sampling_seed, "sample", purpose, server_round)
+        )
 
     def _messages(
         self,
