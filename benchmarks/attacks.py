@@ -245,7 +245,7 @@ class AttackedGrid(PoolGrid):
                 for node, content in uploaded.items()
                 if record in content
             }
-            names = self._attacked(record, next(iter(states.values()), {}))
+            names = self.attacked(record, next(iter(states.values()), {}))
             honest_nodes = states.keys() - self.liars
             if not names or not honest_nodes:  # there is nothing to lie about, or to know
                 continue
@@ -278,8 +278,8 @@ class AttackedGrid(PoolGrid):
             partition = uploaded[node]["metrics"]["partition"]
             uploaded[node]["metrics"] = MetricRecord({**plausible, "partition": partition})
 
-    def _attacked(self, record: str, state: StateDict) -> list[str]:
-        """Return the entries of a record that are lied about."""
+    def attacked(self, record: str, state: StateDict) -> list[str]:
+        """Return which entries of a state in a record are lied about."""
         if record == EXTRAS:
             return list(state) if self.lies in ("all", "halves") else []
         trained = default_trained(state)

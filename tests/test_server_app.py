@@ -320,3 +320,20 @@ def test_who_takes_part_follows_from_the_seed_unless_clients_could_use_it(
         rows = Run.read(tmp_path / str(run_id)).clients
         drawn.add(tuple((row["round"], row["client"]) for row in rows))
     assert len(drawn) == (2 if is_network else 1)
+
+
+def test_seeded_noise_is_warned_of_and_private_runs_leave_nothing_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+    settings = {
+        "output-dir": str(tmp_path),
+        "num-server-rounds": 1,
+        "diffusion.train-steps": 5,
+        "privacy.mode": "update",
+        "privacy.epsilon": 300.0,
+        "privacy.seeded-noise": True,
+    }
+    main(learning_grid(first_id=10), Context(1, 1, {}, RecordDict(), settings))
+    assert "the noise follows from the seed and protects nobody" in caplog.text
+    assert not list((tmp_path / "1").rglob("checkpoint*"))
