@@ -97,10 +97,13 @@ class Guard:
     ----------
     memory
         What is remembered of clients, `Move.summary` by client; the latest come last.
+    num_compared
+        How many clients were compared in the last round.
     """
 
     def __init__(self) -> None:
         self.memory: dict[int, Tensor] = {}
+        self.num_compared = 0
 
     def state(self) -> StateDict:
         """Return the memory as tensors."""
@@ -138,6 +141,7 @@ class Guard:
         summaries = {c: move.summary() for c, move in moves.items()} if len(moves) < FEW else {}
         absent = [c for c in self.memory if summaries and c in positions and c not in moves]
         clients = [*moves, *absent]
+        self.num_compared = len(clients)
         reasons: dict[int, str] = {}
         if len(clients) >= MIN_CLIENTS:
             sizes = torch.stack([move.sizes for move in moves.values()])
@@ -179,7 +183,7 @@ def unusual(
     names
         Of the tensors.
     """
-    reasons = {}
+    reasons: dict[int, str] = {}
     for moves in directions:
         reasons |= _against(cosines_with_others(moves), "its move with the others'", _MAX_AGAINST)
     whole, *tensors = sizes.clamp(min=_NO_CHANGE * float(sizes[:, 0].median())).unbind(dim=1)
@@ -234,6 +238,7 @@ def _against(cosines: Tensor, whose: str, most: float = 0.0) -> dict[int, str]:
     return {
         row: f"the cosine of {whose} is {cosines[row]:.2f}, that of the median client's {usual:.2f}"
         for row in _beyond(-cosines, (1 + most) * usual)
+        if cosines[row] < 0  # the two in the middle of few may be far apart
     }
 
 

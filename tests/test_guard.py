@@ -380,6 +380,13 @@ def test_halves_that_contradict_each_other_or_the_upload_are_found():
     assert "its halves with its move" in found[5]
 
 
+def test_in_the_middle_of_four_no_positive_cosine_is_against_anybody():
+    halves, moves = torch.eye(4, SKETCH)[[0, 0, 0, 0]], torch.eye(4, SKETCH)
+    told = [torch.stack([half, half]) for half in halves]
+    tilted = [moves[0], moves[0], 0.4 * moves[0] + moves[1], 0.4 * moves[0] + moves[2]]
+    assert misfits(told, tilted) == {}
+
+
 def test_what_unusual_clients_say_of_their_halves_is_not_used():
     """Newcomers too: what all clients did is known by what each of them says."""
 
@@ -411,3 +418,23 @@ def test_what_unusual_clients_say_of_their_halves_is_not_used():
     assert set(strategy.unusual) == {6}
     halves = [strategy.aggregator.bank.of(client).halves for client in range(7)]
     assert [each is not None for each in halves] == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("num_sites", [3, 4])
+def test_a_round_that_is_too_small_to_compare_clients_says_so(num_sites: int, caplog):
+    caplog.set_level("INFO")
+    grid = SimulatedGrid({node: learning_site(1.0) for node in range(num_sites)})
+    strategy = PFedGPA(diffusion=DiffusionConfig(train_steps=5), fraction_evaluate=0.0)
+    strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=1)
+    assert ("3 clients are too few to tell who is unusual" in caplog.text) == (num_sites == 3)
+
+
+def test_a_run_that_goes_on_remembers_how_clients_moved():
+    grid = SimulatedGrid({node: learning_site(1.0) for node in range(5)})
+    first, second = (PFedGPA(diffusion=DiffusionConfig(train_steps=5)) for _ in range(2))
+    first.start(grid, ArrayRecord(weights(0.0)), num_rounds=1)
+    second.begin(first.global_model.spec)
+    second.restore(first.state())
+    assert list(second.guard.memory) == list(first.guard.memory) == list(range(5))
+    for client, row in first.guard.memory.items():
+        assert torch.equal(second.guard.memory[client], row)

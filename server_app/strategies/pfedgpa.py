@@ -13,7 +13,7 @@ from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import ClientRecord
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion import SKETCH, sketched
-from pfedgpa_app.guard import Guard, Move, misfits
+from pfedgpa_app.guard import MIN_CLIENTS, Guard, Move, misfits
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.rounds import Row
@@ -216,6 +216,8 @@ class PFedGPA(ClientwiseFedAvg):
         positions = bank.members | {c: each.vector for c, each in members.items()}
         initial, num_connected = self.aggregator.initial, len(self.roster.connected)
         found = self.guard.unusual(moves, positions, initial, num_connected)
+        if (num := self.guard.num_compared) < MIN_CLIENTS:
+            log(INFO, "pFedGPA: %d clients are too few to tell who is unusual", num)
         told = {c: each for c, each in sorted(uploads.items()) if HALVES in each.extras}
         sketches = [sketched(each.vector - each.start) for each in told.values()]
         odd = misfits([each.extras[HALVES] for each in told.values()], sketches)
