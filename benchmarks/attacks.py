@@ -396,6 +396,7 @@ def backdoor_success(strategy: ClientwiseFedAvg, config: Config, client: int) ->
 def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
     rounds: int = 10,
+    images: Annotated[int, typer.Option(help="Of a client, and 200 for testing; 0: 600, 300.")] = 0,
     seeds: Seeds = "0,1,2",
     rules: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
     attacks: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
@@ -413,7 +414,10 @@ def main(
         results: dict[tuple[str, str], list[Result]] = {}
         for rule, name in product(rules, ["none", *attacks]):
             make, settings = RULES[rule]
-            for config in configs(file, rounds, seeds, quick, {**case.settings, **settings}):
+            settings = {**case.settings, **settings}
+            if images:
+                settings |= {"data.train-samples": images, "data.test-samples": 200}
+            for config in configs(file, rounds, seeds, quick, settings):
                 lying = case if name != "none" else replace(case, liars=())
                 result = run(config, make(config), ATTACKS.get(name, NONE), lying, judged)
                 results.setdefault((rule, name), []).append(result)
