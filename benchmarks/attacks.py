@@ -7,8 +7,8 @@ with each other. Each run is held against the run of the same seed in which they
 clients that are honest in both are judged.
 """
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -33,7 +33,7 @@ from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import logits_of
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import build_model
-from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.parameters import ParameterLayout, StateDict, default_trained
 from pfedgpa_app.protocol import EXTRAS
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import RoundRecord, mean_and_spread
@@ -45,11 +45,50 @@ from server_app.strategies import ClientwiseFedAvg, FedAvgFT, PFedGPA
 JUDGED_ROUNDS = 3
 ONLY = "Only these; may be repeated."
 
-# Client i is in group i % 5.
-LIARS = {
-    "one of 20": (19,),
-    "20 %, in four groups": (16, 17, 18, 19),
-    "three of the four of a group": (4, 9, 14),
+
+@dataclass(frozen=True)
+class Case:
+    """Who lies, about what, in which runs.
+
+    Attributes
+    ----------
+    liars
+        Client i is in group i % 5.
+    lies
+        What of an upload attacks are applied to: ``all``, ``statistics`` of normalization, layers
+        that are ``averaged`` or ``halves``.
+    settings
+        Of the runs.
+    of
+        The clients that results are about; empty for all honest ones.
+    """
+
+    liars: tuple[int, ...]
+    lies: str = "all"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    of: tuple[int, ...] = ()
+
+
+_FOUR = (16, 17, 18, 19)
+_NORMALIZED = {"model.name": "benchmarks.small_images:normalized_cnn"}
+_LAST_LAYER = {"diffusion.generated-layers": "9.*"}
+CASES = {
+    "one of 20": Case((19,)),
+    "20 %, in four groups": Case(_FOUR),
+    "three of the four of a group": Case((4, 9, 14)),
+    "one of 20, statistics": Case((19,), "statistics", _NORMALIZED),
+    "20 %, statistics": Case(_FOUR, "statistics", _NORMALIZED),
+    "one of 20, averaged layers": Case((19,), "averaged", _LAST_LAYER),
+    "20 %, averaged layers": Case(_FOUR, "averaged", _LAST_LAYER),
+    "one of 20, halves": Case((19,), "halves"),
+    "one of 20, 30 % a round": Case((19,), settings={"server.fraction-train": 0.3}),
+    "20 %, 30 % a round": Case(_FOUR, settings={"server.fraction-train": 0.3}),
+    "three liars, 20 % a round": Case((17, 18, 19), settings={"server.fraction-train": 0.2}),
+    "one of 15, for five newcomers": Case(
+        (14,),
+        settings={"onboarding.late-clients": 5, "onboarding.join-round": 6},
+        of=(15, 16, 17, 18, 19),
+    ),
 }
 
 Forge = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -64,17 +103,23 @@ class Attack:
     ----------
     forge
         Applied to how training moved their parameters, and to all else that is asked for.
+    halves
+        Applied in its place to their halves, the first and the second in a row.
     poison
         What they train on, as `benchmarks.lying_client` has it.
     examples
         Factor on the number of examples that they claim.
+    first_round
+        Before which they are honest.
     last_round
         After which they are not connected any more.
     """
 
     forge: Forge = lambda own, honest, generator: own
+    halves: Forge | None = None
     poison: str = ""
     examples: int = 1
+    first_round: int = 1
     last_round: int | None = None
 
 
@@ -114,6 +159,28 @@ def adaptive(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
     return 1.9 * lengths.median() * (0.05 * together + (1 - 0.05**2) ** 0.5 * away)
 
 
+def together(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a move that is just not unusual, in a direction that is the same for all liars."""
+    lengths = honest.norm(dim=1)
+    mean = functional.normalize((honest / lengths[:, None]).mean(dim=0), dim=0)
+    way = torch.randn(own.shape, generator=make_generator(0, "together"))
+    way = functional.normalize(way - (way @ mean) * mean, dim=0)
+    return 1.9 * lengths.median() * (0.05 * mean + (1 - 0.05**2) ** 0.5 * way)
+
+
+def opposed(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
+    """Return halves that say that all is noise: the second is the opposite of the first."""
+    first, _ = own.chunk(2)
+    return torch.cat([first, -first])
+
+
+def unrelated(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
+    """Return halves that go where all go, and say that all else is noise."""
+    mean = honest.mean(dim=0)
+    apart = torch.randn(mean.shape, generator=make_generator(0, "apart"))
+    return mean + mean.norm() * apart / apart.norm()
+
+
 ATTACKS = {
     "sign flip": Attack(lambda own, honest, generator: -own),
     "10 times as far": Attack(lambda own, honest, generator: 10 * own),
@@ -129,6 +196,13 @@ ATTACKS = {
     "backdoor, replacing the model": Attack(
         lambda own, honest, generator: 5 * own, poison="trigger"
     ),
+    "100 added": Attack(lambda own, honest, generator: own + 100),
+    "minus 50 times": Attack(lambda own, honest, generator: -50 * own),
+    "cancelling the others": Attack(lambda own, honest, generator: -honest.sum(dim=0)),
+    "noise, 100 times as far, from round 6 on": Attack(gaussian(100.0), first_round=6),
+    "together": Attack(together),
+    "together, opposed halves": Attack(together, opposed),
+    "together, unrelated halves": Attack(together, unrelated),
 }
 NONE = Attack()
 
@@ -139,11 +213,13 @@ class AttackedGrid(PoolGrid):
     client_app: ClassVar[ClientApp] = lying_client.app
 
     def __init__(
-        self, attack: Attack, liars: Collection[int], config: Config, num_clients: int, *args: Any
+        self, attack: Attack, case: Case, config: Config, num_clients: int, *args: Any
     ) -> None:
         super().__init__(config, num_clients, *args)
         self.attack = attack
-        self.liars = set(liars)
+        self.liars = set(case.liars)
+        self.lies = case.lies
+        self.patterns = config.diffusion.patterns
         self.seed = config.seed
 
     def node_config(self, node: int) -> dict[str, Any]:
@@ -165,36 +241,65 @@ class AttackedGrid(PoolGrid):
 
     def _forge(self, sent: dict[int, RecordDict], uploaded: dict[int, RecordDict]) -> None:
         server_round = int(next(iter(sent.values()))["config"]["server-round"])
+        if server_round < self.attack.first_round or uploaded.keys() <= self.liars:
+            return
         for record in ("arrays", EXTRAS):
             states = {
                 node: content[record].to_torch_state_dict()
                 for node, content in uploaded.items()
                 if record in content
             }
-            moves = {}
+            names = self.attacked(record, next(iter(states.values()), {}))
+            honest_nodes = states.keys() - self.liars
+            if not names or not honest_nodes:  # there is nothing to lie about, or to know
+                continue
+            starts, moves = {}, {}
             for node, state in states.items():
-                vector, _ = ParameterLayout.of(state).split(state)
-                start = torch.zeros_like(vector)
+                vector, starts[node] = _flat(state, names), torch.zeros(())
                 if record == "arrays":
-                    before = sent[node][record].to_torch_state_dict()
-                    start, _ = ParameterLayout.of(before).split(before)
-                moves[node] = (start, vector - start)
-            honest = [move for node, (_, move) in moves.items() if node not in self.liars]
+                    starts[node] = _flat(sent[node][record].to_torch_state_dict(), names)
+                moves[node] = vector - starts[node]
+            honest = torch.stack([moves[node] for node in sorted(honest_nodes)])
+            forge = self.attack.forge
+            if record == EXTRAS and self.attack.halves:
+                forge = self.attack.halves
             for node in sorted(self.liars & moves.keys()):
-                layout = ParameterLayout.of(states[node])
-                start, move = moves[node]
+                move = moves[node]
                 if not bool(torch.isfinite(move).all()):  # its own lies ruined it
-                    move = torch.stack(honest).mean(dim=0)
+                    move = honest.mean(dim=0)
                 generator = make_generator(self.seed, "attack", record, node, server_round)
-                forged = start + self.attack.forge(move, torch.stack(honest), generator)
-                state = layout.merge(forged, layout.rest(states[node]))
-                uploaded[node][record] = ArrayRecord(state)
+                forged = starts[node] + forge(move, honest, generator)
+                sizes = [states[node][name].numel() for name in names]
+                for name, piece in zip(names, forged.split(sizes), strict=True):
+                    before = states[node][name]
+                    least = 0.0 if name.endswith("running_var") else -torch.inf
+                    states[node][name] = piece.reshape(before.shape).clamp(min=least).to(before)
+                uploaded[node][record] = ArrayRecord(states[node])
         # Their own metrics would show that they lie.
         plausible = dict(next(uploaded[n]["metrics"] for n in uploaded if n not in self.liars))
         plausible["num-examples"] *= self.attack.examples
         for node in self.liars & uploaded.keys():
             partition = uploaded[node]["metrics"]["partition"]
             uploaded[node]["metrics"] = MetricRecord({**plausible, "partition": partition})
+
+    def attacked(self, record: str, state: StateDict) -> list[str]:
+        """Return which entries of a state in a record are lied about."""
+        if record == EXTRAS:
+            return list(state) if self.lies in ("all", "halves") else []
+        trained = default_trained(state)
+        generated = {e.name for e in ParameterLayout.of(state, self.patterns).generated}
+        names = {
+            "all": trained,
+            "statistics": {n for n in state if n.endswith(("running_mean", "running_var"))},
+            "averaged": trained - generated,
+            "halves": set(),
+        }[self.lies]
+        return [name for name in state if name in names]
+
+
+def _flat(state: StateDict, names: Iterable[str]) -> Tensor:
+    """Return tensors of a state_dict as a vector ``(d,)``."""
+    return torch.cat([state[name].reshape(-1).float() for name in names])
 
 
 class Robust(FedAvgFT):
@@ -257,15 +362,21 @@ def run(
     config: Config,
     make: Make,
     attack: Attack,
-    liars: Collection[int],
+    case: Case,
     judged: Collection[int],
 ) -> Result:
-    """Run the app with liars and judge others, by the means of the last rounds."""
+    """Run the app with liars and evaluate others, by the means of the last rounds."""
     found: dict[int, list[float]] = {node: [] for node in judged}
+    made: list[ClientwiseFedAvg] = []
+
+    def make_one(config: Config, spec: ModelSpec) -> ClientwiseFedAvg:
+        made.append(make(config, spec))
+        made[0].fraction_train = config.server.fraction_train
+        return made[0]
 
     def note(record: RoundRecord) -> None:
-        for row in record.clients.values():
-            node = int(row.get("node-id", -1))
+        for client, row in record.clients.items():
+            node = made[0].roster.node_id(client)
             if node in found and "personalized-accuracy" in row:
                 found[node].append(row["personalized-accuracy"])
 
@@ -275,9 +386,9 @@ def run(
         CLIENTS,
         judged_rounds=JUDGED_ROUNDS,
         on_round=note,
-        absent=lambda server_round: liars if last and server_round > last else (),
-        make_strategy=make,
-        make_grid=partial(AttackedGrid, attack, liars),
+        absent=lambda server_round: case.liars if last and server_round > last else (),
+        make_strategy=make_one,
+        make_grid=partial(AttackedGrid, attack, case),
     )
     accuracies = [fmean(values[-JUDGED_ROUNDS:]) for values in found.values()]
     backdoor = fmean(backdoor_success(strategy, config, client) for client in judged)
@@ -297,26 +408,30 @@ def backdoor_success(strategy: ClientwiseFedAvg, config: Config, client: int) ->
 def main(
     file: Path = Path("conf/fashion-mnist-20.toml"),
     rounds: int = 10,
+    images: Annotated[int, typer.Option(help="Of a client, and 200 for testing; 0: 600, 300.")] = 0,
     seeds: Seeds = "0,1,2",
     rules: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
     attacks: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
-    liars: Annotated[list[str], typer.Option(help=ONLY)] = [],  # noqa: B006
+    cases: Annotated[list[str], typer.Option("--liars", help=ONLY)] = [],  # noqa: B006
     quick: Quick = False,
 ) -> None:
     """Print the tables."""
     torch.set_num_threads(1)
-    rules, attacks, liars = rules or list(RULES), attacks or list(ATTACKS), liars or list(LIARS)
+    rules, attacks, cases = rules or list(RULES), attacks or list(ATTACKS), cases or list(CASES)
     if quick:  # a robust average among them
-        rules, attacks, liars = rules[::3], attacks[:2], liars[:1]
-    for who in liars:
-        judged = sorted(set(range(CLIENTS)) - set(LIARS[who]))
+        rules, attacks, cases = rules[::3], attacks[:2], cases[:1]
+    for who in cases:
+        case = CASES[who]
+        judged = case.of or sorted(set(range(CLIENTS)) - set(case.liars))
         results: dict[tuple[str, str], list[Result]] = {}
         for rule, name in product(rules, ["none", *attacks]):
             make, settings = RULES[rule]
+            settings = {**case.settings, **settings}
+            if images:
+                settings |= {"data.train-samples": images, "data.test-samples": 200}
             for config in configs(file, rounds, seeds, quick, settings):
-                lying = LIARS[who] if name != "none" else ()
-                attack = ATTACKS.get(name, NONE)
-                result = run(config, make, attack, lying, judged)
+                lying = case if name != "none" else replace(case, liars=())
+                result = run(config, make, ATTACKS.get(name, NONE), lying, judged)
                 results.setdefault((rule, name), []).append(result)
             each = results[rule, name]
             print(

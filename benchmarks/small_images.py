@@ -43,6 +43,15 @@ def cnn(info: DatasetInfo) -> nn.Module:
     )
 
 
+def normalized_cnn(info: DatasetInfo) -> nn.Module:
+    """Return `cnn` with batch normalization after both convolutions."""
+    first, *pooled, second, pool, activation, flat, hidden, act, head = cnn(info)
+    norms = nn.BatchNorm2d(8), nn.BatchNorm2d(16)
+    return nn.Sequential(
+        first, norms[0], *pooled, second, norms[1], pool, activation, flat, hidden, act, head
+    )
+
+
 def vision_transformer(info: DatasetInfo) -> nn.Module:
     """Return torchvision's vision transformer in small: 49 patches, 2 layers, 32 units."""
     from torchvision.models import VisionTransformer  # only where it is needed: it takes seconds

@@ -1,25 +1,38 @@
 """Who of a round is unusual, so that the others should not learn from it.
 
-Clients are judged by how they moved, not by what they learned: those with other data than all
+Clients are compared by how they moved, not by what they learned: those with other data than all
 others still move about as far as they do, and not against them. The median client says what is
 usual, and the spread about it how far one may be from that: those who lie cannot decide it as long
 as they are less than half.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-MIN_CLIENTS = 4
-"""Fewer are not judged: the median would be one of two or three, any of which may lie."""
+from pfedgpa_app.diffusion import SKETCH, sketched
+from pfedgpa_app.parameters import ParameterLayout, StateDict
 
-# How far a client may always be from the median one: docs/attacks.md says how it was chosen.
+MIN_CLIENTS = 4
+"""Fewer cannot be compared: the median would be one of two or three, any of which may lie."""
+FEW = 10
+"""In rounds with fewer clients, these are compared with what is remembered of others as well."""
+MEMORY = 20
+"""Of so many clients, those that took part last, it is remembered how they moved."""
+
+# How far a client may always be from the median one: docs/attacks.md says how it was chosen. Of a
+# single tensor honest clients differ more.
 _MAX_RATIO = 2.0
+_MAX_TENSOR_RATIO = 5.0
 # The same in standard deviations, where clients differ more.
 _MAX_DEVIATIONS = 4.0
+# Changes of a tensor below this part of the median move are no changes.
+_NO_CHANGE = 1e-3
 # Median cosine of the moves, at least, for there to be a direction that all have in common; and
 # how far against it a client may go, as a part of it: a small group may have nothing of it.
 _MIN_COSINE = 0.2
@@ -28,42 +41,205 @@ _MAX_AGAINST = 0.5
 _DEVIATIONS_PER_MAD = 1.4826
 
 
-def unusual(
-    moves: Sequence[Tensor], positions: Sequence[Tensor], initial: Tensor
-) -> dict[int, str]:
-    """Return which clients are unusual, by their place, and why.
+class Move(NamedTuple):
+    """How a client changed what it was sent.
 
-    These are those that moved much farther in this round than the median client, that have come
-    much farther from the ``initial`` parameters ``(d,)``, or who moved against the others where
-    these have a direction in common.
+    Attributes
+    ----------
+    names
+        Of the tensors, those that are generated first.
+    generated
+        The change of the generated parameters, ``(d,)``.
+    averaged
+        That of what is averaged and not a whole number, ``(k,)``; statistics among it.
+    sizes
+        Length of the generated part, then of each tensor's change its length and its largest
+        entry, float64, ``(1 + 2 * num_tensors,)``.
+    """
+
+    names: tuple[str, ...]
+    generated: Tensor
+    averaged: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, layout: ParameterLayout, sent: StateDict, state: StateDict) -> "Move":
+        """Return what became of a state_dict that was ``sent``."""
+        generated = layout.split(state)[0] - layout.split(sent)[0]
+        skipped = layout.fixed.keys() | layout.unbounded.keys()
+        rest = {
+            name: (tensor.double() - sent[name].double()).flatten().float()
+            for name, tensor in layout.rest(state).items()
+            if tensor.is_floating_point() and tensor.numel() and name not in skipped
+        }
+        pieces = [*generated.split([entry.numel for entry in layout.generated]), *rest.values()]
+        sizes = [generated.double().norm()]
+        for piece in pieces:
+            sizes += [piece.double().norm(), piece.abs().max().double()]
+        names = (*(entry.name for entry in layout.generated), *rest)
+        averaged = torch.cat([torch.empty(0), *rest.values()])
+        return cls(names, generated, averaged, torch.stack(sizes))
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """What is generated and what is averaged, unless it is nothing."""
+        return [part for part in (self.generated, self.averaged) if part.numel()]
+
+    def summary(self) -> Tensor:
+        """Return what is remembered of it: its sizes, and `sketched` directions; float64."""
+        return torch.cat([self.sizes, *(sketched(part).double() for part in self.parts)])
+
+
+class Guard:
+    """Finds unusual clients, and remembers how usual ones moved.
+
+    Attributes
+    ----------
+    memory
+        What is remembered of clients, `Move.summary` by client; the latest come last.
+    num_compared
+        How many clients were compared in the last round.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[int, Tensor] = {}
+        self.num_compared = 0
+
+    def state(self) -> StateDict:
+        """Return the memory as tensors."""
+        clients, rows = list(self.memory), list(self.memory.values())
+        return {"clients": torch.tensor(clients), "rows": torch.stack(rows)} if clients else {}
+
+    def restore(self, tensors: StateDict) -> None:
+        """Take over what `state` returned."""
+        self.memory = {}
+        if tensors:
+            self.memory = dict(zip(tensors["clients"].tolist(), tensors["rows"], strict=True))
+
+    def unusual(
+        self,
+        moves: Mapping[int, Move],
+        positions: Mapping[int, Tensor],
+        initial: Tensor,
+        num_connected: int,
+    ) -> dict[int, str]:
+        """Return which clients of a round are unusual, and why, and remember the others.
+
+        These are those that moved much farther in this round than the median client, in all or in
+        one tensor, that have come much farther from the ``initial`` parameters ``(d,)``, or that
+        moved against the others where these have a direction in common. Where fewer than `FEW`
+        took part, absent clients of the memory are compared with them. Where that is not enough to
+        compare anybody, all are unusual if at least `FEW` could take part, and none elsewhere.
+
+        Parameters
+        ----------
+        positions
+            The generated parameters of clients, ``(d,)``, those of absent ones too.
+        num_connected
+            How many could have taken part.
+        """
+        summaries = {c: move.summary() for c, move in moves.items()} if len(moves) < FEW else {}
+        absent = [c for c in self.memory if summaries and c in positions and c not in moves]
+        clients = [*moves, *absent]
+        self.num_compared = len(clients)
+        reasons: dict[int, str] = {}
+        if len(clients) >= MIN_CLIENTS:
+            sizes = torch.stack([move.sizes for move in moves.values()])
+            directions = list(zip(*(move.parts for move in moves.values()), strict=True))
+            if absent:
+                rows = torch.stack([*summaries.values(), *(self.memory[c] for c in absent)])
+                sizes, sketches = rows[:, : sizes.shape[1]], rows[:, sizes.shape[1] :]
+                directions = [part.unbind() for part in sketches.split(SKETCH, dim=1)]
+            ways = torch.stack([(positions[c] - initial).double().norm() for c in clients])
+            # Their positions are of earlier rounds: by now they would be about a move farther.
+            ways[len(moves) :] += sizes[:, 0].median()
+            names = next(iter(moves.values())).names
+            found = unusual(sizes, ways, directions, names)
+            reasons = {c: found[row] for row, c in enumerate(moves) if row in found}
+        for client in summaries.keys() - reasons.keys():
+            self.memory.pop(client, None)
+            self.memory[client] = summaries[client]
+        for client in list(self.memory)[:-MEMORY]:
+            del self.memory[client]
+        if len(clients) < MIN_CLIENTS and num_connected >= FEW:
+            why = f"only {len(clients)} are known, and it takes {MIN_CLIENTS} to compare them"
+            reasons = dict.fromkeys(moves, why)
+        return reasons
+
+
+def unusual(
+    sizes: Tensor, ways: Tensor, directions: Sequence[Sequence[Tensor]], names: Sequence[str]
+) -> dict[int, str]:
+    """Return which clients are unusual, by their place, and why; see `Guard.unusual`.
 
     Parameters
     ----------
-    moves
-        By how much each client changed its parameters in this round, ``(d,)``.
-    positions
-        What they became, ``(d,)``.
+    sizes
+        `Move.sizes` of the clients, ``(n, 1 + 2 * num_tensors)``.
+    ways
+        How far each has come, ``(n,)``.
+    directions
+        Moves of the clients, or sketches of them, ``(d,)``, for each part of the model.
+    names
+        Of the tensors.
     """
-    if len(moves) < MIN_CLIENTS:
-        return {}
-    lengths = torch.stack([move.double().norm() for move in moves])
-    ways = torch.stack([(position - initial).double().norm() for position in positions])
-    cosines = cosines_with_others(moves)
-    reasons = {}
-    usual = float(cosines.median())
-    if usual >= _MIN_COSINE:
-        for row in _beyond(-cosines, (1 + _MAX_AGAINST) * usual):
-            reasons[row] = (
-                f"the cosine of its move with the others' is {cosines[row]:.2f}, that of the "
-                f"median client's {usual:.2f}"
-            )
-    for what, sizes in (("came", ways), ("moved", lengths)):
-        if sizes.median() > 0:
-            logs = sizes.log()
-            for row in _beyond(logs, math.log(_MAX_RATIO)):
-                ratio = sizes[row] / sizes.median()
-                reasons[row] = f"it {what} {ratio:.3g} times as far as the median client"
+    reasons: dict[int, str] = {}
+    for moves in directions:
+        reasons |= _against(cosines_with_others(moves), "its move with the others'", _MAX_AGAINST)
+    whole, *tensors = sizes.clamp(min=_NO_CHANGE * float(sizes[:, 0].median())).unbind(dim=1)
+    compared = [
+        (f"changed {name}", column, _MAX_TENSOR_RATIO)
+        for name, pair in zip(names, zip(tensors[::2], tensors[1::2], strict=True), strict=True)
+        for column in pair
+    ]
+    for what, column, ratio in (
+        *compared,
+        ("came", ways, _MAX_RATIO),
+        ("moved", whole, _MAX_RATIO),
+    ):
+        if column.median() > 0:
+            for row in _beyond(column.log(), math.log(ratio)):
+                times = column[row] / column.median()
+                reasons[row] = f"it {what} {times:.3g} times as far as the median client"
     return reasons
+
+
+def misfits(halves: Sequence[Tensor], moves: Sequence[Tensor]) -> dict[int, str]:
+    """Return which clients told of halves that contradict each other or their own moves, and why.
+
+    Both halves of an honest client's images, and all of them, move parameters alike at first.
+
+    Parameters
+    ----------
+    halves
+        What each client told, not `centred`, ``(2, SKETCH)``.
+    moves
+        The `sketched` change of what it uploads, ``(SKETCH,)``.
+    """
+    if len(halves) < MIN_CLIENTS:
+        return {}
+    pairs = [half.double().unbind() for half in halves]
+    cosine = partial(functional.cosine_similarity, dim=0)
+    each_other = torch.stack([cosine(one, other) for one, other in pairs])
+    own = torch.stack(
+        [cosine(one + other, m.double()) for (one, other), m in zip(pairs, moves, strict=True)]
+    )
+    return _against(own, "its halves with its move") | _against(each_other, "its halves")
+
+
+def _against(cosines: Tensor, whose: str, most: float = 0.0) -> dict[int, str]:
+    """Return who has a cosine ``(n,)`` below zero where the median client's is clearly above.
+
+    ``most`` is how far below it may be, as a part of the median.
+    """
+    usual = float(cosines.median())
+    if usual < _MIN_COSINE:
+        return {}
+    return {
+        row: f"the cosine of {whose} is {cosines[row]:.2f}, that of the median client's {usual:.2f}"
+        for row in _beyond(-cosines, (1 + most) * usual)
+        if cosines[row] < 0  # the two in the middle of few may be far apart
+    }
 
 
 def cosines_with_others(moves: Sequence[Tensor]) -> Tensor:

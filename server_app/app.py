@@ -1,6 +1,7 @@
 """The ServerApp: one run, from its settings to its folder."""
 
 import contextlib
+import secrets
 import time
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
-from flwr.superlink.grid import InMemoryGrid
+from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.divergence import DIVERGED, best_in, best_kept, help_of, is_best, warnings_in
@@ -42,6 +43,8 @@ def main(grid: Grid, context: Context) -> None:
         path = config.output_path / str(context.run_id)
         strategy = make_strategy(config, spec, path)
         strategy.roster.ids_stay = not isinstance(grid, InMemoryGrid)
+        if isinstance(grid, HttpGrid):
+            strategy.sampling_seed = secrets.randbits(63)
         if config.resume_from:
             earlier = resume(config, strategy)
     except (ConfigError, ResumeError) as error:

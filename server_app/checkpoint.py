@@ -15,7 +15,7 @@ from pfedgpa_app.runs import BANK, BEST, CHECKPOINT, RunNotFoundError, find_run
 from pfedgpa_app.state import link_or_copy, load_state, replacing, save_state, writing
 from server_app.strategies import ClientwiseFedAvg
 
-CHECKPOINT_KIND = "pfedgpa-checkpoint-9"
+CHECKPOINT_KIND = "pfedgpa-checkpoint-10"
 
 
 class ResumeError(ValueError):

@@ -6,7 +6,7 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from benchmarks.attacks import ATTACKS, RULES, Attack, AttackedGrid
+from benchmarks.attacks import ATTACKS, RULES, Attack, AttackedGrid, Case, together
 from benchmarks.lying_client import TARGET, falsified, with_trigger
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
@@ -37,7 +37,7 @@ def uploads(attack: Attack) -> tuple[Tensor, Tensor, dict[int, Upload]]:
         config,
         NUM_CLIENTS,
         make_strategy=Kept.of,
-        make_grid=lambda *args: AttackedGrid(attack, LIARS, *args),
+        make_grid=lambda *args: AttackedGrid(attack, Case(LIARS), *args),
         num_processes=0,
     )
     assert isinstance(strategy, Kept)
@@ -113,3 +113,37 @@ def test_robust_rules_take_the_place_of_the_average():
     make, _ = RULES["Krum, FT"]
     chosen = make(config, spec).combine(given)["weight"]
     assert any(torch.equal(chosen, state["weight"]) for state in states)
+
+
+SURFACES = {
+    "statistics": {"1.running_mean", "1.running_var"},
+    "averaged": {"0.weight", "0.bias", "1.weight"},
+    "halves": set(),
+    "all": {"0.weight", "0.bias", "1.weight", "2.weight"},
+}
+
+
+@pytest.mark.parametrize(("lies", "expected"), SURFACES.items(), ids=SURFACES.keys())
+def test_liars_lie_about_the_part_of_an_upload_that_a_case_names(lies: str, expected: set[str]):
+    config = Config.from_flat({"diffusion.generated-layers": "2.*"})
+    state = {
+        "0.weight": torch.zeros(2),
+        "0.bias": torch.zeros(2),
+        "1.weight": torch.zeros(2),
+        "1.running_mean": torch.zeros(2),
+        "1.running_var": torch.ones(2),
+        "1.num_batches_tracked": torch.tensor(0),
+        "2.weight": torch.zeros(2),
+    }
+    grid = AttackedGrid(Attack(), Case((0,), lies), config, 1, 0)
+    assert set(grid.attacked("arrays", state)) == expected
+    halves = grid.attacked("extras", {"halves": torch.zeros(2, 4)})
+    assert bool(halves) == (lies in ("all", "halves"))
+
+
+def test_liars_that_go_together_are_just_not_unusual():
+    honest = torch.ones(100) + torch.randn(8, 100, generator=make_generator(0))
+    first, second = (together(move, honest, make_generator(1)) for move in honest[:2])
+    assert torch.equal(first, second)
+    assert float(first.norm() / honest.norm(dim=1).median()) == pytest.approx(1.9, rel=1e-3)
+    assert float(first @ honest.mean(dim=0)) > 0

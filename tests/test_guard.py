@@ -12,11 +12,14 @@ from torch import Tensor
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import MAX_AGE
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.guard import cosines_with_others, unusual
+from pfedgpa_app.diffusion import SKETCH, sketched
+from pfedgpa_app.guard import MEMORY, Guard, Move, cosines_with_others, misfits
+from pfedgpa_app.parameters import ParameterLayout
 from pfedgpa_app.randomness import make_generator
 from server_app.strategies import ClientwiseFedAvg, PFedGPA
 
 DIM = 400
+ONES = torch.ones(SKETCH)
 
 
 def honest_moves(num_clients: int, groups: Tensor, seed: int = 3) -> Tensor:
@@ -29,7 +32,15 @@ def honest_moves(num_clients: int, groups: Tensor, seed: int = 3) -> Tensor:
 
 def judged(moves: Tensor) -> set[int]:
     """Return who is unusual in a first round."""
-    return set(unusual(list(moves), list(moves), torch.zeros(DIM)))
+    return set(found(moves, moves))
+
+
+def found(moves: Tensor, positions: Tensor) -> dict[int, str]:
+    """Return who is unusual, and why, of clients that moved and came so far, ``(n, DIM)``."""
+    layout = ParameterLayout.of({"weight": torch.zeros(DIM)})
+    sent = {"weight": torch.zeros(DIM)}
+    made = {row: Move.of(layout, sent, {"weight": move}) for row, move in enumerate(moves)}
+    return Guard().unusual(made, dict(enumerate(positions)), torch.zeros(DIM), len(moves))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +72,7 @@ def test_who_went_far_step_by_step_is_found():
     moves = honest_moves(20, torch.arange(20) % 5)
     positions = 5 * moves
     positions[7] *= 3
-    [(row, reason)] = unusual(list(moves), list(positions), torch.zeros(DIM)).items()
+    [(row, reason)] = found(moves, positions).items()
     assert row == 7
     assert reason.startswith("it came")
 
@@ -251,3 +262,179 @@ def test_nobody_counts_in_an_average_for_more_than_ten_times_the_median_client()
     result = strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=1)
     average = result.arrays.to_torch_state_dict()["layer.weight"]
     torch.testing.assert_close(average, torch.full((2, 2), 1.0 + 12.0 * 100 / 120))
+
+
+STATE = {
+    "layer.weight": torch.zeros(30, 10),
+    "layer.bias": torch.zeros(10),
+    "body.weight": torch.zeros(40, 10),
+    "norm.running_mean": torch.zeros(10),
+    "norm.num_batches_tracked": torch.tensor(0),
+}
+LAYOUT = ParameterLayout.of(STATE, ["layer.*"])
+BODY = slice(310, 710)  # after the generated layer, before the statistics
+
+
+def in_states(vectors: Tensor) -> list[dict[str, Tensor]]:
+    """Return vectors ``(n, 720)`` as states of a model whose body is averaged."""
+    states = []
+    for vector in vectors:
+        pieces = vector.split([300, 10, 400, 10])
+        floats = dict(zip(list(STATE)[:4], pieces, strict=True))
+        states.append({name: floats.get(name, t).reshape(t.shape) for name, t in STATE.items()})
+    return states
+
+
+def common_moves(num_clients: int, seed: int = 0) -> Tensor:
+    """Return moves ``(num_clients, 720)`` that have a direction in common."""
+    generator = make_generator(seed, "common")
+    common = torch.randn(720, generator=make_generator(0))
+    return common + torch.randn(num_clients, 720, generator=generator)
+
+
+def compared(guard: Guard, moves: dict[int, Tensor], num_connected: int = 20) -> dict[int, str]:
+    """Return whom a guard finds of those that moved from 0."""
+    states = dict(zip(moves, in_states(torch.stack(list(moves.values()))), strict=True))
+    made = {client: Move.of(LAYOUT, STATE, state) for client, state in states.items()}
+    positions = {client: torch.ones(310) for client in range(30)}  # what all of them have by now
+    return guard.unusual(made, positions, torch.zeros(310), num_connected)
+
+
+def in_place(part: slice, change) -> Tensor:
+    moves = common_moves(12)
+    moves[3, part] = change(moves, part)
+    return moves
+
+
+HIDDEN = {
+    "one number of the statistics": (slice(712, 713), lambda m, p: 100.0),
+    "all statistics": (slice(710, 720), lambda m, p: m[3, p] + 100),
+    "averaged layers, 50 times back": (BODY, lambda m, p: -50 * m[3, p]),
+    "averaged layers, against the others": (BODY, lambda m, p: -m[3, p]),
+    "averaged layers, so that the average is 0": (BODY, lambda m, p: -11 * m[:, p].mean(dim=0)),
+    "one number of an averaged layer": (slice(500, 501), lambda m, p: 30.0),
+    "ten numbers of the generated ones": (slice(300, 310), lambda m, p: 10 * m[3, p]),
+}
+
+
+@pytest.mark.parametrize(("part", "change"), HIDDEN.values(), ids=HIDDEN.keys())
+def test_a_lie_in_a_part_of_the_model_is_found(part: slice, change):
+    assert compared(Guard(), dict(enumerate(common_moves(12)))) == {}
+    assert set(compared(Guard(), dict(enumerate(in_place(part, change))))) == {3}
+
+
+def filled(rounds: int = 4) -> Guard:
+    """Return a guard that has seen rounds of four of twenty honest clients."""
+    guard = Guard()
+    for number in range(rounds):
+        clients = range(4 * number, 4 * number + 4)
+        moves = common_moves(4, seed=number)
+        assert compared(guard, dict(zip(clients, moves, strict=True))) == {}
+    return guard
+
+
+@pytest.mark.parametrize("lie", LIES.keys())
+def test_in_a_small_round_liars_are_found_although_they_are_most_of_it(lie: str):
+    honest, *lying = common_moves(4, seed=9)
+    noise = torch.randn(720, generator=make_generator(5))
+    lies = [100 * noise if "any" in lie else LIES[lie](move) for move in lying]
+    round_of_four = dict(zip((19, 16, 17, 18), [honest, *lies], strict=True))
+    guard = filled()
+    assert set(compared(guard, round_of_four)) == {16, 17, 18}
+    assert not {16, 17, 18} & set(guard.memory)  # what they did is no measure of others
+    restored = Guard()
+    restored.restore(filled().state())
+    assert set(compared(restored, round_of_four)) == {16, 17, 18}
+    assert set(compared(Guard(), round_of_four)) != {16, 17, 18}
+
+
+def test_of_few_clients_it_is_remembered_how_they_moved():
+    guard = filled(rounds=7)
+    assert list(guard.memory) == list(range(28 - MEMORY, 28))
+    assert sum(tensor.numel() for tensor in guard.state().values()) < MEMORY * 5000
+
+
+@pytest.mark.parametrize(("num_connected", "is_used"), [(3, True), (20, False)])
+def test_who_cannot_be_compared_is_not_learned_from_where_there_are_more(
+    num_connected: int, is_used: bool
+):
+    guard, moves = Guard(), dict(enumerate(common_moves(3)))
+    reasons = compared(guard, moves, num_connected)
+    assert set(reasons) == (set() if is_used else {0, 1, 2})
+    assert all("only 3 are known" in reason for reason in reasons.values())
+    later = dict(zip(range(3, 6), common_moves(3, seed=1), strict=True))
+    assert compared(guard, later, num_connected) == {}  # six are enough
+
+
+def test_halves_that_contradict_each_other_or_the_upload_are_found():
+    generator = make_generator(0)
+    common = torch.randn(SKETCH, generator=generator)
+    moves = common + torch.randn(8, SKETCH, generator=generator)
+    halves = moves[:, None] + torch.randn(8, 2, SKETCH, generator=generator)
+    assert misfits(list(halves), list(moves)) == {}
+    halves[2, 1] = -halves[2, 0]
+    halves[5] *= -1
+    found = misfits(list(halves), list(moves))
+    assert set(found) == {2, 5}
+    assert "its halves is -1.00" in found[2]
+    assert "its halves with its move" in found[5]
+
+
+def test_in_the_middle_of_four_no_positive_cosine_is_against_anybody():
+    halves, moves = torch.eye(4, SKETCH)[[0, 0, 0, 0]], torch.eye(4, SKETCH)
+    told = [torch.stack([half, half]) for half in halves]
+    tilted = [moves[0], moves[0], 0.4 * moves[0] + moves[1], 0.4 * moves[0] + moves[2]]
+    assert misfits(told, tilted) == {}
+
+
+def test_what_unusual_clients_say_of_their_halves_is_not_used():
+    """Newcomers too: what all clients did is known by what each of them says."""
+
+    def lying_about_halves(message: Message) -> RecordDict:
+        reply = learning_site(1.0)(message)
+        if "extras" in message.content:
+            reply["extras"] = ArrayRecord({"halves": torch.stack([ONES, -ONES])})
+        return reply
+
+    def telling(pull: float):
+        def answer(message: Message) -> RecordDict:
+            reply = learning_site(pull)(message)
+            if "extras" in message.content:
+                state, start = (
+                    part["arrays"].to_torch_state_dict() for part in (reply, message.content)
+                )
+                vector, before = (
+                    torch.cat([each["layer.weight"].flatten(), each["layer.bias"]])
+                    for each in (state, start)
+                )
+                reply["extras"] = ArrayRecord({"halves": sketched(vector - before).expand(2, -1)})
+            return reply
+
+        return answer
+
+    grid = SimulatedGrid({**{n: telling(1 + n / 10) for n in range(6)}, 6: lying_about_halves})
+    strategy = PFedGPA(diffusion=DiffusionConfig(train_steps=5))
+    strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=1)
+    assert set(strategy.unusual) == {6}
+    halves = [strategy.aggregator.bank.of(client).halves for client in range(7)]
+    assert [each is not None for each in halves] == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("num_sites", [3, 4])
+def test_a_round_that_is_too_small_to_compare_clients_says_so(num_sites: int, caplog):
+    caplog.set_level("INFO")
+    grid = SimulatedGrid({node: learning_site(1.0) for node in range(num_sites)})
+    strategy = PFedGPA(diffusion=DiffusionConfig(train_steps=5), fraction_evaluate=0.0)
+    strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=1)
+    assert ("3 clients are too few to tell who is unusual" in caplog.text) == (num_sites == 3)
+
+
+def test_a_run_that_goes_on_remembers_how_clients_moved():
+    grid = SimulatedGrid({node: learning_site(1.0) for node in range(5)})
+    first, second = (PFedGPA(diffusion=DiffusionConfig(train_steps=5)) for _ in range(2))
+    first.start(grid, ArrayRecord(weights(0.0)), num_rounds=1)
+    second.begin(first.global_model.spec)
+    second.restore(first.state())
+    assert list(second.guard.memory) == list(first.guard.memory) == list(range(5))
+    for client, row in first.guard.memory.items():
+        assert torch.equal(second.guard.memory[client], row)

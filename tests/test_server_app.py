@@ -297,3 +297,42 @@ def test_a_run_whose_clients_are_all_gone_in_the_first_round_waits_for_their_ret
     first, second = run_with_errors_first(tmp_path, monkeypatch, error)
     assert (first["num-clients"], first["num-failures"]) == (0, 6)
     assert (second["num-clients"], second["num-failures"]) == (6, 0)
+
+
+@pytest.mark.parametrize("is_network", [False, True])
+def test_who_takes_part_follows_from_the_seed_unless_clients_could_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_network: bool
+):
+    if is_network:
+        monkeypatch.setattr(app, "HttpGrid", SimulatedGrid)
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+    drawn = set()
+    for run_id in range(1, 3):
+        settings = {
+            "output-dir": str(tmp_path),
+            "num-server-rounds": 8,
+            "server.fraction-train": 0.5,
+            "server.fraction-evaluate": 0.0,
+            "strategy": "fedavg",
+        }
+        main(learning_grid(first_id=10), Context(run_id, 1, {}, RecordDict(), settings))
+        rows = Run.read(tmp_path / str(run_id)).clients
+        drawn.add(tuple((row["round"], row["client"]) for row in rows))
+    assert len(drawn) == (2 if is_network else 1)
+
+
+def test_seeded_noise_is_warned_of_and_private_runs_leave_nothing_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+    settings = {
+        "output-dir": str(tmp_path),
+        "num-server-rounds": 1,
+        "diffusion.train-steps": 5,
+        "privacy.mode": "update",
+        "privacy.epsilon": 300.0,
+        "privacy.seeded-noise": True,
+    }
+    main(learning_grid(first_id=10), Context(1, 1, {}, RecordDict(), settings))
+    assert "the noise follows from the seed and protects nobody" in caplog.text
+    assert not list((tmp_path / "1").rglob("checkpoint*"))

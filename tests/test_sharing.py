@@ -20,7 +20,9 @@ from pfedgpa_app.diffusion import (
     Spectrum,
     agreement,
     centred,
+    mixing_from_halves,
     normalized,
+    share_of,
     signal_parts,
     sketched,
 )
@@ -48,6 +50,73 @@ def test_signal_parts_are_those_of_the_formula():
     assert min(expected) < 0 < max(expected)
     found = signal_parts(axes, centred(torch.stack(halves).double()))
     np.testing.assert_allclose(found, np.clip(expected, 0, 1), atol=1e-10)
+
+
+def told_by_groups() -> tuple[Spectrum, Tensor]:
+    """Return the spectrum of uploads of five groups, and the centred halves of their clients."""
+    uploads, halves = clients(groups(5), noise=0.7)
+    told = centred(torch.stack([normalized(sketches(each)) for each in halves]))
+    return Spectrum.of(list(uploads)), told
+
+
+UNRELATED = torch.randn(2, SKETCH, generator=make_generator(7)) / SKETCH**0.5
+HALF_LIES = {
+    "opposed": lambda own: torch.stack([own[0], -own[0]]),
+    "identical": lambda own: own.mean(0).expand(2, -1),
+    "the other way": lambda own: -own,
+    "unrelated": lambda own: UNRELATED,
+    "only one": lambda own: torch.stack([own[0], torch.zeros(SKETCH)]),
+    "a thousand times as long": lambda own: 1000 * UNRELATED,
+}
+
+
+def test_who_contradicts_itself_counts_as_silent():
+    spectrum, told = told_by_groups()
+    silent = told.clone()
+    silent[4] = 0
+    told[4] = HALF_LIES["opposed"](told[4])
+    axes = spectrum.eigenvectors
+    torch.testing.assert_close(signal_parts(axes, told), signal_parts(axes, silent))
+
+
+@pytest.mark.parametrize("lie", HALF_LIES.values(), ids=HALF_LIES.keys())
+def test_one_clients_halves_move_what_is_kept_by_a_tenth_at_most(lie):
+    spectrum, told = told_by_groups()
+    before = share_of(mixing_from_halves(spectrum, told), spectrum)
+    told[4] = lie(told[4])
+    assert abs(share_of(mixing_from_halves(spectrum, told), spectrum) - before) < 0.1
+
+
+def test_nobody_makes_of_any_axis_more_noise_than_its_own():
+    """Four that agree with each other let the products between them outweigh all else."""
+    generator = make_generator(0)
+    axis = torch.zeros(16, 1, dtype=torch.float64)
+    axis[:4] = 0.5
+    told = torch.randn(SKETCH, generator=generator) + torch.zeros(16, 2, SKETCH)
+    apart = 2 * torch.randn(4, SKETCH, generator=generator)
+    told[:4, 0] += apart
+    told[:4, 1] -= apart[[1, 0, 3, 2]]
+    told[4:] += 0.2 * torch.randn(12, 2, SKETCH, generator=generator)
+    a, b = told.double().numpy().transpose(1, 0, 2)
+    lengths = np.sqrt((np.square(a) + np.square(b)).sum(axis=1) / 2)
+    scales = np.minimum(1, np.sort(lengths)[7] / lengths)[:, None]  # torch's median of sixteen
+    a, b = scales * a, scales * b
+    noise = np.square(a - b).sum(axis=1) / 4
+    total = np.square((a + b)[:4].sum(axis=0) / 4).sum()
+    least = 1 - np.minimum(noise, 4 * np.sort(noise)[7])[:4].sum() / 2 / total
+    assert a[:4].sum(axis=0) @ b[:4].sum(axis=0) / 4 / total < 0.1 < least
+    assert float(signal_parts(axis, told)) == pytest.approx(least)
+
+
+def test_halves_that_hardly_agree_make_nobody_like_anybody():
+    generator = make_generator(0)
+    one, other = torch.randn(2, SKETCH, generator=generator)
+    barely = other - (other @ one - 0.01 * one @ one) / (one @ one) * one
+    others = torch.stack([torch.stack([one, one + other]), torch.stack([one, barely])])
+    found = agreement(torch.stack([one, one + other]), others)
+    assert float(found[0]) > 0.9
+    assert float(found[1]) == 0.0
+    assert not agreement(torch.stack([one, barely]), others).any()
 
 
 def test_a_sketch_keeps_inner_products():
@@ -405,7 +474,7 @@ def test_the_server_asks_every_client_again_when_it_is_time():
     bad = [torch.ones(2, SKETCH + 1), torch.full((2, SKETCH), torch.nan)]
     nodes = {number: half(float(number), each) for number, each in enumerate([*halves, *bad])}
     grid = SimulatedGrid(nodes)
-    strategy = PFedGPA(diffusion=DiffusionConfig(measure_every=3, train_steps=20))
+    strategy = PFedGPA(diffusion=DiffusionConfig(measure_every=3, guard=False, train_steps=20))
     start(strategy, grid, num_rounds=5)
     # Also those that never tell what can be used: nobody has others measure all the time.
     assert asked(grid) == {1: set(range(6)), 4: set(range(6))}

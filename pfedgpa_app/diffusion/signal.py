@@ -2,12 +2,17 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from pfedgpa_app.randomness import make_generator
 
 SKETCH = 2048
 """Numbers that stand for a move, so that it costs a client next to nothing to tell it."""
 
+# Cosines up to this may be errors of the sketches: two standard deviations of them.
+_SKETCH_ERROR = 2 / SKETCH**0.5
+# How much more noise than the median client any client can say that it has.
+_MAX_NOISE = 4.0
 # Axes with less than this part of the largest variance say nothing.
 _RELATIVE_TOLERANCE = 1e-12
 
@@ -58,8 +63,11 @@ def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
     ``(num_clients, size)`` and ``H = (A + B) / 2``, the part along an axis q is
     ``q^T A B^T q / q^T H H^T q``, in 0 .. 1.
 
-    A client whose moves are 0 says nothing about any axis. None counts for more than the median
-    client: longer rows of A and B are shortened together.
+    A client whose moves are 0, or contradict each other, says nothing about any axis. None counts
+    for more than the median client: longer rows of A and B are shortened together. Nobody can make
+    of an axis less signal than its own noise explains: the part is at least
+    ``1 - 2 sum_i q_i^2 n_i / q^T H H^T q``, where ``n_i = |A_i - B_i|^2 / 4`` is each client's
+    noise, at most four times the median client's.
 
     Parameters
     ----------
@@ -74,16 +82,21 @@ def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
         ``(num_axes,)``, float64.
     """
     moves = halves.double()
-    tells = moves.flatten(1).any(dim=1)
+    tells = cosine_similarity(moves[:, 0], moves[:, 1], dim=1) > -_SKETCH_ERROR
+    tells &= moves.flatten(1).any(dim=1)
+    if not bool(tells.any()):
+        return torch.zeros(axes.shape[1], dtype=torch.float64)
     lengths = moves.square().sum(dim=2).mean(dim=1).sqrt()
-    typical = lengths[tells].median() if bool(tells.any()) else lengths.sum()
-    scales = torch.where(lengths > typical, typical / lengths, 1.0)
+    typical = lengths[tells].median()
+    scales = torch.where(lengths > typical, typical / lengths, 1.0) * tells
     # What each half of the clients' images says along each axis, (2, num_axes, size).
     first, second = ((axes * scales[:, None]).T @ half for half in moves.unbind(dim=1))
     signal = (first * second).sum(dim=1)
     total = ((first + second) / 2).square().sum(dim=1)
+    noise = scales.square() * (moves[:, 0] - moves[:, 1]).square().sum(dim=1) / 4
+    noise = axes.square().T @ noise.clamp(max=_MAX_NOISE * float(noise[tells].median()))
     is_said = total > _RELATIVE_TOLERANCE * total.max()
-    return torch.where(is_said, signal / total, 0.0).clamp(0, 1)
+    return torch.where(is_said, torch.maximum(signal, total - 2 * noise) / total, 0.0).clamp(0, 1)
 
 
 def agreement(halves: Tensor, others: Tensor) -> Tensor:
@@ -92,7 +105,8 @@ def agreement(halves: Tensor, others: Tensor) -> Tensor:
     With the `centred` moves A and B of each it is
     ``(A_i^T B_j + B_i^T A_j) / 2 sqrt(A_i^T B_i A_j^T B_j)``. The images of two halves are not the
     same, so that noise is on average in none of these products: clients of one distribution are at
-    1, whatever they lack in images. It is 0 for those whose own halves do not agree.
+    1, whatever they lack in images. It is 0 for those whose own halves agree by no more than the
+    sketches' error, so that no cosine is one of nearly nothing.
 
     Parameters
     ----------
@@ -109,5 +123,6 @@ def agreement(halves: Tensor, others: Tensor) -> Tensor:
     one, many = halves.double(), others.double()
     products = (many[:, 0] @ one[1] + many[:, 1] @ one[0]) / 2
     signal = (many[:, 0] * many[:, 1]).sum(dim=1) * (one[0] @ one[1])
-    agrees = (signal > 0) & bool(one[0] @ one[1] > 0)
+    own = cosine_similarity(one[0], one[1], dim=0)
+    agrees = cosine_similarity(many[:, 0], many[:, 1], dim=1).clamp(max=own) > _SKETCH_ERROR
     return torch.where(agrees, products / signal.abs().sqrt(), 0.0).clamp(-1, 1)

@@ -50,7 +50,8 @@ class ClientwiseFedAvg(FedAvg):
 
     Implementation based on https://arxiv.org/abs/1602.05629. As it stands it gives everyone the
     average. A reply that is an error, does not fit the model, is not finite or never comes costs
-    its sender the round and nobody else. Who takes part is drawn from ``seed`` and the round.
+    its sender the round and nobody else. Who takes part is drawn from
+    ``sampling_seed`` and the round.
 
     Subclasses override these methods, which know clients by number and nothing of messages. `of`
     takes their settings from those of a run and `begin` makes what depends on the clients' model.
@@ -105,6 +106,9 @@ class ClientwiseFedAvg(FedAvg):
         From which clients of the current round the others do not learn, and why.
     record : RoundRecord
         What happened in the current round, client by client.
+    sampling_seed : int
+        Who takes part is drawn from it: the seed, but a secret on a network, where clients that
+        know when they are most of a round could wait for it.
     completed_rounds : int
         Rounds of an earlier run that this one goes on from; Flower counts its rounds from 1 again.
     """
@@ -145,6 +149,7 @@ class ClientwiseFedAvg(FedAvg):
         self.optional_extras: dict[int, ParameterLayout] = {}
         self.sites: dict[int, StateDict] = {}
         self.unusual: dict[int, str] = {}
+        self.sampling_seed = seed
         self.completed_rounds = 0
         self.record = RoundRecord(0)
         self._last_round = 0
@@ -405,7 +410,9 @@ class ClientwiseFedAvg(FedAvg):
                 )
         size = min(len(clients), max(minimum, round(fraction * len(clients))))
         log(INFO, "configure_%s: Sampled %s nodes (out of %s)", purpose, size, len(clients))
-        return draw(clients, size, make_generator(self.seed, "sample", purpose, server_round))
+        return draw(
+            clients, size, make_generator(self.sampling_seed, "sample", purpose, server_round)
+        )
 
     def _messages(
         self, kind: str, clients: Sequence[int], states: Iterable[StateDict], config: ConfigRecord

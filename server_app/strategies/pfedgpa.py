@@ -13,8 +13,8 @@ from torch import Tensor
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import ClientRecord
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
-from pfedgpa_app.diffusion import SKETCH
-from pfedgpa_app.guard import unusual
+from pfedgpa_app.diffusion import SKETCH, sketched
+from pfedgpa_app.guard import MIN_CLIENTS, Guard, Move, misfits
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.protocol import COMMON, HALVES
@@ -96,6 +96,7 @@ class PFedGPA(ClientwiseFedAvg):
         self.onboarding = onboarding
         self.noised = noised
         self.client_momentum = ClientMomentum(momentum)
+        self.guard = Guard()
         super().__init__(
             generated_layers=diffusion.patterns,
             seed=seed,
@@ -190,20 +191,30 @@ class PFedGPA(ClientwiseFedAvg):
         return self.aggregator.is_member(client) and super().counts(client)
 
     def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
-        """Return which members moved unlike the others; newcomers teach nobody anyway."""
+        """Return which clients moved, or told of halves, unlike the others.
+
+        Of newcomers, from whom nobody learns, only what they told counts.
+        """
         if not self.diffusion.guard:
             return {}
-        members = [client for client in sorted(uploads) if self.aggregator.is_member(client)]
-        positions = [uploads[client].vector for client in members]
-        moves = [uploads[client].vector - uploads[client].start for client in members]
-        found = unusual(moves, positions, self.aggregator.initial)
-        return {members[row]: reason for row, reason in sorted(found.items())}
+        bank, layout = self.aggregator.bank, self.global_model.layout
+        members = {c: uploads[c] for c in sorted(uploads) if self.aggregator.is_member(c)}
+        moves = {c: Move.of(layout, each.sent, each.state) for c, each in members.items()}
+        positions = bank.members | {c: each.vector for c, each in members.items()}
+        initial, num_connected = self.aggregator.initial, len(self.roster.connected)
+        found = self.guard.unusual(moves, positions, initial, num_connected)
+        if (num := self.guard.num_compared) < MIN_CLIENTS:
+            log(INFO, "pFedGPA: %d clients are too few to tell who is unusual", num)
+        told = {c: each for c, each in sorted(uploads.items()) if HALVES in each.extras}
+        sketches = [sketched(each.vector - each.start) for each in told.values()]
+        odd = misfits([each.extras[HALVES] for each in told.values()], sketches)
+        return found | {c: odd[row] for row, c in enumerate(told) if row in odd and c not in found}
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Put the uploads into the bank, train the diffusion model and denoise every client."""
         newcomers = [client for client in uploads if not self.aggregator.is_member(client)]
         for client, upload in uploads.items():
-            if HALVES in upload.extras:
+            if HALVES in upload.extras and client not in self.unusual:
                 self.aggregator.compare(client, upload.extras[HALVES])
             if client not in newcomers:
                 usual = client not in self.unusual
@@ -242,6 +253,7 @@ class PFedGPA(ClientwiseFedAvg):
             **super().state(),
             **under("aggregator", self.aggregator.state()),
             **under("client-momentum", self.client_momentum.state()),
+            **under("guard", self.guard.state()),
         }
 
     def restore(self, tensors: StateDict) -> None:
@@ -249,6 +261,7 @@ class PFedGPA(ClientwiseFedAvg):
         super().restore(tensors)
         self.aggregator.restore(below("aggregator", tensors))
         self.client_momentum.restore(below("client-momentum", tensors))
+        self.guard.restore(below("guard", tensors))
 
     def training_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""
