@@ -429,6 +429,8 @@ def main(
             settings = {**case.settings, **settings}
             if images:
                 settings |= {"data.train-samples": images, "data.test-samples": 200}
+            if quick:  # its only round is the one in which newcomers join
+                settings["onboarding.join-round"] = 1
             for config in configs(file, rounds, seeds, quick, settings):
                 lying = case if name != "none" else replace(case, liars=())
                 result = run(config, make, ATTACKS.get(name, NONE), lying, judged)

@@ -28,7 +28,7 @@ from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
 from pfedgpa_app.state import below, load_state, save_state, under
 from pfedgpa_app.vault import Vault
 
-STATE_KIND = "pfedgpa-aggregator-8"
+STATE_KIND = "pfedgpa-aggregator-9"
 
 # Of all that a client is like, the part that must have been in the round to speak for it.
 MIN_KINSHIP = 0.01

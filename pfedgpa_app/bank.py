@@ -23,9 +23,10 @@ _NUMBERS = (
     "interval",
     "asked",
     "was_asked_again",
+    "has_misfits",
     "rounds_onboarded",
 )
-_FLAGS = ("in_bank", "is_secluded", "was_asked_again")
+_FLAGS = ("in_bank", "is_secluded", "was_asked_again", "has_misfits")
 _NONE = -1
 
 
@@ -59,6 +60,8 @@ class ClientRecord:
         The round in which it was last asked for its halves.
     was_asked_again
         Whether it was asked before that.
+    has_misfits
+        Whether the halves that it reported last contradict each other or its own update.
     rounds_onboarded
         The rounds that it had as a newcomer; 0 for members.
     """
@@ -74,6 +77,7 @@ class ClientRecord:
     interval: int | None = None
     asked: int | None = None
     was_asked_again: bool = False
+    has_misfits: bool = False
     rounds_onboarded: int = 0
 
 

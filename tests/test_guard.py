@@ -387,37 +387,52 @@ def test_in_the_middle_of_four_no_positive_cosine_is_against_anybody():
     assert misfits(told, tilted) == {}
 
 
-def test_what_unusual_clients_say_of_their_halves_is_not_used():
-    """Newcomers too: what all clients did is known by what each of them says."""
+def telling(pull: float, lies=lambda server_round, halves: halves):
+    """Return a site that reports halves, or what it makes of them in a round."""
 
-    def lying_about_halves(message: Message) -> RecordDict:
-        reply = learning_site(1.0)(message)
+    def answer(message: Message) -> RecordDict:
+        reply = learning_site(pull)(message)
         if "extras" in message.content:
-            reply["extras"] = ArrayRecord({"halves": torch.stack([ONES, -ONES])})
+            state, start = (
+                part["arrays"].to_torch_state_dict() for part in (reply, message.content)
+            )
+            vector, before = (
+                torch.cat([each["layer.weight"].flatten(), each["layer.bias"]])
+                for each in (state, start)
+            )
+            server_round = message.content["config"]["server-round"]
+            halves = lies(server_round, sketched(vector - before).expand(2, -1).clone())
+            if halves is not None:
+                reply["extras"] = ArrayRecord({"halves": halves})
         return reply
 
-    def telling(pull: float):
-        def answer(message: Message) -> RecordDict:
-            reply = learning_site(pull)(message)
-            if "extras" in message.content:
-                state, start = (
-                    part["arrays"].to_torch_state_dict() for part in (reply, message.content)
-                )
-                vector, before = (
-                    torch.cat([each["layer.weight"].flatten(), each["layer.bias"]])
-                    for each in (state, start)
-                )
-                reply["extras"] = ArrayRecord({"halves": sketched(vector - before).expand(2, -1)})
-            return reply
+    return answer
 
-        return answer
 
-    grid = SimulatedGrid({**{n: telling(1 + n / 10) for n in range(6)}, 6: lying_about_halves})
-    strategy = PFedGPA(diffusion=DiffusionConfig(train_steps=5))
-    strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=1)
-    assert set(strategy.unusual) == {6}
-    halves = [strategy.aggregator.bank.of(client).halves for client in range(7)]
-    assert [each is not None for each in halves] == [True] * 6 + [False]
+class Watched(PFedGPA):
+    """PFedGPA that remembers who was unusual in each round, and whose halves it then had."""
+
+    seen: tuple = ()
+
+    def learn(self, server_round, uploads):
+        super().learn(server_round, uploads)
+        with_halves = {c for c in uploads if self.aggregator.bank.of(c).halves is not None}
+        self.seen += ((set(self.unusual), with_halves),)
+
+
+def test_whose_halves_do_not_fit_is_not_learned_from_until_they_do():
+    """What all clients did is known by what each of them says, newcomers too."""
+
+    def lies(server_round: int, halves: Tensor) -> Tensor | None:
+        return {1: torch.stack([ONES, -ONES]), 2: None}.get(server_round, halves)
+
+    others = {n: telling(1 + n / 10) for n in range(6)}
+    strategy = Watched(diffusion=DiffusionConfig(train_steps=5))
+    strategy.start(
+        SimulatedGrid({**others, 6: telling(1.6, lies)}), ArrayRecord(weights(0.0)), num_rounds=3
+    )
+    honest = set(range(6))
+    assert strategy.seen == (({6}, honest), ({6}, honest), (set(), honest | {6}))
 
 
 @pytest.mark.parametrize("num_sites", [3, 4])

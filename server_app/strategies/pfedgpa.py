@@ -33,6 +33,8 @@ SECOND_AFTER = 4
 MEASURED_TOGETHER = 10
 """So many clients are measured in a round, if as many train: what all did is their mean."""
 
+_EARLIER = "its halves of an earlier round do not fit, and there are no others"
+
 
 class PFedGPA(ClientwiseFedAvg):
     """Generative parameter aggregation for personalized federated learning.
@@ -163,7 +165,7 @@ class PFedGPA(ClientwiseFedAvg):
             )
 
     def _is_due(self, record: ClientRecord, server_round: int) -> bool:
-        if record.asked is None:
+        if record.asked is None or record.has_misfits:
             return True
         every = self.diffusion.measure_every
         wait = every if record.was_asked_again else min(SECOND_AFTER, every)
@@ -193,7 +195,8 @@ class PFedGPA(ClientwiseFedAvg):
     def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
         """Return which clients moved, or told of halves, unlike the others.
 
-        Of newcomers, from whom nobody learns, only what they told counts.
+        Of newcomers, from whom nobody learns, only what they told counts. Whose halves did not fit
+        is asked again in each round, and unusual until they do.
         """
         if not self.diffusion.guard:
             return {}
@@ -208,7 +211,12 @@ class PFedGPA(ClientwiseFedAvg):
         told = {c: each for c, each in sorted(uploads.items()) if HALVES in each.extras}
         sketches = [sketched(each.vector - each.start) for each in told.values()]
         odd = misfits([each.extras[HALVES] for each in told.values()], sketches)
-        return found | {c: odd[row] for row, c in enumerate(told) if row in odd and c not in found}
+        if len(told) >= MIN_CLIENTS:
+            for row, client in enumerate(told):
+                bank.of(client).has_misfits = row in odd
+        reasons = {client: odd[row] for row, client in enumerate(told) if row in odd}
+        earlier = {c: _EARLIER for c in uploads if bank.of(c).has_misfits}
+        return earlier | reasons | found
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Put the uploads into the bank, train the diffusion model and denoise every client."""
