@@ -429,8 +429,8 @@ def main(
             settings = {**case.settings, **settings}
             if images:
                 settings |= {"data.train-samples": images, "data.test-samples": 200}
-            if quick:  # its only round is the one in which newcomers join
-                settings["onboarding.join-round"] = 1
+            if quick:  # in its only round nobody can be late
+                settings = {k: v for k, v in settings.items() if not k.startswith("onboarding.")}
             for config in configs(file, rounds, seeds, quick, settings):
                 lying = case if name != "none" else replace(case, liars=())
                 result = run(config, make, ATTACKS.get(name, NONE), lying, judged)
