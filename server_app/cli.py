@@ -44,10 +44,12 @@ def bench(
         str | None, typer.Option(help="Comma-separated, instead of the suite's.")
     ] = None,
     rows: Annotated[
-        list[str] | None, typer.Option(help="Only rows whose names begin so; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Only this row, or those whose names begin so; may be repeated."),
     ] = None,
     cases: Annotated[
-        list[str] | None, typer.Option(help="Only cases whose names begin so; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Only this case, or those whose names begin so; may be repeated."),
     ] = None,
     processes: Annotated[
         int,
@@ -164,7 +166,8 @@ def _seeds(text: str) -> list[int]:
 def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dict[str, Any]:
     """Return those whose names begin with one of the prefixes, in the suite's order.
 
-    Raises ValueError if a prefix chooses nothing, or says nothing.
+    A prefix that is itself a name chooses that one alone. Raises ValueError if a prefix chooses
+    nothing, or says nothing.
     """
     begins = [composed(prefix) for prefix in prefixes or ()]
     if len(set(begins)) < len(begins):
@@ -174,8 +177,13 @@ def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dic
             raise ValueError(f'--{kind}s "": right would be the beginning of a {kind}\'s name')
         if not any(composed(name).startswith(begin) for name in named):
             raise ValueError(f"no {kind} begins with {begin!r}; there are {', '.join(named)}")
-    chosen = tuple(begins or [""])
-    return {name: each for name, each in named.items() if composed(name).startswith(chosen)}
+    exact = {begin for begin in begins if begin in map(composed, named)}
+    chosen = tuple(begin for begin in begins or [""] if begin not in exact)
+    return {
+        name: each
+        for name, each in named.items()
+        if composed(name) in exact or composed(name).startswith(chosen)
+    }
 
 
 def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> dict[str, Any]:

@@ -170,9 +170,15 @@ def test_rows_and_cases_are_chosen_by_how_their_names_begin(suite: Path, tmp_pat
             "local",
             "ditto",
         ]
+    with suite.open("a") as stream:
+        stream.write('\n[rows."local, again"]\nstrategy = "local"\nclient.momentum = 0.5\n')
+    exact = invoke(suite, "--rows", "local", *arguments)
+    assert "1 runs, 1 finished before" in exact.output
     wrong = invoke(suite, "--rows", "ditto", "--rows", "fedfoo", *arguments)
     assert wrong.exit_code == 1
-    assert "no row begins with 'fedfoo'; there are local, ditto" in " ".join(wrong.output.split())
+    assert "no row begins with 'fedfoo'; there are local, ditto, local, again" in " ".join(
+        wrong.output.split()
+    )
 
 
 def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: Path):
