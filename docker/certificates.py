@@ -13,6 +13,9 @@ and ``certificates.py supernode FOLDER``, at each site,
 
 What is there already is kept. The authority's own key is never written: nobody signs another
 certificate with it. To renew a certificate, remove it, and give the new ca.pem to everyone.
+
+``certificates.py superlink FOLDER HOST... --ca-key FILE`` keeps the authority's key in FILE, which
+the SuperLink must not see, and signs a new certificate at each call; ca.pem stays as it is.
 """
 
 import argparse
@@ -30,8 +33,12 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+# Of an authority whose key is kept.
+CA_DAYS = 3650
 
 # A SuperLink's own ServerApps connect to it under these.
 LOCAL = ("localhost", "127.0.0.1")
@@ -50,22 +57,58 @@ KEY_USAGES = (
 )
 
 
-def make_superlink(folder: Path, hosts: Sequence[str], days: int) -> list[Path]:
-    """Make an authority, and a certificate for a SuperLink under these hosts; return the files."""
+def make_superlink(
+    folder: Path, hosts: Sequence[str], days: int, ca_key_file: Path | None = None
+) -> list[Path]:
+    """Make an authority, and a certificate for a SuperLink under these hosts; return the files.
+
+    With ``ca_key_file`` the authority is the one whose key is in it, and is made once.
+    """
     ca_file = folder / "authority" / "ca.pem"
     certificate_file = folder / "superlink" / "certificate.pem"
     key_file = folder / "superlink" / "key.pem"
     files = [ca_file, certificate_file, key_file]
-    if all(file.exists() for file in files):
+    if not ca_key_file and all(file.exists() for file in files):
         return files
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca = authority(ca_key, days)
-    signed = server_certificate([*hosts, *LOCAL], key.public_key(), ca, ca_key)
-    write(ca_file, ca.public_bytes(Encoding.PEM))
+    if ca_key_file and (ca_file.exists() or ca_key_file.exists()):
+        ca_key, ca = read_authority(ca_key_file, ca_file)
+    else:
+        ca_key = ec.generate_private_key(ec.SECP256R1())
+        ca = authority(ca_key, CA_DAYS if ca_key_file else days)
+        if ca_key_file:
+            write(ca_key_file, private_pem(ca_key), mode=0o600)
+        write(ca_file, ca.public_bytes(Encoding.PEM))
+    key = ec.generate_private_key(ec.SECP256R1())
+    signed = server_certificate([*hosts, *LOCAL], key.public_key(), ca, ca_key, days)
     write(certificate_file, signed.public_bytes(Encoding.PEM))
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    write(key_file, private, mode=0o600)
+    write(key_file, private_pem(key), mode=0o600)
     return files
+
+
+def read_authority(
+    key_file: Path, certificate_file: Path
+) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """Return the key and the certificate of an authority; exit if they are not those of one."""
+    missing = [str(file) for file in (key_file, certificate_file) if not file.exists()]
+    if missing:
+        raise SystemExit(
+            f"{missing[0]} is missing, half of the authority; right would be to bring it back, or "
+            "to remove the other half as well and to give the new ca.pem to everyone"
+        )
+    key = load_pem_private_key(key_file.read_bytes(), password=None)
+    certificate = x509.load_pem_x509_certificate(certificate_file.read_bytes())
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or (
+        key.public_key() != certificate.public_key()
+    ):
+        raise SystemExit(
+            f"{key_file} is not the key of {certificate_file}; right would be the one made with it"
+        )
+    return key, certificate
+
+
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return a key as a file has it."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def make_supernode(folder: Path) -> list[Path]:
@@ -107,8 +150,10 @@ def server_certificate(
     key: ec.EllipticCurvePublicKey,
     ca: x509.Certificate,
     ca_key: ec.EllipticCurvePrivateKey,
+    days: int,
 ) -> x509.Certificate:
-    """Return the certificate of a server under these hosts, valid for as long as its authority."""
+    """Return the certificate of a server under these hosts, no longer valid than its authority."""
+    now = datetime.now(UTC)
     names = x509.SubjectAlternativeName([general_name(host) for host in dict.fromkeys(hosts)])
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     return (
@@ -117,8 +162,8 @@ def server_certificate(
         .issuer_name(ca.subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(ca.not_valid_before_utc)
-        .not_valid_after(ca.not_valid_after_utc)
+        .not_valid_before(max(now - timedelta(hours=1), ca.not_valid_before_utc))
+        .not_valid_after(min(now + timedelta(days=days), ca.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(names, critical=False)
@@ -158,11 +203,12 @@ def main() -> None:
     superlink.add_argument("folder", type=Path)
     superlink.add_argument("host", nargs="+")
     superlink.add_argument("--days", type=int, default=365, help="how long they are valid")
+    superlink.add_argument("--ca-key", type=Path, metavar="FILE", help="the authority's key")
     supernode = commands.add_parser("supernode")
     supernode.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     if arguments.role == "superlink":
-        files = make_superlink(arguments.folder, arguments.host, arguments.days)
+        files = make_superlink(arguments.folder, arguments.host, arguments.days, arguments.ca_key)
     else:
         files = make_supernode(arguments.folder)
     print(*files, sep="\n")

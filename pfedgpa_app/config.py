@@ -65,7 +65,7 @@ class Config(StrategySections):
     num_server_rounds: Count = 10
     output_dir: str = ""
     resume_from: str = ""
-    tracking: Literal["", "tensorboard", "mlflow"] = ""
+    tracking: Literal["", "tensorboard", "mlflow", "wandb"] = ""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     client: ClientConfig = ClientConfig()

@@ -24,8 +24,9 @@ def num_processes() -> int:
         available = next(line for line in lines if line.startswith("MemAvailable"))
         free = int(available.split()[1]) * 1024
     except (OSError, StopIteration):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), free // BYTES_A_RUN))
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS: half of all
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(cores, free // BYTES_A_RUN))
 
 
 def execute(

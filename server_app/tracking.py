@@ -1,4 +1,4 @@
-"""What a run writes to TensorBoard or MLflow: its settings, and the numbers of metrics.jsonl."""
+"""What a run writes to a tracker: its settings, and the numbers of metrics.jsonl."""
 
 import os
 from collections.abc import Mapping
@@ -45,6 +45,8 @@ class Tracking:
             self._tracker = TensorBoard(target, config.to_flat())
         elif config.tracking == "mlflow":
             self._tracker = MLflow(folder.name, config.to_flat(), folder.path.parent)
+        elif config.tracking == "wandb":
+            self._tracker = WeightsAndBiases(folder.name, config.to_flat(), folder.path)
 
     def __enter__(self) -> Self:
         return self
@@ -157,6 +159,42 @@ class MLflow:
             mlflow.start_run(run_name=self.name)
         mlflow.log_params(self.settings)
         self._has_begun = True
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, in the run's folder and, with ``WANDB_MODE=online``, on a server.
+
+    Offline, nothing leaves the machine until somebody types ``wandb sync``. Neither the run's log
+    nor the state of a git repository is recorded.
+    """
+
+    def __init__(self, name: str, settings: Mapping[str, Scalar], folder: Path) -> None:
+        self.name = name
+        self.settings = dict(settings)
+        self.folder = folder
+        self._run: Any = None
+
+    def write(self, row: Row) -> None:
+        """Log numbers with the round as their step."""
+        self._run = self._run or self._begin()
+        self._run.log(_numbers(row), step=row["round"])
+
+    def close(self, is_whole: bool) -> None:
+        """Set the run's status, and wait until all is written."""
+        if self._run is not None:
+            self._run.finish(exit_code=0 if is_whole else 1)
+
+    def _begin(self) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", EXPERIMENT),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            name=self.name,
+            config=self.settings,
+            dir=self.folder,
+            settings=wandb.Settings(console="off", disable_git=True),
+        )
 
 
 def _numbers(row: Row) -> dict[str, float]:

@@ -30,6 +30,11 @@ class Dependency(Strict):
     condition: Literal["service_healthy", "service_completed_successfully"]
 
 
+class Logging(Strict):
+    driver: Literal["json-file"]
+    options: dict[str, str]
+
+
 class Healthcheck(Strict):
     test: list[str]
     interval: str
@@ -40,6 +45,8 @@ class Healthcheck(Strict):
 class Service(Strict):
     image: str
     build: Build | None = None
+    profiles: list[str] = []
+    entrypoint: list[str] = []
     command: str | list[str]
     volumes: list[str] = []
     depends_on: dict[str, Dependency] = {}
@@ -50,6 +57,10 @@ class Service(Strict):
     tmpfs: list[str]
     cap_drop: list[str]
     security_opt: list[str]
+    ports: list[str] = []
+    mem_limit: str | None = None
+    logging: Logging | None = None
+    deploy: dict[str, Any] = {}
 
     @property
     def words(self) -> list[str]:
@@ -78,10 +89,13 @@ def read_compose(*files: Path, **variables: object) -> Compose:
     """Return what compose files say together."""
 
     def value_of(match: re.Match[str]) -> str:
-        return str(variables.get(match["name"], match["default"]))
+        value = variables.get(match["name"], match["default"])
+        assert value is not None, f"{match['name']} must be given"
+        return str(value)
 
     def read(file: Path) -> dict[str, Any]:
-        text = re.sub(r"\$\{(?P<name>\w+):-(?P<default>\w*)\}", value_of, file.read_text())
+        variable = r"\$\{(?P<name>\w+):(-(?P<default>[^}]*)|\?)\}"
+        text = re.sub(variable, value_of, file.read_text())
         assert "$" not in text
         content: dict[str, Any] = yaml.safe_load(text)
         return {key: value for key, value in content.items() if not key.startswith("x-")}
@@ -100,7 +114,7 @@ def merge(first: Any, second: Any) -> Any:
 
 
 class Dockerfile:
-    """What the Dockerfile makes of its last stage, and of the one named ``dependencies``."""
+    """What the Dockerfile makes of its last stage, and of those before."""
 
     def __init__(self) -> None:
         text = re.sub(r"^#.*\n", "", (DOCKER / "Dockerfile").read_text(), flags=re.MULTILINE)

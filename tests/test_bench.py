@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -591,3 +592,18 @@ def test_runs_on_a_superlink_do_not_train_as_one_graph(suite: Path, tmp_path: Pa
     assert result.exit_code == 1
     assert 'client.engine = "vmap": is for `pfedgpa bench`' in result.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_where_the_system_tells_neither_free_memory_nor_own_cores_there_are_processes(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def fail(file: Path) -> str:
+        raise FileNotFoundError(file)
+
+    monkeypatch.setattr(bench, "read_text", fail)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    sizes = {"SC_PHYS_PAGES": 4 * bench.BYTES_A_RUN, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    assert bench.num_processes() == 2

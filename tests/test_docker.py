@@ -8,20 +8,41 @@ import ipaddress
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
+from datetime import timedelta
 from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 from containers import DOCKER, Demo, Dockerfile, read_compose
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from flwr.common.config import parse_config_args
+from packaging.requirements import Requirement
 
 from benchmarks.network import BIN, PROJECT, read_lines
+from pfedgpa_app.config import DataConfig
+from pfedgpa_app.data import client_data
 
 PLAIN, TLS = DOCKER / "compose.yaml", DOCKER / "compose.tls.yaml"
+SERVER, SITE, GPU = (DOCKER / f"compose.{name}.yaml" for name in ("server", "site", "gpu"))
 WAYS = {"plain": (PLAIN,), "tls": (PLAIN, TLS)}
+GIVEN = {
+    "SERVER_NAME": "fl.example.org",
+    "CA_KEY_FOLDER": "/media/key",
+    "SUPERLINK": "fl.example.org:18000",
+    "DATA": "/srv/scans",
+    "CA": "/srv/ca.pem",
+}
+"""What docker/.env of a server or a site has."""
+ALL = WAYS | {"server": (SERVER,), "site": (SITE,), "gpu": (SITE, GPU)}
 SUPERNODES = [f"supernode-{number}" for number in range(3)]
 ROUNDS = 1
 
@@ -60,7 +81,7 @@ def validate(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("file", [PLAIN, TLS], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [PLAIN, TLS, SERVER, SITE, GPU], ids=lambda file: file.name)
 def test_compose_files_obey_the_specification(file: Path):
     assert validate(file).returncode == 0, validate(file).stdout
 
@@ -73,9 +94,9 @@ def test_the_specification_knows_no_misspelt_key(tmp_path: Path):
     assert "'healtcheck' was unexpected" in result.stdout
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ALL)
 def test_what_the_services_name_exists(way: str):
-    compose = read_compose(*WAYS[way])
+    compose = read_compose(*ALL[way], **GIVEN)
     built = [one.build for one in compose.services.values() if one.build]
     assert len(built) == 1  # once for all, under the name that all use
     assert {one.image for one in compose.services.values()} == {compose.name}
@@ -84,13 +105,44 @@ def test_what_the_services_name_exists(way: str):
     used = {source for one in compose.services.values() for source, _ in one.mounts.values()}
     files = {source for source in used if source.startswith(".")}
     assert all((DOCKER / source).is_file() for source in files)
-    assert used - files == compose.volumes.keys()
+    assert {source for source in used - files if source[0] != "/"} == compose.volumes.keys()
     for one in compose.services.values():
         for name, dependency in one.depends_on.items():
             needed = compose.services[name]
             waits_for_health = dependency.condition == "service_healthy"
             assert waits_for_health == (needed.healthcheck is not None)
             assert waits_for_health == (needed.restart == "unless-stopped")
+
+
+@pytest.mark.parametrize("way", ["server", "site", "gpu"])
+def test_what_runs_for_months_is_bounded_and_tells_its_health(way: str):
+    compose = read_compose(*ALL[way], **GIVEN)
+    staying = [one for one in compose.services.values() if not one.profiles]
+    assert len(staying) == 1
+    assert staying[0].restart == "unless-stopped"
+    assert staying[0].mem_limit
+    assert staying[0].healthcheck
+    for one in compose.services.values():
+        assert one.logging
+        assert one.logging.options.keys() == {"max-size", "max-file"}
+
+
+def test_a_site_is_told_its_own_data_and_where_its_model_is_kept():
+    site = read_compose(SITE, **GIVEN).services["supernode"]
+    node = parse_config_args([site.words[site.words.index("--node-config") + 1]])
+    assert site.mounts[str(node["data-path"])] == ("/srv/scans", True)
+    assert site.mounts[str(Path(str(node["model-path"])).parent)] == ("model", False)
+    assert site.words[site.words.index("--superlink") + 1] == GIVEN["SUPERLINK"]
+    assert not site.ports
+
+
+def test_a_gpu_is_given_to_the_service_that_trains_and_torch_is_built_for_it():
+    services = read_compose(SITE, GPU, **GIVEN).services
+    (device,) = services["supernode"].deploy["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert services["key"].build
+    assert services["key"].build.args["TORCH"] == "cuda"
+    assert services["key"].build.args["ROLE"] == "site"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -107,9 +159,10 @@ def test_both_ways_run_with_the_same_settings():
     assert [word if word != "plain" else "tls" for word in plain] == tls
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ALL)
 def test_no_service_may_more_than_it_needs(way: str):
-    for one in read_compose(*WAYS[way]).services.values():  # which know no ports to publish
+    for name, one in read_compose(*ALL[way], **GIVEN).services.items():
+        assert bool(one.ports) == (way == "server" and name == "superlink")
         assert one.read_only
         assert one.cap_drop == ["ALL"]
         assert one.security_opt == ["no-new-privileges:true"]
@@ -118,6 +171,10 @@ def test_no_service_may_more_than_it_needs(way: str):
 
 
 def test_a_private_key_is_seen_where_it_is_made_and_used_alone():
+    services = read_compose(SERVER, **GIVEN).services
+    assert [name for name, one in services.items() if "/ca" in one.mounts] == ["certificates"]
+    assert services["superlink"].mounts["/tls/superlink"] == ("superlink-key", True)
+    assert "/tls/superlink" not in services["flwr"].mounts
     services = read_compose(*WAYS["tls"]).services
     seen: dict[str, dict[str, str]] = {}
     for name, one in services.items():
@@ -169,8 +226,11 @@ def test_the_image_runs_as_a_user_who_owns_the_volumes_alone():
     assert re.search(r"useradd --uid [1-9]\d+ .*pfedgpa ", made)
     assert "install --directory --mode=0700 --owner=pfedgpa " in made  # to nobody else's eyes
     folders = made.split("--owner=pfedgpa ")[1].split()
-    mounts = (one.mounts for one in read_compose(*WAYS["tls"]).services.values())
-    volumes = {target for one in mounts for target, (source, _) in one.items() if source[0] != "."}
+    composes = [read_compose(*files, **GIVEN) for files in ALL.values()]
+    mounts = (one.mounts for compose in composes for one in compose.services.values())
+    volumes = {
+        target for one in mounts for target, (source, _) in one.items() if source[0] not in "./"
+    }
     assert set(folders) == volumes | {"/flwr"}
 
 
@@ -186,20 +246,97 @@ def test_what_a_read_only_container_writes_to_is_a_volume_or_forgotten():
 def test_a_change_of_the_app_installs_no_dependency_again():
     """What is copied from the project comes after the dependencies, but for their names."""
     instructions = Dockerfile().last
-    installed = instructions.index(("RUN", "pip install --no-cache-dir -r /opt/requirements.txt"))
+    command = "pip install --no-cache-dir -r /opt/requirements.txt -c /opt/constraints.txt"
+    installed = instructions.index(("RUN", command))
     before = [rest for name, rest in instructions[:installed] if name in ("COPY", "ADD")]
-    assert before == ["--from=dependencies requirements.txt /opt/"]
+    assert before == [
+        "docker/constraints.txt /opt/",
+        "--from=dependencies requirements.txt /opt/",
+    ]
 
 
-def test_the_image_installs_the_dependencies_of_pyproject(tmp_path: Path):
+PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+INSTALLED = PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["privacy"]
+LEFT_OUT = ("ray", "plotly", "matplotlib", "flwr_datasets")
+
+
+def test_the_image_installs_the_dependencies_of_pyproject_and_a_site_fewer(tmp_path: Path):
     shutil.copy(PROJECT / "pyproject.toml", tmp_path)
-    (stage,) = (x for x in Dockerfile().stages if x[0] == ("FROM", "base AS dependencies"))
-    command = stage[-1][1]
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(["sh", "-c", command], cwd=tmp_path, env={"PATH": path}, check=True)
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    names = (tmp_path / "requirements.txt").read_text().splitlines()
-    assert names == project["dependencies"]
+    installed = []
+    for role, origin in (("all", "base"), ("site", "dependencies-all")):
+        name = ("FROM", f"{origin} AS dependencies-{role}")
+        (stage,) = (each for each in Dockerfile().stages if each[0] == name)
+        command = stage[-1][1]
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, env={"PATH": path}, check=True)
+        installed.append((tmp_path / "requirements.txt").read_text().splitlines())
+    assert installed[0] == INSTALLED
+    without = [x.replace("[simulation]", "") for x in INSTALLED]  # which brings Ray
+    named = tuple(name.replace("_", "-") for name in LEFT_OUT)
+    assert installed[1] == [line for line in without if not line.startswith(named)]
+
+
+def test_the_lock_has_a_version_that_pyproject_allows_of_all_but_torch():
+    lines = (DOCKER / "constraints.txt").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for requirement in map(Requirement, INSTALLED):
+        if requirement.name not in ("torch", "torchvision"):
+            assert locked[requirement.name] in requirement.specifier
+    assert not {"torch", "torchvision"} & locked.keys()  # Debian's would be replaced
+
+
+TRAINED = """
+import sys
+
+sys.modules.update(dict.fromkeys({left_out!r}))  # to import them raises
+sys.path.insert(0, {tests!r})
+from digits_client import SETTINGS, message
+from flwr.app import Context, RecordDict
+from client_app.app import app
+
+sites = {{"data.dataset": "sites", "data.shape": "1x8x8", "data.num-classes": 10}}
+private = {{"privacy.mode": "example"}}
+for settings in (sites, sites | private):
+    context = Context(1, 1, {{"data-path": {path!r}}}, RecordDict(), {{**SETTINGS, **settings}})
+    for kind in ("query", "train", "evaluate"):
+        reply = app(message(kind), context)
+        assert not reply.has_error(), reply.error
+        print(kind)
+import server_app.cli
+"""
+
+
+def test_a_site_trains_without_what_its_image_leaves_out(tmp_path: Path):
+    data = client_data(DataConfig(), 0, 0, 4)
+    file = tmp_path / "own.npz"
+    np.savez(file, x=data.train_images.numpy(), y=data.train_labels.numpy())
+    program = TRAINED.format(left_out=LEFT_OUT, tests=str(Path(__file__).parent), path=str(file))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["query", "train", "evaluate"] * 2
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+def test_a_supernode_that_answers_is_healthy_once_it_is_connected():
+    with HTTPServer(("127.0.0.1", 0), Answers) as own, socket.create_server(("", 0)) as superlink:
+        Thread(target=own.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{own.server_port}/health"
+        port = superlink.getsockname()[1]
+        command = [sys.executable, DOCKER / "health.py", url, "--connected-to", f"superlink:{port}"]
+        before = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (before.returncode, before.stderr) == (1, f"not connected to superlink:{port}\n")
+        with socket.create_connection(("127.0.0.1", port)):
+            subprocess.run(command, check=True)
+        own.shutdown()
 
 
 def make(*arguments: str | Path) -> list[Path]:
@@ -232,3 +369,45 @@ def test_private_keys_are_open_to_their_owner_alone_and_kept(tmp_path: Path):
         "superlink",
         "supernode",
     }
+
+
+def test_a_certificate_is_renewed_by_the_authority_whose_key_was_kept(tmp_path: Path):
+    key = tmp_path / "kept" / "ca.key"
+    words = ("superlink", tmp_path / "tls", "superlink", "--ca-key", key, "--days", "30")
+    ca_file, file, key_file = make(*words)
+    before = [each.read_bytes() for each in (ca_file, key, file, key_file)]
+    assert key.stat().st_mode & 0o777 == 0o600
+    make(*words)
+    after = [each.read_bytes() for each in (ca_file, key, file, key_file)]
+    assert [x == y for x, y in zip(before, after, strict=True)] == [True, True, False, False]
+    ca, old, new = map(x509.load_pem_x509_certificate, (after[0], before[2], after[2]))
+    for certificate in (old, new):
+        certificate.verify_directly_issued_by(ca)
+        assert certificate.not_valid_after_utc - certificate.not_valid_before_utc < timedelta(31)
+    assert ca.not_valid_after_utc - new.not_valid_after_utc > timedelta(3000)
+
+
+def test_half_an_authority_is_refused_and_kept(tmp_path: Path):
+    key = tmp_path / "ca.key"
+    words = ("superlink", tmp_path, "superlink", "--ca-key", key)
+    ca_file, file, _ = make(*words)
+    certificate, kept = file.read_bytes(), key.read_bytes()
+    key.unlink()
+    for content in (None, make_key()):
+        if content:
+            key.write_bytes(content)
+        with pytest.raises(subprocess.CalledProcessError) as caught:
+            make(*words)
+        assert "; right would be " in caught.value.stderr
+        assert file.read_bytes() == certificate
+    key.write_bytes(kept)
+    ca_file.unlink()
+    with pytest.raises(subprocess.CalledProcessError):
+        make(*words)
+    assert key.read_bytes() == kept
+
+
+def make_key() -> bytes:
+    """Return another key than any there is."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

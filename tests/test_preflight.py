@@ -140,7 +140,7 @@ def test_where_each_client_has_a_process_none_are_put_together():
         preflight.preflight(VMAP)
 
 
-@pytest.mark.parametrize("tracking", ["tensorboard", "mlflow"])
+@pytest.mark.parametrize("tracking", ["tensorboard", "mlflow", "wandb"])
 def test_the_package_of_a_tracker_is_asked_for(monkeypatch: pytest.MonkeyPatch, tracking: str):
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     preflight.preflight(Config())

@@ -53,6 +53,8 @@ TESTS = "these tests"
 SETS = "sets a variable"
 DEPLOYED = "test_deployment.py::test_the_smallest_network_finishes_a_run"
 CONTAINERS = "test_docker.py::test_the_services_bring_a_run_to_its_end"
+PACK = "test_docker.py::test_what_runs_for_months_is_bounded_and_tells_its_health"
+SERVER, SITE = (f"docker compose -f docker/compose.{name}.yaml" for name in ("server", "site"))
 CLUSTER = "test_flower_run.py::test_a_cluster_of_two_machines_gives_the_digits_of_one"
 TRACKED = "test_tracking.py::test_tensorboard_has_the_settings_and_the_numbers_of_a_run"
 ELSEWHERE = {
@@ -85,6 +87,22 @@ ELSEWHERE = {
     "'data-path=\"/srv/scans\"'": DEPLOYED,
     "docker build -f docker/Dockerfile -t pfedgpa .": CONTAINERS,
     "docker build -f docker/Dockerfile -t pfedgpa --build-arg TORCH=cuda .": CONTAINERS,
+    "docker build -f docker/Dockerfile -t pfedgpa-site --build-arg ROLE=site .": PACK,
+    "docker buildx imagetools inspect debian:trixie-slim --format "
+    "'BASE=debian@{{.Manifest.Digest}}'": "asks a registry",
+    f"{SERVER} run --rm --build certificates": PACK,
+    f"{SERVER} up -d superlink": PACK,
+    f"{SERVER} cp superlink:/tls/authority/ca.pem ca.pem": PACK,
+    f"{SERVER} run --rm -v ./site-1.pub:/tmp/site-1.pub:ro flwr supernode register "
+    "/tmp/site-1.pub tls --name site-1": PACK,
+    f"{SERVER} run --rm flwr run /app tls --stream": PACK,
+    f"{SITE} run --rm --build key": PACK,
+    f"{SITE} run --rm key cat /tls/supernode/key.pub": PACK,
+    f"{SITE} up -d supernode": PACK,
+    f"{SITE} ps": PACK,
+    f"{SITE} cp supernode:/model/model.safetensors model.safetensors": PACK,
+    f"{SITE} -f docker/compose.gpu.yaml run --rm --build key": PACK,
+    f"{SITE} -f docker/compose.gpu.yaml up -d supernode": PACK,
     "docker compose -f docker/compose.yaml up --build run": CONTAINERS,
     "docker compose -f docker/compose.yaml -f docker/compose.tls.yaml up --build run": CONTAINERS,
     "docker compose -f docker/compose.yaml exec superlink pfedgpa runs": CONTAINERS,

@@ -1,6 +1,7 @@
 """What is published: the wheel, and the app as Flower packs it."""
 
 import contextlib
+import importlib
 import io
 import re
 import subprocess
@@ -9,19 +10,23 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import flwr
 import pytest
 import yaml
 from flwr.cli.app_cmd.publish import _collect_file_paths, _validate_files
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import FAB_MAX_SIZE
+from packaging.requirements import Requirement
 
+import pfedgpa_app
 from pfedgpa_app.exported import MODEL_KIND
 from pfedgpa_app.vault import VECTOR_KIND
 from server_app.checkpoint import CHECKPOINT_KIND
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("pfedgpa_app", "client_app", "server_app")
-VERSION = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+VERSION = PYPROJECT["project"]["version"]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +53,24 @@ def test_what_flower_packs_has_all_of_the_app_and_leaves_room_for_own_modules():
     for package in PACKAGES:
         modules = (PROJECT / package).rglob("*.py")
         assert {str(file.relative_to(PROJECT)) for file in modules} <= names
+
+
+def test_flower_is_of_a_version_that_was_tried_and_the_app_names_the_last():
+    (needed,) = (
+        r for r in map(Requirement, PYPROJECT["project"]["dependencies"]) if r.name == "flwr"
+    )
+    target = PYPROJECT["tool"]["flwr"]["app"]["flwr-version-target"]
+    assert flwr.__version__ in needed.specifier
+    assert target in needed.specifier
+    assert "1.43.0" not in needed.specifier  # some of what is imported is no public API
+
+
+def test_on_windows_an_error_says_what_would_be_right(monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        with pytest.raises(ImportError, match=r"Windows does not; right would be .* \(WSL 2\)"):
+            importlib.reload(pfedgpa_app)
+    importlib.reload(pfedgpa_app)
 
 
 def test_the_wheel_has_the_packages_with_their_types_and_nothing_else(wheel: Path):

@@ -1,4 +1,4 @@
-"""What a run writes to TensorBoard and MLflow; both packages are stood in for."""
+"""What a run writes to a tracker; their packages are stood in for."""
 
 import json
 import sys
@@ -235,6 +235,73 @@ def test_mlflow_writes_where_its_variables_say(
 
 
 def test_without_a_tracker_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("mlflow", "torch.utils.tensorboard"):
+    for name in ("mlflow", "torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
     track(tmp_path, "", [1, 2])
+
+
+class FakeWandb(ModuleType):
+    """In place of the package: keeps what it is called with; what a run does is in it too."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def Settings(self, **settings: Any) -> dict[str, Any]:  # noqa: N802
+        return settings
+
+    def init(self, **options: Any) -> "FakeWandb":
+        self.calls.append(("init", options))
+        return self
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.calls.append(("log", {"step": step, **numbers}))
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(("finish", {"exit_code": exit_code}))
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    for name in ("MODE", "PROJECT"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_weights_and_biases_has_the_settings_and_the_numbers_and_sends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: FakeWandb
+):
+    run_app(tmp_path, 7, monkeypatch, tracking="wandb")
+    first, second = numbers(tmp_path / "7")
+    assert wandb.calls == [
+        (
+            "init",
+            {
+                "project": "pfedgpa",
+                "mode": "offline",
+                "name": "digits-pfedgpa-1",
+                "config": json.loads((tmp_path / "7" / "config.json").read_text()),
+                "dir": tmp_path / "7",
+                "settings": {"console": "off", "disable_git": True},
+            },
+        ),
+        ("log", {"step": 1, **first}),
+        ("log", {"step": 2, **second}),
+        ("finish", {"exit_code": 0}),
+    ]
+
+
+def test_weights_and_biases_sends_where_its_variables_say_and_knows_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: FakeWandb
+):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_PROJECT", "hospitals")
+    with RunFolder(tmp_path / "1", Config(tracking="wandb")) as folder:
+        tracking = Tracking(folder)
+        tracking.add_round({"round": 1, "x": 0.5})
+        tracking.__exit__(KeyboardInterrupt)
+    (_, options), *_, end = wandb.calls
+    assert (options["mode"], options["project"]) == ("online", "hospitals")
+    assert end == ("finish", {"exit_code": 1})
