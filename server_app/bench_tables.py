@@ -52,9 +52,9 @@ def tables(
 
         cells = {case: {row: reached(case, row) for row in suite.rows} for case in suite.cases}
         note = (
-            "Rounds / megabytes up and down, models that are sent to be evaluated included / server"
-            " seconds of learning until the mean accuracy is reached, mean over seeds; a dash where "
-            "a seed never did."
+            "Rounds / megabytes up and down, models that are sent to be evaluated included / "
+            "seconds of learning on the server until the mean accuracy is reached, mean over "
+            "seeds; a dash where a seed never did."
         )
         title, called = f"{suite.title}: until {target}", f"{name}-until-{target}"
         made.append(_table(suite, title, cells, note, called, source))

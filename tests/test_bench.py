@@ -177,7 +177,9 @@ def test_rows_and_cases_are_chosen_by_how_their_names_begin(suite: Path, tmp_pat
         ]
     wrong = invoke(suite, "--rows", "ditto", "--rows", "fedfoo", *arguments)
     assert wrong.exit_code == 1
-    assert "no row begins with 'fedfoo'; there are local, ditto" in " ".join(wrong.output.split())
+    assert 'no row begins with \'fedfoo\'; there are "local", "ditto"' in " ".join(
+        wrong.output.split()
+    )
 
 
 def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: Path):
@@ -307,8 +309,8 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
         (["--seeds", "2147483648"], '--seeds "2147483648": right would be less than 2147483648'),
         (["--rows", ""], '--rows "": right would be the beginning of a row\'s name'),
         (["--rows", "local", "--rows", "local"], "--rows local, local: right would be each once"),
-        (["--rows", "x"], "no row begins with 'x'; there are local, ditto"),
-        (["--cases", "x"], "no case begins with 'x'; there are one"),
+        (["--rows", "x"], 'no row begins with \'x\'; there are "local", "ditto"'),
+        (["--cases", "x"], "no case begins with 'x'; there are \"one\""),
         (["--cases", ""], '--cases "": right would be the beginning of a case\'s name'),
     ],
 )
@@ -473,7 +475,7 @@ def test_measures_of_clients_are_compared_and_lead_where_the_suite_says_so(
     tables = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
     assert [table.name for table in tables] == [f"suite-{error}", f"suite-{auroc}", "suite"]
     assert tables[0].note.startswith("Calibration error of everyone's personalized model")
-    # Here the lowest is the best; and of more than two classes there is no AUROC, without a failure.
+    # The lowest is the best, and of more than two classes there is no AUROC.
     marks = {name: row[0].mark for name, row in tables[0].rows.items()}
     assert marks == {"local": "best", "ditto": ""}
     assert {row[0].text for row in tables[1].rows.values()} == {"-"}
