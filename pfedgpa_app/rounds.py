@@ -55,6 +55,8 @@ class RoundRecord:
         The round, from 1.
     clients
         A row a client.
+    seconds_waiting
+        Seconds until enough clients were connected and had said who they are.
     seconds_clients
         Wall-clock seconds from sending the training messages to the last reply.
     seconds_diffusion
@@ -67,6 +69,7 @@ class RoundRecord:
 
     server_round: int
     clients: dict[int, Row] = field(default_factory=dict)
+    seconds_waiting: float = 0.0
     seconds_clients: float = 0.0
     seconds_diffusion: float = 0.0
     num_nodes: int = 0
@@ -185,6 +188,7 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "num-alone": len(record.column("alone")),
         "num-not-finite": len(record.column("not-finite")),
         "epsilon": max(record.column("epsilon"), default=None),
+        "seconds-waiting": round(record.seconds_waiting, 3),
         "seconds-clients": round(record.seconds_clients, 3),
         "seconds-diffusion": round(record.seconds_diffusion, 3),
         "seconds-round": round(seconds_round, 3),

@@ -34,7 +34,12 @@ def make_run(
 def hand_made_record() -> RoundRecord:
     """Clients 0 and 2 train and are evaluated, 1 sends NaN, 3 never replies, 4 only evaluates."""
     record = RoundRecord(
-        2, seconds_clients=1.23456, seconds_diffusion=0.5, num_nodes=6, bytes_down=400
+        2,
+        seconds_waiting=0.25,
+        seconds_clients=1.23456,
+        seconds_diffusion=0.5,
+        num_nodes=6,
+        bytes_down=400,
     )
     record.expect([3, 2, 1, 0], [33, 32, 31, 30])
     metrics = {"accuracy-before": 0.5, "accuracy-after": 0.75, "loss-after": 1.0}
@@ -80,6 +85,7 @@ def test_a_round_is_summarized_over_its_clients():
         "num-alone": 0,
         "num-not-finite": 0,
         "epsilon": None,
+        "seconds-waiting": 0.25,
         "seconds-clients": 1.235,
         "seconds-diffusion": 0.5,
         "seconds-round": 3.142,
