@@ -33,12 +33,13 @@ def tables(
     made = []
     for measure in suite.measures if JUDGED in suite.measures else [JUDGED, *suite.measures]:
         is_first = measure == JUDGED
+        what = _in_words(measure, runs)
         made.append(
             _table(
                 suite,
-                suite.title if is_first else f"{suite.title}: {measure}",
+                suite.title if is_first else f"{suite.title}: {what or measure}",
                 {name: _column(suite, results, measure, name) for name in suite.columns},
-                _note(suite, measure, judged) + (unused if is_first else ""),
+                _note(suite, measure, what, judged) + (unused if is_first else ""),
                 name if is_first else f"{name}-{measure}",
                 source,
             )
@@ -117,18 +118,26 @@ def _column(
     }
 
 
-def _note(suite: Suite, measure: str, judged: str) -> str:
-    """Say in words what a measure is."""
-    class_of = RECALL.fullmatch(measure)
-    what = f"recall of class {class_of[1]}" if class_of else SCORES.get(measure)
-    if what is None:
+def _in_words(measure: str, runs: list[BenchRun]) -> str:
+    """Return what a measure of each client is called, empty of others."""
+    if (found := RECALL.fullmatch(measure)) is None:
+        return SCORES.get(measure, "")
+    classes, number = runs[0].config.data.classes, int(found[1])
+    return f"recall of class {classes[number] if number < len(classes) else number}"
+
+
+def _note(suite: Suite, measure: str, what: str, judged: str) -> str:
+    """Say how the numbers of a measure came about."""
+    if not what:
         sent = " Models that are sent to be evaluated are counted in."
         return f"A round, {judged}.{sent if measure == 'bytes-down' else ''}"
     left_out = "" if measure == JUDGED else " Clients for which it is not defined are left out."
     seeds = ", ".join(map(str, suite.seeds))
+    is_one = len(suite.seeds) == 1
+    over = f"seed {seeds}" if is_one else f"mean ± standard deviation over seeds {seeds}"
     return (
         f"{what[0].upper()}{what[1:]} of everyone's personalized model on its own test set, "
-        f"{judged}; mean ± standard deviation over seeds {seeds}.{left_out}"
+        f"{judged}; {over}.{left_out}"
     )
 
 

@@ -474,6 +474,7 @@ def test_measures_of_clients_are_compared_and_lead_where_the_suite_says_so(
         run.write(tmp_path, rows, clients, 1.0)
     tables = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
     assert [table.name for table in tables] == [f"suite-{error}", f"suite-{auroc}", "suite"]
+    assert tables[0].title == "Two rivals: calibration error"
     assert tables[0].note.startswith("Calibration error of everyone's personalized model")
     # The lowest is the best, and of more than two classes there is no AUROC.
     marks = {name: row[0].mark for name, row in tables[0].rows.items()}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from browser import Browser
 from plotly.offline import get_plotlyjs
+from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from pfedgpa_app import cli
@@ -177,11 +178,15 @@ def test_clients_are_shown_worst_first_with_their_last_accuracy():
     ]
     last = figures.last_accuracies(rows)
     assert list(last.items()) == [(1, (0.5, None)), (3, (0.7, 0.6))]
-    fig = figures.clients(last, 0.6)
+    fig = figures.clients(last, 0.6, {1: 10})
     assert fig.layout.annotations[0].text == "mean 0.6000"
     trained, personalized = fig.data
     assert (personalized.x, personalized.y) == (("1", "3"), (0.5, 0.7))
     assert trained.y == (None, 0.6)
+    expected = binomtest(5, 10).proportion_ci(method="wilson")
+    low, high = 0.5 - personalized.error_y.arrayminus[0], 0.5 + personalized.error_y.array[0]
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert personalized.error_y.array[1] == 0  # of an unknown number of examples
 
 
 def test_seconds_and_megabytes_are_those_of_the_rounds(tmp_path: Path):

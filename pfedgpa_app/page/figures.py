@@ -117,8 +117,26 @@ def last_accuracies(clients: Sequence[Row]) -> dict[int, tuple[float, float | No
     return {client: (personalized[client], trained.get(client)) for client in worst_first}
 
 
-def clients(accuracies: Mapping[int, tuple[float, float | None]], mean: float) -> go.Figure:
-    """Return the last accuracy of each client, worst first, and the mean over all."""
+def interval(accuracy: float, num_examples: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy on so many test examples (Wilson, 1927)."""
+    z, n = 1.96, num_examples
+    middle = accuracy + z**2 / (2 * n)
+    half = z * (accuracy * (1 - accuracy) / n + z**2 / (4 * n**2)) ** 0.5
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
+def clients(
+    accuracies: Mapping[int, tuple[float, float | None]], mean: float, tests: Mapping[int, int]
+) -> go.Figure:
+    """Return the last accuracy of each client, worst first, and the mean over all.
+
+    ``tests`` has the number of each client's test examples, where it is known.
+    """
+    bounds = [
+        interval(each, tests[client]) if tests.get(client) else (each, each)
+        for client, (each, _) in accuracies.items()
+    ]
+    values = [each for each, _ in accuracies.values()]
     fig = figure("client, worst first", "accuracy")
     names = [str(client) for client in accuracies]
     kinds = (("personalized", symbol(0)), ("after local training", "diamond-open"))
@@ -138,6 +156,16 @@ def clients(accuracies: Mapping[int, tuple[float, float | None]], mean: float) -
         y=mean,
         line={"dash": "dot", "width": 1},
         annotation={"text": f"mean {mean:.4f}", "xanchor": "left", "x": 0},
+    )
+    fig.data[-1].update(
+        customdata=[tests.get(client, "?") for client in accuracies],
+        hovertemplate="client %{x}: %{y:.4f} of %{customdata} test examples",
+        error_y={
+            "array": [high - each for each, (_, high) in zip(values, bounds, strict=True)],
+            "arrayminus": [each - low for each, (low, _) in zip(values, bounds, strict=True)],
+            "thickness": 1,
+            "width": 3,
+        },
     )
     fig.update_xaxes(type="category")
     fig.update_layout(showlegend=True)

@@ -98,10 +98,14 @@ def _comparison(page: Page, runs: Sequence[Run]) -> str:
         cells.append(", ".join(str(len(run.metrics)) for run in each))
         for name in ("personalized-accuracy", "personalized-accuracy-worst", "finetuned-accuracy"):
             values = [run.last(name) for run in each]
-            cells.append(mean_and_spread([value for value in values if value is not None]))
+            spread = mean_and_spread([value for value in values if value is not None])
+            cells.append(_score(each[0], name) if len(each) == 1 else spread)
         lines.append(cells)
     head = ("settings", "seeds", "rounds", "personalized", "worst client", "after local training")
-    note = "Accuracy in the last round, mean ± standard deviation over the seeds."
+    note = (
+        "Accuracy in the last round, mean ± standard deviation over the seeds; of one run, ± is "
+        "the 95 % interval of the mean over its clients."
+    )
     return (
         f'{page.figures(shown)}<h2>Last round</h2><p class="quiet">{note}</p>{table(head, lines)}'
     )
@@ -223,11 +227,13 @@ def _accuracies(
     shown = [Shown("Accuracy over rounds", caption, drawn, has_zoom=True)]
     if accuracies := figures.last_accuracies(clients):
         caption = (
-            "On its own test set. Filled: each client's personalized model, as last evaluated. "
+            "On its own test set. Filled: each client's personalized model, as last evaluated, "
+            "with the 95 % interval that a test set of its size leaves. "
             "Open: what the client made of the model it received, by local training."
         )
         mean = fmean(personalized for personalized, _ in accuracies.values())
-        drawn = figures.clients(_first(accuracies), mean)
+        tests = {row["client"]: row.get("num-test-examples", 0) for row in clients if JUDGED in row}
+        drawn = figures.clients(_first(accuracies), mean, tests)
         shown.append(Shown("Accuracy of each client", caption + _left_out(accuracies), drawn))
     others = {
         what: figures.curve_of([run.metrics], name)
