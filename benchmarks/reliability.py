@@ -27,7 +27,7 @@ from benchmarks.faults import (
 )
 from benchmarks.network import read_lines, wait_until
 from benchmarks.options import Quick, beside, tenth
-from pfedgpa_app.figures import ACCURACY, COLOURS, drawing, in_percent
+from pfedgpa_app.figures import ACCURACY, COLOURS, drawing
 from pfedgpa_app.files import read_text
 
 Result = dict[str, Any]
@@ -291,7 +291,6 @@ def draw(done: dict[str, Result], file: Path) -> None:
                 )
             axes.set_title(name)
             axes.set_xticks(rounds)
-            in_percent(axes.yaxis)
         # Room for the numbers, on the scale that all panels share.
         lowest = min(value for result in done.values() for value in accuracies(result))
         figure.axes[0].set_ylim(bottom=lowest - 0.1)

@@ -17,7 +17,7 @@ from client_app.node import PRIVACY, NodeError, client_number, node_partition
 from pfedgpa_app import protocol
 from pfedgpa_app.config import Config, ConfigError, below_home
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
-from pfedgpa_app.evaluation import Evaluation, class_prior
+from pfedgpa_app.evaluation import Evaluation, class_prior, scores_of
 from pfedgpa_app.files import printable, printable_lines
 from pfedgpa_app.model_spec import fingerprint
 from pfedgpa_app.models import build_model
@@ -108,12 +108,17 @@ def evaluate_message(message: Message, context: Context) -> Message:
     """Judge the client's model, of which the received one is a part or all, on its test set."""
     task, method = prepare(message, context)
     keep_model(method, task, context, round_of(message))
-    result = task.judge(method.personal_model(task))
+    labels, logits = task.data.test_labels, task.test_logits(method.personal_model(task))
+    result = Evaluation.of(logits, labels)
     metrics: dict[str, MetricRecordValues] = {
-        protocol.NUM_EXAMPLES: len(task.data.test_labels),
+        protocol.NUM_EXAMPLES: len(labels),
         protocol.ACCURACY: result.accuracy,
         protocol.LOSS: result.loss,
     }
+    for name, score in scores_of(logits, labels).items():
+        # Those of classes say which a site has, where its uploads are made not to.
+        if not (task.config.privacy.is_on and name.startswith(protocol.RECALL)):
+            metrics[name] = score
     return Message(RecordDict({protocol.METRICS: MetricRecord(metrics)}), reply_to=message)
 
 

@@ -25,7 +25,7 @@ from pfedgpa_app.console import (
 )
 from pfedgpa_app.files import printable, printable_lines, text_of
 from pfedgpa_app.report import Run, read_runs
-from pfedgpa_app.rounds import JUDGED, Row, has_failed, value_of
+from pfedgpa_app.rounds import JUDGED, SCORES, Row, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT, began_at, run_folders
 from pfedgpa_app.sharing import alone_in
 
@@ -38,6 +38,7 @@ _ACCURACIES = {
     "personalized-accuracy-std": "deviation over clients",
     "received-accuracy": "as sent for training",
     "finetuned-accuracy": "after local training",
+    **{name: what for name, what in SCORES.items() if name != JUDGED},
     "epsilon": "epsilon spent",
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pfedgpa_app import protocol
 from pfedgpa_app.data import ImageStats, normalize
 from pfedgpa_app.randomness import drawing_from, make_generator
 
@@ -15,6 +16,60 @@ class Evaluation(NamedTuple):
 
     accuracy: float
     loss: float
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Evaluation":
+        """Return that of logits ``(num_examples, num_classes)`` and labels ``(num_examples,)``."""
+        correct = int((logits.argmax(dim=1) == labels).sum())
+        return cls(correct / len(labels), float(functional.cross_entropy(logits, labels)))
+
+
+# Of the calibration error, as in Guo et al., arXiv 1706.04599.
+_NUM_BINS = 15
+
+
+def scores_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return what accuracy hides, each in 0 .. 1, by its name in `protocol`.
+
+    The recall of each class that the test set has, and their mean, the balanced accuracy. The F1
+    score of each class that the test set has or that was predicted, of which the mean is the macro
+    F1. The area under the ROC curve, of two classes that the test set both has. The expected
+    calibration error of the largest probability, in 15 bins of equal width. Of logits that are not
+    finite, there is none of it.
+
+    Parameters
+    ----------
+    logits, labels
+        ``(num_examples, num_classes)`` and ``(num_examples,)``.
+    """
+    if not bool(logits.isfinite().all()):
+        return {}
+    num_classes = logits.shape[1]
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    confusion = cells.view(num_classes, num_classes).double()
+    hits, actual, guessed = confusion.diag(), confusion.sum(dim=1), confusion.sum(dim=0)
+    recalls, f1 = hits / actual, 2 * hits / (actual + guessed)
+    bins = (confidence * _NUM_BINS).long().clamp(max=_NUM_BINS - 1)
+    gaps = torch.bincount(bins, (predicted == labels).double() - confidence)
+    scores = {
+        protocol.BALANCED_ACCURACY: recalls.nanmean(),
+        protocol.MACRO_F1: f1.nanmean(),
+        protocol.CALIBRATION_ERROR: gaps.abs().sum() / len(labels),
+    }
+    if num_classes == 2 and bool((actual > 0).all()):
+        scores[protocol.AUROC] = _auroc(logits[:, 1] - logits[:, 0], labels == 1)
+    scores |= {f"{protocol.RECALL}{k}": each for k, each in enumerate(recalls) if actual[k]}
+    return {name: float(value) for name, value in scores.items()}
+
+
+def _auroc(scores: Tensor, is_positive: Tensor) -> Tensor:
+    """Return how often a positive has a higher score than a negative, of the same one half."""
+    _, place, counts = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+    num, num_others = is_positive.sum(), (~is_positive).sum()
+    above: Tensor = ranks[is_positive].sum() - num * (num + 1) / 2
+    return above / (num * num_others)
 
 
 def class_prior(labels: Tensor, num_classes: int) -> Tensor:
@@ -81,7 +136,4 @@ def evaluate(
     ``offset`` ``(num_classes,)`` is added to the logits, as `class_prior` has it.
     """
     logits = logits_of(model, images, stats, precision)
-    if offset is not None:
-        logits = logits + offset
-    correct = int((logits.argmax(dim=1) == labels).sum())
-    return Evaluation(correct / len(labels), float(functional.cross_entropy(logits, labels)))
+    return Evaluation.of(logits if offset is None else logits + offset, labels)

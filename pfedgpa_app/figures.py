@@ -1,7 +1,8 @@
 """How figures look that are printed: colours, names at the ends of curves, PNG and SVG.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart. Nothing is told by colour
-alone: curves have names at their ends, dashes and marks.
+Colours have a contrast of three to white and to the dark ground of a page, and a strategy has the
+same in all figures. Nothing is told by colour alone: curves have names at their ends, dashes and
+marks.
 """
 
 import math
@@ -13,13 +14,24 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from pfedgpa_app.strategies import STRATEGY_INFO
+
 # numpy and matplotlib take a second to import, which only figures need.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ACCURACY = "accuracy on own test sets (%)"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+ACCURACY = "accuracy on own test sets"
+COLOURS = (
+    "#2f7fc1",
+    "#d1603d",
+    "#2b9a6b",
+    "#a062c0",
+    "#ab8000",
+    "#1898a5",
+    "#c2508c",
+    "#7d7d7d",
+)
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 MARKS = "osD^v"
 QUIET = "#5a5a5a"
@@ -146,7 +158,6 @@ def draw_curves(
                 _draw_curve(axes, curve, number)
             axes.set_xlabel(x)
             axes.set_ylim(bottom=low)
-            in_percent(axes.yaxis)
         figure.supylabel(ACCURACY)
 
 
@@ -187,14 +198,14 @@ def draw_dots(
             axes.set_ylim(len(panels[name]) - 0.4, -0.6)
             if low:
                 axes.set_xlim(left=low)
-            axes.set_xlabel("accuracy (%)")
+            axes.set_xlabel("accuracy")
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-            in_percent(axes.xaxis)
 
 
-def in_percent(axis: Any) -> None:
-    """Write the numbers of an axis, of which 1 is all, in per cent."""
-    axis.set_major_formatter(lambda value, _: f"{100 * value:.6g}")
+def colour_of(name: str, number: int) -> str:
+    """Return the colour of a strategy, with which a name begins, or of the number-th thing."""
+    strategy, known = name.partition(",")[0], list(STRATEGY_INFO)
+    return COLOURS[(known.index(strategy) if strategy in known else number) % len(COLOURS)]
 
 
 def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -227,7 +238,7 @@ def _panels(figure: "Figure", names: Iterable[str], columns: int) -> Iterator[tu
 def _draw_curve(axes: "Axes", curve: Curve, number: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    colour = COLOURS[number % len(COLOURS)]
+    colour = colour_of(curve.name, number)
     axes.plot(
         curve.x,
         curve.mean,
@@ -250,7 +261,7 @@ def _draw_row(
     axes: "Axes", place: int, row: str, values: Sequence[float], low: float, best: float
 ) -> None:
     ours, mean = row.startswith("pfedgpa"), fmean(values)
-    colour = COLOURS[0] if ours else QUIET
+    colour = colour_of(row, place)
     shown = [value for value in values if value >= low]
     face = colour if ours else "white"
     axes.plot(shown, [place] * len(shown), "o", color=colour, markerfacecolor=face)
@@ -261,7 +272,7 @@ def _draw_row(
     axes.text(
         1.03,
         place,
-        f"{100 * mean:.1f}",
+        f"{mean:.3f}",
         transform=axes.get_yaxis_transform(),
         va="center",
         weight="bold" if mean == best else "normal",

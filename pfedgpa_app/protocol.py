@@ -17,6 +17,12 @@ NUM_EXAMPLES = "num-examples"
 ACCURACY, LOSS = "accuracy", "loss"
 ACCURACY_BEFORE, LOSS_BEFORE = "accuracy-before", "loss-before"
 ACCURACY_AFTER, LOSS_AFTER = "accuracy-after", "loss-after"
+# Of evaluation alone, where `pfedgpa_app.evaluation.scores_of` has them.
+BALANCED_ACCURACY, MACRO_F1, AUROC = "balanced-accuracy", "macro-f1", "auroc"
+CALIBRATION_ERROR = "calibration-error"
+SCORES = (BALANCED_ACCURACY, MACRO_F1, AUROC, CALIBRATION_ERROR)
+RECALL = "recall-"
+"""Followed by the number of a class."""
 SECONDS = "seconds"
 IMAGE_MEAN, IMAGE_STD = "image-mean", "image-std"
 PARTITION = "partition"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ROWS = ("clients.jsonl", "method.jsonl", "metrics.jsonl")
 REPORT = "report.html"
+BASELINES = ("local", "fedavg")
+"""The strategies that the page of a run compares it with."""
 
 # Of a file of rows: of a thousand rounds of a hundred clients, method.jsonl has a tenth of it.
 _MAX_ROWS_BYTES = 2**30
@@ -251,6 +253,26 @@ class Run:
         return next(
             (row[name] for row in reversed(self.metrics) if row.get(name) is not None), None
         )
+
+
+def baselines_of(config: Config, folder: Path, num_clients: int) -> dict[str, Run]:
+    """Return the last complete run of each of `BASELINES` below a folder, by its strategy.
+
+    But for the strategy, a run has the settings and as many clients, and is not of that of
+    ``config`` itself.
+    """
+    found = {}
+    for path in run_folders(folder):
+        try:
+            run = Run.read(path)
+        except ValueError:
+            continue
+        strategy = run.config.strategy
+        like = config.model_copy(update={"strategy": strategy})
+        if run.is_complete and run.is_of(like) and run.num_nodes == num_clients:
+            found[strategy] = run
+    found.pop(config.strategy, None)
+    return {name: found[name] for name in BASELINES if name in found}
 
 
 def read_runs(folder: Path) -> tuple[list[Run], list[str]]:

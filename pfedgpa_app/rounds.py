@@ -1,6 +1,7 @@
 """What happened in a round, as rows of a run's files and as lines to read."""
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,17 @@ TRAINING_METRICS = (
     protocol.SECONDS,
     protocol.EPSILON,
 )
+EVALUATION_METRICS = (protocol.ACCURACY, protocol.LOSS, *protocol.SCORES)
+RECALL = re.compile(rf"personalized-{protocol.RECALL}(\d{{1,6}})")
+"""The column of a class, with its number."""
+SCORES = {
+    JUDGED: "accuracy",
+    f"personalized-{protocol.BALANCED_ACCURACY}": "balanced accuracy",
+    f"personalized-{protocol.MACRO_F1}": "macro F1",
+    f"personalized-{protocol.AUROC}": "AUROC",
+    f"personalized-{protocol.CALIBRATION_ERROR}": "calibration error",
+}
+"""What clients' personalized models are evaluated by, as a reader knows it, by column."""
 
 
 class RowError(ValueError):
@@ -43,6 +55,8 @@ class RoundRecord:
         The round, from 1.
     clients
         A row a client.
+    seconds_waiting
+        Seconds until enough clients were connected and had said who they are.
     seconds_clients
         Wall-clock seconds from sending the training messages to the last reply.
     seconds_diffusion
@@ -55,6 +69,7 @@ class RoundRecord:
 
     server_round: int
     clients: dict[int, Row] = field(default_factory=dict)
+    seconds_waiting: float = 0.0
     seconds_clients: float = 0.0
     seconds_diffusion: float = 0.0
     num_nodes: int = 0
@@ -101,8 +116,8 @@ class RoundRecord:
         self._row(client).update(
             {
                 f"personalized-{name}": metrics[name]
-                for name in (protocol.ACCURACY, protocol.LOSS)
-                if name in metrics
+                for name in metrics
+                if name in EVALUATION_METRICS or name.startswith(protocol.RECALL)
             }
         )
         if protocol.NUM_EXAMPLES in metrics:
@@ -151,11 +166,15 @@ def count_of_clients(number: int) -> str:
 def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
     """Return the line of a round in metrics.jsonl; a mean of no client is None."""
     accuracies = record.column("personalized-accuracy")
+    means = [f"personalized-{name}" for name in EVALUATION_METRICS]
+    recalls = {name for row in record.clients.values() for name in row if RECALL.fullmatch(name)}
+    means += sorted(recalls, key=lambda name: (len(name), name))
+    # What clients keep to themselves travels as Flower's messages do, but nobody needs it to.
+    is_charged = strategy != "local"
     return {
         "round": record.server_round,
         "strategy": strategy,
-        "personalized-accuracy": _mean(accuracies),
-        "personalized-loss": _mean(record.column("personalized-loss")),
+        **{name: _mean(record.column(name)) for name in means},
         "personalized-accuracy-worst": min(accuracies, default=None),
         "personalized-accuracy-std": statistics.pstdev(accuracies) if accuracies else None,
         STANDARD_ERROR: standard_error(record),
@@ -169,11 +188,12 @@ def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
         "num-alone": len(record.column("alone")),
         "num-not-finite": len(record.column("not-finite")),
         "epsilon": max(record.column("epsilon"), default=None),
+        "seconds-waiting": round(record.seconds_waiting, 3),
         "seconds-clients": round(record.seconds_clients, 3),
         "seconds-diffusion": round(record.seconds_diffusion, 3),
         "seconds-round": round(seconds_round, 3),
-        "bytes-down": record.bytes_down,
-        "bytes-up": record.bytes_up,
+        "bytes-down": record.bytes_down * is_charged,
+        "bytes-up": record.bytes_up * is_charged,
     }
 
 
@@ -249,8 +269,8 @@ def parse_rows(file: Path, lines: bytes) -> list[Row]:
             raise RowError(
                 f"{file} is damaged: {line[:60]!r}; right would be a JSON object with a round"
             )
-        for name in row.keys() & _KINDS.keys():
-            is_right, right = _KINDS[name]
+        for name in row:
+            is_right, right = _KINDS.get(RECALL.sub(JUDGED, name), (lambda value: True, ""))
             if row[name] is not None and not is_right(row[name]):
                 raise RowError(
                     f"{file} is damaged: {name} is {str(row[name])[:30]!r} in round "

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
         file = (path / RUN_FILE).open("xb", buffering=0)
         try:
             _lock(file.fileno(), fcntl.LOCK_EX)
-            began = datetime.now(UTC).isoformat()
-            file.write(json.dumps({"name": name, "began": began}).encode() + b"\n")
+            facts = {"name": name, "began": datetime.now(UTC).isoformat(), "version": _version()}
+            file.write(json.dumps(facts).encode() + b"\n")
             os.fsync(file)
         except OSError:
             file.close()
@@ -71,6 +72,18 @@ def error_of(path: Path) -> str:
     return _fact(path, "error")
 
 
+def version_of(path: Path) -> str:
+    """Return the version of the app that did a run, if it knows."""
+    return _fact(path, "version")
+
+
+def _version() -> str:
+    try:
+        return version("pfedgpa")
+    except PackageNotFoundError:  # it runs from where it was unpacked
+        return ""
+
+
 def note_error(path: Path, file: FileIO, error: str) -> None:
     """Write why a run ended into the file that `register` returned.
 
@@ -79,7 +92,12 @@ def note_error(path: Path, file: FileIO, error: str) -> None:
     OSError
         If it cannot be written.
     """
-    facts = {"name": name_of(path), "began": began_at(path).isoformat(), "error": error}
+    facts = {
+        "name": name_of(path),
+        "began": began_at(path).isoformat(),
+        "version": version_of(path),
+        "error": error,
+    }
     # Longer than what is there, so that the name is not lost if it ends half-way.
     os.ftruncate(file.fileno(), os.pwrite(file.fileno(), json.dumps(facts).encode() + b"\n", 0))
     os.fsync(file)

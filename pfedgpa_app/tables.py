@@ -56,10 +56,15 @@ class Table:
     name: str = ""
     source: str = ""
 
-    @property
-    def whole_note(self) -> str:
-        """The note with where the table comes from."""
-        return f"{self.note} {self.source}".strip()
+    def caption(self, best: str = "Bold", tied: str = "italic") -> str:
+        """Return the note, and what the marks of cells mean, if some have any."""
+        if not any(cell.mark for row in self.rows.values() for cell in row):
+            return self.note
+        return (
+            f"{self.note} {best}: the best; {tied}: what a paired t-test over seeds and clients "
+            "does not tell from it (5 %). Clients of a seed are not independent, so what is not "
+            "marked may still be as good on other seeds."
+        )
 
     def text(self) -> str:
         """Return the table as text: ``*`` is the best, ``=`` what cannot be told from it."""
@@ -73,7 +78,9 @@ class Table:
             ).rstrip()
             for line in grid
         ]
-        return "\n".join([self.title, "", *lines, "", self.whole_note, ""])
+        return "\n".join(
+            [self.title, "", *lines, "", f"{self.caption('*', '=')} {self.source}".strip(), ""]
+        )
 
     def markdown(self) -> str:
         """Return the table in Markdown: the best is bold, what cannot be told from it italic."""
@@ -88,14 +95,15 @@ class Table:
             for line in lines
         )
         body = "\n".join("| " + " | ".join(line) + " |" for line in escaped)
-        return f"**{_one_line(self.title)}**\n\n{body}\n\n{_one_line(self.whole_note)}\n"
+        note = _one_line(f"{self.caption()} {self.source}")
+        return f"**{_one_line(self.title)}**\n\n{body}\n\n{note}\n"
 
     def latex(self) -> str:
-        """Return the table in LaTeX: the best is bold, what cannot be told from it underlined.
+        """Return the table in LaTeX: the best is bold, what cannot be told from it italic.
 
         It needs the package booktabs. Where it comes from is a comment.
         """
-        marks = {"best": r"\textbf{%s}", "tied": r"\underline{%s}", "": "%s"}
+        marks = {"best": r"\textbf{%s}", "tied": r"\textit{%s}", "": "%s"}
 
         def escaped(text: str) -> str:
             text = "".join(_LATEX.get(character, character) for character in _one_line(text))
@@ -113,7 +121,7 @@ class Table:
                 *([f"% {_one_line(self.source)}"] if self.source else []),
                 r"\begin{table}",
                 r"\centering",
-                rf"\caption{{{escaped(self.title)}. {escaped(self.note)}}}",
+                rf"\caption{{{escaped(self.title)}. {escaped(self.caption())}}}",
                 *([rf"\label{{tab:{_label(self.name)}}}"] if self.name else []),
                 rf"\begin{{tabular}}{{l{'r' * len(self.columns)}}}",
                 r"\toprule",
@@ -134,7 +142,7 @@ class Table:
             "title": self.title,
             "columns": list(self.columns),
             "rows": rows,
-            "note": self.whole_note,
+            "note": f"{self.caption()} {self.source}".strip(),
         }
 
     def csv(self) -> str:
@@ -167,7 +175,9 @@ def _label(name: str) -> str:
     return re.sub("[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
-def compare(column: Mapping[str, Accuracies], num_seeds: int) -> dict[str, Cell]:
+def compare(
+    column: Mapping[str, Accuracies], num_seeds: int, *, is_lower_better: bool = False
+) -> dict[str, Cell]:
     """Return the cells of a column: means over clients, their mean and deviation over seeds.
 
     A cell without all of ``num_seeds`` says so, and is not compared. The best mean is marked, and
@@ -183,7 +193,8 @@ def compare(column: Mapping[str, Accuracies], num_seeds: int) -> dict[str, Cell]
             means[name] = values
     if len(means) < 2:
         return cells
-    best = max(means, key=lambda name: sum(means[name]) / len(means[name]))
+    choose = min if is_lower_better else max
+    best = choose(means, key=lambda name: sum(means[name]) / len(means[name]))
     for name in means:
         if name == best:
             cells[name] = replace(cells[name], mark="best")

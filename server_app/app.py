@@ -163,7 +163,7 @@ def make_strategy(config: Config, spec: ModelSpec, folder: Path | None = None) -
         min_evaluate_nodes=1,
         min_available_nodes=config.server.min_available_nodes,
         join_timeout=config.server.join_timeout,
-        metric_ranges=metric_ranges(config.privacy),
+        metric_ranges=metric_ranges(config.privacy, config.data.info.num_classes),
     )
 
 

@@ -1,12 +1,12 @@
 """What a bench found: tables, their index and the figure."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
-from pfedgpa_app.rounds import JUDGED, mean_and_spread
+from pfedgpa_app.rounds import JUDGED, RECALL, SCORES, mean_and_spread
 from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
 from server_app.suites import BenchRun, Result, Suite
 
@@ -27,69 +27,38 @@ def tables(
         judged += " up to the column's"
     elif len(rounds) == 1:
         judged += f" of {rounds.pop()}"
-    note = (
-        f"Accuracy of everyone's personalized model on its own test set, {judged}; mean ± standard "
-        f"deviation over seeds {', '.join(map(str, suite.seeds))}. Marked: the best, and what a "
-        "paired t-test over seeds and clients does not tell from it (5 %). Clients of a seed are "
-        "not independent, so what is not marked may still be as good on other seeds."
-    )
-    source = (
-        f"{len(found)} of {len(runs)} runs, {sum(each['seconds'] for each in found):.0f} seconds "
-        f"of computing: {command}"
-    )
-    if failures := sum(row["num-failures"] for each in found for row in each["rounds"]):
-        note += f" ({failures} times a client's training was of no use)"
-    compared = {
-        column: compare(
-            {
-                row: {
-                    seed: _per_client(result["accuracies"][judged_rounds])
-                    for seed, result in results[case, row].items()
-                }
-                for row in suite.rows
-            },
-            len(suite.seeds),
+    failures = sum(row["num-failures"] for each in found for row in each["rounds"])
+    unused = f" ({failures} times a client's training was of no use)" if failures else ""
+    source = command if len(found) == len(runs) else f"{len(found)} of {len(runs)} runs: {command}"
+    made = []
+    for measure in suite.measures if JUDGED in suite.measures else [JUDGED, *suite.measures]:
+        is_first = measure == JUDGED
+        what = _in_words(measure, runs)
+        made.append(
+            _table(
+                suite,
+                suite.title if is_first else f"{suite.title}: {what or measure}",
+                {name: _column(suite, results, measure, name) for name in suite.columns},
+                _note(suite, measure, what, judged) + (unused if is_first else ""),
+                name if is_first else f"{name}-{measure}",
+                source,
+            )
         )
-        for column, (case, judged_rounds) in suite.columns.items()
-    }
-    made = [
-        _table(
-            suite,
-            suite.title,
-            [*suite.columns],
-            lambda column, row: compared[column][row],
-            note,
-            name,
-            source,
-        )
-    ]
-    for measure in suite.measures:
-
-        def mean(column: str, row: str, measure: str = measure) -> Cell:
-            case, judged_rounds = suite.columns[column]
-            each = results[case, row].values()
-            means = [fmean(r[measure] for r in result["rounds"][judged_rounds]) for result in each]
-            text = mean_and_spread(means, 0 if measure.startswith("bytes") else 4)
-            return partial_cell(Cell(text, values=means), len(suite.seeds))
-
-        title, what = f"{suite.title}: {measure}", f"A round, {judged}."
-        if measure == "bytes-down":
-            what += " Models that are sent to be judged are counted in."
-        called = f"{name}-{measure}"
-        made.append(_table(suite, title, [*suite.columns], mean, what, called))
     for target in suite.targets:
 
         def reached(case: str, row: str, target: float = target) -> Cell:
-            cell = Cell(_to_target(list(results[case, row].values()), target))
-            return cell if len(results[case, row]) == len(suite.seeds) else Cell("failed")
+            if len(results[case, row]) < len(suite.seeds):
+                return Cell("failed")
+            return Cell(_to_target(list(results[case, row].values()), target))
 
+        cells = {case: {row: reached(case, row) for row in suite.rows} for case in suite.cases}
         note = (
-            "Rounds / megabytes up and down, models that are sent to be judged among them / server "
-            "seconds of learning until the mean accuracy is reached, mean over seeds; a dash where "
-            "a seed never did."
+            "Rounds / megabytes up and down, models that are sent to be evaluated included / "
+            "seconds of learning on the server until the mean accuracy is reached, mean over "
+            "seeds; a dash where a seed never did."
         )
         title, called = f"{suite.title}: until {target}", f"{name}-until-{target}"
-        made.append(_table(suite, title, [*suite.cases], reached, note, called))
+        made.append(_table(suite, title, cells, note, called, source))
     return made
 
 
@@ -118,22 +87,84 @@ def _results(runs: list[BenchRun], folder: Path) -> dict[tuple[str, str], dict[i
     return results
 
 
+def _column(
+    suite: Suite, results: dict[tuple[str, str], dict[int, Result]], measure: str, column: str
+) -> dict[str, Cell]:
+    """Return the cells of a measure in a column, compared if it is one of each client."""
+    case, judged = suite.columns[column]
+    if measure in SCORES or RECALL.fullmatch(measure):
+        by_row = {
+            row: {
+                seed: values
+                for seed, result in results[case, row].items()
+                if (values := _per_client(_scores(result, measure)[judged]))
+            }
+            for row in suite.rows
+        }
+        is_error = measure.endswith("-error")
+        cells = compare(by_row, len(suite.seeds), is_lower_better=is_error)
+    else:
+        cells, digits = {}, 0 if measure.startswith("bytes") else 4
+        for row in suite.rows:
+            rounds = [result["rounds"][judged] for result in results[case, row].values()]
+            known = [[r[measure] for r in each if r.get(measure) is not None] for each in rounds]
+            means = [fmean(each) for each in known if each]
+            cell = Cell(mean_and_spread(means, digits), values=means)
+            cells[row] = partial_cell(cell, len(suite.seeds))
+    # What a finished run does not have is no failure of it.
+    return {
+        row: Cell("-") if results[case, row] and not cell.values else cell
+        for row, cell in cells.items()
+    }
+
+
+def _in_words(measure: str, runs: list[BenchRun]) -> str:
+    """Return what a measure of each client is called, empty of others."""
+    if (found := RECALL.fullmatch(measure)) is None:
+        return SCORES.get(measure, "")
+    classes, number = runs[0].config.data.classes, int(found[1])
+    return f"recall of class {classes[number] if number < len(classes) else number}"
+
+
+def _note(suite: Suite, measure: str, what: str, judged: str) -> str:
+    """Say how the numbers of a measure came about."""
+    if not what:
+        sent = " Models that are sent to be evaluated are counted in."
+        return f"A round, {judged}.{sent if measure == 'bytes-down' else ''}"
+    left_out = "" if measure == JUDGED else " Clients for which it is not defined are left out."
+    seeds = ", ".join(map(str, suite.seeds))
+    is_one = len(suite.seeds) == 1
+    over = f"seed {seeds}" if is_one else f"mean ± standard deviation over seeds {seeds}"
+    return (
+        f"{what[0].upper()}{what[1:]} of everyone's personalized model on its own test set, "
+        f"{judged}; {over}.{left_out}"
+    )
+
+
 def _table(
     suite: Suite,
     title: str,
-    columns: list[str],
-    cell: Callable[[str, str], Cell],
+    columns: dict[str, dict[str, Cell]],
     note: str,
     name: str,
-    source: str = "",
+    source: str,
 ) -> Table:
-    rows = {row: [cell(column, row) for column in columns] for row in suite.rows}
+    rows = {row: [cells[row] for cells in columns.values()] for row in suite.rows}
     return Table(title, [column or "all" for column in columns], rows, note, name, source)
 
 
+def _scores(result: Result, measure: str) -> list[dict[str, float]]:
+    """Return a measure of each client in the judged rounds; of older versions nothing."""
+    found: list[dict[str, float]] = (
+        result["accuracies"] if measure == JUDGED else result.get("scores", {}).get(measure, [])
+    )
+    return found
+
+
 def _per_client(rounds: list[dict[str, float]]) -> dict[int, float]:
-    """Return each client's mean over rounds that give accuracies by client."""
-    return {int(client): fmean(each[client] for each in rounds) for client in rounds[0]}
+    """Return each client's mean over rounds, of those that have a value in all of them."""
+    both = set.intersection(*map(set, rounds)) if rounds else set()
+    return {int(c): fmean(each[c] for each in rounds) for c in sorted(both, key=int)}
 
 
 def _to_target(results: list[Result], target: float) -> str:

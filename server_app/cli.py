@@ -17,7 +17,7 @@ import typer
 from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
 from pfedgpa_app.console import Json, fail, terminable, whole_numbers
-from pfedgpa_app.files import composed, native_path, text_of
+from pfedgpa_app.files import composed, native_path, quoted, text_of
 from pfedgpa_app.rounds import RowError, value_of
 from pfedgpa_app.section import NUM_SEEDS
 from pfedgpa_app.state import writing
@@ -176,7 +176,9 @@ def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dic
         if not begin:
             raise ValueError(f'--{kind}s "": right would be the beginning of a {kind}\'s name')
         if not any(composed(name).startswith(begin) for name in named):
-            raise ValueError(f"no {kind} begins with {begin!r}; there are {', '.join(named)}")
+            raise ValueError(
+                f"no {kind} begins with {begin!r}; there are {', '.join(map(quoted, named))}"
+            )
     exact = {begin for begin in begins if begin in map(composed, named)}
     chosen = tuple(begin for begin in begins or [""] if begin not in exact)
     return {
@@ -214,16 +216,10 @@ def _on(superlink: str, run: "BenchRun", folder: Path) -> dict[str, str]:
     """Do a run on a SuperLink and write its result; return why it failed, by its name."""
     try:
         finished = run_on_flower(run.config, run.clients, superlink)
-        accuracies: dict[int, dict[int, float]] = {}
-        for row in finished.clients:
-            if "personalized-accuracy" in row:
-                accuracies.setdefault(row["round"], {})[row["client"]] = row[
-                    "personalized-accuracy"
-                ]
         if finished.num_nodes != run.clients:
             return {run.name: f"{finished.num_nodes} SuperNodes; right would be {run.clients}"}
         seconds = sum(value_of(row, "seconds-round") for row in finished.metrics)
-        run.write(folder, finished.metrics, accuracies, seconds)
+        run.write(folder, finished.metrics, finished.clients, seconds)
     except typer.Exit:
         return {run.name: "see its log above"}
     except (OSError, ArithmeticError, RuntimeError, RowError) as error:

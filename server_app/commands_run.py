@@ -1,9 +1,10 @@
 """The commands that run the app: ``pfedgpa demo`` and ``pfedgpa run``."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer
 from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES, Config
 from pfedgpa_app.console import fail, terminable
-from pfedgpa_app.report import REPORT, Run
+from pfedgpa_app.report import BASELINES, REPORT, Run, baselines_of
 from pfedgpa_app.section import NUM_SEEDS
 from server_app.commands_config import Pairs, SettingsFile, checked, defaults_here
 from server_app.own_superlink import NAME, SuperLinkError, own_superlink
@@ -60,6 +61,14 @@ def run(
     superlink: Annotated[
         str, typer.Option(help="One of flwr's configuration, in place of one for this run alone.")
     ] = "",
+    with_baselines: Annotated[
+        bool,
+        typer.Option(
+            "--with-baselines",
+            help="First run local training and FedAvg with the same settings, unless that was "
+            "done before, so that the page has them to compare with.",
+        ),
+    ] = False,
 ) -> None:
     """Check settings, run the app by `flwr run`, and say how it ended.
 
@@ -75,15 +84,26 @@ def run(
     settings = checked(file, config or [], clients)
     if not superlink and settings.data.dataset == SITES:
         fail(f'data.dataset = "{SITES}" needs sites; right would be --superlink NAME')
+    todo = [settings]
+    if with_baselines:
+        done = baselines_of(settings, settings.output_path, clients or 0)
+        todo = [
+            *(
+                settings.model_copy(update={"strategy": name, "resume_from": ""})
+                for name in BASELINES
+                if name not in (settings.strategy, *done)
+            ),
+            settings,
+        ]
     with terminable():
         try:
-            if superlink:
-                told = flwr_run(settings, superlink, clients, show=_news)
-                problem = told.problem(superlink)
-            else:
-                with own_superlink() as env:
-                    told = flwr_run(settings, NAME, clients, env=env, show=_news)
-                    problem = told.problem(NAME, env)
+            with nullcontext(os.environ) if superlink else own_superlink() as env:
+                for each in todo:
+                    if with_baselines:
+                        print(f"{each.strategy}:", flush=True)
+                    told = flwr_run(each, superlink or NAME, clients, env=env, show=_news)
+                    if problem := told.problem(superlink or NAME, env):
+                        break
         except (SuperLinkError, OSError) as error:
             fail(str(error))
     _end(told, problem)

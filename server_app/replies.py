@@ -201,13 +201,18 @@ def read_metrics(
     return metrics
 
 
-def metric_ranges(privacy: PrivacyConfig) -> dict[str, tuple[float, float]]:
+def metric_ranges(privacy: PrivacyConfig, num_classes: int = 0) -> dict[str, tuple[float, float]]:
     """Return the smallest and the largest value of each metric of this app's own clients."""
     may_spend = privacy.epsilon if privacy.mode == "example" else 0.0
     most = (may_spend or _MAX_EPSILON) if privacy.is_on else 0.0
     return {
         **dict.fromkeys(
-            (protocol.ACCURACY, protocol.ACCURACY_BEFORE, protocol.ACCURACY_AFTER), (0.0, 1.0)
+            (
+                *(protocol.ACCURACY, protocol.ACCURACY_BEFORE, protocol.ACCURACY_AFTER),
+                *protocol.SCORES,
+                *(f"{protocol.RECALL}{number}" for number in range(num_classes)),
+            ),
+            (0.0, 1.0),
         ),
         **dict.fromkeys(
             (protocol.LOSS, protocol.LOSS_BEFORE, protocol.LOSS_AFTER), (0.0, MAX_ABSOLUTE)
@@ -223,7 +228,7 @@ def check_ranges(metrics: Mapping[str, float], ranges: Mapping[str, tuple[float,
     Raises
     ------
     ReplyError
-        If one is outside of its range.
+        If one is outside of its range, or the recall of a class that there is not.
     """
     for name in metrics.keys() & ranges.keys():
         low, high = ranges[name]
@@ -232,6 +237,10 @@ def check_ranges(metrics: Mapping[str, float], ranges: Mapping[str, tuple[float,
                 f'the metric "{name}" is {metrics[name]:g}, and should be between {low:g} and '
                 f"{high:g}"
             )
+    if ranges:
+        for name in metrics.keys() - ranges.keys():
+            if name.startswith(protocol.RECALL):
+                raise ReplyError(f'the metric "{one_line(name)}" is of a class that there is not')
 
 
 def one_line(text: str, length: int = 300) -> str:

@@ -6,7 +6,7 @@ import platform
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.files import composed, native_path, quoted, read_json, read_toml
 from pfedgpa_app.preflight import decides, preflight
-from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
+from pfedgpa_app.rounds import JUDGED, RECALL, SCORES, RoundRecord, Row, summarize
 from pfedgpa_app.section import Count, Section, Seed
 from pfedgpa_app.state import write_text, writing
 from server_app.simulation import simulate
@@ -69,7 +69,8 @@ class Suite(Section):
     judged_rounds
         The judged number is the mean of so many last rounds.
     measures
-        Further columns of metrics.jsonl to tabulate, such as ``bytes-up``.
+        Columns of metrics.jsonl to tabulate, such as ``bytes-up``, a table each, beside the
+        accuracy. That comes first, if it is not among them.
     curve
         Whether every round is judged, and the figure shows all of them.
     horizons
@@ -118,8 +119,9 @@ class Suite(Section):
                 f"{file}: targets and horizons need every round; right would be curve = true"
             )
         known = summarize(RoundRecord(0), "", 0.0).keys() - {"strategy"}
-        if unknown := [name for name in suite.measures if name not in known]:
-            right = ", ".join(sorted(known))
+        measures = [name for name in suite.measures if not RECALL.fullmatch(name)]
+        if unknown := [name for name in measures if name not in known]:
+            right = ", ".join([*sorted(known), "personalized-recall-0"])
             raise SuiteError(f"{file}: measures has {unknown}; right would be some of {right}")
         for name, each in (("cases", suite.cases), ("rows", suite.rows)):
             look_alike = [key for key, n in Counter(map(composed, each)).items() if n > 1]
@@ -267,8 +269,9 @@ class BenchRun:
 
     @property
     def name(self) -> str:
-        """What a run is called in messages."""
-        return ", ".join(filter(None, (self.case, self.row, f"seed {self.config.seed}")))
+        """What a run is called in messages; names with a comma are in quotes."""
+        names = (quoted(name) if "," in name else name for name in (self.case, self.row) if name)
+        return ", ".join([*names, f"seed {self.config.seed}"])
 
     def file(self, folder: Path) -> Path:
         """Return where its result is: the same settings, however they are named, share it."""
@@ -299,15 +302,13 @@ class BenchRun:
         """
         torch.set_num_threads(1)
         begin = time.monotonic()
-        accuracies: dict[int, dict[int, float]] = {}
+        clients: list[Row] = []
 
         def on_round(record: RoundRecord) -> None:
             if not record.num_trained:
                 statuses = {str(row.get("status", "ok")) for row in record.clients.values()}
                 raise RuntimeError(f"round {record.server_round}: {'; '.join(sorted(statuses))}")
-            accuracies[record.server_round] = {
-                client: row[JUDGED] for client, row in record.clients.items() if JUDGED in row
-            }
+            clients.extend(record.clients.values())
 
         _, rows = simulate(
             self.config,
@@ -316,18 +317,18 @@ class BenchRun:
             num_processes=0,
             on_round=on_round,
         )
-        self.write(folder, rows, accuracies, time.monotonic() - begin)
+        self.write(folder, rows, clients, time.monotonic() - begin)
 
     def write(
         self,
         folder: Path,
-        rows: list[dict[str, Any]],
-        accuracies: Mapping[int, Mapping[int, float]],
+        rows: list[Row],
+        clients: Sequence[Row],
         seconds: float,
     ) -> None:
-        """Write a result in one step: the rows of all rounds, and each client's accuracies.
+        """Write a result in one step: the rows of all rounds, and what each client was judged by.
 
-        ``accuracies`` are by round, from 1, and client.
+        ``clients`` are the rows of all clients in all rounds.
 
         Raises
         ------
@@ -342,7 +343,19 @@ class BenchRun:
             if not row["num-clients"]:
                 raise RuntimeError(f"round {row['round']}: no client could train")
         end = self.config.num_server_rounds + 1
-        judged = [accuracies.get(each, {}) for each in range(end - self.judged_rounds, end)]
+        first = end - self.judged_rounds
+
+        def by_client(name: str) -> list[dict[int, float]]:
+            found: list[dict[int, float]] = [{} for _ in range(self.judged_rounds)]
+            for row in clients:
+                if name in row and row["round"] >= first:
+                    found[row["round"] - first][row["client"]] = row[name]
+            return found
+
+        judged = by_client(JUDGED)
+        scores = {
+            name for row in clients for name in row if name in SCORES or RECALL.fullmatch(name)
+        }
         missing = [self.clients - len(each) for each in judged]
         if any(missing):
             raise FloatingPointError(
@@ -355,6 +368,7 @@ class BenchRun:
             "clients": self.clients,
             "rounds": rows,
             "accuracies": judged,
+            "scores": {name: by_client(name) for name in sorted(scores - {JUDGED})},
             "seconds": round(seconds, 1),
             "versions": {
                 "python": platform.python_version(),

@@ -21,7 +21,7 @@ from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.strategies import FedProxConfig
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table, compare, p_value
-from server_app import bench_tables, suites
+from server_app import bench, bench_tables, suites
 from server_app.cli import app
 from server_app.suites import Suite
 
@@ -54,6 +54,11 @@ judged-rounds = 1
 rows = ["local"]
 settings = { num-server-rounds = 1 }
 """
+
+
+def rows_of(number: int, accuracy: float, **scores: float) -> list[dict[str, float]]:
+    row = {"round": number, "personalized-accuracy": accuracy, **scores}
+    return [{"client": client, **row} for client in range(3)]
 
 
 @pytest.fixture
@@ -94,7 +99,7 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
     for suffix in ("txt", "md", "tex", "csv"):
         text = (tmp_path / "here" / f"suite.{suffix}").read_text()
         assert "local" in text
-        assert ("seconds of computing: pfedgpa bench" in text) == (suffix != "csv")
+        assert ("pfedgpa bench" in text) == (suffix != "csv")
     latex = (tmp_path / "here" / "suite.tex").read_text()
     labels = re.findall(r"\\label{(.+?)}", latex)
     assert labels == ["tab:suite", "tab:suite-bytes-up"]
@@ -118,8 +123,8 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
     assert (tmp_path / "here" / "suite.png").stat().st_size > 1000
     texts = texts_of(tmp_path / "here" / "suite.svg")
     for name in ("local", "ditto"):
-        # Beside its dots, a row has its mean in per cent.
-        assert {name, f"{100 * float(rows[name]['mean']):.1f}"} <= texts
+        # Beside its dots, a row has its mean.
+        assert {name, f"{float(rows[name]['mean']):.3f}"} <= texts
     page = page_of_bench(tmp_path / "here")
     (figures,) = re.findall(r'id="figures">(.+?)</script>', page)
     personalized = {
@@ -177,9 +182,7 @@ def test_rows_and_cases_are_chosen_by_how_their_names_begin(suite: Path, tmp_pat
     assert "1 runs, 1 finished before" in exact.output
     wrong = invoke(suite, "--rows", "ditto", "--rows", "fedfoo", *arguments)
     assert wrong.exit_code == 1
-    assert "no row begins with 'fedfoo'; there are local, ditto, local, again" in " ".join(
-        wrong.output.split()
-    )
+    assert 'there are "local", "ditto", "local, again"' in " ".join(wrong.output.split())
 
 
 def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: Path):
@@ -276,15 +279,15 @@ def test_a_bench_that_is_terminated_leaves_no_process(
 
 def test_a_client_without_a_number_fails_the_run(suite: Path, tmp_path: Path):
     run = Suite.read(suite).runs()[0]
-    whole = dict.fromkeys(range(3), 0.5)
+    whole = {number: rows_of(number, 0.5) for number in (1, 2, 3)}
     trained = [{"round": number, "num-clients": 3} for number in (1, 2, 3)]
     with pytest.raises(FloatingPointError, match="1 of 3 clients have no accuracy"):
-        run.write(tmp_path, trained, {1: whole, 2: {0: 0.5, 1: 0.5}, 3: whole}, 1.0)
+        run.write(tmp_path, trained, [*whole[1], *whole[2][:2], *whole[3]], 1.0)
     idle = {"round": 2, "num-clients": 0}
     with pytest.raises(RuntimeError, match="round 2: no client could train"):
-        run.write(tmp_path, [trained[0], idle, trained[2]], {2: whole, 3: whole}, 1.0)
+        run.write(tmp_path, [trained[0], idle, trained[2]], [*whole[2], *whole[3]], 1.0)
     assert run.result(tmp_path) is None
-    run.write(tmp_path, trained, {2: whole, 3: whole}, 1.0)
+    run.write(tmp_path, trained, [*whole[2], *whole[3]], 1.0)
     assert run.result(tmp_path) is not None
 
 
@@ -309,8 +312,8 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
         (["--seeds", "2147483648"], '--seeds "2147483648": right would be less than 2147483648'),
         (["--rows", ""], '--rows "": right would be the beginning of a row\'s name'),
         (["--rows", "local", "--rows", "local"], "--rows local, local: right would be each once"),
-        (["--rows", "x"], "no row begins with 'x'; there are local, ditto"),
-        (["--cases", "x"], "no case begins with 'x'; there are one"),
+        (["--rows", "x"], 'no row begins with \'x\'; there are "local", "ditto"'),
+        (["--cases", "x"], "no case begins with 'x'; there are \"one\""),
         (["--cases", ""], '--cases "": right would be the beginning of a case\'s name'),
     ],
 )
@@ -424,7 +427,7 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
             }
             for number in (1, 2, 3)
         ]
-        accuracies = {number: dict.fromkeys(range(3), 0.4) for number in (1, 2, 3)}
+        accuracies = [row for number in (1, 2, 3) for row in rows_of(number, 0.4)]
         run.write(tmp_path, rows, accuracies, 1.0)
     tables = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
     reached = {table.title: table.rows["local"][0].text for table in tables}
@@ -448,7 +451,7 @@ def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):
             {"round": number, "num-clients": 3, "num-failures": 0, "bytes-up": 10 * number}
             for number in (1, 2, 3)
         ]
-        accuracies = {number: dict.fromkeys(range(3), number / 10) for number in (1, 2, 3)}
+        accuracies = [row for number in (1, 2, 3) for row in rows_of(number, number / 10)]
         run.write(tmp_path, rows, accuracies, 1.0)
     judged, bytes_up = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
     assert judged.columns == ["round 2", "round 3"]
@@ -458,6 +461,28 @@ def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):
     # The last run is missing.
     assert [cell.text for cell in bytes_up.rows["ditto"]] == ["15 (1 of 2)", "25 (1 of 2)"]
     assert "mean of the last 2 rounds up to the column's" in judged.note
+
+
+def test_measures_of_clients_are_compared_and_lead_where_the_suite_says_so(
+    suite: Path, tmp_path: Path
+):
+    error, auroc = "personalized-calibration-error", "personalized-auroc"
+    listed = ", ".join(f'"{name}"' for name in (error, auroc, "personalized-accuracy"))
+    suite.write_text(SUITE.replace('"bytes-up"', listed))
+    read = Suite.read(suite)
+    for run in read.runs():
+        rows = [{"round": n, "num-clients": 3, "num-failures": 0} for n in (1, 2, 3)]
+        of_row = {error: 0.1 if run.row == "local" else 0.2}
+        clients = [row for n in (2, 3) for row in rows_of(n, 0.5, **of_row)]
+        run.write(tmp_path, rows, clients, 1.0)
+    tables = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
+    assert [table.name for table in tables] == [f"suite-{error}", f"suite-{auroc}", "suite"]
+    assert tables[0].title == "Two rivals: calibration error"
+    assert tables[0].note.startswith("Calibration error of everyone's personalized model")
+    # The lowest is the best, and of more than two classes there is no AUROC.
+    marks = {name: row[0].mark for name, row in tables[0].rows.items()}
+    assert marks == {"local": "best", "ditto": ""}
+    assert {row[0].text for row in tables[1].rows.values()} == {"-"}
 
 
 def test_the_t_test_is_that_of_the_differences():
@@ -506,8 +531,9 @@ def test_tables_are_written_as_what_they_are_read_by():
     assert "0.9 ± 0.1 *  0.8 =  -" in table.text()
     assert "| pfedgpa | **0.9 ± 0.1** | *0.8* | - |" in table.markdown()
     latex = table.latex()
-    assert r"pfedgpa & \textbf{0.9 $\pm$ 0.1} & \underline{0.8} & - \\" in latex
-    assert r"\caption{A \& B. Note.}" in latex
+    assert r"pfedgpa & \textbf{0.9 $\pm$ 0.1} & \textit{0.8} & - \\" in latex
+    assert r"\caption{A \& B. Note. Bold: the best; italic: what a paired t-test" in latex
+    assert "Note. *: the best; =: what" in table.text()
     assert r"\label" not in latex
     assert r"& x & 100 \% & c\_1 \\" in latex
     rows = list(csv.reader(table.csv().splitlines()))
@@ -542,7 +568,7 @@ def test_latex_has_a_label_and_nothing_of_the_names_is_a_command():
     ]
     assert lines[11].startswith(r"{[}1mm{]} b & 1 & 2 \\")
     assert lines[12:] == [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    commands = r"\\(?:[&%_#${}]|text\w+\{\}|pm\b|textbf|underline)"
+    commands = r"\\(?:[&%_#${}]|text\w+\{\}|pm\b|textbf|textit)"
     caption, *cells = lines[4].removeprefix(r"\caption"), lines[8], lines[10], lines[11]
     for line, separators in ((caption, 0), *((each, 2) for each in cells)):
         bare = re.sub(commands, "", line.removesuffix(r" \\"))

@@ -157,6 +157,14 @@ def test_evaluation_is_that_of_the_received_model_and_returns_no_arrays():
     assert reply.content["metrics"]["accuracy"] == expected.accuracy
     assert reply.content["metrics"]["num-examples"] == len(data.test_labels)
     assert not reply.content.array_records
+    scores = dict(reply.content["metrics"].items())
+    assert scores.keys() >= {"balanced-accuracy", "macro-f1", "calibration-error", "recall-0"}
+    assert "auroc" not in scores  # of ten classes
+    private = evaluate_message(
+        message(MessageType.EVALUATE), context(**{"privacy.mode": "update", "privacy.epsilon": 1.0})
+    )
+    assert "macro-f1" in private.content["metrics"]
+    assert not any(name.startswith("recall") for name in private.content["metrics"])
 
 
 def test_a_node_tells_its_partition():

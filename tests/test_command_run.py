@@ -11,6 +11,8 @@ from published import PROJECT
 from typer.testing import CliRunner, Result
 
 from benchmarks.network import parents, wait_until
+from pfedgpa_app.config import Config
+from pfedgpa_app.report import RunFolder
 from server_app import own_superlink, superlink
 from server_app.cli import app
 
@@ -121,6 +123,19 @@ def test_a_run_has_file_and_pairs_and_ends_with_its_page(here: Path):
     assert first.endswith("--federation-config num-supernodes=4 client-resources-num-cpus=1")
     assert second == "ls own --run-id 4711 --format json"
     wait_until_nothing_is_left(here)
+
+
+def test_baselines_run_first_unless_they_are_there(here: Path):
+    config = Config(strategy="local", num_server_rounds=1)
+    with RunFolder(here / "runs" / "1", config) as folder:
+        folder.add_round({"round": 1, "num-nodes": 3}, [])
+    pairs = ("num-server-rounds=1", f"output-dir='{here / 'runs'}'", 'strategy="pfedgpa"')
+    options = [each for pair in pairs for each in ("-c", pair)]
+    result = run(here, *options, "--clients", "3", "--with-baselines", elsewhere=True)
+    assert result.exit_code == 0, result.output
+    order = [line for line in result.stdout.splitlines() if line.endswith(":")]
+    assert order == ["fedavg:", "pfedgpa:"]
+    assert [call.split()[0] for call in called(here)] == ["run", "ls"] * 2
 
 
 def test_a_failed_run_ends_with_its_cause(here: Path):

@@ -87,9 +87,9 @@ def test_dots_have_their_means_beside_them_and_what_is_far_off_is_an_arrow(tmp_p
     rows = {"pfedgpa": [0.8, 0.9], "fedavg": [0.1, 0.2], "failed": []}
     draw_dots(tmp_path / "a.png", {"case": rows}, "title", {"case": 0.7})
     text = (tmp_path / "a.svg").read_text()
-    for written in ("case", "pfedgpa", "fedavg", "failed", "85.0", "15.0"):
+    for written in ("case", "pfedgpa", "fedavg", "failed", "0.850", "0.150"):
         assert f">{written}</text>" in text
-    assert ">10</text>" not in text
+    assert ">0.1</text>" not in text
     assert "Arrows are seeds" in text
 
 

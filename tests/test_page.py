@@ -13,6 +13,7 @@ import pytest
 import torch
 from browser import Browser
 from plotly.offline import get_plotlyjs
+from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from pfedgpa_app import cli
@@ -44,6 +45,7 @@ def make_run(path: Path, *, reason: str = "", models: bool = True, **settings: A
         record = RoundRecord(
             server_round,
             seconds_clients=2.0,
+            seconds_waiting=0.25,
             seconds_diffusion=1.0,
             num_nodes=NUM_CLIENTS,
             bytes_down=3_000_000,
@@ -176,16 +178,26 @@ def test_clients_are_shown_worst_first_with_their_last_accuracy():
     ]
     last = figures.last_accuracies(rows)
     assert list(last.items()) == [(1, (0.5, None)), (3, (0.7, 0.6))]
-    fig = figures.clients(last, 0.6)
+    fig = figures.clients(last, 0.6, {1: 10})
     assert fig.layout.annotations[0].text == "mean 0.6000"
     trained, personalized = fig.data
     assert (personalized.x, personalized.y) == (("1", "3"), (0.5, 0.7))
     assert trained.y == (None, 0.6)
+    expected = binomtest(5, 10).proportion_ci(method="wilson")
+    low, high = 0.5 - personalized.error_y.arrayminus[0], 0.5 + personalized.error_y.array[0]
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert personalized.error_y.array[1] == 0  # of an unknown number of examples
 
 
 def test_seconds_and_megabytes_are_those_of_the_rounds(tmp_path: Path):
     metrics = make_run(tmp_path / "run").metrics
-    assert [bar.y for bar in figures.seconds(metrics).data] == [(2.0,) * 4, (1.0,) * 4, (1.0,) * 4]
+    seconds = {bar.name: bar.y for bar in figures.seconds(metrics).data}
+    assert seconds == {
+        "clients' training": (2.0,) * 4,
+        "learning on the server": (1.0,) * 4,
+        "waiting for clients": (0.25,) * 4,
+        "evaluation, writing, the rest": (0.75,) * 4,
+    }
     down, up = figures.megabytes(metrics).data
     assert (down.y[0], up.y[0]) == (3.0, pytest.approx(1.00006))
 
@@ -199,7 +211,10 @@ def test_classes_are_those_of_the_clients_training_images(tmp_path: Path, shift:
         right = torch.bincount(data.train_labels, minlength=10)
         assert torch.equal(holdings.counts[client], right)
     assert holdings.groups[0] == holdings.groups[2] != holdings.groups[1]
-    (heat,) = figures.classes(holdings.by_group, run.config.data.classes).data
+    (heat,) = figures.classes(
+        {client: each.tolist() for client, each in holdings.by_group.items()},
+        run.config.data.classes,
+    ).data
     assert heat.y == ("0", "2", "4", "1", "3", "5")
     assert list(heat.z[3]) == holdings.counts[1].tolist()
 
@@ -355,7 +370,7 @@ def test_what_a_client_says_is_text(tmp_path: Path):
 
 
 def test_names_of_classes_and_groups_have_no_tags(tmp_path: Path):
-    (heat,) = figures.classes({0: torch.tensor([1])}, [EVIL]).data
+    (heat,) = figures.classes({0: [1]}, [EVIL]).data
     plane = method.plane(make_run(tmp_path / "run").method, {0: EVIL})
     assert "<" not in str((heat.x, [trace.name for trace in plane.data]))
 
@@ -387,6 +402,53 @@ def test_settings_that_differ_from_the_defaults_are_marked(tmp_path: Path):
     page = page_of([make_run(tmp_path / "run", **{"diffusion.fidelity": 0.55})])
     marked = re.findall(r'<tr class="marked"><td><code>([^<]+)</code></td><td>([^<]+)', page)
     assert marked == [("num-server-rounds", "4"), ("diffusion.fidelity", "0.55")]
+    assert "<code>fedprox.mu" not in page  # another strategy's
+    assert "<code>pfedgpa run -c num-server-rounds=4 -c diffusion.fidelity=0.55 --clients" in page
+
+
+def test_a_page_compares_a_run_with_others_of_the_same_settings(tmp_path: Path):
+    make_run(tmp_path / "local", strategy="local")
+    make_run(tmp_path / "seed", strategy="fedavg", seed=1)
+    run = make_run(tmp_path / "ours")
+    curves = {curve["name"]: curve["line"]["color"] for curve in drawn(page_of([run]))[0]["data"]}
+    assert next(iter(curves)) == "pfedgpa"
+    assert list(curves)[-1] == "local"  # not the fedavg of another seed
+    assert len({curves[name] for name in curves if name.startswith("pfedgpa")}) == 1
+    assert curves["local"] != curves["pfedgpa"]
+    alone = make_run(tmp_path / "other" / "ours")
+    assert "--with-baselines" in page_of([alone])
+
+
+def test_a_page_leads_with_what_two_classes_need(tmp_path: Path):
+    settings = {"data.dataset": "breast-cancer", "model.name": "mlp", "data.dominant-classes": 1}
+    RunFolder(tmp_path / "run", Config.from_flat(settings))
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        json.dumps(
+            {
+                "round": 1,
+                "personalized-accuracy": 0.9,
+                "personalized-accuracy-error": 0.01,
+                "personalized-balanced-accuracy": 0.7,
+                "personalized-auroc": 0.8,
+            }
+        )
+    )
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    recalls = {"personalized-recall-1": 0.25, "num-test-examples": 40}
+    row = {"round": 1, "client": 0, "personalized-accuracy": 0.9, **recalls}
+    (tmp_path / "run" / "clients.jsonl").write_text(json.dumps(row) + "\n")
+    page = page_of([Run.read(tmp_path / "run")])
+    names = re.findall(r"<dt>([^<]+)</dt><dd>([^<]+)</dd>", page)
+    assert names[:3] == [
+        ("balanced accuracy", "0.7000"),
+        ("AUROC", "0.8000"),
+        ("accuracy", "0.9000 ± 0.0196"),
+    ]
+    assert ("test examples", "40") in names
+    found = drawn(page)
+    assert [curve["name"] for curve in found[0]["data"]] == ["balanced accuracy", "AUROC"]
+    assert found[3]["data"][0]["z"] == [[None, 0.25]]
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path):
@@ -535,9 +597,19 @@ def test_a_browser_draws_every_figure_and_has_nothing_to_complain_of(
             seen |= {number for number, plot in enumerate(plots) if plot["shown"]}
             assert all(plot["drawn"] for plot in plots if plot["shown"])
         assert seen == set(range(len(plots)))
+        for kind in ("csv", "svg"):
+            browser.run("HTMLAnchorElement.prototype.click = function () { window.saved = this }")
+            browser.run(f"document.querySelector('.save[data-as={kind}]').click()")
+            browser.run("new Promise(r => setTimeout(r, 500))")
+            name, link = browser.run("[saved.download, decodeURIComponent(saved.href)]")
+            assert name == f"Accuracy-personalized.{kind}"
+            assert ("<svg" if kind == "svg" else '"pfedgpa",4,') in link
         assert browser.run("document.documentElement.scrollWidth") <= width
         browser.resize(width - 60)
         browser.run("new Promise(r => setTimeout(r, 500))")
+        sizes = "[...document.querySelectorAll('.plot')].filter(p => p.offsetParent).map(p => "
+        sizes += "p.clientWidth - p.querySelector('.main-svg').clientWidth)"
+        assert set(browser.run(sizes)) == {0}
         assert browser.run("window.evil") is None
         assert browser.errors == []
         loaded = {url for url in browser.requests if not url.startswith("data:")}
@@ -566,7 +638,7 @@ def test_the_slider_goes_through_the_rounds_by_the_keyboard(tmp_path: Path):
     run = make_run(tmp_path / "run")
     file = tmp_path / "page.html"
     write_text(file, page_of([run]))
-    shown = "document.querySelectorAll('.plot')[3].data[1]"
+    shown = "document.querySelector('.moved .plot').data[1]"
     with Browser(tmp_path / "profile") as browser:
         browser.open(file)
         browser.run("document.querySelector('input[type=range]').focus()")

@@ -126,6 +126,8 @@ def test_numbers_that_are_none_are_refused(num_examples: float, metrics: dict, r
     ("name", "value", "wanted"),
     [
         ("accuracy", 9e11, "between 0 and 1"),
+        ("auroc", 1.5, "between 0 and 1"),
+        ("recall-1", -0.5, "between 0 and 1"),
         ("accuracy-before", -0.01, "between 0 and 1"),
         ("accuracy-after", 1.01, "between 0 and 1"),
         ("loss", -1.0, "between 0 and 1e"),
@@ -137,10 +139,12 @@ def test_numbers_that_are_none_are_refused(num_examples: float, metrics: dict, r
     ],
 )
 def test_numbers_that_cannot_be_are_refused_by_name(name: str, value: float, wanted: str):
-    ranges = metric_ranges(PrivacyConfig(mode="update", epsilon=1.0))
+    ranges = metric_ranges(PrivacyConfig(mode="update", epsilon=1.0), num_classes=2)
     with pytest.raises(ReplyError, match=f'"{name}" is .*, and should be {wanted}'):
         check_ranges({name: value, "other": value}, ranges)
     check_ranges({name: 0.5, "other": value}, ranges)
+    with pytest.raises(ReplyError, match='"recall-2" is of a class that there is not'):
+        check_ranges({"recall-2": 0.5}, ranges)
 
 
 def test_no_epsilon_is_more_than_the_settings_allow():

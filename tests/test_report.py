@@ -34,7 +34,12 @@ def make_run(
 def hand_made_record() -> RoundRecord:
     """Clients 0 and 2 train and are evaluated, 1 sends NaN, 3 never replies, 4 only evaluates."""
     record = RoundRecord(
-        2, seconds_clients=1.23456, seconds_diffusion=0.5, num_nodes=6, bytes_down=400
+        2,
+        seconds_waiting=0.25,
+        seconds_clients=1.23456,
+        seconds_diffusion=0.5,
+        num_nodes=6,
+        bytes_down=400,
     )
     record.expect([3, 2, 1, 0], [33, 32, 31, 30])
     metrics = {"accuracy-before": 0.5, "accuracy-after": 0.75, "loss-after": 1.0}
@@ -42,8 +47,9 @@ def hand_made_record() -> RoundRecord:
     metrics = {"accuracy-before": 0.2, "accuracy-after": 0.25, "loss-after": 2.0}
     record.trained(0, {**metrics, "num-examples": 8}, 110)
     record.failed(1, "0.weight has values that are not finite")
-    record.evaluated(0, {"accuracy": 0.5, "loss": 0.7, "num-examples": 4})
-    record.evaluated(2, {"accuracy": 1.0, "loss": 0.1, "num-examples": 4})
+    scores = {"auroc": 0.25, "recall-0": 0.5, "recall-10": 1.0, "calibration-error": 0.5}
+    record.evaluated(0, {"accuracy": 0.5, "loss": 0.7, "num-examples": 4, **scores})
+    record.evaluated(2, {"accuracy": 1.0, "loss": 0.1, "num-examples": 4, "recall-0": 1.0})
     record.evaluated(4, {"accuracy": 0.6, "loss": 0.4})
     return record
 
@@ -55,6 +61,13 @@ def test_a_round_is_summarized_over_its_clients():
         "strategy": "pfedgpa",
         "personalized-accuracy": pytest.approx((0.5 + 1.0 + 0.6) / 3),
         "personalized-loss": pytest.approx((0.7 + 0.1 + 0.4) / 3),
+        "personalized-balanced-accuracy": None,
+        "personalized-macro-f1": None,
+        "personalized-auroc": 0.25,
+        "personalized-calibration-error": 0.5,
+        # Over the clients whose test sets have the class.
+        "personalized-recall-0": 0.75,
+        "personalized-recall-10": 1.0,
         "personalized-accuracy-worst": 0.5,
         # mean 0.7, deviations -0.2, 0.3 and -0.1
         "personalized-accuracy-std": pytest.approx(math.sqrt((0.04 + 0.09 + 0.01) / 3)),
@@ -72,6 +85,7 @@ def test_a_round_is_summarized_over_its_clients():
         "num-alone": 0,
         "num-not-finite": 0,
         "epsilon": None,
+        "seconds-waiting": 0.25,
         "seconds-clients": 1.235,
         "seconds-diffusion": 0.5,
         "seconds-round": 3.142,
@@ -80,11 +94,20 @@ def test_a_round_is_summarized_over_its_clients():
     }
 
 
+def test_local_training_is_charged_no_traffic():
+    summary = summarize(hand_made_record(), "local", seconds_round=1.0)
+    assert summary["bytes-up"] == summary["bytes-down"] == 0
+
+
 def test_a_round_without_clients_has_no_means():
     summary = summarize(RoundRecord(1), "local", 0.0)
     assert {name for name, value in summary.items() if value is None} == {
         "personalized-accuracy",
         "personalized-loss",
+        "personalized-balanced-accuracy",
+        "personalized-macro-f1",
+        "personalized-auroc",
+        "personalized-calibration-error",
         "personalized-accuracy-worst",
         "personalized-accuracy-std",
         "personalized-accuracy-error",
@@ -109,6 +132,7 @@ def test_a_client_has_a_row_with_all_that_is_known_of_it():
         "num-examples": 9,
         "personalized-accuracy": 1.0,
         "personalized-loss": 0.1,
+        "personalized-recall-0": 1.0,
         "num-test-examples": 4,
     }
     assert rows[1]["status"] == "0.weight has values that are not finite"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData
-from pfedgpa_app.evaluation import Evaluation, evaluate
+from pfedgpa_app.evaluation import Evaluation, logits_of
 from pfedgpa_app.model_spec import Head, ModelError, ModelSpec, find_head
 from pfedgpa_app.parameters import StateDict, copy_of
 from pfedgpa_app.privacy import Ledger, Uniform, cost_of_round, private_update, secure_uniform
@@ -153,10 +153,12 @@ class Task:
 
     def judge(self, model: nn.Module) -> Evaluation:
         """Return accuracy and loss on this client's test set."""
+        return Evaluation.of(self.test_logits(model), self.data.test_labels)
+
+    def test_logits(self, model: nn.Module) -> Tensor:
+        """Return a model's logits on this client's test set, ``(num_examples, num_classes)``."""
         data, precision = self.data, self.config.client.precision
-        return evaluate(
-            model, data.test_images, data.test_labels, data.stats, precision, offset=self.offset
-        )
+        return logits_of(model, data.test_images, data.stats, precision) + self.offset
 
 
 class Trained(NamedTuple):

@@ -12,7 +12,6 @@ from pfedgpa_app.rounds import Row
 from pfedgpa_app.tables import INDEX_KIND
 
 _MARKS = {"best": "<strong>{}</strong>", "tied": "<em>{}</em>", "": "{}"}
-_MARKED = "Bold is the best, italic what the test cannot tell from it. "
 _CAPTION = (
     "Mean over the clients and the seeds, each client on its own test set; the band is the range "
     "of the seeds. The axis shows the range of the second half of the rounds."
@@ -101,8 +100,7 @@ def _table(table: Mapping[str, Any]) -> str:
         row = "".join(f"<td>{cell}</td>" for cell in marked)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{row}</tr>')
     head = ("", *table["columns"])
-    is_marked = any(mark for cells in table["rows"].values() for _, mark in cells)
     return (
         f"<h3>{escape(table['title'])}</h3>{table_of(head, lines)}"
-        f'<p class="quiet">{_MARKED if is_marked else ""}{escape(table["note"])}</p>'
+        f'<p class="quiet">{escape(table["note"])}</p>'
     )

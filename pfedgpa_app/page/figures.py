@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 import plotly.graph_objects as go
-from torch import Tensor
 
+from pfedgpa_app.figures import colour_of
 from pfedgpa_app.page.look import (
     PATTERNS,
     colour,
@@ -42,32 +42,33 @@ def curve_of(runs: Sequence[Sequence[Row]], name: str) -> Curve:
     return dict(sorted(values.items()))
 
 
-def accuracy(curves: Mapping[str, Curve]) -> go.Figure:
+def accuracy(curves: Mapping[str, Curve], what: str = "accuracy") -> go.Figure:
     """Return curves over rounds: means over seeds, and the range of the seeds as a band.
 
     The axis shows where they differ: the range of the second half of the rounds.
     """
-    fig = figure("round", "accuracy")
+    fig = figure("round", what)
     curves = {name: curve for name, curve in curves.items() if curve}
     fig.update_yaxes(range=late_range(curves.values()))
     ends = {}
     for number, (name, curve) in enumerate(curves.items()):
+        shade = colour_of(name, number)
         rounds, means = list(curve), [fmean(values) for values in curve.values()]
         if any(len(values) > 1 for values in curve.values()):
             opacity = 0.18 if len(curves) <= 4 else 0.1
-            fig.add_trace(_band(curve, transparent(colour(number), opacity)))
+            fig.add_trace(_band(curve, transparent(shade, opacity)))
         fig.add_trace(
             go.Scatter(
                 x=rounds,
                 y=means,
                 name=plain(name),
                 mode="lines+markers" if len(rounds) <= 40 else "lines",
-                line={"color": colour(number), "dash": dash(number), "width": 2},
+                line={"color": shade, "dash": dash(number), "width": 2},
                 marker={"symbol": symbol(number), "size": 6},
                 hovertemplate="round %{x}: %{y:.4f}",
             )
         )
-        ends[name] = (rounds[-1], means[-1], colour(number))
+        ends[name] = (rounds[-1], means[-1], shade)
     name_at_ends(fig, ends)
     label_whole_numbers(fig, (number for curve in curves.values() for number in curve))
     return fig
@@ -116,8 +117,26 @@ def last_accuracies(clients: Sequence[Row]) -> dict[int, tuple[float, float | No
     return {client: (personalized[client], trained.get(client)) for client in worst_first}
 
 
-def clients(accuracies: Mapping[int, tuple[float, float | None]], mean: float) -> go.Figure:
-    """Return the last accuracy of each client, worst first, and the mean over all."""
+def interval(accuracy: float, num_examples: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy on so many test examples (Wilson, 1927)."""
+    z, n = 1.96, num_examples
+    middle = accuracy + z**2 / (2 * n)
+    half = z * (accuracy * (1 - accuracy) / n + z**2 / (4 * n**2)) ** 0.5
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
+def clients(
+    accuracies: Mapping[int, tuple[float, float | None]], mean: float, tests: Mapping[int, int]
+) -> go.Figure:
+    """Return the last accuracy of each client, worst first, and the mean over all.
+
+    ``tests`` has the number of each client's test examples, where it is known.
+    """
+    bounds = [
+        interval(each, tests[client]) if tests.get(client) else (each, each)
+        for client, (each, _) in accuracies.items()
+    ]
+    values = [each for each, _ in accuracies.values()]
     fig = figure("client, worst first", "accuracy")
     names = [str(client) for client in accuracies]
     kinds = (("personalized", symbol(0)), ("after local training", "diamond-open"))
@@ -138,23 +157,35 @@ def clients(accuracies: Mapping[int, tuple[float, float | None]], mean: float) -
         line={"dash": "dot", "width": 1},
         annotation={"text": f"mean {mean:.4f}", "xanchor": "left", "x": 0},
     )
+    fig.data[-1].update(
+        customdata=[tests.get(client, "?") for client in accuracies],
+        hovertemplate="client %{x}: %{y:.4f} of %{customdata} test examples",
+        error_y={
+            "array": [high - each for each, (_, high) in zip(values, bounds, strict=True)],
+            "arrayminus": [each - low for each, (low, _) in zip(values, bounds, strict=True)],
+            "thickness": 1,
+            "width": 3,
+        },
+    )
     fig.update_xaxes(type="category")
     fig.update_layout(showlegend=True)
     return fig
 
 
-def classes(counts: Mapping[int, Tensor], names: Sequence[str]) -> go.Figure:
-    """Return how many training images of each class each client has."""
-    fig = figure("class", "client", height=max(280, min(900, 110 + 22 * len(counts))))
-    rows = [each.tolist() for each in counts.values()]
+def classes(
+    values: Mapping[int, Sequence[float | None]], names: Sequence[str], what: str = "images"
+) -> go.Figure:
+    """Return what each client has of each class, such as its training images."""
+    fig = figure("class", "client", height=max(280, min(900, 110 + 22 * len(values))))
+    number = "%{z}" if what == "images" else "%{z:.2f}"
     fig.add_trace(
         go.Heatmap(
             x=[plain(name) for name in names],
-            y=[str(client) for client in counts],
-            z=rows,
-            texttemplate="%{z}" if len(names) <= 20 and len(rows) <= 40 else None,
-            colorbar={"title": {"text": "images"}, "thickness": 12},
-            hovertemplate="client %{y}, class %{x}: %{z} images<extra></extra>",
+            y=[str(client) for client in values],
+            z=list(map(list, values.values())),
+            texttemplate=number if len(names) <= 20 and len(values) <= 40 else None,
+            colorbar={"title": {"text": what}, "thickness": 12},
+            hovertemplate=f"client %{{y}}, class %{{x}}: {number} {what}<extra></extra>",
             xgap=1,
             ygap=1,
             zmin=0,
@@ -168,15 +199,16 @@ def classes(counts: Mapping[int, Tensor], names: Sequence[str]) -> go.Figure:
 def seconds(metrics: Sequence[Row]) -> go.Figure:
     """Return the seconds of each round, by who took them."""
     fig = figure("round", "seconds", barmode="stack")
-    parts = {
-        "clients": [value_of(row, "seconds-clients") for row in metrics],
-        "diffusion": [value_of(row, "seconds-diffusion") for row in metrics],
+    names = {
+        "seconds-clients": "clients' training",
+        "seconds-diffusion": "learning on the server",
+        "seconds-waiting": "waiting for clients",
     }
+    parts = {name: [value_of(row, key) for row in metrics] for key, name in names.items()}
     whole = [value_of(row, "seconds-round") for row in metrics]
     taken = [sum(each) for each in zip(*parts.values(), strict=True)]
-    parts["rest"] = [max(0.0, each - of) for each, of in zip(whole, taken, strict=True)]
-    names = ("clients' training", "learning on the server", "evaluation, writing, the rest")
-    _bars(fig, metrics, dict(zip(names, parts.values(), strict=True)), "%{y:.2f} s")
+    rest = [max(0.0, each - of) for each, of in zip(whole, taken, strict=True)]
+    _bars(fig, metrics, {**parts, "evaluation, writing, the rest": rest}, "%{y:.2f} s")
     return fig
 
 

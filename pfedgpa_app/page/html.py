@@ -16,7 +16,10 @@ from plotly.offline import get_plotlyjs
 from pfedgpa_app.page.script import SCRIPT
 from pfedgpa_app.page.style import STYLE
 
-_ZOOM = '<button class="zoom" aria-pressed="false">Show 0 to 1</button>'
+_ZOOM = '<button class="zoom" aria-pressed="false">Show 0 to 1</button> '
+_SAVE = " ".join(
+    f'<button class="save" data-as="{kind.lower()}">{kind}</button>' for kind in ("CSV", "SVG")
+)
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ class Page:
     def _figure(self, shown: Shown) -> str:
         self.drawn.append(shown.figure)
         title = escape(shown.title)
-        zoom = _ZOOM if shown.has_zoom else ""
+        buttons = f"{_ZOOM if shown.has_zoom else ''}{_SAVE}"
         return (
             f'<figure class="card{" wide" if shown.is_wide else ""}"><h3>{title}</h3>'
-            f"<figcaption>{escape(shown.caption)} {zoom}</figcaption>"
+            f"<figcaption>{escape(shown.caption)} {buttons}</figcaption>"
             f'<div class="plot" role="img" aria-label="{title}" '
             f'data-figure="{len(self.drawn) - 1}" '
             f'style="min-height:{shown.figure.layout.height}px"></div></figure>'

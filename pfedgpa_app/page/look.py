@@ -1,7 +1,6 @@
 """What figures have in common: colours, dashes, shapes, and where labels go.
 
-Colours have a contrast of three to white and to the page's dark ground. Nothing is told by colour
-alone: lines have dashes and names at their ends, points have shapes.
+Nothing is told by colour alone: lines have dashes and names at their ends, points have shapes.
 """
 
 import html
@@ -10,18 +9,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pfedgpa_app.figures import spread
+from pfedgpa_app.figures import COLOURS, spread
 
-COLOURS = (
-    "#2f7fc1",
-    "#d1603d",
-    "#2b9a6b",
-    "#a062c0",
-    "#ab8000",
-    "#1898a5",
-    "#c2508c",
-    "#7d7d7d",
-)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = (
     "circle",
@@ -34,7 +23,7 @@ SYMBOLS = (
     "pentagon",
     "hexagon",
 )
-PATTERNS = ("", "/", "x")
+PATTERNS = ("", "/", "x", ".")
 
 # Height of a figure, of what is above and below its axes and of the name of a curve, in pixels.
 _HEIGHT = 400

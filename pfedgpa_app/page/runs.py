@@ -1,7 +1,9 @@
 """What the page has of a run, and of several."""
 
+import json
+import shlex
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from itertools import islice
 from statistics import fmean
@@ -11,9 +13,20 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.page import figures, method
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
-from pfedgpa_app.report import Run
-from pfedgpa_app.rounds import Row, has_failed, mean_and_spread, value_of
+from pfedgpa_app.protocol import RECALL
+from pfedgpa_app.report import Run, baselines_of
+from pfedgpa_app.rounds import (
+    JUDGED,
+    SCORES,
+    STANDARD_ERROR,
+    Row,
+    has_failed,
+    mean_and_spread,
+    value_of,
+)
+from pfedgpa_app.runs import version_of
 from pfedgpa_app.sharing import alone_in
+from pfedgpa_app.strategies import STRATEGY_INFO
 
 Of = TypeVar("Of")
 
@@ -85,10 +98,14 @@ def _comparison(page: Page, runs: Sequence[Run]) -> str:
         cells.append(", ".join(str(len(run.metrics)) for run in each))
         for name in ("personalized-accuracy", "personalized-accuracy-worst", "finetuned-accuracy"):
             values = [run.last(name) for run in each]
-            cells.append(mean_and_spread([value for value in values if value is not None]))
+            spread = mean_and_spread([value for value in values if value is not None])
+            cells.append(_score(each[0], name) if len(each) == 1 else spread)
         lines.append(cells)
     head = ("settings", "seeds", "rounds", "personalized", "worst client", "after local training")
-    note = "Accuracy in the last round, mean ± standard deviation over the seeds."
+    note = (
+        "Accuracy in the last round, mean ± standard deviation over the seeds; of one run, ± is "
+        "the 95 % interval of the mean over its clients."
+    )
     return (
         f'{page.figures(shown)}<h2>Last round</h2><p class="quiet">{note}</p>{table(head, lines)}'
     )
@@ -110,17 +127,22 @@ def _run(page: Page, run: Run, number: int) -> str:
         for note in (run.error, *run.warnings, alone_in(run.metrics, run.config.diffusion))
         if note
     ]
-    parts = [_facts(run, clients), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
+    baselines = baselines_of(run.config, run.path.parent, run.num_nodes)
+    parts = [
+        _facts(run, clients, baselines),
+        *(f'<p class="note">{escape(note)}</p>' for note in notes),
+    ]
     if run.metrics:
-        parts.append(page.figures(_accuracies(run, clients, holdings)))
+        parts.append(page.figures(_accuracies(run, clients, holdings, baselines)))
     if not holdings.counts:
         parts.append(
             f'<p class="quiet">Classes of clients are left out: {escape(holdings.missing)}.</p>'
         )
     if rows:
         parts.append("<h2>What the server found</h2>")
-        parts.append(slider([row["round"] for row in rows], f"rounds-{number}"))
-        parts.append(page.figures(_method(rows, holdings, len(rows) < len(learned))))
+        *moved, levels = _method(rows, holdings, len(rows) < len(learned))
+        bar = slider([row["round"] for row in rows], f"rounds-{number}")
+        parts.append(f'<div class="moved">{bar}{page.figures(moved)}</div>{page.figures([levels])}')
     if run.metrics:
         parts.append("<h2>What it cost</h2>")
         parts.append(page.figures(_costs(run)))
@@ -129,57 +151,138 @@ def _run(page: Page, run: Run, number: int) -> str:
     return "".join(parts)
 
 
-def _facts(run: Run, clients: Sequence[Row]) -> str:
-    def accuracy(name: str) -> str:
-        value = run.last(name)
-        return "-" if value is None else f"{value:.4f}"
-
+def _facts(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> str:
     def total(name: str) -> float:
         return sum(value_of(row, name) for row in run.metrics)
 
     config = run.config
+    scores = {what: _score(run, name) for name, what in SCORES.items()}
+    if config.data.info.num_classes == 2:  # of which one may be rare
+        scores["accuracy"] = scores.pop("accuracy")
+    version = f"pfedgpa {version_of(run.path)}".strip()
     about = (
-        f"{config.strategy} on {config.data.dataset}, {config.data.partition}, seed {config.seed}"
+        f"{config.strategy} on {config.data.dataset}, {config.data.partition}, seed "
+        f"{config.seed}; {version}. The same run: "
     )
-    return f'<p class="quiet">{escape(about)}</p>' + numbers(
-        [
-            ("accuracy, personalized", accuracy("personalized-accuracy")),
-            ("worst client", accuracy("personalized-accuracy-worst")),
-            ("rounds", f"{len(run.metrics)} of {config.num_server_rounds}"),
-            ("clients", str(run.num_nodes)),
-            ("failures", str(sum(map(has_failed, clients)))),
-            ("time", f"{total('seconds-round'):.0f} s"),
-            ("sent and received", f"{(total('bytes-up') + total('bytes-down')) / 1e6:.1f} MB"),
-        ]
+    tests = [row for row in clients if "num-test-examples" in row]
+    last = [row["num-test-examples"] for row in tests if row["round"] == tests[-1]["round"]]
+    shown = [
+        *((what, score) for what, score in scores.items() if score != "-" or what == "accuracy"),
+        *((f"accuracy, {name}", _score(each, JUDGED)) for name, each in baselines.items()),
+        ("accuracy, worst client", _score(run, "personalized-accuracy-worst")),
+        ("test examples", f"{sum(last):,}" if last else "-"),
+        ("rounds", f"{len(run.metrics)} of {config.num_server_rounds}"),
+        ("clients", str(run.num_nodes)),
+        ("failures", str(sum(map(has_failed, clients)))),
+        ("time", f"{total('seconds-round'):.0f} s"),
+        ("sent and received", f"{(total('bytes-up') + total('bytes-down')) / 1e6:.1f} MB"),
+    ]
+    return (
+        f'<p class="quiet">{escape(about)}<code>{escape(_command(run))}</code></p>'
+        f'{numbers(shown)}<p class="quiet">Means over the clients\' personalized models, each on '
+        "its own test set, in the last round that evaluated them; ± is the 95 % interval of the "
+        "mean.</p>"
     )
 
 
-def _accuracies(run: Run, clients: Sequence[Row], holdings: Holdings) -> list[Shown]:
-    names = dict(figures.ACCURACIES)
+def _score(run: Run, name: str) -> str:
+    """Write the last value of a score, of the accuracy with its interval."""
+    value, error = run.last(name), run.last(STANDARD_ERROR) if name == JUDGED else None
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {1.96 * error:.4f}"
+
+
+def _command(run: Run) -> str:
+    """Return what does the run again."""
+    pairs = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in run.config.changed.items()
+        if key not in ("output-dir", "resume-from")
+    ]
+    options = [each for pair in pairs for each in ("-c", pair)]
+    return shlex.join(["pfedgpa", "run", *options, "--clients", str(run.num_nodes)])
+
+
+def _accuracies(
+    run: Run, clients: Sequence[Row], holdings: Holdings, baselines: Mapping[str, Run]
+) -> list[Shown]:
+    names, strategy = dict(figures.ACCURACIES), run.config.strategy
     if run.config.server.evaluate_every == 1:
         del names["received-accuracy"]  # what was evaluated in the round before
-    curves = {label: figures.curve_of([run.metrics], name) for name, label in names.items()}
-    shown = [Shown("Accuracy over rounds", _OWN_ACCURACY, figures.accuracy(curves), has_zoom=True)]
+    curves = {
+        strategy if name == JUDGED else f"{strategy}, {label}": figures.curve_of(
+            [run.metrics], name
+        )
+        for name, label in names.items()
+    }
+    curves |= {name: figures.curve_of([each.metrics], JUDGED) for name, each in baselines.items()}
+    compared = ", ".join(f"{name} is {each.name}" for name, each in baselines.items())
+    caption = (
+        f"{_OWN_ACCURACY} With the same settings: {compared}."
+        if baselines
+        else f"{_OWN_ACCURACY} pfedgpa run --with-baselines adds others to compare with."
+    )
+    drawn = figures.accuracy(curves)
+    shown = [Shown("Accuracy over rounds", caption, drawn, has_zoom=True)]
     if accuracies := figures.last_accuracies(clients):
         caption = (
-            "On its own test set. Filled: each client's personalized model, as last evaluated. "
+            "On its own test set. Filled: each client's personalized model, as last evaluated, "
+            "with the 95 % interval that a test set of its size leaves. "
             "Open: what the client made of the model it received, by local training."
         )
         mean = fmean(personalized for personalized, _ in accuracies.values())
-        drawn = figures.clients(_first(accuracies), mean)
+        tests = {row["client"]: row.get("num-test-examples", 0) for row in clients if JUDGED in row}
+        drawn = figures.clients(_first(accuracies), mean, tests)
         shown.append(Shown("Accuracy of each client", caption + _left_out(accuracies), drawn))
+    others = {
+        what: figures.curve_of([run.metrics], name)
+        for name, what in SCORES.items()
+        if name != JUDGED and run.last(name) is not None
+    }
+    if others:
+        caption = (
+            "Means over the clients for which they are defined: there is no AUROC of a test set "
+            "with one class. Of the calibration error the lowest is the best."
+        )
+        drawn = figures.accuracy(others, "score")
+        shown.insert(
+            0 if "AUROC" in others else len(shown),
+            Shown("Scores over rounds", caption, drawn, has_zoom=True),
+        )
+    classes = run.config.data.classes
+    if recalls := _recalls(clients, len(classes)):
+        caption = (
+            "The part of a client's test images of each class that its personalized model gets "
+            "right, as last evaluated; empty where it has none." + _left_out(recalls)
+        )
+        drawn = figures.classes(_first(recalls), classes, "recall")
+        shown.append(Shown("Recall of each class", caption, drawn, is_wide=True))
     if holdings.counts:
         caption = (
             "Training images of each class, counted from the run's settings and seed. Clients of "
             "a group stand together."
         )
-        heat = figures.classes(_first(holdings.by_group), run.config.data.classes)
+        counts = {client: each.tolist() for client, each in _first(holdings.by_group).items()}
         caption += _left_out(holdings.counts)
-        shown.append(Shown("Classes of each client", caption, heat, is_wide=True))
+        shown.append(
+            Shown("Classes of each client", caption, figures.classes(counts, classes), is_wide=True)
+        )
     return shown
 
 
-def _first(clients: dict[int, Of]) -> dict[int, Of]:
+def _recalls(clients: Sequence[Row], num_classes: int) -> dict[int, list[float | None]]:
+    """Return each client's last recall of each class, None of those that its test set lacks."""
+    names = [f"personalized-{RECALL}{number}" for number in range(num_classes)]
+    found = {
+        row["client"]: [row.get(name) for name in names]
+        for row in clients
+        if any(name in row for name in names)
+    }
+    return dict(sorted(found.items()))
+
+
+def _first(clients: Mapping[int, Of]) -> dict[int, Of]:
     """Return those that have a place in a figure."""
     return dict(islice(clients.items(), _MAX_CLIENTS))
 
@@ -284,22 +387,28 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _settings_table(config: Config) -> str:
-    defaults = Config().to_flat()
-    changed: list[str] = []
-    rest: list[str] = []
-    for key, value in config.to_flat().items():
-        default = defaults[key]
-        mark = ' class="marked"' if value != default else ""
-        line = (
-            f"<tr{mark}><td><code>{escape(key)}</code></td><td>{escape(repr(value))}</td>"
-            f"<td>{'' if value == default else 'default: ' + escape(repr(default))}</td></tr>"
-        )
-        (changed if value != default else rest).append(line)
+    defaults, flat, changed = Config().to_flat(), config.to_flat(), config.changed
+    # Those of other strategies are of no use here.
+    unused = STRATEGY_INFO.keys() - {config.strategy}
+    if config.strategy != "pfedgpa":
+        unused |= {"pfedgpa", "diffusion", "onboarding"}
+
+    mark = ' class="marked"'
+
+    def lines(keys: Iterable[str]) -> list[str]:
+        return [
+            f"<tr{mark if key in changed else ''}><td><code>{escape(key)}</code></td>"
+            f"<td>{escape(repr(flat[key]))}</td>"
+            f"<td>{f'default: {escape(repr(defaults[key]))}' if key in changed else ''}</td></tr>"
+            for key in keys
+        ]
+
+    rest = [key for key in flat if key not in changed and key.partition(".")[0] not in unused]
     head = ("setting", "value", "")
-    first = table_of(head, changed) if changed else ""
+    first = table_of(head, lines(changed)) if changed else ""
     differ = "1 differs" if len(changed) == 1 else f"{len(changed)} differ"
     return (
         f"<p>{differ} from the defaults.</p>{first}"
         f"<details><summary>{len(rest)} settings with their defaults</summary>"
-        f"{table_of(head, rest)}</details>"
+        f"{table_of(head, lines(rest))}</details>"
     )

@@ -14,11 +14,13 @@ function merged(into, from) {
   return into;
 }
 
-// Names at the ends of curves take room, and have places for one range of the axis.
+// Names at the ends of curves take room, and have places for one range of the axis. A legend has
+// theirs where there is room.
 function withLegend(layout) {
   if (!layout.annotations || layout.showlegend !== false) return;
   Object.assign(layout, { annotations: [], showlegend: true });
-  layout.margin = { ...layout.margin, r: 24 };
+  if (narrow.matches) layout.margin = { ...layout.margin, r: 24 };
+  else layout.legend = { orientation: "v", x: 1.02, xanchor: "left", y: 1, yanchor: "top" };
 }
 
 // Colours and sizes depend on the screen, which the figures know nothing of.
@@ -51,14 +53,15 @@ function dressed(figure, frame) {
 
 function draw(plot) {
   const figure = figures[plot.dataset.figure];
-  const slider = plot.closest("section").querySelector("input[type=range]");
+  const slider = plot.closest(".moved")?.querySelector("input");
   const frame = figure.frames && slider ? figure.frames[Number(slider.value)] : null;
   const [data, layout] = dressed(figure, frame);
   if (plot.dataset.all === "true") {
     layout.yaxis = { ...layout.yaxis, range: [0, 1.02] };
     withLegend(layout);
   }
-  Plotly.react(plot, data, layout, { displayModeBar: false, responsive: true });
+  plot.dataset.width = layout.width = plot.clientWidth;
+  Plotly.react(plot, data, layout, { displayModeBar: false });
 }
 
 // What is hidden has no width: it is drawn when it is shown.
@@ -98,7 +101,7 @@ for (const slider of document.querySelectorAll("input[type=range]")) {
     const shown = `Round ${rounds[Number(slider.value)]}`;
     slider.setAttribute("aria-valuetext", shown);
     slider.parentElement.querySelector("output").textContent = shown;
-    for (const plot of slider.closest("section").querySelectorAll(".plot")) {
+    for (const plot of slider.closest(".moved").querySelectorAll(".plot")) {
       if (figures[plot.dataset.figure].frames && plot.offsetParent !== null) draw(plot);
     }
   });
@@ -114,6 +117,45 @@ for (const button of document.querySelectorAll(".zoom")) {
   });
 }
 
+function csv(plot) {
+  const rows = [["name", "x", "y", "value"]];
+  for (const { name = "", x, y, z } of plot.data) {
+    for (const [row, value] of Array.from(y).entries()) {
+      if (z) z[row].forEach((each, column) => rows.push([name, x[column], value, each]));
+      else rows.push([name, x[row], value, ""]);
+    }
+  }
+  // No text is a formula of a spreadsheet.
+  const cell = (each) =>
+    typeof each === "string"
+      ? `"${each.replace(/^[=+@\t\r-]/, "'$&").replace(/"/g, '""')}"`
+      : String(each ?? "");
+  return rows.map((row) => row.map(cell).join(",") + "\n").join("");
+}
+
+for (const button of document.querySelectorAll(".save")) {
+  button.addEventListener("click", async () => {
+    const plot = button.closest("figure").querySelector(".plot");
+    const link = document.createElement("a");
+    link.download = `${plot.ariaLabel.replace(/[^A-Za-z0-9]+/g, "-")}.${button.dataset.as}`;
+    if (button.dataset.as === "csv") {
+      link.href = `data:text/csv;charset=utf-8,${encodeURIComponent(csv(plot))}`;
+    } else {
+      const ground = getComputedStyle(document.body).backgroundColor;
+      const shown = { data: plot.data, layout: { ...plot.layout, paper_bgcolor: ground } };
+      const size = { width: plot.clientWidth, height: plot.clientHeight };
+      link.href = await Plotly.toImage(shown, { format: "svg", ...size });
+    }
+    link.click();
+  });
+}
+
+const resized = new ResizeObserver((seen) => {
+  for (const { target } of seen) {
+    if (target.clientWidth && target.clientWidth !== Number(target.dataset.width)) draw(target);
+  }
+});
+for (const plot of document.querySelectorAll(".plot")) resized.observe(plot);
 for (const query of [dark, narrow]) query.addEventListener("change", () => drawShown(document));
 drawShown(document);
 """

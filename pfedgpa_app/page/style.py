@@ -52,7 +52,7 @@ button { font: inherit; color: var(--text); background: var(--soft); cursor: poi
   border: 1px solid var(--line); border-radius: .4rem; padding: .3rem .8rem; }
 button[aria-selected=true], button[aria-pressed=true] { border-color: var(--accent);
   box-shadow: inset 0 -3px var(--accent); font-weight: 600; }
-.zoom { font-size: .85rem; padding: .1rem .6rem; }
+.zoom, .save { font-size: .85rem; padding: .1rem .6rem; }
 .rounds { position: sticky; top: 0; z-index: 5; display: flex; align-items: center; gap: .8rem;
   background: var(--ground); border-bottom: 1px solid var(--line); padding: .6rem 0;
   margin-bottom: 1rem; }
@@ -68,5 +68,5 @@ summary { cursor: pointer; padding: .3rem 0; }
   .card { padding: .7rem .5rem; }
   h1 { font-size: 1.35rem; }
 }
-@media print { .rounds, nav, .zoom { display: none; } }
+@media print { .rounds, nav, button { display: none; } }
 """

@@ -303,9 +303,11 @@ class ClientwiseFedAvg(FedAvg):
         self.record = RoundRecord(server_round)
         if self.fraction_train == 0.0:
             return []
+        begin = time.monotonic()
         clients = self._sample(
             grid, "train", server_round, self.fraction_train, self.min_train_nodes
         )
+        self.record.seconds_waiting = time.monotonic() - begin
         self._sent = dict(zip(clients, self.training_states(clients), strict=True))
         messages = self._messages(MessageType.TRAIN, clients, self._sent.values(), config)
         self.record.num_nodes = len(self.roster.connected)
