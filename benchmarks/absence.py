@@ -21,7 +21,7 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.rounds import RoundRecord
 from server_app.simulation import simulate
 
-JUDGED_ROUNDS = 5
+EVALUATED_ROUNDS = 5
 COLUMNS = ("those away", "had they been there", "the others", "had those been there")
 
 
@@ -65,7 +65,7 @@ def main(
         for name, case in shortened.items()
     }
     command = f"python -m benchmarks.absence{flag(quick)}"
-    note = f"Means over the last {JUDGED_ROUNDS} rounds: {command}"
+    note = f"Means over the last {EVALUATED_ROUNDS} rounds: {command}"
     print_table(f"Absence, {rounds} rounds", COLUMNS, rows, note)
 
 
@@ -91,8 +91,8 @@ def accuracies(config: Config, case: Case) -> dict[int, float]:
     def absent(server_round: int) -> Collection[int]:
         return case.away if case.first <= server_round <= case.last else ()
 
-    simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS, on_round=note, absent=absent)
-    return {node: fmean(values[-JUDGED_ROUNDS:]) for node, values in found.items()}
+    simulate(config, CLIENTS, evaluated_rounds=EVALUATED_ROUNDS, on_round=note, absent=absent)
+    return {node: fmean(values[-EVALUATED_ROUNDS:]) for node, values in found.items()}
 
 
 if __name__ == "__main__":

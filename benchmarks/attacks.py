@@ -42,7 +42,7 @@ from server_app.replies import Upload
 from server_app.simulation import PoolGrid, simulate
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, PFedGPA
 
-JUDGED_ROUNDS = 3
+EVALUATED_ROUNDS = 3
 ONLY = "Only these; may be repeated."
 
 
@@ -384,13 +384,13 @@ def run(
     strategy, _ = simulate(
         config,
         CLIENTS,
-        judged_rounds=JUDGED_ROUNDS,
+        evaluated_rounds=EVALUATED_ROUNDS,
         on_round=note,
         absent=lambda server_round: case.liars if last and server_round > last else (),
         make_strategy=make_one,
         make_grid=partial(AttackedGrid, attack, case),
     )
-    accuracies = [fmean(values[-JUDGED_ROUNDS:]) for values in found.values()]
+    accuracies = [fmean(values[-EVALUATED_ROUNDS:]) for values in found.values()]
     backdoor = fmean(backdoor_success(strategy, config, client) for client in judged)
     return Result(fmean(accuracies), min(accuracies), backdoor)
 
@@ -398,7 +398,7 @@ def run(
 def backdoor_success(strategy: ClientwiseFedAvg, config: Config, client: int) -> float:
     """Return how many of a client's test images the trigger turns into `TARGET`, 0 .. 1."""
     data = client_data(config.data, config.seed, client, CLIENTS)
-    images = data.test_images[data.test_labels != TARGET]
+    images = data.test_inputs[data.test_labels != TARGET]
     model = build_model(config.model.name, data.info, config.seed)
     model.load_state_dict(strategy.evaluation_state(client))
     predicted = logits_of(model, with_trigger(images), data.stats).argmax(dim=1)
@@ -472,7 +472,7 @@ def tables(
             Cell(f"{harms(fmean(measure(r) for r in results[rule, name]) for name in attacks):.4f}")
             for rule in rules
         ]
-        rounds = f"means over the last {JUDGED_ROUNDS} rounds"
+        rounds = f"means over the last {EVALUATED_ROUNDS} rounds"
         note = f"Liars: {who}; {rounds}: python -m benchmarks.attacks{end}"
         found.append(Table(title, list(rules), rows, note))
     return found

@@ -34,7 +34,7 @@ def with_trigger(images: Tensor) -> Tensor:
 
 def falsified(data: ClientData, poison: str) -> ClientData:
     """Return a client's data with other training samples."""
-    images, labels = data.train_images, data.train_labels
+    images, labels = data.train_inputs, data.train_labels
     match poison:
         case "labels":
             return data._replace(train_labels=data.info.num_classes - 1 - labels)
@@ -42,7 +42,7 @@ def falsified(data: ClientData, poison: str) -> ClientData:
             images, labels = images.clone(), labels.clone()
             images[::2] = with_trigger(images[::2])
             labels[::2] = TARGET
-            return data._replace(train_images=images, train_labels=labels)
+            return data._replace(train_inputs=images, train_labels=labels)
         case "":
             return data
     raise ValueError(f'poison = "{poison}"')

@@ -57,7 +57,7 @@ def measure(seed: int, quick: bool) -> dict[str, list[float]]:
     config = next(run.config for run in runs if run.clients == CLIENTS and run.row == "diffusion")
     if quick:
         config = shortened(config)
-    strategy, _ = simulate(config, CLIENTS, judged_rounds=1)
+    strategy, _ = simulate(config, CLIENTS, evaluated_rounds=1)
     assert isinstance(strategy, PFedGPA)
     uploads = strategy.aggregator.bank.members
     nearest = {
@@ -112,7 +112,7 @@ def _predict(config: Config, client: int, vector: Tensor) -> tuple[Tensor, Tenso
     model = build_model(config.model.name, data.info, config.seed)
     layout = ParameterLayout.of(model.state_dict())
     model.load_state_dict(layout.merge(vector, layout.rest(model.state_dict())))
-    return data.test_labels, logits_of(model, data.test_images, data.stats).argmax(dim=1)
+    return data.test_labels, logits_of(model, data.test_inputs, data.stats).argmax(dim=1)
 
 
 def _distance_to(vector: Tensor, uploads: Vectors) -> Callable[[int], float]:

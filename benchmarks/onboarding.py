@@ -144,7 +144,7 @@ def accuracies(
     simulate(
         config,
         CLIENTS,
-        judged_rounds=config.num_server_rounds - join_round + 1,
+        evaluated_rounds=config.num_server_rounds - join_round + 1,
         on_round=note,
         absent=lambda server_round: never | late if server_round < join_round else never,
         make_strategy=strategy_type.of if strategy_type else make_strategy,

@@ -233,7 +233,7 @@ class ExportedModel:
         with self._named():
             result = evaluate(
                 module,
-                data.test_images,
+                data.test_inputs,
                 data.test_labels,
                 stats,
                 self.config.client.precision,

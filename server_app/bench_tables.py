@@ -21,7 +21,7 @@ def tables(
     results = _results(runs, folder)
     found = [result for each in results.values() for result in each.values()]
     rounds = {run.config.num_server_rounds for run in runs}
-    last = suite.judged_rounds
+    last = suite.evaluated_rounds
     judged = "last round" if last == 1 else f"mean of the last {last} rounds"
     if suite.horizons:
         judged += " up to the column's"
@@ -43,14 +43,14 @@ def tables(
         column: compare(
             {
                 row: {
-                    seed: _per_client(result["accuracies"][judged_rounds])
+                    seed: _per_client(result["accuracies"][evaluated_rounds])
                     for seed, result in results[case, row].items()
                 }
                 for row in suite.rows
             },
             len(suite.seeds),
         )
-        for column, (case, judged_rounds) in suite.columns.items()
+        for column, (case, evaluated_rounds) in suite.columns.items()
     }
     made = [
         _table(
@@ -66,9 +66,11 @@ def tables(
     for measure in suite.measures:
 
         def mean(column: str, row: str, measure: str = measure) -> Cell:
-            case, judged_rounds = suite.columns[column]
+            case, evaluated_rounds = suite.columns[column]
             each = results[case, row].values()
-            means = [fmean(r[measure] for r in result["rounds"][judged_rounds]) for result in each]
+            means = [
+                fmean(r[measure] for r in result["rounds"][evaluated_rounds]) for result in each
+            ]
             text = mean_and_spread(means, 0 if measure.startswith("bytes") else 4)
             return partial_cell(Cell(text, values=means), len(suite.seeds))
 
@@ -164,7 +166,7 @@ def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
     if suite.curve:
         draw_curves(file, curves(suite, runs, folder), suite.title, BANDS)
         return
-    results, judged = _results(runs, folder), slice(-suite.judged_rounds, None)
+    results, judged = _results(runs, folder), slice(-suite.evaluated_rounds, None)
 
     def over_seeds(case: str, row: str) -> list[float]:
         found = results[case, row].values()

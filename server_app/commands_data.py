@@ -62,7 +62,7 @@ def check(
 
 def _facts(path: Path, config: Config, data: "ClientData", notes: list[str]) -> dict[str, Any]:
     """Return what is said of a site's data."""
-    names, splits = config.data.classes, (data.train_images, data.test_images)
+    names, splits = config.data.classes, (data.train_inputs, data.test_inputs)
     counts = [
         labels.bincount(minlength=len(names)).tolist()
         for labels in (data.train_labels, data.test_labels)
@@ -72,7 +72,7 @@ def _facts(path: Path, config: Config, data: "ClientData", notes: list[str]) -> 
         "training": len(data.train_labels),
         "testing": len(data.test_labels),
         "shape": by_x(config.data.info.shape),
-        "type": _type_of(data.train_images),
+        "type": _type_of(data.train_inputs),
         "lowest": min(float(each.min()) for each in splits if each.numel()),
         "highest": max(float(each.max()) for each in splits if each.numel()),
         "bytes": sum(each.numel() * each.element_size() for each in splits),

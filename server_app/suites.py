@@ -50,7 +50,7 @@ class Quick(Section):
     clients: Count | None = None
     rows: Names | None = None
     cases: Names | None = None
-    judged_rounds: Count | None = None
+    evaluated_rounds: Count | None = None
     horizons: list[Count] | None = None
     settings: Settings = Field(default_factory=dict)
 
@@ -66,7 +66,7 @@ class Suite(Section):
         A file of settings, relative to the suite's; without one, the defaults.
     clients
         How many there are; a case may say otherwise.
-    judged_rounds
+    evaluated_rounds
         The judged number is the mean of so many last rounds.
     measures
         Further columns of metrics.jsonl to tabulate, such as ``bytes-up``.
@@ -86,7 +86,7 @@ class Suite(Section):
     base: str = ""
     clients: Count = 10
     seeds: Seeds
-    judged_rounds: Count = 1
+    evaluated_rounds: Count = 1
     measures: list[str] = Field(default_factory=list)
     curve: bool = False
     horizons: list[Count] = Field(default_factory=list)
@@ -153,7 +153,7 @@ class Suite(Section):
             "cases": {name: self.cases[name] for name in quick.cases or self.cases},
             "seeds": quick.seeds or self.seeds,
             "clients": quick.clients or self.clients,
-            "judged_rounds": quick.judged_rounds or self.judged_rounds,
+            "evaluated_rounds": quick.evaluated_rounds or self.evaluated_rounds,
             "horizons": self.horizons if quick.horizons is None else quick.horizons,
             "title": f"{self.title} (quick)",
         }
@@ -205,19 +205,19 @@ class Suite(Section):
         return runs
 
     def _contradictions(self, config: Config) -> Iterator[str]:
-        if self.judged_rounds > config.num_server_rounds:
+        if self.evaluated_rounds > config.num_server_rounds:
             yield (
-                f"judged-rounds = {self.judged_rounds}: there are {config.num_server_rounds}; "
-                "right would be as many or less"
+                f"evaluated-rounds = {self.evaluated_rounds}: more than num-server-rounds = "
+                f"{config.num_server_rounds}; right would be as many or less"
             )
         if wrong := [
             horizon
             for horizon in self.horizons
-            if not self.judged_rounds <= horizon <= config.num_server_rounds
+            if not self.evaluated_rounds <= horizon <= config.num_server_rounds
         ]:
             yield (
-                f"horizons has {wrong}; right would be judged-rounds = {self.judged_rounds} to "
-                f"num-server-rounds = {config.num_server_rounds}"
+                f"horizons has {wrong}; right would be evaluated-rounds = {self.evaluated_rounds} "
+                f"to num-server-rounds = {config.num_server_rounds}"
             )
         if config.server.fraction_evaluate < 1:
             yield "server.fraction-evaluate: a judged number is of all clients; right would be 1.0"
@@ -229,12 +229,12 @@ class Suite(Section):
             yield 'tracking: the results of a bench are its tables; right would be ""'
 
     def _judged(self, config: Config) -> int:
-        return config.num_server_rounds if self.curve else self.judged_rounds
+        return config.num_server_rounds if self.curve else self.evaluated_rounds
 
     @property
     def columns(self) -> dict[str, tuple[str, slice]]:
         """Cases and the judged ones of a run's rounds, by the names of the columns."""
-        last = self.judged_rounds
+        last = self.evaluated_rounds
         if not self.horizons:
             return {case or "mean ± std": (case, slice(-last, None)) for case in self.cases}
         return {
@@ -255,13 +255,13 @@ def _read_toml(file: Path) -> Settings:
 
 @dataclass(frozen=True)
 class BenchRun:
-    """A run of a suite; ``judged_rounds`` is how many last rounds are judged in it."""
+    """A run of a suite; ``evaluated_rounds`` is how many last rounds are judged in it."""
 
     case: str
     row: str
     config: Config
     clients: int
-    judged_rounds: int
+    evaluated_rounds: int
     superlink: str = ""
     """That it runs on; empty for simulations, whose digits are the same wherever they run."""
 
@@ -273,7 +273,7 @@ class BenchRun:
     def file(self, folder: Path) -> Path:
         """Return where its result is: the same settings, however they are named, share it."""
         config = self.config
-        what = [config.decisive, config.num_server_rounds, self.clients, self.judged_rounds]
+        what = [config.decisive, config.num_server_rounds, self.clients, self.evaluated_rounds]
         if self.superlink:
             what.append(self.superlink)
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -312,7 +312,7 @@ class BenchRun:
         _, rows = simulate(
             self.config,
             self.clients,
-            judged_rounds=self.judged_rounds,
+            evaluated_rounds=self.evaluated_rounds,
             num_processes=0,
             on_round=on_round,
         )
@@ -342,7 +342,7 @@ class BenchRun:
             if not row["num-clients"]:
                 raise RuntimeError(f"round {row['round']}: no client could train")
         end = self.config.num_server_rounds + 1
-        judged = [accuracies.get(each, {}) for each in range(end - self.judged_rounds, end)]
+        judged = [accuracies.get(each, {}) for each in range(end - self.evaluated_rounds, end)]
         missing = [self.clients - len(each) for each in judged]
         if any(missing):
             raise FloatingPointError(

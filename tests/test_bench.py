@@ -31,7 +31,7 @@ SUITE = """
 title = "Two rivals"
 clients = 3
 seeds = [0, 1]
-judged-rounds = 2
+evaluated-rounds = 2
 measures = ["bytes-up"]
 
 [settings]
@@ -49,7 +49,7 @@ strategy = "ditto"
 [quick]
 seeds = [0]
 clients = 2
-judged-rounds = 1
+evaluated-rounds = 1
 rows = ["local"]
 settings = { num-server-rounds = 1 }
 """
@@ -186,7 +186,7 @@ def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: P
     changed = {"seed": 5, "num_server_rounds": 4, "strategy": "fedavg"}
     others = [
         replace(run, clients=4),
-        replace(run, judged_rounds=1),
+        replace(run, evaluated_rounds=1),
         replace(run, superlink="site"),
         *(
             replace(run, config=run.config.model_copy(update={name: value}))
@@ -292,7 +292,7 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
     quick = Suite.read(suite, quick=True)
     [run] = quick.runs()
     assert (run.clients, run.config.num_server_rounds, run.row) == (2, 1, "local")
-    assert run.judged_rounds == 1
+    assert run.evaluated_rounds == 1
     assert quick.title == "Two rivals (quick)"
 
 
@@ -357,7 +357,7 @@ def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: 
     [
         ("title", "titel", "titel: Extra inputs are not permitted"),
         ('"bytes-up"', '"bytes"', r"measures has \['bytes'\]"),
-        ("judged-rounds = 2", "judged-rounds = 4", "judged-rounds = 4: there are 3"),
+        ("evaluated-rounds = 2", "evaluated-rounds = 4", "evaluated-rounds = 4: more than num-server-rounds = 3"),
         ('"ditto"', '"dito"', 'ditto: .*\n.*strategy = "dito"'),
         ("[rows.ditto]", "[rows.ditto]\nclients = 4", "rows.ditto must not set clients"),
         ("[rows.ditto]", "[rows.ditto]\nseed = 4", "rows.ditto must not set seed"),

@@ -405,7 +405,7 @@ def test_resizing_is_said_once(runner: CliRunner, model_file: Path, tmp_path: Pa
 def test_the_clients_own_test_set_is_judged(runner: CliRunner, model_file: Path):
     data = client_data(Config().data, 0, 3, 10)
     model = build_model("cnn-8x8", Config().data.info, seed=3)
-    accuracy, loss = evaluate(model, data.test_images, data.test_labels, data.stats)
+    accuracy, loss = evaluate(model, data.test_inputs, data.test_labels, data.stats)
     size = len(data.test_labels)
     result = runner.invoke(cli.app, ["predict", str(model_file), "--test-set"])
     assert result.stdout == f"accuracy {accuracy:.4f}, loss {loss:.4f} on {size} examples\n"

@@ -33,11 +33,11 @@ def test_a_client_gets_the_images_and_labels_of_its_part():
     dataset = load_dataset(config, seed=3)
     train, test = partition(dataset.labels, dataset.is_test, config, 10, seed=3)[4]
     client = client_data(config, 3, 4, 10)
-    assert torch.equal(client.train_images, dataset.images[train])
+    assert torch.equal(client.train_inputs, dataset.images[train])
     assert torch.equal(client.train_labels, dataset.labels[train])
-    assert torch.equal(client.test_images, dataset.images[test])
+    assert torch.equal(client.test_inputs, dataset.images[test])
     assert torch.equal(client.test_labels, dataset.labels[test])
-    assert client.train_images.dtype == torch.uint8
+    assert client.train_inputs.dtype == torch.uint8
     assert client.info == config.info
     assert all(map(torch.equal, client.stats, image_stats(dataset)))
 
@@ -115,15 +115,15 @@ def test_what_cannot_be_kept_or_read_is_shared_out_again(own_home, monkeypatch, 
         expected = client_data(config, 0, 1, 4)
         assert folder.is_file()
     _shared_out.cache_clear()
-    assert torch.equal(client_data(config, 0, 1, 4).train_images, expected.train_images)
+    assert torch.equal(client_data(config, 0, 1, 4).train_inputs, expected.train_inputs)
 
 
 def test_what_a_client_does_to_its_data_stays_with_it():
     config = DataConfig(dataset="digits")
     client = client_data(config, 0, 0, 10)
-    before = client.train_images.clone()
-    client.train_images.zero_()
-    assert torch.equal(client_data(config, 0, 0, 10).train_images, before)
+    before = client.train_inputs.clone()
+    client.train_inputs.zero_()
+    assert torch.equal(client_data(config, 0, 0, 10).train_inputs, before)
 
 
 @pytest.mark.parametrize(("partition_id", "num_partitions"), [(-1, 10), (10, 10), (0, 0)])

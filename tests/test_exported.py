@@ -75,7 +75,7 @@ def test_the_test_set_is_that_of_the_client_in_its_run():
     data = client_data(Config().data, 0, 1, 4)
     result, num_examples = model.evaluate()
     assert num_examples == len(data.test_labels)
-    assert result == evaluate(model.module, data.test_images, data.test_labels, data.stats)
+    assert result == evaluate(model.module, data.test_inputs, data.test_labels, data.stats)
     other, _ = replace(model, partition=(0, 4)).evaluate()
     assert other != result
 
@@ -83,7 +83,7 @@ def test_the_test_set_is_that_of_the_client_in_its_run():
 def test_a_model_is_judged_in_the_precision_of_its_run():
     exact, coarse = exported(), exported(**{"client.precision": "bf16"})
     data = client_data(Config().data, 0, 1, 4)
-    test = (data.test_images, data.test_labels, data.stats)
+    test = (data.test_inputs, data.test_labels, data.stats)
     result, _ = coarse.evaluate()
     assert result == evaluate(exact.module, *test, "bf16")
     assert result.loss != exact.evaluate()[0].loss
@@ -206,7 +206,7 @@ def test_a_model_of_the_class_prior_is_judged_with_it():
     counts = torch.bincount(data.train_labels, minlength=10)
     expected = evaluate(
         model.module,
-        data.test_images,
+        data.test_inputs,
         data.test_labels,
         data.stats,
         offset=(counts + 0.5).log(),

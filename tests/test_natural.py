@@ -50,7 +50,7 @@ def indices(config: DataConfig, seed: int, clients: int) -> list[tuple[list[int]
     data = [client_data(config, seed, client, clients) for client in range(clients)]
     _shared_out.cache_clear()
     return [
-        ((each.train_images[:, 0, 0] / 2).tolist(), (each.test_images[:, 0, 0] / 2).tolist())
+        ((each.train_inputs[:, 0, 0] / 2).tolist(), (each.test_inputs[:, 0, 0] / 2).tolist())
         for each in data
     ]
 
@@ -223,10 +223,10 @@ def test_people_with_a_smartwatch_have_about_140_windows_each():
     assert sizes == [167, 163, 91, 86, 147, 143, 156, 143, 144, 153]
     assert [len(each.test_labels) for each in data] == [95, 93, 43, 42, 83, 81, 88, 79, 79, 87]
     for each in data:
-        assert each.train_images.shape[1:] == (6, 100)
+        assert each.train_inputs.shape[1:] == (6, 100)
         assert each.train_labels.unique().tolist() == list(range(7))
         assert each.test_labels.unique().tolist() == list(range(7))
-    windows = torch.cat([each.train_images for each in data])
+    windows = torch.cat([each.train_inputs for each in data])
     torch.testing.assert_close(windows.mean((0, 2)), torch.zeros(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(windows.std((0, 2)), torch.ones(6), atol=1e-4, rtol=0)
 

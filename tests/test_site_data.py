@@ -48,20 +48,20 @@ def together(tmp_path: Path) -> Path:
 
 def test_train_and_test_are_as_the_folder_has_them_and_labels_as_class_names(apart: Path):
     data = site_data(apart, CONFIG, seed=0)
-    assert dict(zip(greys(data.train_images), data.train_labels.tolist(), strict=True)) == {
+    assert dict(zip(greys(data.train_inputs), data.train_labels.tolist(), strict=True)) == {
         **{0: 0, 1: 0, 2: 0},
         **{10: 2, 11: 2},
     }
-    tests = dict(zip(greys(data.test_images), data.test_labels.tolist(), strict=True))
+    tests = dict(zip(greys(data.test_inputs), data.test_labels.tolist(), strict=True))
     assert tests == {20: 1, 30: 2}
-    assert data.train_images.dtype == torch.uint8
-    assert data.train_images.shape == (5, 1, 6, 4)
+    assert data.train_inputs.dtype == torch.uint8
+    assert data.train_inputs.shape == (5, 1, 6, 4)
     assert data.info == CONFIG.info
 
 
 def test_a_site_is_normalized_by_its_own_training_images(apart: Path):
     data = site_data(apart, CONFIG, seed=0)
-    images = data.train_images
+    images = data.train_inputs
     alone = Dataset(images, data.train_labels, torch.zeros(len(images), dtype=torch.bool))
     assert all(map(torch.equal, data.stats, image_stats(alone)))
     assert float(data.stats.mean) == pytest.approx((0 + 1 + 2 + 10 + 11) / 5)
@@ -71,7 +71,7 @@ def test_class_folders_alone_are_split_by_the_seed(together: Path):
     splits = []
     for seed in (0, 0, 1):
         data = site_data(together, CONFIG, seed)
-        train, test = set(greys(data.train_images)), set(greys(data.test_images))
+        train, test = set(greys(data.train_inputs)), set(greys(data.test_inputs))
         assert not train & test
         assert train | test == {*range(10), *range(100, 105)}
         assert (data.test_labels == 1).sum() == 2  # a fifth of each class
@@ -103,7 +103,7 @@ def test_what_is_hidden_is_no_data_at_any_depth(together: Path, below: str, hidd
         (together / below / name).write_bytes(b"x")
     notes: list[str] = []
     data = site_data(together, CONFIG, 0, notes.append)
-    assert sorted(greys(data.train_images) + greys(data.test_images)) == [
+    assert sorted(greys(data.train_inputs) + greys(data.test_inputs)) == [
         *range(10),
         *range(100, 105),
     ]
@@ -176,12 +176,12 @@ def test_pictures_of_sixteen_bits_keep_their_levels(tmp_path: Path):
     # One of 8 bits beside them is as bright as it would be in 16.
     Image.new("L", (4, 6), 10).save(tmp_path / "benign" / "8bits.png")
     data = site_data(tmp_path, CONFIG, 0)
-    levels = torch.cat([data.train_images, data.test_images]).squeeze(1).numpy()
+    levels = torch.cat([data.train_inputs, data.test_inputs]).squeeze(1).numpy()
     wanted = [*scans, np.full((6, 4), 10 * 257)]
     assert sorted(map(np.ndarray.tolist, levels)) == sorted(map(np.ndarray.tolist, wanted))
-    pool = data.train_images.numpy().astype(np.float64) / 257
+    pool = data.train_inputs.numpy().astype(np.float64) / 257
     assert float(data.stats.mean) == pytest.approx(pool.mean(), rel=1e-6)
-    normalized = normalize(data.train_images, data.stats)
+    normalized = normalize(data.train_inputs, data.stats)
     np.testing.assert_allclose(normalized, (pool - pool.mean()) / pool.std(), atol=1e-5)
 
 
@@ -191,8 +191,8 @@ def test_colours_are_read_as_the_settings_want_them(tmp_path: Path):
     for number in range(2):
         Image.new("RGB", (4, 6), (50 + number, 60, 70)).save(folder / f"{number}.JPG")
     colour = CONFIG.model_copy(update={"shape": "3x6x4"})
-    assert site_data(tmp_path, CONFIG, 0).train_images.shape == (1, 1, 6, 4)
-    assert site_data(tmp_path, colour, 0).train_images.shape == (1, 3, 6, 4)
+    assert site_data(tmp_path, CONFIG, 0).train_inputs.shape == (1, 1, 6, 4)
+    assert site_data(tmp_path, colour, 0).train_inputs.shape == (1, 3, 6, 4)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
@@ -201,7 +201,7 @@ def test_npz_files_hold_x_and_y(tmp_path: Path, dtype: type):
     y = np.arange(20) % 3
     np.savez(tmp_path / "scans.npz", x=x, y=y)
     data = site_data(tmp_path / "scans.npz", CONFIG, 0)
-    images = torch.cat([data.train_images, data.test_images])
+    images = torch.cat([data.train_inputs, data.test_inputs])
     labels = torch.cat([data.train_labels, data.test_labels])
     assert images.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
     rows = [next(row for row in range(20) if (x[row] == image.numpy()).all()) for image in images]
@@ -280,7 +280,7 @@ def test_a_photograph_that_lies_in_its_file_is_measured_upright(tmp_path: Path):
     (tmp_path / "benign").mkdir()
     for name in ("1.jpg", "2.jpg"):
         Image.new("L", (6, 4)).save(tmp_path / "benign" / name, exif=turned)
-    assert site_data(tmp_path, CONFIG, 0).train_images.shape == (1, 1, 6, 4)
+    assert site_data(tmp_path, CONFIG, 0).train_inputs.shape == (1, 1, 6, 4)
 
 
 def test_a_file_of_another_kind_is_not_called_missing(tmp_path: Path):

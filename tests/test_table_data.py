@@ -126,7 +126,7 @@ def test_a_site_trains_on_its_table_and_tells_nothing_of_its_features(context: C
 def test_a_kept_model_of_a_table_predicts_rows(context: Context, tmp_path: Path):
     metrics = evaluate_message(sent(MessageType.EVALUATE, 1), context).content["metrics"]
     data = site_data(tmp_path / "table.npz", CONFIG.data, 0)
-    np.savez(tmp_path / "new.npz", x=data.test_images)
+    np.savez(tmp_path / "new.npz", x=data.test_inputs)
     command = ["predict", str(tmp_path / "kept.safetensors"), str(tmp_path / "new.npz"), "--json"]
     result = CliRunner().invoke(cli.app, command, catch_exceptions=False)
     rows = [json.loads(line) for line in result.stdout.splitlines()]

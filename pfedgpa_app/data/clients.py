@@ -19,11 +19,11 @@ class ClientData(NamedTuple):
     Most are images, and are called so whatever they are.
     """
 
-    train_images: Tensor
+    train_inputs: Tensor
     """``(n, *shape)``, of a type as in `Dataset`."""
     train_labels: Tensor
     """``(n,)``, int64."""
-    test_images: Tensor
+    test_inputs: Tensor
     test_labels: Tensor
     stats: ImageStats
     info: DatasetInfo
@@ -31,9 +31,9 @@ class ClientData(NamedTuple):
     def to(self, device: torch.device) -> "ClientData":
         """Return the data on a device."""
         return self._replace(
-            train_images=self.train_images.to(device),
+            train_inputs=self.train_inputs.to(device),
             train_labels=self.train_labels.to(device),
-            test_images=self.test_images.to(device),
+            test_inputs=self.test_inputs.to(device),
             test_labels=self.test_labels.to(device),
         )
 
@@ -56,12 +56,12 @@ def client_data(
             f"the clients are numbered from 0 to num-partitions - 1"
         )
     dataset, stats, indices = _shared_out(config, seed, num_partitions)
-    train_images, train_labels, test_images, test_labels = (
+    train_inputs, train_labels, test_inputs, test_labels = (
         each.contiguous()
         for rows in indices[partition_id]
         for each in shifted(config, seed, partition_id, dataset.images[rows], dataset.labels[rows])
     )
-    return ClientData(train_images, train_labels, test_images, test_labels, stats, config.info)
+    return ClientData(train_inputs, train_labels, test_inputs, test_labels, stats, config.info)
 
 
 def class_counts(config: DataConfig, seed: int, num_partitions: int) -> Tensor | None:
