@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.files import composed, native_path, quoted, read_json, read_toml
-from pfedgpa_app.preflight import decides, preflight
+from pfedgpa_app.preflight import preflight, preflight_key
 from pfedgpa_app.rounds import JUDGED, RoundRecord, summarize
 from pfedgpa_app.section import Count, Section, Seed
 from pfedgpa_app.state import write_text, writing
@@ -193,7 +193,7 @@ class Suite(Section):
                     try:
                         config = Config.from_flat(flat)
                         if seed == self.seeds[0]:
-                            if (what := decides(config)) not in tried:
+                            if (what := preflight_key(config)) not in tried:
                                 preflight(config, one_process=True)
                                 tried.add(what)
                             problems += [f"{name}: {each}" for each in self._contradictions(config)]

@@ -124,7 +124,7 @@ BAD_LABELS = {
     "masked": (MASKED, "a masked array, right would be"),
     "text": (np.array(["a"]), "of <U1"),
     "a list": ([0, 1], "a list of objects, right would be a tensor or NumPy array"),
-    "sparse": (torch.eye(2).to_sparse(), r"a tensor of torch\.float32 that NumPy does not take"),
+    "sparse": (torch.eye(2).to_sparse(), r"a tensor of torch\.float32 that NumPy cannot represent"),
 }
 
 

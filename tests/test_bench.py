@@ -357,7 +357,11 @@ def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: 
     [
         ("title", "titel", "titel: Extra inputs are not permitted"),
         ('"bytes-up"', '"bytes"', r"measures has \['bytes'\]"),
-        ("evaluated-rounds = 2", "evaluated-rounds = 4", "evaluated-rounds = 4: more than num-server-rounds = 3"),
+        (
+            "evaluated-rounds = 2",
+            "evaluated-rounds = 4",
+            "evaluated-rounds = 4: more than num-server-rounds = 3",
+        ),
         ('"ditto"', '"dito"', 'ditto: .*\n.*strategy = "dito"'),
         ("[rows.ditto]", "[rows.ditto]\nclients = 4", "rows.ditto must not set clients"),
         ("[rows.ditto]", "[rows.ditto]\nseed = 4", "rows.ditto must not set seed"),

@@ -369,7 +369,7 @@ def test_what_predict_passes_over_is_said(runner: CliRunner, model_file: Path, p
     (pictures / "._0.png").touch()
     shutil.copytree(pictures, pictures / ".ipynb_checkpoints")
     result = runner.invoke(cli.app, ["predict", str(model_file), str(pictures)])
-    assert result.stderr == f"{pictures}: passed over: 1 .tif\n"
+    assert result.stderr == f"{pictures}: skipped: 1 .tif\n"
     assert len(result.stdout.splitlines()) == 3
 
 

@@ -112,13 +112,12 @@ def test_a_number_of_clients_that_does_not_fit_is_refused(here: Path):
     late = {"onboarding__late_clients": 49, "onboarding__join_round": 2}
     assert problems(own("checked:load", "--clients", "49", **late)) == [
         "onboarding.late-clients = 49: there are only 49 clients; right would be less than that",
-        "49 clients cannot share 48 training samples, right would be 1 to 48 clients",
+        "49 clients cannot share 48 training examples, right would be 1 to 48 clients",
     ]
     natural = {"data__partition": "natural"}
     assert own("checked:owned", "--clients", "5", **natural).exit_code == 0
     assert problems(own("checked:owned", "--clients", "6", **natural)) == [
-        "data.partition = natural: 6 clients, and 5 owners of samples; right would be 1 to 5 "
-        "clients"
+        "data.partition = natural: 6 clients, and 5 owners; right would be 1 to 5 clients"
     ]
     assert problems(check("--clients", "1")) == [
         "server.min-available-nodes = 2: more than 1 clients; a run would wait for them and end"

@@ -118,8 +118,8 @@ A_AND_B = np.where(np.arange(NUMBER) < 59, "a", "b")
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((), r'"natural", and it does not say whose .* \(examples, labels, owners\)'),
-        ((None,), '"natural", and it does not say whose'),
+        ((), r'"natural", and the examples have no owners.* \(examples, labels, owners\)'),
+        ((None,), '"natural", and the examples have no owners'),
         ((OWNERS, IS_TEST, 0), r"returns tuple of 5, right would be .* is_test\)"),
         ((OWNERS[:59],), r"owners are of shape \(59,\), right would be \(60,\)"),
         (("ab",), r"owners are of shape \(\), right would be \(60,\)"),
@@ -129,7 +129,7 @@ A_AND_B = np.where(np.arange(NUMBER) < 59, "a", "b")
         ((np.ma.array(LABELS, mask=IS_TEST),), "owners are a masked array, right would be"),
         ((OWNERS, IS_TEST.astype(int)), "is_test is of int64, right would be bool"),
         ((OWNERS, IS_TEST[:59]), r"is_test is of shape \(59,\), right would be \(60,\)"),
-        ((A_AND_B,), "owner 'b' has one sample, right would be two or more"),
+        ((A_AND_B,), "owner 'b' has one example, right would be two or more"),
         ((A_AND_B, IS_TEST), "owner 'b' has no example for training; right would be one or more"),
         ((OWNERS, (OWNERS == "b") & IS_TEST), "owner 'a' and 1 more have no example for testing"),
     ],
@@ -183,7 +183,7 @@ def test_a_partition_of_ones_own_is_asked_again_in_every_process(own: Own):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([[0]], "the samples of 1 clients, right would be 2"),
+        ([[0]], "the indices of 1 clients, right would be 2"),
         (3, r"failed with TypeError"),
         ([[0], []], r"client 1 has indices of shape \(0,\); right would be"),
         ([[0], [[1]]], r"client 1 has indices of shape \(1, 1\); right would be"),

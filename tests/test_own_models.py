@@ -589,7 +589,7 @@ class Doubting(Net):
 @pytest.mark.parametrize(
     ("model", "settings", "said"),
     [
-        (TwoOutputs, {}, r"gave tuple; right would be \(2, 3\), a logit a class"),
+        (TwoOutputs, {}, r"gave tuple; right would be \(2, 3\), one logit per class"),
         (Words, {}, r"words\.weight has a sparse gradient; right would be sparse=False"),
         (Squeezing, {}, r"1 example\(s\) gave an output of shape \(3,\)"),
         (Normed, {"client.batch-size": 1}, r"client\.batch-size = 1, .*; right would be 2"),
@@ -927,5 +927,5 @@ def test_a_step_without_gradient_ends_no_training():
 def test_models_that_draw_from_other_generators_are_no_graph(brought: types.ModuleType):
     brought.model = Noisy
     config = Config.from_flat({**SETTINGS, "client.engine": "vmap", "strategy": "fedavg"})
-    with pytest.raises(ConfigError, match="draws at random from NumPy or Python"):
+    with pytest.raises(ConfigError, match="random numbers of NumPy or Python"):
         preflight(config, one_process=True)

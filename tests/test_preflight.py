@@ -90,7 +90,7 @@ class Branches(Own):
     [
         (
             nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 10)),
-            r"mix or remember .* 1 \(BatchNorm2d",
+            r"batch statistics .* 1 \(BatchNorm2d",
         ),
         (
             nn.Sequential(
@@ -100,10 +100,10 @@ class Branches(Own):
         ),
         (
             nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10)),
-            r"draw at random are out: 1 \(Dropout\)",
+            r"random layers are not supported: 1 \(Dropout\)",
         ),
         (Draws(), "torch.func.vmap cannot train it: .*random"),
-        (Counts(), "buffers that change in training are out: seen"),
+        (Counts(), "buffers that change in training are not supported: seen"),
         (Branches(), "torch.func.vmap cannot train it: .*data-dependent"),
     ],
 )

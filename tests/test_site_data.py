@@ -124,8 +124,8 @@ def test_what_is_no_picture_is_counted_by_kind(together: Path):
     notes: list[str] = []
     assert len(site_data(together, CONFIG, 0, notes.append).train_labels) == 12
     assert notes == [
-        f"{together}: passed over: 1 .txt, 1 picture in no class folder",
-        f"{together / 'benign'}: passed over: 1 .dcm, 2 .tif, 1 without a suffix",
+        f"{together}: skipped: 1 .txt, 1 image outside of class folders",
+        f"{together / 'benign'}: skipped: 1 .dcm, 2 .tif, 1 without a suffix",
     ]
 
 
@@ -134,7 +134,7 @@ def test_what_is_beside_train_and_test_is_counted(apart: Path):
     (apart / "labels.csv").touch()
     notes: list[str] = []
     site_data(apart, CONFIG, 0, notes.append)
-    assert notes == [f"{apart}: passed over: 1 .csv, 1 folder"]
+    assert notes == [f"{apart}: skipped: 1 .csv, 1 folder"]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -143,27 +143,27 @@ def test_names_that_look_alike_are_one(tmp_path: Path, form: str):
     config = CONFIG.model_copy(update={"class_names": unicodedata.normalize(form, "naïf,malin")})
     assert site_data(tmp_path, config, 0).train_labels.tolist() == [0, 0, 0]
     pictures(tmp_path / unicodedata.normalize("NFC", "naïf"), 4)
-    with pytest.raises(DataError, match=r'has two folders of the name "naïf".*right would be one'):
+    with pytest.raises(DataError, match=r'has two folders named "naïf".*right would be one'):
         site_data(tmp_path, config, 0)
 
 
 def test_a_class_with_a_comma_stands_in_quotes(tmp_path: Path):
     pictures(tmp_path / "left, upper", 4)
     wrong = DataConfig(dataset="sites", shape="1x6x4", class_names="right,left, upper")
-    with pytest.raises(DataError, match=r'comma stands there in double quotes: "left, upper"'):
+    with pytest.raises(DataError, match=r'comma needs double quotes: "left, upper"'):
         site_data(tmp_path, wrong, 0)
     (tmp_path / "right" / ".thumbnails").mkdir(parents=True)
     config = wrong.model_copy(update={"class_names": 'right, "left, upper"'})
     notes: list[str] = []
     assert site_data(tmp_path, config, 0, notes.append).train_labels.tolist() == [1, 1, 1]
-    assert notes == [f'{tmp_path / "right"}: class "right" has no pictures']
+    assert notes == [f'{tmp_path / "right"}: class "right" has no images']
 
 
 def test_a_class_that_would_be_passed_over_is_refused(tmp_path: Path):
     pictures(tmp_path / "b", 4)
     pictures(tmp_path / ".a", 4)
     config = CONFIG.model_copy(update={"class_names": ".a,b"})
-    with pytest.raises(DataError, match=r'named "\.a" are passed over; right would be another'):
+    with pytest.raises(DataError, match=r'named "\.a" are skipped; right would be another'):
         site_data(tmp_path, config, 0)
 
 
@@ -252,7 +252,7 @@ FAULTS = {
     "no file": (pipe, r"pipe\.png: is a pipe, .*right would be a regular file"),
     "other format alone": (
         write("train/benign/1.tif"),
-        r'train/benign: class "benign" has no pictures, but 1 \.tif; right would be \.png',
+        r'train/benign: class "benign" has no images, but 1 \.tif; right would be \.png',
     ),
 }
 
@@ -285,7 +285,7 @@ def test_a_photograph_that_lies_in_its_file_is_measured_upright(tmp_path: Path):
 
 def test_a_file_of_another_kind_is_not_called_missing(tmp_path: Path):
     (tmp_path / "scans.csv").touch()
-    with pytest.raises(DataError, match=r"scans\.csv: is a file of another kind; right would be"):
+    with pytest.raises(DataError, match=r"scans\.csv: is of an unknown file type; right would be"):
         site_data(tmp_path / "scans.csv", CONFIG, 0)
 
 

@@ -187,7 +187,7 @@ def test_pictures_are_no_rows_of_a_table(tmp_path: Path):
     Image.new("L", (5, 1)).save(tmp_path / "well" / "a.png")
     with pytest.raises(DataError, match=r"data\.shape is 5; right would be an \.npz file"):
         site_data(tmp_path, CONFIG.data, 0)
-    with pytest.raises(FileError, match=r"a\.png: is a picture.*\(5,\); right would be an \.npz"):
+    with pytest.raises(FileError, match=r"a\.png: is an image.*\(5,\); right would be an \.npz"):
         list(read_images([tmp_path / "well" / "a.png"], (5,), print))
 
 
