@@ -195,7 +195,7 @@ class ExportedModel:
         Raises
         ------
         ValueError
-            If the examples do not fit the model, their normalization is unknown, or the model cannot
+            If the examples do not fit, their normalization is unknown, or the model cannot
             be built.
         """
         shape = self.config.data.info.shape
@@ -324,7 +324,7 @@ class ExportedModel:
         size = self.config.data.info.shape[0]
         if any(values.shape != (size,) for values in self.stats):
             raise ExportError(
-                f"client {self.client} reported mean and deviation of {len(self.stats.mean)} channels "
+                f"client {self.client} reported statistics of {len(self.stats.mean)} channels "
                 f"or features; right would be {size}"
             )
         return self.stats

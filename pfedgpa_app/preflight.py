@@ -17,8 +17,8 @@ from pfedgpa_app.strategies import STRATEGY_INFO
 from pfedgpa_app.trial import differences_of_builds, try_training, unfit_entries
 
 ENGINE_ON_FLOWER = (
-    'client.engine = "vmap": is for `pfedgpa bench`, whose clients train in one process; with '
-    '`flwr run`, right would be "loop"'
+    'client.engine = "vmap": is for `pfedgpa bench`, whose clients train in one process; '
+    '`flwr run` gives each its own process, and right would be "loop"'
 )
 
 

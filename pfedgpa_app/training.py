@@ -35,7 +35,7 @@ PLAIN = cross_entropy(0.0)
 
 
 def proximal(anchor: Mapping[str, Tensor], strength: float) -> Callable[[nn.Module], Tensor]:
-    """Return ``strength / 2 |w - anchor|^2`` of a model's trained parameters, as a function of it."""
+    """Return ``strength / 2 |w - anchor|^2``, over trained parameters, as a function of a model."""
 
     def penalty(model: nn.Module) -> Tensor:
         squares = [

@@ -556,10 +556,7 @@ def test_a_forward_that_mixes_a_batch_is_refused_by_dp_sgd(function: str):
     made = Forward(MIXING[function])
     privacy = Config.from_flat(EXAMPLE).privacy
     (said,) = unfit_layers(lambda: copy.deepcopy(made), DATASETS["digits"], privacy, ())
-    assert (
-        "must not depend on the other images of its batch, and does: the logits, layer.weight"
-        in said
-    )
+    assert "must not depend on the rest of its batch, but does: the logits, layer.weight" in said
     assert "torch.nn.GroupNorm or LayerNorm" in said
 
 

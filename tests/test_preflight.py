@@ -46,7 +46,7 @@ def test_methods_of_heads_need_a_model_that_ends_in_one(
         names = preflight.preflight(config).head.names
         assert {name.partition(".")[0] for name in names} == {"2"}
         return
-    with pytest.raises(ConfigError, match=r"makes the logits, 2, should be a torch\.nn\.Linear"):
+    with pytest.raises(ConfigError, match=r"computes the logits, 2, should be a torch\.nn\.Linear"):
         preflight.preflight(config)
 
 
@@ -134,9 +134,7 @@ def test_other_models_of_a_user_s_train_as_one_graph(
 
 
 def test_where_each_client_has_a_process_none_are_put_together():
-    with pytest.raises(
-        ConfigError, match=r"`flwr run` gives each a process of its own, .*\"loop\""
-    ):
+    with pytest.raises(ConfigError, match=r"`flwr run` gives each its own process, .*\"loop\""):
         preflight.preflight(VMAP)
 
 
