@@ -1,4 +1,4 @@
-"""What a bench found: tables, their index and the figure."""
+"""The results of a bench: tables, their index and the figure."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,31 +14,31 @@ from server_app.suites import BenchRun, Result, Suite
 def tables(
     suite: Suite, runs: list[BenchRun], folder: Path, name: str, command: str
 ) -> list[Table]:
-    """Return the tables of a suite: the judged number, further measures and rounds to targets.
+    """Return the tables of a suite: accuracies, further measures and rounds to targets.
 
-    The first is called ``name``, the others so and what they have; ``command`` is what made them.
+    The first is called ``name``, which prefixes the names of the others; ``command`` made them.
     """
     results = _results(runs, folder)
     found = [result for each in results.values() for result in each.values()]
     rounds = {run.config.num_server_rounds for run in runs}
     last = suite.evaluated_rounds
-    judged = "last round" if last == 1 else f"mean of the last {last} rounds"
+    period = "last round" if last == 1 else f"mean of the last {last} rounds"
     if suite.horizons:
-        judged += " up to the column's"
+        period += " up to the column's"
     elif len(rounds) == 1:
-        judged += f" of {rounds.pop()}"
+        period += f" of {rounds.pop()}"
     note = (
-        f"Accuracy of everyone's personalized model on its own test set, {judged}; mean ± standard "
-        f"deviation over seeds {', '.join(map(str, suite.seeds))}. Marked: the best, and what a "
-        "paired t-test over seeds and clients does not tell from it (5 %). Clients of a seed are "
-        "not independent, so what is not marked may still be as good on other seeds."
+        f"Accuracy of everyone's personalized model on its own test set, {period}; mean ± standard "
+        f"deviation over seeds {', '.join(map(str, suite.seeds))}. Marked: the best, and what "
+        "a paired t-test over seeds and clients does not distinguish from it (5 %). Clients of a "
+        "seed are not independent, so unmarked ones may still be as good on other seeds."
     )
     source = (
         f"{len(found)} of {len(runs)} runs, {sum(each['seconds'] for each in found):.0f} seconds "
         f"of computing: {command}"
     )
     if failures := sum(row["num-failures"] for each in found for row in each["rounds"]):
-        note += f" ({failures} times a client's training was of no use)"
+        note += f" ({failures} unusable replies)"
     compared = {
         column: compare(
             {
@@ -74,9 +74,9 @@ def tables(
             text = mean_and_spread(means, 0 if measure.startswith("bytes") else 4)
             return partial_cell(Cell(text, values=means), len(suite.seeds))
 
-        title, what = f"{suite.title}: {measure}", f"A round, {judged}."
+        title, what = f"{suite.title}: {measure}", f"A round, {period}."
         if measure == "bytes-down":
-            what += " Models that are sent to be judged are counted in."
+            what += " Models sent for evaluation are included."
         called = f"{name}-{measure}"
         made.append(_table(suite, title, [*suite.columns], mean, what, called))
     for target in suite.targets:
@@ -86,9 +86,9 @@ def tables(
             return cell if len(results[case, row]) == len(suite.seeds) else Cell("failed")
 
         note = (
-            "Rounds / megabytes up and down, models that are sent to be judged among them / server "
-            "seconds of learning until the mean accuracy is reached, mean over seeds; a dash where "
-            "a seed never did."
+            "Rounds / megabytes up and down, models sent for evaluation included / server seconds "
+            "of learning until the mean accuracy is reached, mean over seeds; a dash if a seed "
+            "never reaches it."
         )
         title, called = f"{suite.title}: until {target}", f"{name}-until-{target}"
         made.append(_table(suite, title, [*suite.cases], reached, note, called))
@@ -96,8 +96,8 @@ def tables(
 
 
 def index_of(suite: Suite, runs: list[BenchRun], folder: Path, found: list[Table]) -> Result:
-    """Return what `pfedgpa report` reads of a bench: its tables, and where its results are."""
-    where = [
+    """Return the index of a bench for `pfedgpa report`: its tables and its result files."""
+    files = [
         {
             "case": run.case,
             "row": run.row,
@@ -107,11 +107,11 @@ def index_of(suite: Suite, runs: list[BenchRun], folder: Path, found: list[Table
         for run in runs
     ]
     tables = [table.facts() for table in found]
-    return {"kind": INDEX_KIND, "title": suite.title, "tables": tables, "runs": where}
+    return {"kind": INDEX_KIND, "title": suite.title, "tables": tables, "runs": files}
 
 
 def _results(runs: list[BenchRun], folder: Path) -> dict[tuple[str, str], dict[int, Result]]:
-    """Return what is finished, by case and row and then by seed."""
+    """Return the finished results, by case and row and then by seed."""
     results: dict[tuple[str, str], dict[int, Result]] = {}
     for run in runs:
         seeds = results.setdefault((run.case, run.row), {})
@@ -134,7 +134,7 @@ def _table(
 
 
 def _per_client(rounds: list[dict[str, float]]) -> dict[int, float]:
-    """Return each client's mean over rounds that give accuracies by client."""
+    """Return each client's mean accuracy over rounds."""
     return {int(client): fmean(each[client] for each in rounds) for client in rounds[0]}
 
 
@@ -156,7 +156,7 @@ def _until(rows: list[dict[str, Any]], target: float) -> Iterator[dict[str, Any]
 
 
 def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
-    """Draw every run's judged number, or its curve, a panel a case, as PNG and SVG beside it.
+    """Draw every run's accuracy, or its curve, one panel per case, as PNG and SVG.
 
     Raises
     ------
@@ -166,11 +166,11 @@ def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
     if suite.curve:
         draw_curves(file, curves(suite, runs, folder), suite.title, BANDS)
         return
-    results, judged = _results(runs, folder), slice(-suite.evaluated_rounds, None)
+    results, last = _results(runs, folder), slice(-suite.evaluated_rounds, None)
 
     def over_seeds(case: str, row: str) -> list[float]:
         found = results[case, row].values()
-        return [fmean(_per_client(each["accuracies"][judged]).values()) for each in found]
+        return [fmean(_per_client(each["accuracies"][last]).values()) for each in found]
 
     panels = {case: {row: over_seeds(case, row) for row in suite.rows} for case in suite.cases}
     draw_dots(file, panels, suite.title)

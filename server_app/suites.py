@@ -1,4 +1,4 @@
-"""Suites: files that say which runs are compared, and these runs with their results."""
+"""Suites: files that define the runs of a comparison, and their results."""
 
 import hashlib
 import json
@@ -35,16 +35,16 @@ def _one_case() -> dict[str, Settings]:
     return {"": {}}
 
 
-# What the bench itself decides about.
+# Settings that the bench sets itself.
 RESERVED = {"seed", "resume-from", "output-dir"}
 
 
 class SuiteError(ValueError):
-    """A suite that cannot be run as it is; the message says what is wrong with it."""
+    """A wrong suite; the message lists the problems."""
 
 
 class Quick(Section):
-    """What is different when a suite only has to show that it works."""
+    """Overrides of a suite for a quick check that it works."""
 
     seeds: Seeds | None = None
     clients: Count | None = None
@@ -56,7 +56,7 @@ class Quick(Section):
 
 
 class Suite(Section):
-    """A file of conf/suites: every row in every case with every seed is a run.
+    """A file of conf/suites: one run for every row, case and seed.
 
     Attributes
     ----------
@@ -65,21 +65,21 @@ class Suite(Section):
     base
         A file of settings, relative to the suite's; without one, the defaults.
     clients
-        How many there are; a case may say otherwise.
+        Number of clients; cases may override it.
     evaluated_rounds
-        The judged number is the mean of so many last rounds.
+        The tables have the mean accuracy of this many last rounds.
     measures
         Further columns of metrics.jsonl to tabulate, such as ``bytes-up``.
     curve
-        Whether every round is judged, and the figure shows all of them.
+        Whether every round is evaluated, and drawn in the figure.
     horizons
-        Rounds after which it is judged, a column each; they need ``curve``.
+        Rounds after which accuracies are tabulated, one column each; they need ``curve``.
     targets
-        Accuracies for which rounds, bytes and server seconds are told; they need ``curve``.
+        Accuracies whose rounds, bytes and server seconds are tabulated; they need ``curve``.
     settings
         Of all runs, on top of ``base``.
     cases, rows
-        By name, what is different in a column and in a line of the table.
+        Settings of each column and each row of the table, by name.
     """
 
     title: str
@@ -98,12 +98,12 @@ class Suite(Section):
 
     @classmethod
     def read(cls, file: Path, *, quick: bool = False) -> "Suite":
-        """Read a suite's file, whose ``base`` becomes a part of ``settings``.
+        """Read a suite's file, with ``base`` merged into ``settings``.
 
         Raises
         ------
         SuiteError
-            If it is not one, with everything that is wrong.
+            If it is wrong, with all problems.
         OSError
             If it, or ``base``, cannot be read.
         """
@@ -140,14 +140,14 @@ class Suite(Section):
 
     def _quick(self, file: Path) -> "Suite":
         quick = self.quick
-        if quick == Quick():  # it would be all of it
+        if quick == Quick():  # nothing would be quicker
             raise SuiteError(
-                f"{file}: no [quick] says what is less with --quick; right would be, for example,\n"
+                f"{file}: has no [quick] section for --quick; right would be, for example,\n"
                 "[quick]\nseeds = [0]\nsettings = { num-server-rounds = 2 }"
             )
         for name, known in (("rows", self.rows), ("cases", self.cases)):
             if unknown := set(getattr(quick, name) or ()) - known.keys():
-                raise SuiteError(f"{file}: quick.{name} has {sorted(unknown)}, which is none of it")
+                raise SuiteError(f"{file}: quick.{name} has unknown {sorted(unknown)}")
         changed: dict[str, Any] = {
             "rows": {name: self.rows[name] for name in quick.rows or self.rows},
             "cases": {name: self.cases[name] for name in quick.cases or self.cases},
@@ -174,7 +174,7 @@ class Suite(Section):
         Raises
         ------
         SuiteError
-            If settings are wrong, with all that is.
+            If settings are wrong, with all problems.
         """
         if len(self.seeds) > len(set(self.seeds)):
             raise SuiteError(f"seeds = {self.seeds}; right would be each once")
@@ -197,7 +197,7 @@ class Suite(Section):
                                 preflight(config, one_process=True)
                                 tried.add(what)
                             problems += [f"{name}: {each}" for each in self._contradictions(config)]
-                        runs.append(BenchRun(case, row, config, clients, self._judged(config)))
+                        runs.append(BenchRun(case, row, config, clients, self._evaluated(config)))
                     except ConfigError as error:
                         problems.append(f"{name}: {error}")
         if problems:
@@ -220,20 +220,20 @@ class Suite(Section):
                 f"to num-server-rounds = {config.num_server_rounds}"
             )
         if config.server.fraction_evaluate < 1:
-            yield "server.fraction-evaluate: a judged number is of all clients; right would be 1.0"
+            yield "server.fraction-evaluate: a bench evaluates all clients; right would be 1.0"
         if config.server.evaluate_every != 1:
-            yield "server.evaluate-every: the judged rounds are the last ones; right would be 1"
+            yield "server.evaluate-every: a bench evaluates the last rounds; right would be 1"
         if config.server.bank != "memory":
             yield 'server.bank: a bench has no folders for it; right would be "memory"'
         if config.tracking:
             yield 'tracking: the results of a bench are its tables; right would be ""'
 
-    def _judged(self, config: Config) -> int:
+    def _evaluated(self, config: Config) -> int:
         return config.num_server_rounds if self.curve else self.evaluated_rounds
 
     @property
     def columns(self) -> dict[str, tuple[str, slice]]:
-        """Cases and the judged ones of a run's rounds, by the names of the columns."""
+        """The case and the slice of evaluated rounds of each column, by name."""
         last = self.evaluated_rounds
         if not self.horizons:
             return {case or "mean ± std": (case, slice(-last, None)) for case in self.cases}
@@ -255,7 +255,7 @@ def _read_toml(file: Path) -> Settings:
 
 @dataclass(frozen=True)
 class BenchRun:
-    """A run of a suite; ``evaluated_rounds`` is how many last rounds are judged in it."""
+    """A run of a suite, of which the last ``evaluated_rounds`` are evaluated."""
 
     case: str
     row: str
@@ -263,15 +263,15 @@ class BenchRun:
     clients: int
     evaluated_rounds: int
     superlink: str = ""
-    """That it runs on; empty for simulations, whose digits are the same wherever they run."""
+    """Its SuperLink; empty for simulations, whose results do not depend on it."""
 
     @property
     def name(self) -> str:
-        """What a run is called in messages."""
+        """The run's name in messages."""
         return ", ".join(filter(None, (self.case, self.row, f"seed {self.config.seed}")))
 
     def file(self, folder: Path) -> Path:
-        """Return where its result is: the same settings, however they are named, share it."""
+        """Return the path of its result, which runs of equal settings share."""
         config = self.config
         what = [config.decisive, config.num_server_rounds, self.clients, self.evaluated_rounds]
         if self.superlink:
@@ -280,7 +280,7 @@ class BenchRun:
         return folder / "runs" / f"{key}.json"
 
     def result(self, folder: Path) -> Result | None:
-        """Return what an earlier call found, None if there is nothing whole."""
+        """Return the stored result; None if there is none or it is damaged."""
         try:
             result: Result = read_json(self.file(folder))
         except (OSError, ValueError):
@@ -295,7 +295,7 @@ class BenchRun:
         FloatingPointError
             If an accuracy is missing.
         RuntimeError
-            If no client could train in a round, with the reasons as soon as they are there.
+            If no client could train in a round, with the reasons.
         """
         torch.set_num_threads(1)
         begin = time.monotonic()
@@ -325,14 +325,14 @@ class BenchRun:
         accuracies: Mapping[int, Mapping[int, float]],
         seconds: float,
     ) -> None:
-        """Write a result in one step: the rows of all rounds, and each client's accuracies.
+        """Write a result atomically: the rows of all rounds, and each client's accuracies.
 
         ``accuracies`` are by round, from 1, and client.
 
         Raises
         ------
         FloatingPointError
-            If a client has none in a round that is judged, as when its loss was not finite.
+            If a client has none in an evaluated round, as when its loss was not finite.
         RuntimeError
             If no client could train in a round.
         WriteError
@@ -342,19 +342,19 @@ class BenchRun:
             if not row["num-clients"]:
                 raise RuntimeError(f"round {row['round']}: no client could train")
         end = self.config.num_server_rounds + 1
-        judged = [accuracies.get(each, {}) for each in range(end - self.evaluated_rounds, end)]
-        missing = [self.clients - len(each) for each in judged]
+        evaluated = [accuracies.get(each, {}) for each in range(end - self.evaluated_rounds, end)]
+        missing = [self.clients - len(each) for each in evaluated]
         if any(missing):
             raise FloatingPointError(
-                f"{max(missing)} of {self.clients} clients have no accuracy in a round that is "
-                "judged: their losses may not be finite; their messages are in the log"
+                f"{max(missing)} of {self.clients} clients have no accuracy in an evaluated "
+                "round: their losses may not be finite; their messages are in the log"
             )
         result = {
             "name": self.name,
             "config": self.config.to_flat(),
             "clients": self.clients,
             "rounds": rows,
-            "accuracies": judged,
+            "accuracies": evaluated,
             "seconds": round(seconds, 1),
             "versions": {
                 "python": platform.python_version(),
@@ -368,7 +368,7 @@ class BenchRun:
         write_text(file, json.dumps(result))
 
     def outcome(self, folder: Path) -> str:
-        """Say how it ended: its last accuracy and its seconds."""
+        """Return a line with its last accuracy and its seconds."""
         result = self.result(folder)
         if result is None:
             return f"{self.name}: failed"
@@ -376,5 +376,5 @@ class BenchRun:
         return f"{self.name}: {accuracy:.4f} in the last round, {result['seconds']:.0f} s"
 
     def traceback_file(self, folder: Path) -> Path:
-        """Return where the traceback of a failed run is."""
+        """Return the path of the traceback of a failed run."""
         return self.file(folder).with_suffix(".txt")

@@ -336,7 +336,7 @@ def test_quick_is_refused_where_nothing_would_be_less(suite: Path, tmp_path: Pat
     suite.write_text(SUITE.partition("[quick]")[0] + section)
     result = invoke(suite, "--quick", "--results", tmp_path / "results")
     assert result.exit_code == 1
-    assert f"{suite}: no [quick] says what is less with --quick; right would be" in result.stderr
+    assert f"{suite}: has no [quick] section for --quick; right would be" in result.stderr
     assert "\n[quick]\nseeds = [0]\n" in result.stderr
     assert not (tmp_path / "results").exists()
 
@@ -434,7 +434,7 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
     assert reached["Two rivals: until 0.3"] == "2.5 / 3.8 / 1.2"
     assert reached["Two rivals: until 0.99"] == "-"
     # In the first and the third round of two runs.
-    assert "(4 times a client's training was of no use)" in tables[0].note
+    assert "(4 unusable replies)" in tables[0].note
     bench_tables.draw(read, read.runs(), tmp_path, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
     # Of ditto there is no result.

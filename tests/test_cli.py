@@ -54,7 +54,7 @@ def test_right_settings_are_listed_where_they_differ_from_the_defaults(
     assert rest[:2] == ["  seed = 1", "  diffusion.fidelity = 0.5"]
     assert any(
         line.startswith(
-            "server.min-available-nodes = 2: a run may begin with so few. 2 clients share nothing"
+            "server.min-available-nodes = 2: a run may start with so few. 2 clients share nothing"
         )
         for line in rest
     )

@@ -42,7 +42,7 @@ def test_a_folder_is_counted_by_class_and_split(site: Path):
         "malignant 3 2",
         "1 of 3 classes have no examples: normal",
         f"Not read: {site}/benign: skipped: 1 .txt",
-        f"Not read: {site}: 1 hidden folder, 1 hidden file, which nobody brings as data",
+        f"Not read: {site}: 1 hidden folder, 1 hidden file, skipped",
     ]
 
 
