@@ -15,7 +15,7 @@ from pfedgpa_app.data import (
     load_dataset,
     partitions,
 )
-from pfedgpa_app.data.clients import _shared_out
+from pfedgpa_app.data.clients import _partitioned
 from pfedgpa_app.data.partitions import partition
 
 FILES = pytest.mark.fashion_mnist
@@ -23,9 +23,9 @@ FILES = pytest.mark.fashion_mnist
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     yield
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
 
 
 def test_a_client_gets_the_images_and_labels_of_its_part():
@@ -78,7 +78,7 @@ def nothing(*args, **kwargs):
 def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str, by: str):
     config = DataConfig(dataset=dataset, partition=by)
     before = [client_data(config, 3, partition_id, 5) for partition_id in range(5)]
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(partitions, "partition", nothing)
         for partition_id, client in enumerate(before):
@@ -92,7 +92,7 @@ def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str, by:
 
 
 @FILES
-def test_class_counts_are_known_where_the_data_was_shared_out_and_only_there():
+def test_class_counts_are_known_where_the_data_was_partitioned_and_only_there():
     config = DataConfig(dataset="fashion-mnist", partition="dirichlet", train_samples=50)
     assert class_counts(config, 3, 5) is None
     labels = [client_data(config, 3, client, 5).train_labels for client in range(5)]
@@ -102,7 +102,7 @@ def test_class_counts_are_known_where_the_data_was_shared_out_and_only_there():
 
 
 @pytest.mark.parametrize("state", ["damaged", "folder that may not be written"])
-def test_what_cannot_be_kept_or_read_is_shared_out_again(own_home, monkeypatch, state: str):
+def test_what_cannot_be_kept_or_read_is_partitioned_again(own_home, monkeypatch, state: str):
     config = DataConfig(dataset="digits")
     folder = own_home / ".cache" / "pfedgpa" / "splits"
     if state == "damaged":
@@ -114,7 +114,7 @@ def test_what_cannot_be_kept_or_read_is_shared_out_again(own_home, monkeypatch, 
         folder.write_text("in the way")
         expected = client_data(config, 0, 1, 4)
         assert folder.is_file()
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     assert torch.equal(client_data(config, 0, 1, 4).train_inputs, expected.train_inputs)
 
 

@@ -283,7 +283,7 @@ def test_sixteen_bits_train_as_eight_do(own):
         ((good_images()[:, 0], good_labels()), "examples are 30x4x5, right would be nx1x4x5"),
         ((good_images(), good_labels(29)), r"30 examples .*\(29,\), right would be \(30,\)"),
         ((good_images(), good_labels()[:, None]), r"\(30, 1\), right would be \(30,\)"),
-        ((good_images(0), good_labels(0)), "no sample"),
+        ((good_images(0), good_labels(0)), "has no examples"),
         ((good_images().astype(np.int16), good_labels()), "int16, right would be uint8, uint16"),
         ((good_images() > 9, good_labels()), "bool, right would be uint8, uint16 or floats"),
         ((np.full((30, 1, 4, 5), np.inf, np.float32), good_labels()), "NaN or infinity"),

@@ -140,7 +140,7 @@ def test_a_file_that_is_not_trusted_cannot_name_code_to_call(
 ):
     config = Config.from_flat(settings)
     model = replace(exported(), config=config, trusted=False)
-    with pytest.raises(ExportError, match=r'= "own_\w+:l\w+" is a function .*--trust'):
+    with pytest.raises(ExportError, match=r'= "own_\w+:l\w+" is a Python function .*--trust'):
         use(model)
 
 

@@ -15,7 +15,7 @@ from test_partitions import counts
 
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data import DataError, client_data, load_dataset, site_data
-from pfedgpa_app.data.clients import _shared_out
+from pfedgpa_app.data.clients import _partitioned
 
 NUMBER = 60
 EXAMPLES = np.arange(NUMBER * 2, dtype=np.float32).reshape(NUMBER, 1, 2)
@@ -30,7 +30,7 @@ Own = Callable[..., DataConfig]
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Own:
     """Return a function that makes settings of an own data set, by default one with owners."""
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     module: Any = ModuleType("own_owners")
     monkeypatch.setitem(sys.modules, "own_owners", module)
     monkeypatch.setenv("PFEDGPA_TRUST", "own_owners")
@@ -48,7 +48,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Own:
 def indices(config: DataConfig, seed: int, clients: int) -> list[tuple[list[int], list[int]]]:
     """Return the examples of each client for training and testing, in its order."""
     data = [client_data(config, seed, client, clients) for client in range(clients)]
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     return [
         ((each.train_inputs[:, 0, 0] / 2).tolist(), (each.test_inputs[:, 0, 0] / 2).tolist())
         for each in data
@@ -175,7 +175,7 @@ def test_a_partition_of_ones_own_is_asked_again_in_every_process(own: Own):
     config = DataConfig(dataset="digits", partition="own_owners:share")
     first = client_data(config, 0, 0, 2)
     own(share=lambda labels, num_clients, seed: ([index] for index in range(2)))
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     assert len(first.train_labels) == 3
     assert len(client_data(config, 0, 0, 2).train_labels) == 1
 

@@ -83,7 +83,7 @@ def test_the_test_set_has_the_classes_of_the_training_set(name, test_samples, nu
 @pytest.mark.parametrize("name", [name for name in PARTITIONS if name != "dominant-classes"])
 @settings(max_examples=10)
 @given(num_clients=st.integers(5, 15), seed=st.integers(0, 2**31 - 1))
-def test_the_pools_are_shared_out_without_rest_and_overlap(name, num_clients, seed):
+def test_the_pools_are_partitioned_without_rest_and_overlap(name, num_clients, seed):
     labels, is_test = data()
     clients = partition(labels, is_test, config(name, dirichlet_alpha=5.0), num_clients, seed)
     train = torch.cat([client.train for client in clients])
@@ -290,7 +290,7 @@ def test_the_scarcest_class_of_the_test_pool_sets_the_size_of_the_test_sets():
         (config("iid", test_samples=400), 2, "needs .* right would be a smaller data.test-samples"),
     ],
 )
-def test_what_cannot_be_shared_out_is_an_error_with_a_remedy(chosen, num_clients, message):
+def test_what_cannot_be_partitioned_is_an_error_with_a_remedy(chosen, num_clients, message):
     with pytest.raises(DataError, match=message):
         partition(*data(), chosen, num_clients, 0)
 

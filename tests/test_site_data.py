@@ -310,7 +310,7 @@ ARRAYS = {
         {"x": X[:, :, 1:], "y": Y},
         r"x is uint8 of shape \(4, 1, 5, 4\); right would be .* \(n, 1, 6, 4\)",
     ),
-    "no images": ({"x": X[:0], "y": Y[:0]}, "no sample"),
+    "no images": ({"x": X[:0], "y": Y[:0]}, "has no examples"),
 }
 
 
