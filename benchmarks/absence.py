@@ -1,9 +1,9 @@
-"""What it costs that clients, or whole groups, are away for some rounds.
+"""The effect of absences of clients, or of whole groups, on accuracy.
 
     python -m benchmarks.absence
 
-20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Each case is held against the run in which
-everyone was there from the start to the end, seed by seed.
+20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Each case is compared with a run of the same
+seed without absences.
 """
 
 from collections.abc import Collection
@@ -26,7 +26,7 @@ COLUMNS = ("those away", "had they been there", "the others", "had those been th
 
 
 class Case(NamedTuple):
-    """Who is away, and the first and last rounds of it."""
+    """The absent clients, and the first and last round of their absence."""
 
     away: Collection[int]
     first: int
@@ -80,7 +80,7 @@ def means(found: dict[int, float], present: dict[int, float], case: Case) -> lis
 
 
 def accuracies(config: Config, case: Case) -> dict[int, float]:
-    """Return the accuracy of each node's personalized model, the mean of the last rounds."""
+    """Return the accuracy of each node's personalized model, averaged over the last rounds."""
     found: dict[int, list[float]] = {node: [] for node in range(CLIENTS)}
 
     def note(record: RoundRecord) -> None:

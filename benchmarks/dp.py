@@ -1,4 +1,4 @@
-"""Accuracy against epsilon: what differential privacy on the clients costs.
+"""Accuracy by epsilon of client-side differential privacy.
 
     python -m benchmarks.dp --rounds 8
     python -m benchmarks.dp --rounds 8 --mode update
@@ -26,9 +26,9 @@ from server_app.simulation import simulate
 EVALUATED_ROUNDS = 3
 STRATEGIES = ("pfedgpa", "fedavg-ft", "local")
 DELTA = 1e-4  # below 1 / 600, the number of a client's images
-# Clipped gradients are shorter, and take longer steps. Rates were chosen on seed 0.
+# Clipped gradients need larger learning rates. Rates were chosen on seed 0.
 DP_SGD_RATE = 0.5
-# Larger batches drown less in their noise.
+# Larger batches have a better signal-to-noise ratio.
 CLIENT: dict[str, Any] = {
     "client.local-epochs": 2,
     "client.batch-size": 120,

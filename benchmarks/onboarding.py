@@ -1,10 +1,10 @@
-"""What clients have that join late, round by round, while the others go on training.
+"""Accuracy of clients that join late, round by round.
 
     python -m benchmarks.onboarding --results docs/results/onboarding.csv
     python -m benchmarks.figures
 
 20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Each case has runs in which some clients
-connect in a later round, and one in which the same clients were there from the start.
+connect in a later round, and one in which they take part from the start.
 """
 
 from collections.abc import Callable, Collection
@@ -32,7 +32,7 @@ Curve = list[float]
 
 
 class Case(NamedTuple):
-    """Who joins late, and who is never there."""
+    """The late and the absent clients."""
 
     late: Collection[int]
     never: Collection[int] = ()
@@ -48,10 +48,10 @@ CASES = {
 
 
 class NearestMember(PFedGPA):
-    """Newcomers are given the model of the member whose model is nearest to their upload."""
+    """Newcomers get the model of the member with the nearest model to their upload."""
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        """Replace what guided denoising generated for newcomers."""
+        """Replace the models of guided denoising for newcomers."""
         super().learn(server_round, uploads)
         bank = self.aggregator.bank
         models = [self.aggregator.personalize(member) for member in bank.members]
@@ -68,7 +68,7 @@ METHODS: dict[str, tuple[str, type[PFedGPA] | None]] = {
     "fedavg-ft": ("fedavg-ft", None),
     "local, from scratch": ("local", None),
 }
-"""The strategy's name, and what takes its place."""
+"""The strategies by name."""
 
 
 def _distance_to(vector: Tensor) -> Callable[[Tensor], float]:
@@ -83,7 +83,7 @@ def main(
     results: Annotated[Path | None, typer.Option(help="Write the tables there, as CSV.")] = None,
     quick: Quick = False,
 ) -> None:
-    """Print a table a case."""
+    """Print one table per case."""
     torch.set_num_threads(1)
     of_seeds = {
         method: configs(file, rounds, seeds, quick, {"strategy": strategy})

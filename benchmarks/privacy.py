@@ -1,10 +1,10 @@
-"""What clients can find out about each other, and what it costs to let them have less.
+"""Inference of clients about each other, and the cost of limiting it.
 
     python -m benchmarks.privacy
 
 12 clients, Fashion-MNIST in 14x14 pixels, in groups of two, three and four. A client of a group
-knows what it uploaded, what it is sent, and the mean of all. What its own upload and the mean do
-not explain in what it is sent comes from others.
+knows its upload, the model that it is sent, and the mean of all. The part of the model that is not
+explained by its upload and the mean comes from others.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ class Kept(PFedGPA):
 
 
 class Result(NamedTuple):
-    """Accuracy, how well uploads are told, and how well training images are told from others."""
+    """Accuracy, and success of inferring uploads and membership of training images."""
 
     accuracy: float
     cosine: float
@@ -51,7 +51,7 @@ class Result(NamedTuple):
 
 
 def run(config: Config, num_groups: int) -> Result:
-    """Return what a run gives clients, and what each of them finds out of another of its group."""
+    """Return the accuracy of a run, and each client's inference about another of its group."""
     strategy, rows = simulate(
         config, CLIENTS, evaluated_rounds=EVALUATED_ROUNDS, make_strategy=Kept.of
     )
@@ -76,7 +76,7 @@ def unexplained(vector: Tensor, direction: Tensor) -> Tensor:
 
 
 def membership(state: dict[str, Tensor], config: Config, client: int) -> float:
-    """Return how well the loss tells a client's training images from its test images, as an AUC."""
+    """Return the AUC of membership inference by the loss."""
     data = client_data(config.data, config.seed, client, CLIENTS)
     model = build_model(config.model.name, data.info, config.seed)
     model.load_state_dict(state)

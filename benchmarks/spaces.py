@@ -2,8 +2,8 @@
 
     python -m benchmarks.spaces
 
-Ten clients train on the embedded digits for some rounds; then each space learns from their last
-uploads, in a process of its own, and generates everyone's model.
+Ten clients train on the digits for some rounds; then each space is fitted to their last uploads, in
+a separate process, and generates all models.
 """
 
 import json
