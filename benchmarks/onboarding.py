@@ -17,7 +17,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.options import Quick, Seeds, beside, flag, tenth
+from benchmarks.options import Quick, Seeds, flag, output_file, tenth
 from benchmarks.small_images import CLIENTS
 from benchmarks.small_runs import configs, print_table
 from pfedgpa_app.config import Config
@@ -107,7 +107,7 @@ def main(
         tables.append(print_table(f"{name}: rounds since joining", headings, rows, note))
     if results:
         text = CSV_HEAD + "".join(table.csv() for table in tables)
-        beside(results, quick).write_text(text, encoding="utf-8")
+        output_file(results, quick).write_text(text, encoding="utf-8")
 
 
 def curve_of(config: Config, case: Case, method: str, join_round: int) -> Curve:

@@ -28,6 +28,6 @@ def flag(quick: bool) -> str:
     return " --quick" if quick else ""
 
 
-def beside(file: Path, quick: bool) -> Path:
+def output_file(file: Path, quick: bool) -> Path:
     """Return the output file of a full or quick benchmark."""
     return file.with_stem(f"{file.stem}-quick") if quick else file

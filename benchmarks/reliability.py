@@ -25,7 +25,7 @@ from benchmarks.faults import (
     copy_app,
 )
 from benchmarks.network import read_lines, wait_until
-from benchmarks.options import Quick, beside, tenth
+from benchmarks.options import Quick, output_file, tenth
 from pfedgpa_app.figures import ACCURACY, COLOURS, drawing, in_percent
 from pfedgpa_app.files import read_text
 
@@ -180,7 +180,7 @@ def main(
     quick: Quick = False,
 ) -> None:
     """Run the cases and print a table of them."""
-    results, settings = beside(results, quick), SETTINGS
+    results, settings = output_file(results, quick), SETTINGS
     if quick:
         settings = settings | {"num-server-rounds": tenth(ROUNDS)}
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def main(
     done = read(results)
     print_table(done)
     if figure:
-        draw(done, beside(figure, quick))
+        draw(done, output_file(figure, quick))
 
 
 def read(results: Path) -> dict[str, Result]:

@@ -11,7 +11,7 @@ from flwr.common import log
 
 from client_app.methods import Method, Task
 from client_app.node import NodeError, client_number, node_partition
-from pfedgpa_app.config import below_home
+from pfedgpa_app.config import home_path
 from pfedgpa_app.exported import MODEL_KIND, ExportedModel
 from pfedgpa_app.files import printable
 from pfedgpa_app.state import WriteError, load_facts
@@ -114,4 +114,4 @@ def _round_kept(context: Context) -> int:
 
 def _model_file(context: Context) -> Path | None:
     path = context.node_config.get(MODEL_PATH)
-    return None if path is None else below_home(str(path))
+    return None if path is None else home_path(str(path))

@@ -15,7 +15,7 @@ from client_app.kept_model import check_model_path, keep_model
 from client_app.methods import METHODS, Method, Task, Trained
 from client_app.node import PRIVACY, NodeError, client_number, node_partition
 from pfedgpa_app import protocol
-from pfedgpa_app.config import Config, ConfigError, below_home
+from pfedgpa_app.config import Config, ConfigError, home_path
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import Evaluation, class_prior
 from pfedgpa_app.files import printable, printable_lines
@@ -222,7 +222,7 @@ def load_data(config: Config, context: Context) -> ClientData:
     path = context.node_config.get("data-path")
     if path is not None:
         return site_data(
-            below_home(str(path)),
+            home_path(str(path)),
             config.data,
             config.seed,
             lambda note: log(WARNING, "%s", printable(note)),

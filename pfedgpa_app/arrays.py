@@ -116,7 +116,7 @@ def as_labels(values: Any) -> Tensor:
     return _as_tensor(array, np.int64)
 
 
-def alike(images: Sequence[Tensor]) -> list[Tensor]:
+def common_dtype(images: Sequence[Tensor]) -> list[Tensor]:
     """Return images of one dtype: if some are `LEVELS`, 8-bit ones are converted to it."""
     if not any(each.dtype == LEVELS for each in images):
         return list(images)

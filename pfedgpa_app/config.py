@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pfedgpa_app.data_section import DATASETS, PARTITIONS, SITES, DataConfig, DatasetInfo, by_x
-from pfedgpa_app.files import below_home, native_path, xdg_folder
+from pfedgpa_app.files import home_path, native_path, xdg_folder
 from pfedgpa_app.section import Contradiction, ContradictionError, Count, Scalar, Seed
 from pfedgpa_app.sections import (
     MODEL_SHAPES,
@@ -42,9 +42,9 @@ __all__ = [
     "OnboardingConfig",
     "PrivacyConfig",
     "ServerConfig",
-    "below_home",
     "by_x",
     "flatten",
+    "home_path",
     "xdg_folder",
 ]
 
@@ -114,7 +114,7 @@ class Config(StrategySections):
     def output_path(self) -> Path:
         """The folder of the runs, absolute."""
         if self.output_dir:
-            return below_home(self.output_dir)
+            return home_path(self.output_dir)
         return xdg_folder("XDG_DATA_HOME", ".local/share") / "runs"
 
     @property

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from pfedgpa_app.files import below_home, composed, quoted, xdg_folder
+from pfedgpa_app.files import composed, home_path, quoted, xdg_folder
 from pfedgpa_app.section import (
     Contradiction,
     Count,
@@ -140,7 +140,7 @@ class DataConfig(Section):
     @property
     def root_path(self) -> Path:
         """The folder of the data sets, absolute."""
-        return below_home(self.root) if self.root else xdg_folder("XDG_CACHE_HOME", ".cache")
+        return home_path(self.root) if self.root else xdg_folder("XDG_CACHE_HOME", ".cache")
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Yield contradictions between valid settings."""

@@ -174,7 +174,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise tomllib.TOMLDecodeError("nested too deeply") from error
 
 
-def below_home(path: str) -> Path:
+def home_path(path: str) -> Path:
     """Return an absolute path; relative ones are below the user's home.
 
     The working directory of a Flower app is that in which the SuperLink was started.

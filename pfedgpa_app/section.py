@@ -44,7 +44,7 @@ class Section(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
+    def _check_contradictions(self) -> Self:
         if found := list(self.contradictions()):
             raise ContradictionError(found)
         return self

@@ -504,7 +504,7 @@ class Attention(Unused):
         (UPDATE, mixing, r"1 \(BatchNorm1d\); right would be torch\.nn\.GroupNorm"),
         (EXAMPLE, mixing, r"1 \(BatchNorm1d\); right would be torch\.nn\.GroupNorm"),
         (EXAMPLE, Attention, "Opacus cannot train it: .*MultiheadAttention"),
-        (EXAMPLE, Unused, r"idle\.weight gets no gradient"),
+        (EXAMPLE, Unused, r"idle\.weight has no per-example gradient"),
         (UPDATE, Unused, None),
         (UPDATE, Attention, None),
     ],

@@ -97,7 +97,7 @@ def test_the_seed_draws_a_limited_part_of_what_an_owner_has(own: Own):
 def test_fewer_clients_are_the_first_owners_and_more_are_an_error(own: Own):
     config = own(OWNERS)
     assert indices(config, 0, 2) == indices(config, 0, 3)[:2]
-    with pytest.raises(DataError, match=r"4 clients, and 3 owners .* 1 to 3 clients"):
+    with pytest.raises(DataError, match=r"4 clients, and 3 owners; .* 1 to 3 clients"):
         client_data(config, 0, 0, 4)
 
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pfedgpa_app.arrays import alike
+from pfedgpa_app.arrays import common_dtype
 from pfedgpa_app.config import DataConfig, DatasetInfo, by_x
 
 
@@ -55,7 +55,7 @@ def assemble(parts: Sequence[Part], config: DataConfig, seed: int, name: str) ->
     for part in parts:
         _check(part.images, part.labels, config.info, name)
     if len(parts) == 2:
-        images = torch.cat(alike([part.images for part in parts]))
+        images = torch.cat(common_dtype([part.images for part in parts]))
         labels = torch.cat([part.labels for part in parts]).long()
         return Dataset(images, labels, torch.arange(len(labels)) >= len(parts[0].labels))
     (part,) = parts  # not copied: it may be large

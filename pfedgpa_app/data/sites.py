@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pfedgpa_app.arrays import FileError, alike, read_examples, read_labels
+from pfedgpa_app.arrays import FileError, common_dtype, read_examples, read_labels
 from pfedgpa_app.config import DataConfig, by_x
 from pfedgpa_app.data.clients import ClientData
 from pfedgpa_app.data.dataset import DataError, Part, assemble
@@ -98,7 +98,7 @@ def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
         labels += [label_of[name]] * len(found.pictures)
     if not images:
         raise DataError(f"{folder}: there are no images in its class folders")
-    return Part(torch.stack(alike(images)), torch.tensor(labels))
+    return Part(torch.stack(common_dtype(images)), torch.tensor(labels))
 
 
 def _class_folders(folder: Path, entries: list[Path], classes: Sequence[str]) -> dict[str, Path]:
