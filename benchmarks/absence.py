@@ -1,9 +1,9 @@
-"""What it costs that clients, or whole groups, are away for some rounds.
+"""The effect of absences of clients, or of whole groups, on accuracy.
 
     python -m benchmarks.absence
 
-20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Each case is held against the run in which
-everyone was there from the start to the end, seed by seed.
+20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Each case is compared with a run of the same
+seed without absences.
 """
 
 from collections.abc import Collection
@@ -21,12 +21,12 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.rounds import RoundRecord
 from server_app.simulation import simulate
 
-JUDGED_ROUNDS = 5
+EVALUATED_ROUNDS = 5
 COLUMNS = ("those away", "had they been there", "the others", "had those been there")
 
 
 class Case(NamedTuple):
-    """Who is away, and the first and last rounds of it."""
+    """The absent clients, and the first and last round of their absence."""
 
     away: Collection[int]
     first: int
@@ -65,7 +65,7 @@ def main(
         for name, case in shortened.items()
     }
     command = f"python -m benchmarks.absence{flag(quick)}"
-    note = f"Means over the last {JUDGED_ROUNDS} rounds: {command}"
+    note = f"Means over the last {EVALUATED_ROUNDS} rounds: {command}"
     print_table(f"Absence, {rounds} rounds", COLUMNS, rows, note)
 
 
@@ -80,7 +80,7 @@ def means(found: dict[int, float], present: dict[int, float], case: Case) -> lis
 
 
 def accuracies(config: Config, case: Case) -> dict[int, float]:
-    """Return the accuracy of each node's personalized model, the mean of the last rounds."""
+    """Return the accuracy of each node's personalized model, averaged over the last rounds."""
     found: dict[int, list[float]] = {node: [] for node in range(CLIENTS)}
 
     def note(record: RoundRecord) -> None:
@@ -91,8 +91,8 @@ def accuracies(config: Config, case: Case) -> dict[int, float]:
     def absent(server_round: int) -> Collection[int]:
         return case.away if case.first <= server_round <= case.last else ()
 
-    simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS, on_round=note, absent=absent)
-    return {node: fmean(values[-JUDGED_ROUNDS:]) for node, values in found.items()}
+    simulate(config, CLIENTS, evaluated_rounds=EVALUATED_ROUNDS, on_round=note, absent=absent)
+    return {node: fmean(values[-EVALUATED_ROUNDS:]) for node, values in found.items()}
 
 
 if __name__ == "__main__":

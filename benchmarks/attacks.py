@@ -1,10 +1,10 @@
-"""What honest clients lose to clients that lie.
+"""The effect of malicious clients on the accuracy of honest ones.
 
     python -m benchmarks.attacks --rules pfedgpa
 
-20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Liars know what everyone uploads and agree
-with each other. Each run is held against the run of the same seed in which they are honest; only
-clients that are honest in both are judged.
+20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Malicious clients ("liars") know all uploads
+and collude. Each run is compared with a run of the same seed in which they are honest; only clients
+that are honest in both are evaluated.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -42,25 +42,25 @@ from server_app.replies import Upload
 from server_app.simulation import PoolGrid, simulate
 from server_app.strategies import ClientwiseFedAvg, FedAvgFT, PFedGPA
 
-JUDGED_ROUNDS = 3
+EVALUATED_ROUNDS = 3
 ONLY = "Only these; may be repeated."
 
 
 @dataclass(frozen=True)
 class Case:
-    """Who lies, about what, in which runs.
+    """The malicious clients, what they falsify, and the settings.
 
     Attributes
     ----------
     liars
         Client i is in group i % 5.
     lies
-        What of an upload attacks are applied to: ``all``, ``statistics`` of normalization, layers
-        that are ``averaged`` or ``halves``.
+        The falsified part of an upload: ``all``, ``statistics`` of normalization, ``averaged``
+        layers or ``halves``.
     settings
         Of the runs.
     of
-        The clients that results are about; empty for all honest ones.
+        The evaluated clients; empty for all honest ones.
     """
 
     liars: tuple[int, ...]
@@ -92,27 +92,27 @@ CASES = {
 }
 
 Forge = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""Makes what a liar sends ``(d,)`` of its own move ``(d,)``, the honest ``(n, d)`` and chance."""
+"""Returns a forged update ``(d,)``, given the own ``(d,)`` and the honest ones ``(n, d)``."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What liars do.
+    """The behaviour of malicious clients.
 
     Attributes
     ----------
     forge
-        Applied to how training moved their parameters, and to all else that is asked for.
+        Applied to their updates and to extras.
     halves
-        Applied in its place to their halves, the first and the second in a row.
+        Applied instead to the updates of their two halves, concatenated.
     poison
-        What they train on, as `benchmarks.lying_client` has it.
+        Data poisoning of `benchmarks.lying_client`.
     examples
-        Factor on the number of examples that they claim.
+        Factor on the reported number of examples.
     first_round
-        Before which they are honest.
+        The first round of the attack.
     last_round
-        After which they are not connected any more.
+        The last round in which they are connected.
     """
 
     forge: Forge = lambda own, honest, generator: own
@@ -124,7 +124,7 @@ class Attack:
 
 
 def gaussian(ratio: float) -> Forge:
-    """Return the attack of noise that is ``ratio`` times as long as the median honest move."""
+    """Return the attack of noise with ``ratio`` times the median norm of honest updates."""
 
     def forge(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(own.shape, generator=generator)
@@ -134,10 +134,10 @@ def gaussian(ratio: float) -> Forge:
 
 
 def knowing(name: str, **settings: float) -> Forge:
-    """Return an attack of ByzFL, which replaces a move by something made of the honest ones."""
+    """Return an attack of ByzFL, which computes an update from the honest ones."""
 
     def forge(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
-        import byzfl  # only where it is needed: it takes seconds
+        import byzfl  # imported here: it takes seconds
 
         forged: Tensor = getattr(byzfl, name)(**settings)(honest)
         return forged
@@ -146,39 +146,39 @@ def knowing(name: str, **settings: float) -> Forge:
 
 
 def adaptive(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a move against the liar's kin that is just not unusual.
+    """Return an update against the attacker's neighbours that just passes outlier detection.
 
-    It is nearly twice as long as the median move and still has something in common with the mean of
-    all; the rest of it leads away from where those go that are like the liar.
+    It has nearly twice the median norm and a small positive cosine with the mean update; the rest
+    points away from the most similar clients' updates.
     """
     lengths = honest.norm(dim=1)
     units = honest / lengths[:, None]
     together = functional.normalize(units.mean(dim=0), dim=0)
-    kin = units[(units @ functional.normalize(own, dim=0)).topk(3).indices].mean(dim=0)
-    away = -functional.normalize(kin - (kin @ together) * together, dim=0)
+    neighbours = units[(units @ functional.normalize(own, dim=0)).topk(3).indices].mean(dim=0)
+    away = -functional.normalize(neighbours - (neighbours @ together) * together, dim=0)
     return 1.9 * lengths.median() * (0.05 * together + (1 - 0.05**2) ** 0.5 * away)
 
 
 def together(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a move that is just not unusual, in a direction that is the same for all liars."""
+    """Return an update that just passes outlier detection, in one direction for all attackers."""
     lengths = honest.norm(dim=1)
     mean = functional.normalize((honest / lengths[:, None]).mean(dim=0), dim=0)
-    way = torch.randn(own.shape, generator=make_generator(0, "together"))
-    way = functional.normalize(way - (way @ mean) * mean, dim=0)
-    return 1.9 * lengths.median() * (0.05 * mean + (1 - 0.05**2) ** 0.5 * way)
+    direction = torch.randn(own.shape, generator=make_generator(0, "together"))
+    direction = functional.normalize(direction - (direction @ mean) * mean, dim=0)
+    return 1.9 * lengths.median() * (0.05 * mean + (1 - 0.05**2) ** 0.5 * direction)
 
 
 def opposed(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
-    """Return halves that say that all is noise: the second is the opposite of the first."""
+    """Return opposite halves, which look like noise alone."""
     first, _ = own.chunk(2)
     return torch.cat([first, -first])
 
 
 def unrelated(own: Tensor, honest: Tensor, generator: torch.Generator) -> Tensor:
-    """Return halves that go where all go, and say that all else is noise."""
+    """Return halves that agree only in the mean update."""
     mean = honest.mean(dim=0)
-    apart = torch.randn(mean.shape, generator=make_generator(0, "apart"))
-    return mean + mean.norm() * apart / apart.norm()
+    noise = torch.randn(mean.shape, generator=make_generator(0, "apart"))
+    return mean + mean.norm() * noise / noise.norm()
 
 
 ATTACKS = {
@@ -208,7 +208,7 @@ NONE = Attack()
 
 
 class AttackedGrid(PoolGrid):
-    """A pool of clients of which some lie."""
+    """A pool of clients, some of them malicious."""
 
     client_app: ClassVar[ClientApp] = lying_client.app
 
@@ -223,14 +223,14 @@ class AttackedGrid(PoolGrid):
         self.seed = config.seed
 
     def node_config(self, node: int) -> dict[str, Any]:
-        """Return what a node is told, with what it is to train on."""
+        """Return the node config, with the data poisoning."""
         poison = self.attack.poison if node in self.liars else ""
         return super().node_config(node) | {"poison": poison}
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Let the nodes answer, and liars see the answers before theirs are sent."""
+        """Return replies, with those of malicious clients forged from all others."""
         messages = list(messages)
         replies = super().send_and_receive(messages, timeout=timeout)
         training = [m for m in messages if m.metadata.message_type == MessageType.TRAIN]
@@ -251,7 +251,7 @@ class AttackedGrid(PoolGrid):
             }
             names = self.attacked(record, next(iter(states.values()), {}))
             honest_nodes = states.keys() - self.liars
-            if not names or not honest_nodes:  # there is nothing to lie about, or to know
+            if not names or not honest_nodes:  # nothing to falsify, or no honest update
                 continue
             starts, moves = {}, {}
             for node, state in states.items():
@@ -265,7 +265,7 @@ class AttackedGrid(PoolGrid):
                 forge = self.attack.halves
             for node in sorted(self.liars & moves.keys()):
                 move = moves[node]
-                if not bool(torch.isfinite(move).all()):  # its own lies ruined it
+                if not bool(torch.isfinite(move).all()):  # its training diverged by the attack
                     move = honest.mean(dim=0)
                 generator = make_generator(self.seed, "attack", record, node, server_round)
                 forged = starts[node] + forge(move, honest, generator)
@@ -275,7 +275,7 @@ class AttackedGrid(PoolGrid):
                     least = 0.0 if name.endswith("running_var") else -torch.inf
                     states[node][name] = piece.reshape(before.shape).clamp(min=least).to(before)
                 uploaded[node][record] = ArrayRecord(states[node])
-        # Their own metrics would show that they lie.
+        # Their own metrics would reveal the attack.
         plausible = dict(next(uploaded[n]["metrics"] for n in uploaded if n not in self.liars))
         plausible["num-examples"] *= self.attack.examples
         for node in self.liars & uploaded.keys():
@@ -283,7 +283,7 @@ class AttackedGrid(PoolGrid):
             uploaded[node]["metrics"] = MetricRecord({**plausible, "partition": partition})
 
     def attacked(self, record: str, state: StateDict) -> list[str]:
-        """Return which entries of a state in a record are lied about."""
+        """Return the falsified entries of a record."""
         if record == EXTRAS:
             return list(state) if self.lies in ("all", "halves") else []
         trained = default_trained(state)
@@ -303,12 +303,12 @@ def _flat(state: StateDict, names: Iterable[str]) -> Tensor:
 
 
 class Robust(FedAvgFT):
-    """FedAvg-FT, whose average is what one of Flower's robust strategies makes of the uploads."""
+    """FedAvg-FT with the aggregation of one of Flower's robust strategies."""
 
     rule: FedAvg
 
     def combine(self, uploads: list[Upload]) -> StateDict:  # type: ignore[override]
-        """Return what the rule makes of the uploads."""
+        """Return the robust aggregate of the uploads."""
         replies = [
             Message(
                 RecordDict(
@@ -351,7 +351,7 @@ RULES: dict[str, tuple[Make, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What honest clients have in the end: accuracy, the worst one's, and backdoor success."""
+    """Final mean and worst accuracy of honest clients, and backdoor success."""
 
     accuracy: float
     worst: float
@@ -363,10 +363,10 @@ def run(
     make: Make,
     attack: Attack,
     case: Case,
-    judged: Collection[int],
+    evaluated: Collection[int],
 ) -> Result:
-    """Run the app with liars and evaluate others, by the means of the last rounds."""
-    found: dict[int, list[float]] = {node: [] for node in judged}
+    """Run the app under attack and average ``evaluated`` clients over the last rounds."""
+    found: dict[int, list[float]] = {node: [] for node in evaluated}
     made: list[ClientwiseFedAvg] = []
 
     def make_one(config: Config, spec: ModelSpec) -> ClientwiseFedAvg:
@@ -384,21 +384,21 @@ def run(
     strategy, _ = simulate(
         config,
         CLIENTS,
-        judged_rounds=JUDGED_ROUNDS,
+        evaluated_rounds=EVALUATED_ROUNDS,
         on_round=note,
         absent=lambda server_round: case.liars if last and server_round > last else (),
         make_strategy=make_one,
         make_grid=partial(AttackedGrid, attack, case),
     )
-    accuracies = [fmean(values[-JUDGED_ROUNDS:]) for values in found.values()]
-    backdoor = fmean(backdoor_success(strategy, config, client) for client in judged)
+    accuracies = [fmean(values[-EVALUATED_ROUNDS:]) for values in found.values()]
+    backdoor = fmean(backdoor_success(strategy, config, client) for client in evaluated)
     return Result(fmean(accuracies), min(accuracies), backdoor)
 
 
 def backdoor_success(strategy: ClientwiseFedAvg, config: Config, client: int) -> float:
-    """Return how many of a client's test images the trigger turns into `TARGET`, 0 .. 1."""
+    """Return the fraction of a client's test images that the trigger turns into `TARGET`."""
     data = client_data(config.data, config.seed, client, CLIENTS)
-    images = data.test_images[data.test_labels != TARGET]
+    images = data.test_inputs[data.test_labels != TARGET]
     model = build_model(config.model.name, data.info, config.seed)
     model.load_state_dict(strategy.evaluation_state(client))
     predicted = logits_of(model, with_trigger(images), data.stats).argmax(dim=1)
@@ -418,22 +418,22 @@ def main(
     """Print the tables."""
     torch.set_num_threads(1)
     rules, attacks, cases = rules or list(RULES), attacks or list(ATTACKS), cases or list(CASES)
-    if quick:  # a robust average among them
+    if quick:  # includes a robust aggregation
         rules, attacks, cases = rules[::3], attacks[:2], cases[:1]
     for who in cases:
         case = CASES[who]
-        judged = case.of or sorted(set(range(CLIENTS)) - set(case.liars))
+        evaluated = case.of or sorted(set(range(CLIENTS)) - set(case.liars))
         results: dict[tuple[str, str], list[Result]] = {}
         for rule, name in product(rules, ["none", *attacks]):
             make, settings = RULES[rule]
             settings = {**case.settings, **settings}
             if images:
                 settings |= {"data.train-samples": images, "data.test-samples": 200}
-            if quick:  # in its only round nobody can be late
+            if quick:  # its only round has no late clients
                 settings = {k: v for k, v in settings.items() if not k.startswith("onboarding.")}
             for config in configs(file, rounds, seeds, quick, settings):
                 lying = case if name != "none" else replace(case, liars=())
-                result = run(config, make, ATTACKS.get(name, NONE), lying, judged)
+                result = run(config, make, ATTACKS.get(name, NONE), lying, evaluated)
                 results.setdefault((rule, name), []).append(result)
             each = results[rule, name]
             print(
@@ -453,7 +453,7 @@ def tables(
     results: dict[tuple[str, str], list[Result]],
     end: str,
 ) -> list[Table]:
-    """Return a table of accuracies, one of the worst clients', one of the backdoors' success."""
+    """Return tables of mean accuracy, worst accuracy and backdoor success."""
     measures: dict[str, Callable[[Result], float]] = {
         "Accuracy of the honest clients": lambda result: result.accuracy,
         "Accuracy of the worst honest client": lambda result: result.worst,
@@ -472,7 +472,7 @@ def tables(
             Cell(f"{harms(fmean(measure(r) for r in results[rule, name]) for name in attacks):.4f}")
             for rule in rules
         ]
-        rounds = f"means over the last {JUDGED_ROUNDS} rounds"
+        rounds = f"means over the last {EVALUATED_ROUNDS} rounds"
         note = f"Liars: {who}; {rounds}: python -m benchmarks.attacks{end}"
         found.append(Table(title, list(rules), rows, note))
     return found

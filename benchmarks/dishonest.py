@@ -1,4 +1,4 @@
-"""ClientApps that do something else in training than the honest one."""
+"""ClientApps with falsified training."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ __all__ = ["honest", "training_by"]
 
 
 def training_by(train: Callable[[Message, Context], Message]) -> ClientApp:
-    """Return a ClientApp that trains by a function, and answers all else as the honest one."""
+    """Return a ClientApp with another training handler, otherwise the app's own."""
 
     def answer(message: Message, context: Context) -> Message:
         return honest(message, context)

@@ -1,4 +1,4 @@
-"""Accuracy against epsilon: what differential privacy on the clients costs.
+"""Accuracy by epsilon of client-side differential privacy.
 
     python -m benchmarks.dp --rounds 8
     python -m benchmarks.dp --rounds 8 --mode update
@@ -23,12 +23,12 @@ from pfedgpa_app.config import ClientConfig, Config
 from pfedgpa_app.privacy import quiet_opacus, sampling_plan
 from server_app.simulation import simulate
 
-JUDGED_ROUNDS = 3
+EVALUATED_ROUNDS = 3
 STRATEGIES = ("pfedgpa", "fedavg-ft", "local")
 DELTA = 1e-4  # below 1 / 600, the number of a client's images
-# Clipped gradients are shorter, and take longer steps. Rates were chosen on seed 0.
+# Clipped gradients need larger learning rates. Rates were chosen on seed 0.
 DP_SGD_RATE = 0.5
-# Larger batches drown less in their noise.
+# Larger batches have a better signal-to-noise ratio.
 CLIENT: dict[str, Any] = {
     "client.local-epochs": 2,
     "client.batch-size": 120,
@@ -82,7 +82,7 @@ def main(
     headings = ["no privacy", *(f"epsilon {epsilon:g}" for epsilon in epsilons)]
     note = (
         f"delta = {DELTA:g}, {tenth(rounds) if quick else rounds} rounds, means over the last "
-        f"{JUDGED_ROUNDS}: python -m benchmarks.dp --mode {mode} --seeds {seeds}{flag(quick)}"
+        f"{EVALUATED_ROUNDS}: python -m benchmarks.dp --mode {mode} --seeds {seeds}{flag(quick)}"
     )
     print_table(f"Accuracy with privacy.mode = {mode}", headings, rows, note)
 
@@ -91,8 +91,8 @@ def accuracy(file: Path, base: Config, mode: str, epsilon: float | None) -> floa
     """Return the mean accuracy of a run's last rounds."""
     private = settings(mode, epsilon, base.num_server_rounds, base.data.train_samples)
     config = read_config(file, {**base.to_flat(), **private})
-    _, rows = simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS)
-    return fmean(row["personalized-accuracy"] for row in rows[-JUDGED_ROUNDS:])
+    _, rows = simulate(config, CLIENTS, evaluated_rounds=EVALUATED_ROUNDS)
+    return fmean(row["personalized-accuracy"] for row in rows[-EVALUATED_ROUNDS:])
 
 
 if __name__ == "__main__":

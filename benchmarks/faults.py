@@ -1,4 +1,4 @@
-"""A federation of processes on loopback in which anything may be killed, frozen or falsified."""
+"""A federation of processes on loopback with fault injection."""
 
 import contextlib
 import ipaddress
@@ -28,12 +28,12 @@ from benchmarks.network import (
 )
 
 PAUSE = 5.0
-"""Seconds from one look to the next where it costs a process or two."""
+"""Seconds between polls that start processes."""
 FAULTY_CLIENT = "benchmarks.faulty_client:app"
 
 
 class Federation(Network):
-    """A network with SuperNodes ``client-0``, ``client-1``, … that hold a partition each.
+    """A network with SuperNodes ``client-0``, ``client-1``, … with one partition each.
 
     With a folder of sites, client i has ``<i>.npz`` there instead.
     """
@@ -59,7 +59,7 @@ class Federation(Network):
         self.start_supernode(f"client-{client}", self.node_config(client, more))
 
     def restart_client(self, client: int) -> float:
-        """Start a SuperNode until it is let in; return the seconds that this took.
+        """Start a SuperNode until it is accepted; return the seconds that this took.
 
         The SuperLink refuses a node that it takes to be connected still.
         """
@@ -87,7 +87,7 @@ class Federation(Network):
             wait_until(lambda name=f"client-{client}": bool(self.node_ids(name)), PATIENCE)
 
     def node_ids(self, name: str) -> list[str]:
-        """Return the ids that a SuperNode was given, one each time it was started."""
+        """Return the node ids of a SuperNode, one per start."""
         return re.findall(r"SuperNode ID: (\d+)", self.log(name))
 
     def rows(self, name: str = "metrics.jsonl") -> list[dict]:
@@ -123,7 +123,7 @@ class Federation(Network):
         return folder
 
     def descendants(self, name: str, program: str) -> list[int]:
-        """Return the ids of those processes below one of ours that run a program."""
+        """Return the ids of descendants of a process that run a program."""
         found = []
         for process in with_descendants(self.processes[name].pid)[1:]:
             with contextlib.suppress(OSError):
@@ -134,20 +134,20 @@ class Federation(Network):
         return found
 
     def kill_below(self, name: str, program: str) -> None:
-        """Send SIGKILL to what runs a program below one of our processes, and to nothing else."""
+        """Send SIGKILL to descendants of a process that run a program."""
         processes = self.descendants(name, program)
         assert processes, f"no {program} below {name}"
         for process in processes:
             os.kill(process, signal.SIGKILL)
 
     def status(self, folder: Path) -> str:
-        """Return what the SuperLink says of the run that wrote to a folder, as `flwr list` does."""
+        """Return the SuperLink's status of the run in a folder, as in `flwr list`."""
         said = json.loads(self.flwr("list", "test", "--run-id", folder.name, "--format", "json"))
         status: str = said["runs"][0]["status"]
         return status
 
     def flwr(self, *arguments: str | Path) -> str:
-        """Return what a `flwr` command prints."""
+        """Return the output of a `flwr` command."""
         command = ["flwr", *arguments]
         done = subprocess.run(
             command, env=self.env, capture_output=True, text=True, encoding="utf-8", check=False
@@ -157,7 +157,7 @@ class Federation(Network):
 
     @contextlib.contextmanager
     def frozen(self, name: str) -> Iterator[None]:
-        """Stop a process and all that it started, and let them go on at the end."""
+        """Freeze a process and its descendants in the block."""
         processes = with_descendants(self.processes[name].pid)
         for process in processes:
             os.kill(process, signal.SIGSTOP)
@@ -169,7 +169,7 @@ class Federation(Network):
 
 
 class SecureFederation(Federation):
-    """A federation with TLS whose SuperLink lets in registered SuperNodes alone."""
+    """A federation with TLS whose SuperLink accepts only registered SuperNodes."""
 
     def __init__(
         self, folder: Path, num_partitions: int, app: Path = PROJECT, sites: Path | None = None
@@ -202,7 +202,7 @@ class SecureFederation(Federation):
 
 
 def write_key(file: Path) -> Path:
-    """Write a SuperNode's private key and beside it (``.pub``) the public one."""
+    """Write a SuperNode's private and public (``.pub``) key."""
     key = ec.generate_private_key(ec.SECP384R1())
     file.write_bytes(
         key.private_bytes(
@@ -219,7 +219,7 @@ def write_key(file: Path) -> Path:
 
 
 def write_certificate(folder: Path) -> Path:
-    """Write a certificate for this machine that vouches for itself, and its key."""
+    """Write a self-signed certificate for this machine, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
@@ -245,7 +245,7 @@ def write_certificate(folder: Path) -> Path:
 
 
 def connect_unregistered(federation: SecureFederation) -> None:
-    """Start a SuperNode without a key, one whose key nobody registered, and one without TLS."""
+    """Start SuperNodes without a key, with an unregistered key, and without TLS."""
     config = federation.node_config(0)
     tls = ("--root-certificates", federation.certificate)
     key = ("--auth-supernode-private-key", write_key(federation.folder / "unregistered.key"))
@@ -255,7 +255,7 @@ def connect_unregistered(federation: SecureFederation) -> None:
 
 
 def copy_app(folder: Path, client_app: str) -> Path:
-    """Copy what a FAB takes of the app, with another ClientApp (``package.module:app``)."""
+    """Copy the files of the app's FAB, with another ClientApp (``package.module:app``)."""
     folder.mkdir()
     for package in ("pfedgpa_app", "client_app", "server_app", "benchmarks"):
         shutil.copytree(

@@ -1,4 +1,4 @@
-"""A ClientApp that falsifies its training replies, in the ways that its node config names.
+"""A ClientApp that sends faulty training replies, as its node config says.
 
 ``fault='nan,size'`` sends NaN in the first round, too large an array in the second, and so on.
 """
@@ -14,7 +14,7 @@ from pfedgpa_app.parameters import StateDict
 
 
 def train(message: Message, context: Context) -> Message:
-    """Train as the honest client does, and falsify what is sent."""
+    """Train like the honest client, and falsify the reply."""
     reply = honest(message, context)
     if "fault" in context.node_config:
         faults = str(context.node_config["fault"]).split(",")
@@ -28,7 +28,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 class ForgedArray(Array):
-    """An array whose object passes the SuperLink and is not what Flower makes of an array."""
+    """An array whose object passes the SuperLink but is malformed."""
 
     def __init__(self, array: Array, fault: str) -> None:
         super().__init__(array.dtype, array.shape, array.stype, array.data)
@@ -43,7 +43,7 @@ class ForgedArray(Array):
 
 
 class MisdirectedReply(Message):
-    """A reply in which another message is answered than the SuperLink was told."""
+    """A reply whose content answers another message than its metadata."""
 
     def deflate(self) -> bytes:
         """Return the object, made with another message's id."""
@@ -73,11 +73,11 @@ FORGERIES: dict[str, Callable[[bytes, bytes], tuple[bytes, bytes]]] = {
     "missing": lambda chunks, body: (chunks + b"," + b"0" * 64, body),
     "repeat": _repeat,
 }
-"""What becomes of the chunks' ids and of the body of an array's object."""
+"""Falsified chunk ids and body of an array's object."""
 
 
 def falsify(content: RecordDict, fault: str) -> None:
-    """Put a fault into what a client uploads."""
+    """Insert a fault into an upload."""
     if fault == "record":
         content["more"] = ConfigRecord({"nobody": "asked for this"})
         return

@@ -25,7 +25,7 @@ Panels = dict[str, dict[str, list[float]]]
 
 
 def main(bench: Path = Path("build/bench/first-run")) -> None:
-    """Draw all figures whose numbers are there."""
+    """Draw all figures with available numbers."""
     draw_first_run(bench)
     draw_strategies()
     draw_shifts()
@@ -64,13 +64,13 @@ def draw_first_run(bench: Path) -> None:
 
 
 def draw_strategies() -> None:
-    """Draw all strategies, as they are and with what helps most of them."""
+    """Draw all strategies, with and without class prior and momentum."""
     title = "All strategies, 20 clients in 5 groups"
     draw_dots(DOCS / "strategies.png", ordered(read("strategies.csv", title)), title)
 
 
 def draw_shifts() -> None:
-    """Draw what groups do to strategies that differ in more than their classes."""
+    """Draw strategies under shifts by group."""
     title = "Shifts by group, 20 clients in 5 groups"
     panels = ordered(read("shifts.csv", title))
     lows = {"rotation": 0.62, "contrast": 0.58, "permuted labels": 0.6}
@@ -78,7 +78,7 @@ def draw_shifts() -> None:
 
 
 def draw_horizons() -> None:
-    """Draw accuracies after more and more rounds."""
+    """Draw accuracies over long runs."""
     panels = read("horizons.csv", "Horizons, 20 clients in 5 groups")
     rounds = [int(column.rpartition(" ")[2]) for column in panels]
     found = []
@@ -94,7 +94,7 @@ def draw_horizons() -> None:
 
 
 def draw_onboarding() -> None:
-    """Draw what late clients have in the rounds after they joined."""
+    """Draw the accuracy of late clients by rounds since joining."""
     titles = {
         "1 late client": "One late client",
         "4 late clients": "Four late clients, of four groups",
@@ -118,7 +118,7 @@ def draw_onboarding() -> None:
 
 
 def with_deviation(row: str, cells: list[dict[str, str]]) -> Curve:
-    """Return mean and standard deviation over the rounds that cells are of."""
+    """Return mean and standard deviation by round."""
     rounds = [int(cell["column"].removeprefix("round ")) for cell in cells]
     means = [float(cell["mean"]) for cell in cells]
     deviations = [float(cell["std"]) for cell in cells]
@@ -128,7 +128,7 @@ def with_deviation(row: str, cells: list[dict[str, str]]) -> Curve:
 
 
 def read(name: str, table: str) -> Panels:
-    """Return the values of a table of docs/results, as it has columns and rows."""
+    """Return the values of a table of docs/results, by column and row."""
     panels: Panels = defaultdict(dict)
     for cell in cells_of(name, table):
         panels[cell["column"]][cell["row"]] = [float(value) for value in cell["values"].split()]

@@ -1,4 +1,4 @@
-"""A ClientApp that trains on falsified data where its node config says so.
+"""A ClientApp that trains on poisoned data if its node config says so.
 
 ``poison='labels'`` has every label c read ``num_classes - 1 - c``. ``poison='trigger'`` marks every
 other image in a corner and labels it `TARGET`, as for a backdoor.
@@ -15,12 +15,12 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import ClientData
 
 TARGET = 0
-"""The class that an image with the trigger is to be taken for."""
+"""The class that a backdoor predicts for images with the trigger."""
 _SIZE = 3
 
 
 def train(message: Message, context: Context) -> Message:
-    """Train as the honest client does, on other data."""
+    """Train like the honest client, on poisoned data."""
     with mock.patch.object(messages, "load_data", _load_falsified):
         return honest(message, context)
 
@@ -33,8 +33,8 @@ def with_trigger(images: Tensor) -> Tensor:
 
 
 def falsified(data: ClientData, poison: str) -> ClientData:
-    """Return a client's data with other training samples."""
-    images, labels = data.train_images, data.train_labels
+    """Return a client's data with poisoned training examples."""
+    images, labels = data.train_inputs, data.train_labels
     match poison:
         case "labels":
             return data._replace(train_labels=data.info.num_classes - 1 - labels)
@@ -42,7 +42,7 @@ def falsified(data: ClientData, poison: str) -> ClientData:
             images, labels = images.clone(), labels.clone()
             images[::2] = with_trigger(images[::2])
             labels[::2] = TARGET
-            return data._replace(train_images=images, train_labels=labels)
+            return data._replace(train_inputs=images, train_labels=labels)
         case "":
             return data
     raise ValueError(f'poison = "{poison}"')

@@ -1,4 +1,4 @@
-"""What the diffusion model costs the server, by the number of clients.
+"""Time and memory of the diffusion model on the server, by number of clients.
 
     python -m benchmarks.many_clients
 
@@ -33,7 +33,7 @@ UPLOADS = 100
 ROUNDS = 3
 DIM = 117_066  # of the CNN for Fashion-MNIST
 MEMBERS = DiffusionConfig().max_members
-# Number of clients, of members at most, and where the others are.
+# Number of clients, largest number of members, and storage of the others.
 ROWS = ((100, MEMBERS, "memory"), (1_000, 1_000, "memory"))
 ROWS += tuple(
     (clients, MEMBERS, bank) for clients in (1_000, 10_000) for bank in ("memory", "disk")
@@ -92,7 +92,7 @@ def main(
 
 
 class Clients:
-    """Draws what clients upload and tell."""
+    """Draws uploads and halves' updates of clients."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -104,12 +104,12 @@ class Clients:
         return noise.mul_(0.5).add_(self.centres[client % GROUPS])
 
     def halves(self, client: int) -> Tensor:
-        """Return what it tells of its halves, ``(2, SKETCH)``."""
+        """Return the sketches of its halves' updates, ``(2, SKETCH)``."""
         noise = torch.randn(2, SKETCH, generator=make_generator(2, client))
         return 0.5 * noise + torch.randn(SKETCH, generator=make_generator(3, client % GROUPS))
 
     def error(self, client: int, model: Tensor) -> float:
-        """Return how far a model is from the centre, in units of the upload's distance."""
+        """Return a model's distance to the centre, relative to the upload's."""
         centre = self.centres[client % GROUPS]
         return float((model - centre).norm() / (self.upload(client) - centre).norm())
 
@@ -129,7 +129,7 @@ def _measure(
             if client >= first_member:
                 aggregator.observe(client, clients.upload(client))
                 continue
-            # As if it had been in a round of long ago.
+            # As if its last round were long ago.
             aggregator.bank.retired[client] = clients.upload(client)
             aggregator.bank.of(client).uploaded = 0
         aggregator.fit(1)

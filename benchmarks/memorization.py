@@ -1,4 +1,4 @@
-"""Whether what is generated is new: how near it is to the uploads, and which errors they share.
+"""Memorization: distance of generated models to the uploads, and shared errors.
 
     python -m benchmarks.memorization
 
@@ -52,12 +52,12 @@ def main(seeds: Seeds = "0,1,2", quick: Quick = False) -> None:
 
 
 def measure(seed: int, quick: bool) -> dict[str, list[float]]:
-    """Return a row a generator, and that of the uploads among each other."""
+    """Return one row per denoising method, and that of the uploads among each other."""
     runs = Suite.read(SUITE).model_copy(update={"seeds": [seed]}).runs()
     config = next(run.config for run in runs if run.clients == CLIENTS and run.row == "diffusion")
     if quick:
         config = shortened(config)
-    strategy, _ = simulate(config, CLIENTS, judged_rounds=1)
+    strategy, _ = simulate(config, CLIENTS, evaluated_rounds=1)
     assert isinstance(strategy, PFedGPA)
     uploads = strategy.aggregator.bank.members
     nearest = {
@@ -77,7 +77,7 @@ def measure(seed: int, quick: bool) -> dict[str, list[float]]:
 
 
 def _generate(name: str, config: Config, trained: GenerativeAggregator) -> Vectors:
-    """Return everyone's model by another generator, from the same bank."""
+    """Return all models by another denoising method, from the same bank."""
     settings = config.diffusion.model_copy(update={"generator": name})
     aggregator = GenerativeAggregator(trained.initial, settings, seed=config.seed)
     for client, vector in trained.bank.members.items():
@@ -101,18 +101,18 @@ def _row(
 
 
 def shared_errors(labels: Tensor, one: Tensor, other: Tensor) -> float:
-    """Return of what one or the other gets wrong the part that both give the same class."""
+    """Return the fraction of errors of either model in which both predict the same class."""
     wrong = (one != labels) | (other != labels)
     return int(((one == other) & wrong).sum()) / max(1, int(wrong.sum()))
 
 
 def _predict(config: Config, client: int, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a client's test labels and a model's classes, ``(n,)`` each."""
+    """Return a client's test labels and a model's predictions, ``(n,)`` each."""
     data = client_data(config.data, config.seed, client, CLIENTS)
     model = build_model(config.model.name, data.info, config.seed)
     layout = ParameterLayout.of(model.state_dict())
     model.load_state_dict(layout.merge(vector, layout.rest(model.state_dict())))
-    return data.test_labels, logits_of(model, data.test_images, data.stats).argmax(dim=1)
+    return data.test_labels, logits_of(model, data.test_inputs, data.stats).argmax(dim=1)
 
 
 def _distance_to(vector: Tensor, uploads: Vectors) -> Callable[[int], float]:

@@ -1,4 +1,4 @@
-"""Flower's processes on loopback: ports and folders of their own, ended by their process ids."""
+"""Flower's processes on loopback, with separate ports and folders."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ class Network:
     def start_supernode(
         self, name: str, node_config: str, *options: str | Path, env: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a SuperNode; its log goes on where that of an earlier one of its name ended."""
+        """Start a SuperNode; it appends to the log of its name."""
         command = ["flower-supernode", *self.security, "--superlink", f"127.0.0.1:{self.port}"]
         command += ["--host", "127.0.0.1", "--port", str(free_port()), "--node-config", node_config]
         return self.start(name, *command, *options, env=env)
@@ -74,7 +74,7 @@ class Network:
         return process
 
     def log(self, name: str) -> str:
-        """Return what a process has written so far."""
+        """Return the log of a process."""
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def run_folder(self) -> Path | None:
@@ -96,7 +96,7 @@ class Network:
 
 
 def flower_environment(folder: Path) -> dict[str, str]:
-    """Return the environment of processes that keep to ``folder`` and to this machine."""
+    """Return an environment that confines processes to ``folder`` and this machine."""
     path = os.environ["PATH"]
     return {
         **os.environ,
@@ -111,7 +111,7 @@ def flower_environment(folder: Path) -> dict[str, str]:
 
 
 def configure_connection(folder: Path, port: int, security: str) -> None:
-    """Write how `flwr run . test` reaches the SuperLink."""
+    """Write the configuration for `flwr run . test`."""
     file = folder / "flwr" / "config.toml"
     file.parent.mkdir(exist_ok=True)
     file.write_text(
@@ -120,7 +120,7 @@ def configure_connection(folder: Path, port: int, security: str) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -139,7 +139,7 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until(holds: Callable[[], bool], timeout: float = PATIENCE, pause: float = 0.05) -> None:
-    """Wait until something holds that is looked at again and again, with pauses between."""
+    """Poll a condition until it holds."""
     deadline = time.monotonic() + timeout
     while not holds():
         assert time.monotonic() < deadline, f"not so within {timeout:.0f} s"
@@ -154,7 +154,7 @@ def read_lines(folder: Path | None, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def end_all(processes: Iterable[subprocess.Popen[bytes]], folder: Path, *, show_logs: bool) -> None:
-    """Kill processes and all that they started; print the end of each log below a folder."""
+    """Kill processes and their descendants; print the end of each log in a folder."""
     processes = list(processes)
     kill_with_descendants(*(process.pid for process in processes))
     for process in processes:
@@ -165,7 +165,7 @@ def end_all(processes: Iterable[subprocess.Popen[bytes]], folder: Path, *, show_
 
 
 def kill_with_descendants(*processes: int) -> list[int]:
-    """Send SIGKILL to processes and all that they started, Ray's daemons and workers included."""
+    """Send SIGKILL to processes and their descendants, Ray's included."""
     killed = with_descendants(*processes)
     for process in killed:
         with contextlib.suppress(ProcessLookupError):
@@ -174,16 +174,16 @@ def kill_with_descendants(*processes: int) -> list[int]:
 
 
 def with_descendants(*processes: int) -> list[int]:
-    """Return process ids and those of all that the processes started."""
+    """Return process ids and those of all descendants."""
     parent_of = parents()
     found = list(processes)
-    for process in found:  # which grows on the way
+    for process in found:  # which grows during the loop
         found += [child for child, parent in parent_of.items() if parent == process]
     return found
 
 
 def parents() -> dict[int, int]:
-    """Return the parent of every process that has not ended, with all its threads."""
+    """Return the parent of every running process."""
     listing = subprocess.check_output(
         ["ps", "-e", "-o", "pid=,ppid=,state=,nlwp="], text=True, encoding="utf-8"
     )

@@ -1,10 +1,10 @@
-"""What clients have that join late, round by round, while the others go on training.
+"""Accuracy of clients that join late, round by round.
 
     python -m benchmarks.onboarding --results docs/results/onboarding.csv
     python -m benchmarks.figures
 
 20 clients in 5 groups, Fashion-MNIST in 14x14 pixels. Each case has runs in which some clients
-connect in a later round, and one in which the same clients were there from the start.
+connect in a later round, and one in which they take part from the start.
 """
 
 from collections.abc import Callable, Collection
@@ -17,7 +17,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.options import Quick, Seeds, beside, flag, tenth
+from benchmarks.options import Quick, Seeds, flag, output_file, tenth
 from benchmarks.small_images import CLIENTS
 from benchmarks.small_runs import configs, print_table
 from pfedgpa_app.config import Config
@@ -32,7 +32,7 @@ Curve = list[float]
 
 
 class Case(NamedTuple):
-    """Who joins late, and who is never there."""
+    """The late and the absent clients."""
 
     late: Collection[int]
     never: Collection[int] = ()
@@ -48,10 +48,10 @@ CASES = {
 
 
 class NearestMember(PFedGPA):
-    """Newcomers are given the model of the member whose model is nearest to their upload."""
+    """Newcomers get the model of the member with the nearest model to their upload."""
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        """Replace what guided denoising generated for newcomers."""
+        """Replace the models of guided denoising for newcomers."""
         super().learn(server_round, uploads)
         bank = self.aggregator.bank
         models = [self.aggregator.personalize(member) for member in bank.members]
@@ -68,7 +68,7 @@ METHODS: dict[str, tuple[str, type[PFedGPA] | None]] = {
     "fedavg-ft": ("fedavg-ft", None),
     "local, from scratch": ("local", None),
 }
-"""The strategy's name, and what takes its place."""
+"""The strategies by name."""
 
 
 def _distance_to(vector: Tensor) -> Callable[[Tensor], float]:
@@ -83,7 +83,7 @@ def main(
     results: Annotated[Path | None, typer.Option(help="Write the tables there, as CSV.")] = None,
     quick: Quick = False,
 ) -> None:
-    """Print a table a case."""
+    """Print one table per case."""
     torch.set_num_threads(1)
     of_seeds = {
         method: configs(file, rounds, seeds, quick, {"strategy": strategy})
@@ -107,7 +107,7 @@ def main(
         tables.append(print_table(f"{name}: rounds since joining", headings, rows, note))
     if results:
         text = CSV_HEAD + "".join(table.csv() for table in tables)
-        beside(results, quick).write_text(text, encoding="utf-8")
+        output_file(results, quick).write_text(text, encoding="utf-8")
 
 
 def curve_of(config: Config, case: Case, method: str, join_round: int) -> Curve:
@@ -144,7 +144,7 @@ def accuracies(
     simulate(
         config,
         CLIENTS,
-        judged_rounds=config.num_server_rounds - join_round + 1,
+        evaluated_rounds=config.num_server_rounds - join_round + 1,
         on_round=note,
         absent=lambda server_round: never | late if server_round < join_round else never,
         make_strategy=strategy_type.of if strategy_type else make_strategy,

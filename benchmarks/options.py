@@ -1,8 +1,7 @@
-"""Options that benchmarks share, and what ``--quick`` leaves of a benchmark.
+"""Common options of benchmarks, and the meaning of ``--quick``.
 
-A quick benchmark takes seconds and goes the whole way to its table: with the first seed alone, a
-tenth of the rounds and little of everything else. Its numbers mean nothing, and it writes beside
-the files of the whole benchmark, not over them.
+A quick benchmark takes seconds and runs all code to its table, with one seed, a tenth of the rounds
+and little data. Its numbers mean nothing, and it does not overwrite files of the full benchmark.
 """
 
 from pathlib import Path
@@ -15,7 +14,7 @@ Seeds = Annotated[str, typer.Option(help="Comma-separated.")]
 
 
 def numbers(seeds: str, quick: bool) -> list[int]:
-    """Return the seeds of an option as numbers; of a quick benchmark the first alone."""
+    """Return the seeds of an option; only the first for a quick benchmark."""
     return [int(seed) for seed in seeds.split(",")][: 1 if quick else None]
 
 
@@ -25,10 +24,10 @@ def tenth(rounds: int) -> int:
 
 
 def flag(quick: bool) -> str:
-    """Return how a command ends that is quoted below its table."""
+    """Return the end of the command in a table's note."""
     return " --quick" if quick else ""
 
 
-def beside(file: Path, quick: bool) -> Path:
-    """Return where a benchmark writes that was told to write to a file."""
+def output_file(file: Path, quick: bool) -> Path:
+    """Return the output file of a full or quick benchmark."""
     return file.with_stem(f"{file.stem}-quick") if quick else file

@@ -1,10 +1,10 @@
-"""What clients can find out about each other, and what it costs to let them have less.
+"""Inference of clients about each other, and the cost of limiting it.
 
     python -m benchmarks.privacy
 
 12 clients, Fashion-MNIST in 14x14 pixels, in groups of two, three and four. A client of a group
-knows what it uploaded, what it is sent, and the mean of all. What its own upload and the mean do
-not explain in what it is sent comes from others.
+knows its upload, the model that it is sent, and the mean of all. The part of the model that is not
+explained by its upload and the mean comes from others.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ from server_app.simulation import simulate
 from server_app.strategies import PFedGPA
 
 CLIENTS = 12
-JUDGED_ROUNDS = 3
+EVALUATED_ROUNDS = 3
 GROUP_SIZES = (2, 3, 4)
 COLUMNS = ("accuracy", "cosine to another's upload", "members of another's data, AUC")
 
@@ -43,7 +43,7 @@ class Kept(PFedGPA):
 
 
 class Result(NamedTuple):
-    """Accuracy, how well uploads are told, and how well training images are told from others."""
+    """Accuracy, and success of inferring uploads and membership of training images."""
 
     accuracy: float
     cosine: float
@@ -51,8 +51,10 @@ class Result(NamedTuple):
 
 
 def run(config: Config, num_groups: int) -> Result:
-    """Return what a run gives clients, and what each of them finds out of another of its group."""
-    strategy, rows = simulate(config, CLIENTS, judged_rounds=JUDGED_ROUNDS, make_strategy=Kept.of)
+    """Return the accuracy of a run, and each client's inference about another of its group."""
+    strategy, rows = simulate(
+        config, CLIENTS, evaluated_rounds=EVALUATED_ROUNDS, make_strategy=Kept.of
+    )
     assert isinstance(strategy, Kept)
     mean = torch.stack([*strategy.vectors.values()]).mean(dim=0)
     cosines, aucs = [], []
@@ -64,7 +66,7 @@ def run(config: Config, num_groups: int) -> Result:
         hidden = [unexplained(strategy.vectors[other] - mean, own) for other in others]
         cosines.append(max(float(functional.cosine_similarity(learned, h, 0)) for h in hidden))
         aucs += [membership(state, config, other) for other in others]
-    accuracy = fmean(row["personalized-accuracy"] for row in rows[-JUDGED_ROUNDS:])
+    accuracy = fmean(row["personalized-accuracy"] for row in rows[-EVALUATED_ROUNDS:])
     return Result(accuracy, fmean(cosines), fmean(aucs))
 
 
@@ -74,15 +76,15 @@ def unexplained(vector: Tensor, direction: Tensor) -> Tensor:
 
 
 def membership(state: dict[str, Tensor], config: Config, client: int) -> float:
-    """Return how well the loss tells a client's training images from its test images, as an AUC."""
+    """Return the AUC of membership inference by the loss."""
     data = client_data(config.data, config.seed, client, CLIENTS)
     model = build_model(config.model.name, data.info, config.seed)
     model.load_state_dict(state)
     losses = [
         functional.cross_entropy(logits_of(model, images, data.stats), labels, reduction="none")
         for images, labels in (
-            (data.train_images, data.train_labels),
-            (data.test_images, data.test_labels),
+            (data.train_inputs, data.train_labels),
+            (data.test_inputs, data.test_labels),
         )
     ]
     is_member = torch.cat([torch.ones(len(losses[0])), torch.zeros(len(losses[1]))])
@@ -113,7 +115,7 @@ def main(
         for min_kin in (1, 3)
     }
     note = (
-        f"Accuracies are means over the last {JUDGED_ROUNDS} rounds: "
+        f"Accuracies are means over the last {EVALUATED_ROUNDS} rounds: "
         f"python -m benchmarks.privacy{flag(quick)}"
     )
     print_table(f"What is told of others, {CLIENTS} clients", COLUMNS, rows, note)

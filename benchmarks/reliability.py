@@ -1,10 +1,9 @@
-"""What a fault of the network costs a run, beside a run in which nothing happens.
+"""The effect of faults on a run, compared with an undisturbed one.
 
     python -m benchmarks.reliability --figure docs/reliability.png
 
-Every case is a federation of four clients on loopback that learn the digits for six rounds; what
-goes wrong goes wrong in round 3, and a newcomer joins in round 5. Cases that --results has already
-are not repeated.
+Every case is a federation of four clients on loopback that train on the digits for six rounds, with
+a fault in round 3 and a newcomer in round 5. Finished cases in --results are not repeated.
 """
 
 import json
@@ -26,7 +25,7 @@ from benchmarks.faults import (
     copy_app,
 )
 from benchmarks.network import read_lines, wait_until
-from benchmarks.options import Quick, beside, tenth
+from benchmarks.options import Quick, output_file, tenth
 from pfedgpa_app.figures import ACCURACY, COLOURS, drawing
 from pfedgpa_app.files import read_text
 
@@ -54,7 +53,7 @@ def undisturbed(federation: Federation, settings: Settings) -> list[Path]:
 
 
 def killed_supernode(federation: Federation, settings: Settings) -> list[Path]:
-    """Kill a SuperNode while it trains, and start it until it is let in again."""
+    """Kill a SuperNode while it trains, and start it until it is accepted again."""
     start_until_fault(federation, settings)
     federation.kill(LAST)
     federation.restart_client(CLIENTS - 1)
@@ -62,7 +61,7 @@ def killed_supernode(federation: Federation, settings: Settings) -> list[Path]:
 
 
 def killed_client_app(federation: Federation, settings: Settings) -> list[Path]:
-    """Kill the process that trains, as a machine does that runs out of memory."""
+    """Kill the training process, as when memory runs out."""
     start_until_fault(federation, settings)
     federation.kill_below(LAST, "flwr-clientapp")
     return [federation.wait_for_end()]
@@ -77,7 +76,7 @@ def frozen_supernode(federation: Federation, settings: Settings) -> list[Path]:
 
 
 def falsified_replies(federation: Federation, settings: Settings) -> list[Path]:
-    """Have one more client upload what it should not, something else in every round."""
+    """Add a client with another faulty upload in every round."""
     federation.num_partitions = CLIENTS + 1
     federation.start_client(CLIENTS, f"fault='{FAULTS}'")
     federation.start_run(**settings | {"server.min-available-nodes": CLIENTS + 1})
@@ -100,7 +99,7 @@ def killed_superlink(federation: Federation, settings: Settings) -> list[Path]:
 
 
 def unregistered(federation: SecureFederation, settings: Settings) -> list[Path]:
-    """Start SuperNodes that nobody registered, and one without TLS."""
+    """Start unregistered SuperNodes, and one without TLS."""
     federation.start_run(**settings)
     federation.wait_for_rounds(FAULT - 1)
     connect_unregistered(federation)
@@ -135,7 +134,7 @@ def resumed(federation: Federation, settings: Settings) -> list[Path]:
 
 
 class Case(NamedTuple):
-    """What happens in a federation, of which kind that is, and in which round."""
+    """A fault, its kind of federation, and its round."""
 
     happens: Callable[[Any, Settings], list[Path]]
     kind: type[Federation] = SecureFederation
@@ -156,7 +155,7 @@ CASES = {
     "newcomer": Case(newcomer, round=JOIN),
 }
 QUICK = (UNDISTURBED, "falsified replies")
-"""Cases that need no certain round."""
+"""Cases without a fixed round."""
 
 
 def measure(case: Case, settings: Settings) -> Result:
@@ -181,7 +180,7 @@ def main(
     quick: Quick = False,
 ) -> None:
     """Run the cases and print a table of them."""
-    results, settings = beside(results, quick), SETTINGS
+    results, settings = output_file(results, quick), SETTINGS
     if quick:
         settings = settings | {"num-server-rounds": tenth(ROUNDS)}
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +193,7 @@ def main(
     done = read(results)
     print_table(done)
     if figure:
-        draw(done, beside(figure, quick))
+        draw(done, output_file(figure, quick))
 
 
 def read(results: Path) -> dict[str, Result]:
@@ -207,7 +206,7 @@ def read(results: Path) -> dict[str, Result]:
 
 
 def print_table(done: dict[str, Result]) -> None:
-    """Print a line a case."""
+    """Print one line per case."""
     print(
         "| case | runs | no usable reply, and why | clients a round | accuracy | "
         "rounds with the digits of the undisturbed run |"
@@ -226,7 +225,7 @@ def print_table(done: dict[str, Result]) -> None:
 
 
 def failures(result: Result) -> list[str]:
-    """Return what clients.jsonl says of those without a usable reply, with their rounds."""
+    """Return the statuses of clients without a usable reply, with their rounds."""
     rounds: dict[str, list[str]] = {}
     for row in result["clients"]:
         if row.get("status", "ok") != "ok":

@@ -1,11 +1,10 @@
-"""What a round of a simulation is spent on, with models judged in every round or in the last alone.
+"""The time of a simulated round, with evaluation in every round or only in the last.
 
     python -m benchmarks.rounds --rounds 5
 
-Runs conf/fashion-mnist-20.toml on a SuperLink of its own, two clients at a time. The part of a
-round in which clients train is the sum of their seconds, from message to reply, over twice those
-of the round. The first round, in which Ray starts, and the last, in which all are judged, do not
-count.
+Runs conf/fashion-mnist-20.toml on its own SuperLink, two clients at a time. The fraction of a round
+in which clients train is the sum of their seconds, from message to reply, by twice those of the
+round. The first round, in which Ray starts, and the last, in which all are evaluated, do not count.
 """
 
 import subprocess
@@ -27,7 +26,7 @@ FEW = 5
 
 def main(rounds: int = 7, quick: Quick = False) -> None:
     """Print the table."""
-    rounds = 3 if quick else rounds  # of which the second counts
+    rounds = 3 if quick else rounds  # only the second counts
     print(
         "| `server.evaluate-every` | seconds a round | clients train | MB down | MB up | "
         "accuracy in the last round |\n| --- | --- | --- | --- | --- | --- |"
@@ -46,7 +45,7 @@ def measure(network: Network, rounds: int, every: int, quick: bool) -> str:
         "num-server-rounds": rounds,
         "server.evaluate-every": every,
         "server.min-available-nodes": clients,
-        # Halves are measured in the first round, and not again within so few.
+        # Halves are measured in the first round alone.
         "diffusion.measure-every": rounds,
         **(LESS if quick else {}),
     }

@@ -1,4 +1,4 @@
-"""What the diffusion model costs the server, by the size of the clients' model.
+"""Time and memory of the diffusion model on the server, by size of the clients' model.
 
     python -m benchmarks.scaling
 
@@ -80,7 +80,7 @@ def _measure(model: str, mode: str) -> dict[str, Any]:
     name, info, last = MODELS[model]
     patterns = (last,) if mode == "last layer" else ("*",)
     layout = ParameterLayout.of(build_model(name, info, seed=0).state_dict(), patterns)
-    _aggregator(_centres(10)).fit(1)  # what is imported for it is no part of the measurement
+    _aggregator(_centres(10)).fit(1)  # imports are not measured
     centres = _centres(layout.dim)
     before = _peak_bytes()
     aggregator = _aggregator(centres)
@@ -105,7 +105,7 @@ def _centres(dim: int) -> list[Tensor]:
 
 
 def _aggregator(centres: list[Tensor]) -> GenerativeAggregator:
-    """Return one with an upload of each client, drawn around the centre of its group."""
+    """Return an aggregator with uploads drawn around the centres of groups."""
     dim = len(centres[0])
     aggregator = GenerativeAggregator(torch.zeros(dim), DiffusionConfig(device="cpu"))
     for client in range(CLIENTS):

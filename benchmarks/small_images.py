@@ -1,4 +1,4 @@
-"""Fashion-MNIST in a quarter of its pixels, and a model for it: for runs by the dozen."""
+"""Fashion-MNIST in 14x14 pixels and small models for it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from pfedgpa_app.config import DataConfig, DatasetInfo
 from pfedgpa_app.data import load_dataset
 
 CLIENTS = 20
-"""In most benchmarks, in five groups."""
+"""In five groups in most benchmarks."""
 SMALL_IMAGES = {
     "data.dataset": "benchmarks.small_images:fashion_mnist",
     "data.shape": "1x14x14",
@@ -17,7 +17,7 @@ SMALL_IMAGES = {
     "model.name": "benchmarks.small_images:cnn",
     "server.min-available-nodes": 2,
 }
-"""Settings of a run on these images, on top of those of conf/fashion-mnist-20.toml."""
+"""Overrides of conf/fashion-mnist-20.toml for these images."""
 
 
 def fashion_mnist(root: Path) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,8 @@ def normalized_cnn(info: DatasetInfo) -> nn.Module:
 
 
 def vision_transformer(info: DatasetInfo) -> nn.Module:
-    """Return torchvision's vision transformer in small: 49 patches, 2 layers, 32 units."""
-    from torchvision.models import VisionTransformer  # only where it is needed: it takes seconds
+    """Return a small vision transformer of torchvision: 49 patches, 2 layers, 32 units."""
+    from torchvision.models import VisionTransformer  # imported here: it takes seconds
 
     model = VisionTransformer(
         image_size=14,

@@ -1,4 +1,4 @@
-"""The runs that benchmarks compare, over seeds, and the tables of what they found."""
+"""Runs over seeds on small images, and tables of their results."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +17,12 @@ LESS = {
     "client.local-epochs": 1,
     "diffusion.train-steps": 10,
 }
-"""Settings of a quick run, on top of all others."""
+"""Overrides for quick runs."""
 NO_OTHERS: Mapping[str, Any] = {}
 
 
 def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
-    """Read a file of conf/ with other settings on top, such as ``{"seed": 1}``."""
+    """Read a file of conf/ with overrides such as ``{"seed": 1}``."""
     cpu = {"client.device": "cpu", "diffusion.device": "cpu"}
     flat = dict(flatten(read_toml(file)))
     return Config.from_flat(flat | cpu | dict(overrides))
@@ -31,7 +31,7 @@ def read_config(file: Path, overrides: Mapping[str, Any]) -> Config:
 def configs(
     file: Path, rounds: int, seeds: str, quick: bool, settings: Mapping[str, Any] = NO_OTHERS
 ) -> list[Config]:
-    """Return the settings of a run a seed on small images: those of a file, and others on top."""
+    """Return one run's settings per seed, of a file with overrides, on small images."""
     fixed = {**SMALL_IMAGES, "num-server-rounds": rounds, **settings}
     found = [read_config(file, {**fixed, "seed": seed}) for seed in numbers(seeds, quick)]
     return [shortened(config) for config in found] if quick else found
@@ -49,9 +49,9 @@ def print_table(
     rows: Mapping[str, Iterable[Sequence[float]]],
     note: str,
 ) -> Table:
-    """Print a table of means over seeds, and each row as soon as it is known.
+    """Print each row of means over seeds as soon as it is known, and then the table.
 
-    ``rows`` has the numbers of a row, one a column, for each seed; they may be computed on the way.
+    ``rows`` has for each seed the numbers of a row, one per column; it may be lazy.
     """
     cells = {}
     for name, of_seeds in rows.items():

@@ -2,8 +2,8 @@
 
     python -m benchmarks.spaces
 
-Ten clients train on the embedded digits for some rounds; then each space learns from their last
-uploads, in a process of its own, and generates everyone's model.
+Ten clients train on the digits for some rounds; then each space is fitted to their last uploads, in
+a separate process, and generates all models.
 """
 
 import json
@@ -95,7 +95,7 @@ def _accuracy(config: Config, vectors: dict[int, Tensor]) -> float:
     for client, vector in vectors.items():
         data = client_data(config.data, config.seed, client, CLIENTS)
         model.load_state_dict(layout.merge(vector, layout.rest(model.state_dict())))
-        result = evaluate(model, data.test_images, data.test_labels, data.stats)
+        result = evaluate(model, data.test_inputs, data.test_labels, data.stats)
         accuracies.append(result.accuracy)
     return fmean(accuracies)
 

@@ -1,11 +1,10 @@
-"""Where the seconds go from `flwr run` to the end of the first round.
+"""The time from `flwr run` to the end of the first round, by step.
 
     python -m benchmarks.startup
 
-The first run of the README, ten simulated clients, on a SuperLink that is up. Seconds are those at
-which a line appears in the log, to a tenth. And what the process costs that answers a message of a
-SuperNode, before it trains: the first time that a data set is shared out on a machine, and later.
-And what commands cost that compute nothing.
+The README's first run, ten simulated clients, on a running SuperLink. Seconds are those of log
+lines, to a tenth. Further tables have the processor seconds of a SuperNode's process before it
+trains, with and without a cached partition, and of commands that compute nothing.
 """
 
 import os
@@ -22,7 +21,7 @@ import typer
 from benchmarks.network import Network
 from benchmarks.options import Quick
 
-# What the log says, and what has been done when it does.
+# Log lines, and the steps that they end.
 LINES = {
     "Successfully started run": "the app is packed and sent to the SuperLink",
     "Starting Flower": "the ServerApp's process has imported what it needs",
@@ -32,7 +31,7 @@ LINES = {
     "Round 1/": "the models are evaluated",
 }
 
-# What is typed to see that it works, and while one waits for something else.
+# Commands that compute nothing.
 COMMANDS = ("--version", "--help", "runs")
 
 CLIENT = """
@@ -79,7 +78,7 @@ def seconds_of(script: str, *arguments: str, cache: str = "") -> float:
 
 
 def steps(network: Network, quick: bool) -> Iterator[tuple[float, str]]:
-    """Run the app, and yield what it has done after how many seconds."""
+    """Run the app, and yield its steps with their seconds."""
     begin = time.monotonic()
     clients = 2 if quick else 10
     federation = f"num-supernodes={clients} client-resources-num-cpus=1"

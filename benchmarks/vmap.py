@@ -1,11 +1,11 @@
-"""What local training costs as one graph over all clients (``client.engine = "vmap"``).
+"""Time of local training as one graph over all clients (``client.engine = "vmap"``).
 
     python -m benchmarks.vmap
     python -m benchmarks.vmap --device cuda --clients 100 --images 600
 
-The clients train on images that are drawn, since only their number and size matter here. Both
-engines train the same models in turn, and the best of the repetitions counts. On a CPU the seconds
-are the processor's, which other work on the machine has no part in.
+The clients train on random images, since only their number and size matter. Both engines train the
+same models in turn, and the best repetition counts. On a CPU, processor seconds are measured, which
+do not depend on other load.
 """
 
 import math

@@ -1,8 +1,7 @@
-"""A model of two tensors, whose training waits until it is let on.
+"""A linear model whose training waits for a signal.
 
-Whoever disturbs a client while it trains needs to know that it does, and for as long as they need.
-A SuperNode with a named pipe in ``PIPE`` waits in each training message until the pipe was opened
-for writing, and closed. Without the pipe nobody waits.
+It keeps a client in training while a fault is injected. A SuperNode with a named pipe in ``PIPE``
+waits in each training message until the pipe has been opened for writing and closed.
 """
 
 import math
@@ -33,7 +32,7 @@ def model(info: DatasetInfo) -> nn.Module:
     return made
 
 
-@cache  # once for a message, which has a process of its own
+@cache  # once per message, which has its own process
 def _wait() -> None:
     with suppress(KeyError, FileNotFoundError):
         Path(os.environ[PIPE]).read_bytes()
@@ -41,12 +40,12 @@ def _wait() -> None:
 
 @contextmanager
 def held(*pipes: Path, timeout: float) -> Iterator[None]:
-    """Wait until the SuperNodes with these pipes train, and let them on at the end."""
+    """Wait until the SuperNodes with these pipes train; release them after the block."""
     opened: dict[Path, int] = {}
 
     def all_wait() -> bool:
         for pipe in pipes:
-            with suppress(OSError):  # nobody reads it yet
+            with suppress(OSError):  # not opened for reading yet
                 opened[pipe] = opened.get(pipe) or os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         return opened.keys() == set(pipes)
 
@@ -55,7 +54,7 @@ def held(*pipes: Path, timeout: float) -> Iterator[None]:
         yield
     finally:
         for pipe, end in opened.items():
-            if pipe.exists():  # their next training waits at another one
+            if pipe.exists():  # the next training waits at another one
                 following = pipe.with_suffix(".next")
                 os.mkfifo(following)
                 following.replace(pipe)

@@ -1,4 +1,4 @@
-"""Answering a message, with an error that says what went wrong and where if it cannot be."""
+"""Replies to messages; a failure becomes an error reply with its cause and place."""
 
 import importlib
 from logging import ERROR
@@ -10,7 +10,7 @@ from flwr.common.constant import ErrorCode
 from pfedgpa_app.errors import described
 
 _OWN = ("client_app", "pfedgpa_app")
-# What an error of the app is about, by the name of its class.
+# What each error class of the app concerns.
 _ABOUT = {
     "ArrayError": "its data",
     "DataError": "its data",
@@ -23,35 +23,35 @@ _logged: set[str] = set()
 
 
 def answer_by(function: str, message: Message, context: Context) -> Message:
-    """Return what ``package.module:function`` replies, or an error with its `reason_of`.
+    """Return the reply of ``package.module:function``, or an error reply with its `reason_of`.
 
-    A site with data of its own (``data-path``) says no more to the server than `outline_of`. What
-    went wrong may name its files, and files may be named after patients.
+    A site with its own data (``data-path``) sends only `outline_of` to the server, since messages
+    may name files, and files may be named after patients.
 
-    Flower would make an error of an exception too, which in a simulation begins with pages of Ray's
-    own frames. Where it came from is logged here, at the node, once for a process.
+    Flower would also return an error, but in a simulation it begins with pages of Ray's frames.
+    The traceback is logged here, at the node, once per process.
     """
     module, _, name = function.partition(":")
     try:
         reply: Message = getattr(importlib.import_module(module), name)(message, context)
-    except Exception as error:  # a user's own data set or model raises whatever it likes
+    except Exception as error:  # user code may raise anything
         reason = reason_of(error)
         if reason not in _logged:
             _logged.add(reason)
             is_foreign = not _is_own(error) or error.__cause__ is not None
             log(ERROR, "A message cannot be answered: %s", reason, exc_info=is_foreign)
-        told = outline_of(error) if "data-path" in context.node_config else reason
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, told), reply_to=message)
+        sent = outline_of(error) if "data-path" in context.node_config else reason
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, sent), reply_to=message)
     return reply
 
 
 def reason_of(error: Exception) -> str:
-    """Say what went wrong in a line; errors of the app itself say what would be right."""
+    """Return a one-line error message; only foreign errors get class and location."""
     return " ".join(str(error).split()) if _is_own(error) else described(error)
 
 
 def outline_of(error: Exception) -> str:
-    """Say what an error is about, in words that depend on nothing but its class."""
+    """Return a message that depends only on the error's class."""
     about = _ABOUT.get(type(error).__name__, "its code") if _is_own(error) else "its code"
     return f"there is a problem with {about}; the log of the node's SuperNode says which"
 

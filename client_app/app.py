@@ -1,6 +1,6 @@
-"""The ClientApp, whose parts are imported when they are needed.
+"""The ClientApp; its handlers are imported on first use.
 
-Flower starts a process for every message of a SuperNode, and a query needs no torch.
+A SuperNode starts a process for every message, and a query needs no torch.
 """
 
 import sys
@@ -13,13 +13,12 @@ from flwr.clientapp.typing import ClientAppCallable
 _FOLDER = str(Path(__file__).parents[1])
 
 
-def _answered_by(function: str, folder: str = _FOLDER) -> ClientAppCallable:
-    """Return a handler that answers by a ``package.module:function`` of the app's own folder.
+def _handler(function: str, folder: str = _FOLDER) -> ClientAppCallable:
+    """Return a handler that calls ``package.module:function`` of this app's folder.
 
-    Flower's simulation sends the app to processes that would import the app from the working
-    directory of whoever started the SuperLink, which may have another version of it. What is sent
-    of a function in a function is what it does, and not where it is: it needs no import, and brings
-    the folder along.
+    Flower's simulation pickles the app for its workers, which would import it from the SuperLink's
+    working directory, possibly in another version. A nested function is pickled by value, so that
+    it needs no import and carries the folder along.
     """
 
     def answer(message: Message, context: Context) -> Message:
@@ -33,6 +32,6 @@ def _answered_by(function: str, folder: str = _FOLDER) -> ClientAppCallable:
 
 
 app = ClientApp()
-app.query()(_answered_by("client_app.query:query"))
-app.train()(_answered_by("client_app.messages:train_message"))
-app.evaluate()(_answered_by("client_app.messages:evaluate_message"))
+app.query()(_handler("client_app.query:query"))
+app.train()(_handler("client_app.messages:train_message"))
+app.evaluate()(_handler("client_app.messages:evaluate_message"))

@@ -1,9 +1,8 @@
 """Local training of many clients at once, for simulations in one process.
 
-The clients' models have one shape: their parameters are stacked, and every step is one graph over
-all of them, where `pfedgpa_app.training` trains one client after the other. Many small computations
-become a few large ones. The digits differ by rounding alone: every client takes the same steps, on
-the same batches, in the same order.
+The clients' parameters are stacked, and every SGD step is one graph over all models, where
+`pfedgpa_app.training` trains one client after the other. Results differ by rounding alone: every
+client takes the same steps on the same batches in the same order.
 """
 
 import time
@@ -28,22 +27,22 @@ from pfedgpa_app.training import Momenta, batches, step
 
 
 def train_messages(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """Answer a training message of each of many clients, as `train_message` answers one.
+    """Answer the training messages of many clients, as `train_message` answers one.
 
-    The settings of the run are those that ``client.engine = "vmap"`` goes with, so that all
-    trainings are plain. The seconds of a reply are the client's part of those of all.
+    The run has ``client.engine = "vmap"``, so that all trainings are plain. Each reply reports an
+    equal share of the total seconds.
     """
     begin = time.monotonic()
     prepared = [prepare(*each) for each in zip(messages, contexts, strict=True)]
-    before = [task.judge(method.personal_model(task)) for task, method in prepared]
+    before = [task.evaluate(method.personal_model(task)) for task, method in prepared]
     trainings = [draw(method.fits(task)) for task, method in prepared]
     train(list(chain(*trainings)))
     replies = []
-    for message, context, (task, method), judged, own in zip(
+    for message, context, (task, method), evaluation, own in zip(
         messages, contexts, prepared, before, trainings, strict=True
     ):
         trained = method.upload(task, [each.model for each in own])
-        replies.append(training_reply(message, context, task, method, judged, trained))
+        replies.append(training_reply(message, context, task, method, evaluation, trained))
     seconds = (time.monotonic() - begin) / len(replies)
     for reply in replies:
         reply.content.metric_records[METRICS][SECONDS] = seconds
@@ -51,7 +50,7 @@ def train_messages(messages: Sequence[Message], contexts: Sequence[Context]) -> 
 
 
 class Training(NamedTuple):
-    """A plain training, and the rows of the examples of each of its steps, on the CPU."""
+    """A plain training, with the example indices of each step, on the CPU."""
 
     task: Task
     model: nn.Module
@@ -59,9 +58,9 @@ class Training(NamedTuple):
 
 
 def draw(fits: Iterable[Fit]) -> list[Training]:
-    """Draw the batches of a client's trainings, each before the next one is asked for.
+    """Draw the batches of a client's trainings, one training after the other.
 
-    So its generator is drawn from in the same order as where every training is done at once.
+    The generator is then used in the same order as in unbatched training.
     """
     trainings = []
     for task, model in fits:
@@ -72,21 +71,21 @@ def draw(fits: Iterable[Fit]) -> list[Training]:
 
 
 def train(trainings: Sequence[Training]) -> None:
-    """Do the trainings of a run together, and leave each model as its training alone would.
+    """Train all models together in place, each as if it were trained alone.
 
     Parameters
     ----------
     trainings
-        Of models of one shape, on one device, in which `unfit_for_vmap` finds nothing. They may
-        have different numbers of examples, and so of steps.
+        Of models of one shape on one device that pass `unfit_for_vmap`. Their numbers of examples,
+        and so of steps, may differ.
     """
-    # Those that are not at their end are then always the first ones, and a slice is no copy.
+    # Unfinished trainings then always come first, and a slice makes no copy.
     trainings = sorted(trainings, key=lambda each: len(each.batches), reverse=True)
     models = [each.model.train() for each in trainings]
     samples = _Samples.of([each.task for each in trainings])
     parameters, buffers = stack_module_state(models)
     fixed = {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
-    moving = {name: fixed.pop(name) for name in _learning(trainings[0])}
+    moving = {name: fixed.pop(name) for name in _trainable(trainings[0])}
     gradients_of = _gradients(models[0])
     momenta: Momenta = {}
     with repeatable():
@@ -103,7 +102,7 @@ def train(trainings: Sequence[Training]) -> None:
 
 
 class _Samples(NamedTuple):
-    """The examples of all trainings, one after the other, and what is added to each's logits."""
+    """The concatenated examples of all trainings, with each training's logit offset."""
 
     images: Tensor
     labels: Tensor
@@ -113,7 +112,7 @@ class _Samples(NamedTuple):
 
     @classmethod
     def of(cls, tasks: Sequence[Task]) -> "_Samples":
-        images = torch.cat([task.data.train_images for task in tasks])
+        images = torch.cat([task.data.train_inputs for task in tasks])
         return cls(
             images,
             torch.cat([task.data.train_labels for task in tasks]),
@@ -123,15 +122,15 @@ class _Samples(NamedTuple):
         )
 
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor, ImageStats, Tensor]:
-        """Return the batches of the first trainings, ``(trainings, batch)`` rows."""
+        """Return the batches of the first trainings at indices ``(trainings, batch)``."""
         stats = ImageStats(self.mean[: len(rows)], self.std[: len(rows)])
         return self.images[rows], self.labels[rows], stats, self.offsets[: len(rows)]
 
 
 def _gradients(model: nn.Module) -> Callable[..., StateDict]:
-    """Return the gradients of the loss of `pfedgpa_app.training`, of stacked models at once.
+    """Return the vectorized gradient function of the loss of `pfedgpa_app.training`.
 
-    It takes stacks of what ``loss`` takes; the mean over a batch is a sum with ``weights``.
+    It takes the stacked arguments of ``loss``; the mean over a batch is a sum with ``weights``.
     """
 
     def loss(
@@ -151,10 +150,10 @@ def _gradients(model: nn.Module) -> Callable[..., StateDict]:
 
 
 def _steps(trainings: Sequence[Training], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows and weights of each step, ``(trainings, batch)``, of those not at their end.
+    """Yield indices into `_Samples` and weights of each step, ``(unfinished trainings, batch)``.
 
-    Rows are those of `_Samples`. A batch smaller than others is filled up with its own first row,
-    so that nothing can come from outside of it, at a weight of 0.
+    A smaller batch is padded with its own first example at weight 0, so that no other client's
+    example enters its graph.
     """
     num_steps = len(trainings[0].batches)
     width = max(len(rows) for each in trainings for rows in each.batches)
@@ -175,10 +174,10 @@ def _steps(trainings: Sequence[Training], device: torch.device) -> Iterator[tupl
         yield table[number, :going, :wide], weights[number, :going, :wide]
 
 
-def _learning(training: Training) -> list[str]:
-    """Return the names of the parameters that SGD moves: the others have no part in the logits."""
+def _trainable(training: Training) -> list[str]:
+    """Return the names of the parameters that SGD moves: those that affect the logits."""
     task, model = training.task, training.model
-    model(normalize(task.data.train_images[:1], task.data.stats)).sum().backward()
+    model(normalize(task.data.train_inputs[:1], task.data.stats)).sum().backward()
     names = [name for name, each in model.named_parameters() if each.grad is not None]
     model.zero_grad()
     return names

@@ -1,4 +1,4 @@
-"""DP-SGD (arXiv 1607.00133): local training that tells little of any one image, by Opacus."""
+"""DP-SGD (arXiv 1607.00133): local training with example-level privacy, by Opacus."""
 
 from typing import Any, cast
 
@@ -15,9 +15,9 @@ from pfedgpa_app.training import Loss
 
 
 class _Optimizer(DPOptimizer):
-    """Opacus' optimizer, which clips the gradient of each image, with noise of a given source.
+    """Opacus' optimizer with a given source of noise.
 
-    Its own noise comes from a torch generator, whose 32 bits of seed can be tried out.
+    Opacus draws from a torch generator, whose 32-bit seed can be found by brute force.
     """
 
     uniform: Uniform
@@ -48,15 +48,15 @@ def train_privately(
     Parameters
     ----------
     model
-        Of layers that `unfit_layers` has nothing against.
+        One that passes `unfit_layers`.
     privacy
-        Length to which the gradient of each image is clipped, and the noise on their sum.
+        Clipping norm of per-example gradients and noise multiplier.
     uniform
-        Draws the examples of each step, each of them on its own, and the noise.
+        Source of the Poisson sampling and of the noise.
     generator
-        For layers such as dropout.
+        For random layers such as dropout.
     loss
-        A mean over images, of which each has a part of its own.
+        A mean of per-example losses.
     """
     sample_rate, num_steps = sampling_plan(len(images), config)
     model.train()

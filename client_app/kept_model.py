@@ -1,4 +1,4 @@
-"""The model that a site keeps for itself: the last one that it was sent, in a file at its place."""
+"""A site's local copy of its personalized model: the last one that the server sent."""
 
 import os
 from logging import ERROR, WARNING
@@ -11,23 +11,22 @@ from flwr.common import log
 
 from client_app.methods import Method, Task
 from client_app.node import NodeError, client_number, node_partition
-from pfedgpa_app.config import below_home
+from pfedgpa_app.config import home_path
 from pfedgpa_app.exported import MODEL_KIND, ExportedModel
 from pfedgpa_app.files import printable
 from pfedgpa_app.state import WriteError, load_facts
 
 MODEL_PATH = "model-path"
-"""The key of a node config with the file; and the record of Flower's state of a client that says
-that it was looked at."""
+"""The node config key with the file, and the record of the client's Flower state that marks it as
+checked."""
 _ROUND = "round"
 
 
 def check_model_path(context: Context) -> None:
-    """See to it, before a node's first training, that its model can be written.
+    """Check, before a node's first training, that its model can be written.
 
-    The path is for the node's operator, who finds it in the log; the error goes to the server too,
-    and does not have it. Later on the folder is not looked at: what cannot be written then is worth
-    no round.
+    The path is logged for the node's operator; the error, which the server gets too, does not name
+    it. There are no later checks: a failed write is not worth losing a round.
 
     Raises
     ------
@@ -41,9 +40,9 @@ def check_model_path(context: Context) -> None:
     if file.is_dir():
         wrong = "is a folder; right would be a file in it, such as model.safetensors"
     elif not file.parent.is_dir():
-        wrong = "is in no folder that exists; right would be a file in one that does"
+        wrong = "is in a folder that does not exist; right would be a file in one that does"
     elif not os.access(file.parent, os.W_OK | os.X_OK):
-        wrong = "is in a folder that is read-only; right would be one that its user may write to"
+        wrong = "is in a read-only folder; right would be one that its user may write to"
     if wrong is not None:
         log(ERROR, "This node cannot take part: %s %s %s", MODEL_PATH, file, wrong)
         raise NodeError(f"the {MODEL_PATH} of its node config {wrong}")
@@ -53,10 +52,10 @@ def check_model_path(context: Context) -> None:
 def keep_model(method: Method, task: Task, context: Context, server_round: int) -> None:
     """Write the model that was sent after a round to ``model-path``, if the node config has one.
 
-    The file is what ``pfedgpa export`` would write, with all that the model's use takes. It stays
-    as it was where it cannot be written, which is logged, and before the first round is over: an
-    untrained model is worth less than that of an earlier run. What is sent for the next training
-    is no better than what was sent for evaluation after the same round.
+    The file has the format of ``pfedgpa export``. A failed write is logged and leaves the old file.
+    Nothing is written before the first round ends: an untrained model is worth less than one of an
+    earlier run. Of the messages after one round, only the first is written: their models are
+    equivalent.
     """
     file = _model_file(context)
     if file is None or server_round <= _round_kept(context):
@@ -88,12 +87,12 @@ def keep_model(method: Method, task: Task, context: Context, server_round: int) 
 
 
 def _warn_of_another(file: Path, context: Context) -> None:
-    """Log that another run has written to the file since this one did."""
+    """Log a warning if another run has written to the file since this one did."""
     if not _round_kept(context):
         return
     try:
         other = load_facts(file, MODEL_KIND).get("run", "")
-    except ValueError:  # it is gone, and is written anew
+    except ValueError:  # missing or damaged: it is replaced
         return
     if other != str(context.run_id):
         log(
@@ -108,11 +107,11 @@ def _warn_of_another(file: Path, context: Context) -> None:
 
 
 def _round_kept(context: Context) -> int:
-    """Return the round after which the model was sent that is in the file; 0 if none is."""
+    """Return the round of the model in the file; 0 if this run has written none."""
     kept = context.state.config_records.get(MODEL_PATH, ConfigRecord())
     return cast(int, kept.get(_ROUND, 0))
 
 
 def _model_file(context: Context) -> Path | None:
     path = context.node_config.get(MODEL_PATH)
-    return None if path is None else below_home(str(path))
+    return None if path is None else home_path(str(path))

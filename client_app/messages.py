@@ -1,4 +1,4 @@
-"""Training and judging what the server sends, on the data of the client's own site."""
+"""The handlers of training and evaluation messages."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from client_app.kept_model import check_model_path, keep_model
 from client_app.methods import METHODS, Method, Task, Trained
 from client_app.node import PRIVACY, NodeError, client_number, node_partition
 from pfedgpa_app import protocol
-from pfedgpa_app.config import Config, ConfigError, below_home
+from pfedgpa_app.config import Config, ConfigError, home_path
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import Evaluation, class_prior, scores_of
 from pfedgpa_app.files import printable, printable_lines
@@ -32,13 +32,13 @@ from pfedgpa_app.privacy import (
 from pfedgpa_app.randomness import make_generator, resolve_device
 
 MEMORY = "memory"
-"""The record of Flower's state of a client in which its method keeps what it keeps."""
+"""The record of the client's Flower state with the memory of its method."""
 
 
 def train_message(message: Message, context: Context) -> Message:
-    """Train the received model, and judge it on the client's test set before and after.
+    """Train the received model, and evaluate it on the client's test set before and after.
 
-    Who has spent its privacy budget replies without parameters.
+    A client whose privacy budget is spent replies without parameters.
     """
     begin = time.monotonic()
     task, method = prepare(message, context)
@@ -51,7 +51,7 @@ def train_message(message: Message, context: Context) -> Message:
             protocol.BUDGET_SPENT: 1,
         }
         return Message(RecordDict({protocol.METRICS: MetricRecord(spent)}), reply_to=message)
-    before = task.judge(method.personal_model(task))
+    before = task.evaluate(method.personal_model(task))
     reply = training_reply(message, context, task, method, before, method.train(task))
     reply.content.metric_records[protocol.METRICS][protocol.SECONDS] = time.monotonic() - begin
     return reply
@@ -65,13 +65,13 @@ def training_reply(
     before: Evaluation,
     trained: Trained,
 ) -> Message:
-    """Return the reply of a client that has trained, and keep what is for its next message.
+    """Return the reply of a client that has trained, and store its state for the next message.
 
-    ``before`` is what its model was worth before the training. How long it took is not told.
+    ``before`` is the evaluation before training. The caller adds the training time.
     """
     data, privacy = task.data, task.config.privacy
     state = task.keep_private(trained.state)
-    after = task.judge(method.personal_model(task))
+    after = task.evaluate(method.personal_model(task))
     if task.memory:
         context.state[MEMORY] = ArrayRecord(copy_of(task.memory))
     metrics: dict[str, MetricRecordValues] = {
@@ -83,9 +83,9 @@ def training_reply(
     }
     has_own_data = "data-path" in context.node_config
     is_table = len(data.info.shape) == 1
-    # Two numbers a feature tell of a site's patients what two a channel do not tell of pictures.
+    # Statistics of a table's features reveal more than those of an image's channels.
     if not (has_own_data and (privacy.is_on or is_table)):
-        # What a model needs to be used elsewhere, and its client alone knows.
+        # Needed to use the model elsewhere, and only known to the client.
         metrics[protocol.IMAGE_MEAN] = data.stats.mean.tolist()
         metrics[protocol.IMAGE_STD] = data.stats.std.tolist()
     if not has_own_data:
@@ -93,7 +93,7 @@ def training_reply(
     if privacy.is_on:
         context.state[PRIVACY] = MetricRecord({**task.ledger.columns()})
         metrics[protocol.EPSILON] = task.ledger.epsilon(privacy.delta)
-    # What did not come is not sent back.
+    # Frozen weights that were not received are not sent back.
     sent = message.content.array_records[protocol.ARRAYS].keys()
     state = {name: tensor for name, tensor in state.items() if name in sent}
     content = RecordDict(
@@ -105,7 +105,7 @@ def training_reply(
 
 
 def evaluate_message(message: Message, context: Context) -> Message:
-    """Judge the client's model, of which the received one is a part or all, on its test set."""
+    """Evaluate the client's personalized model on its test set."""
     task, method = prepare(message, context)
     keep_model(method, task, context, round_of(message))
     labels, logits = task.data.test_labels, task.test_logits(method.personal_model(task))
@@ -123,12 +123,12 @@ def evaluate_message(message: Message, context: Context) -> Message:
 
 
 def prepare(message: Message, context: Context) -> tuple[Task, Method]:
-    """Load data and model of a message, and what the client does with them.
+    """Return the task of a message, with data and model, and the client's method.
 
     Raises
     ------
     ConfigError, DataError, NodeError
-        If settings, data or the node's own are wrong, which is logged for the node's operator.
+        If settings, data or node config are wrong, which is logged for the node's operator.
     """
     check_model_path(context)
     try:
@@ -146,7 +146,7 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     model = build()
     records = message.content.array_records
     received = with_own_weights(model, records[protocol.ARRAYS].to_torch_state_dict(), message)
-    # Copies: a model may take the tensors that it is given for its own.
+    # Cloned, since a model may keep the tensors that it is given.
     model.load_state_dict({name: t.clone() for name, t in received.items()}, strict=True)
     extras = records[protocol.EXTRAS].to_torch_state_dict() if protocol.EXTRAS in records else {}
     kept = context.state.array_records.get(MEMORY)
@@ -170,12 +170,12 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
 
 
 def with_own_weights(model: nn.Module, received: StateDict, message: Message) -> StateDict:
-    """Return the received parameters, and of the model what messages do not contain.
+    """Return the received parameters, completed by the model's own frozen weights.
 
     Raises
     ------
     NodeError
-        If what the model has is not what the server's has.
+        If these frozen weights differ from the server's.
     """
     expected = message.content.config_records[protocol.CONFIG].get(protocol.FINGERPRINT)
     if expected is None:
@@ -191,15 +191,15 @@ def with_own_weights(model: nn.Module, received: StateDict, message: Message) ->
 
 
 def round_of(message: Message) -> int:
-    """Return the round that a message belongs to."""
+    """Return the server round of a message."""
     return cast(int, message.content.config_records[protocol.CONFIG][protocol.SERVER_ROUND])
 
 
 def kept_ledger(context: Context, config: Config, num_examples: int, server_round: int) -> Ledger:
-    """Return what a client has told of its data before a round.
+    """Return a client's privacy ledger before a round.
 
-    Flower's state of a client is lost when its SuperNode is restarted. A client without any account
-    may have trained in each of the rounds before, and counts them all.
+    A client's Flower state is lost when its SuperNode restarts. A client without a ledger may have
+    trained in every earlier round, so all of them are counted.
     """
     kept = context.state.metric_records.get(PRIVACY)
     if kept is not None:
@@ -217,17 +217,17 @@ def _to(device: torch.device, tensors: StateDict) -> StateDict:
 
 
 def load_data(config: Config, context: Context) -> ClientData:
-    """Return the data that this node's operator gave it, or its partition of the data set.
+    """Return the node's own data (``data-path``), or its partition of the data set.
 
     Raises
     ------
     DataError
-        If there is none, or it is not what the settings say.
+        If there is none, or it does not match the settings.
     """
     path = context.node_config.get("data-path")
     if path is not None:
         return site_data(
-            below_home(str(path)),
+            home_path(str(path)),
             config.data,
             config.seed,
             lambda note: log(WARNING, "%s", printable(note)),

@@ -1,9 +1,9 @@
-"""What a node knows of itself, without the data and without torch."""
+"""The identity of a node, read without its data and without torch."""
 
 from flwr.app import Context
 
 PRIVACY = "privacy"
-"""The record of Flower's state of a client with its ledger: what its uploads told of its data."""
+"""The record of the client's Flower state with its privacy ledger."""
 
 
 class NodeError(ValueError):
@@ -11,14 +11,14 @@ class NodeError(ValueError):
 
 
 def node_partition(context: Context) -> tuple[int, int] | None:
-    """Return partition-id and num-partitions of this node's configuration.
+    """Return partition-id and num-partitions of the node config.
 
-    A node that has data of its own (``data-path``) may have none.
+    A node with its own data (``data-path``) may have neither.
 
     Raises
     ------
     NodeError
-        If one of them is missing or no whole number.
+        If one of them is missing or not a whole number.
     """
     node_config = context.node_config
     values = [node_config.get(key) for key in ("partition-id", "num-partitions")]
@@ -27,7 +27,7 @@ def node_partition(context: Context) -> tuple[int, int] | None:
             return partition_id, num_partitions
         case [None, None] if "data-path" in node_config:
             return None
-    # What else is there, such as paths, is nothing for the server, which is sent the error.
+    # The error goes to the server, so it names no other entries, such as paths.
     raise NodeError(
         f"node config with partition-id {values[0]!r} and num-partitions {values[1]!r}: "
         "right would be a SuperNode started with, for example, "
@@ -36,9 +36,9 @@ def node_partition(context: Context) -> tuple[int, int] | None:
 
 
 def client_number(context: Context) -> int:
-    """Return what tells this client from others: its partition, or else its node id.
+    """Return a stable id of this client: its partition, or else its node id.
 
-    A simulation's node ids are random, those of registered SuperNodes stay.
+    Node ids are random in simulations and fixed for registered SuperNodes.
     """
     partition = node_partition(context)
     return partition[0] if partition else context.node_id

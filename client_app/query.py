@@ -1,4 +1,4 @@
-"""What a node tells of itself when it is asked, without torch."""
+"""The reply to a query, without torch."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from pfedgpa_app.source import source_hash
 
 
 def query(message: Message, context: Context) -> Message:
-    """Tell which partition this node has, which the server sorts the clients by, and its code.
+    """Return the node's partition, by which the server sorts clients, and the hash of its code.
 
-    New nodes are asked, so that from here on this one keeps an account of what it tells.
+    New nodes are queried first, so an empty privacy ledger begins here.
     """
     partition = node_partition(context)
     context.state.setdefault(PRIVACY, MetricRecord())
-    told: dict[str, MetricRecordValues] = {PARTITION_ID: partition[0]} if partition else {}
+    metrics: dict[str, MetricRecordValues] = {PARTITION_ID: partition[0]} if partition else {}
     source = ConfigRecord({SOURCE: source_hash(Path(__file__).parent)})
-    return Message(RecordDict({METRICS: MetricRecord(told), SOURCE: source}), reply_to=message)
+    return Message(RecordDict({METRICS: MetricRecord(metrics), SOURCE: source}), reply_to=message)

@@ -1,7 +1,4 @@
-"""Arrays that people bring: what becomes of their types, and .npz files.
-
-The header of an .npz file's array is read before anything is decompressed.
-"""
+"""Conversion and checks of users' arrays, and safe reading of .npz files."""
 
 import io
 import zipfile
@@ -18,38 +15,38 @@ from torch import Tensor
 from pfedgpa_app.data_section import by_x
 from pfedgpa_app.parameters import MAX_ABSOLUTE
 
-# Of an array; it is held in memory as a whole.
+# Limit of an array in memory.
 MAX_BYTES = 8 * 2**30
-# What numpy's file format puts before the data, generously.
+# Limit of a .npy header.
 MAX_HEADER_BYTES = 4096
-# Of a feature's range, how much of it float32 may lose.
+# Largest float32 rounding error, relative to a feature's range.
 _MAX_LOSS = 1e-3
-# Entries of a table that are looked at together.
+# Table entries that are processed at a time.
 PIECE = 2**24
-# What varies by less, of its size, is a constant that was calculated in float64.
+# A feature with a smaller relative range is a constant with float64 rounding errors.
 _ROUNDING = 1e-12
 
 LEVELS = torch.int32
-"""The type of images and signals of 16 bits, of whose levels 257 are one of 8 bits."""
+"""The dtype of 16-bit images and signals; 257 levels are one 8-bit level."""
 
 Array = np.ndarray[Any, Any]
 
 
 class FileError(ValueError):
-    """A file that holds nothing for the model; the message names it."""
+    """An unusable data file; the message names it."""
 
 
 class ArrayError(ValueError):
-    """Numbers that are no examples or labels; the message goes on after what they are called."""
+    """Unusable examples or labels; the message completes a sentence that begins with their name."""
 
 
 def check_regular(file: Path) -> None:
-    """Refuse what may have no end, or never begin.
+    """Refuse pipes and devices, whose reading might never end.
 
     Raises
     ------
     FileError
-        If it is no regular file.
+        If it is not a regular file.
     """
     if not file.is_file():
         raise FileError(
@@ -58,25 +55,24 @@ def check_regular(file: Path) -> None:
 
 
 def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> Tensor:
-    """Return a NumPy array or tensor of any byte order as models are given it.
+    """Return a NumPy array or tensor of any byte order as a tensor for models.
 
-    The numbers of a table become float32, but for uint8. Images and signals are uint8, or uint16,
-    which becomes `LEVELS`, or floats, which become float32; of other whole numbers nobody knows
-    what is black and what is white.
+    Tables become float32, but uint8 stays. Images and signals are uint8, uint16 (which becomes
+    `LEVELS`) or floats (which become float32); other integers have no known range.
 
     Parameters
     ----------
     values
-        Examples, ``(n, *shape)``; those of a table have one dimension.
+        Examples, ``(n, *shape)``; tables are ``(n, features)``.
     shape
-        Of an example; where a name stands in place of a number, any will do.
+        Of an example; a name in place of a number allows any size.
     to_train
-        Whether features are learned from these rows, and so have to keep their differences.
+        Whether to refuse table features that float32 cannot resolve.
 
     Raises
     ------
     ArrayError
-        If they are of no such shape or type, not finite or too large, or lose what a feature tells.
+        For a wrong shape or dtype, values that are not finite or too large, or lost features.
     """
     array, is_table = _as_array(values), len(shape) == 1
     if not _fits(array.shape, shape):
@@ -87,7 +83,7 @@ def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> T
         return _as_tensor(array, np.uint8)
     if array.dtype == np.uint16 and not is_table:
         return _as_tensor(array, np.int32)
-    with np.errstate(over="ignore"):  # what is too large becomes infinite
+    with np.errstate(over="ignore"):  # overflow becomes infinity
         examples = _as_tensor(array, np.float32)
     is_right = examples.abs() < MAX_ABSOLUTE
     if not bool(is_right.all()):
@@ -100,8 +96,7 @@ def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> T
         shown = ", ".join(map(str, lost[:10])) + (", …" if len(lost) > 10 else "")
         raise ArrayError(
             f"{array.dtype}, and {len(lost)} feature(s) (column {shown}, from 0) vary by less than "
-            "float32 tells apart at their size, right would be to subtract the mean, or another "
-            "unit"
+            "float32 resolves at their size, right would be to subtract the mean, or another unit"
         )
     return examples
 
@@ -112,7 +107,7 @@ def as_labels(values: Any) -> Tensor:
     Raises
     ------
     ArrayError
-        If they are of another type (floats too, whole or not), or do not fit.
+        If they have another dtype (floats included), or do not fit into int64.
     """
     array = _as_array(values)
     _check_type(array, _LABEL_KINDS, "whole numbers (int64)")
@@ -121,8 +116,8 @@ def as_labels(values: Any) -> Tensor:
     return _as_tensor(array, np.int64)
 
 
-def alike(images: Sequence[Tensor]) -> list[Tensor]:
-    """Return pictures of one type: those of 8 bits become `LEVELS` where others are."""
+def common_dtype(images: Sequence[Tensor]) -> list[Tensor]:
+    """Return images of one dtype: if some are `LEVELS`, 8-bit ones are converted to it."""
     if not any(each.dtype == LEVELS for each in images):
         return list(images)
     return [e.to(LEVELS) * 257 if e.dtype == torch.uint8 else e for e in images]
@@ -132,7 +127,7 @@ _LABEL_KINDS = (np.integer,)
 
 
 def _example_kinds(is_table: bool) -> tuple[tuple[type, ...], str]:
-    """Return the types that examples may have, and how a message calls them."""
+    """Return the allowed dtypes of examples, and their description for messages."""
     if is_table:
         return (np.integer, np.floating), "whole numbers or floats"
     return (np.uint8, np.uint16, np.floating), "uint8, uint16 or floats"
@@ -148,7 +143,7 @@ def _check_type(array: Array, kinds: tuple[type, ...], right: str) -> None:
 
 
 def _fits(given: Sequence[int], shape: Sequence[int | str]) -> bool:
-    """Tell whether an array is one of examples of a shape."""
+    """Return whether an array shape is that of examples of ``shape``."""
     return len(given) == 1 + len(shape) and all(
         isinstance(wanted, str) or wanted == size
         for wanted, size in zip(shape, given[1:], strict=True)
@@ -164,7 +159,7 @@ def _as_array(values: Any) -> Array:
             return np.asarray(values.resolve_conj().resolve_neg().numpy())
     except (TypeError, RuntimeError) as error:
         raise ArrayError(
-            f"a tensor of {values.dtype} that NumPy does not take ({error}), right would be a "
+            f"a tensor of {values.dtype} that NumPy cannot represent ({error}), right would be a "
             "dense one of whole numbers or floats"
         ) from error
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
@@ -176,12 +171,12 @@ def _as_array(values: Any) -> Array:
 
 
 def _as_tensor(array: Array, dtype: Any) -> Tensor:
-    """Return an array as a tensor of a type, without a copy where none is needed."""
+    """Return an array as a tensor of a dtype, without a copy if possible."""
     return torch.from_numpy(np.require(array, np.dtype(dtype), ("C", "W")))
 
 
 def _lost_features(table: Array, floats: Array) -> list[int]:
-    """Return the features that differ by less than float32 tells apart, ``(n, features)``."""
+    """Return the columns of a table ``(n, features)`` that float32 cannot resolve."""
     if np.can_cast(table.dtype, np.float32) or not len(table):
         return []
     low = high = table[0].astype(np.float64)
@@ -199,21 +194,21 @@ def _lost_features(table: Array, floats: Array) -> list[int]:
 
 
 def read_examples(file: Path, shape: Sequence[int | str], *, to_train: bool = False) -> Tensor:
-    """Return the array x of an .npz file, ``(n, *shape)``, as `as_examples` makes it.
+    """Return the array x of an .npz file, ``(n, *shape)``, converted by `as_examples`.
 
     Parameters
     ----------
     file
-        What numpy's savez or savez_compressed wrote.
+        Written by numpy's savez or savez_compressed.
     shape
-        Of an example; where a name stands in place of a number, any will do.
+        Of an example; a name in place of a number allows any size.
     to_train
-        As `as_examples` takes it.
+        As in `as_examples`.
 
     Raises
     ------
     FileError
-        If there is no such array, it has more than `MAX_BYTES`, or no example can have its numbers.
+        If there is no such array, it has more than `MAX_BYTES`, or `as_examples` refuses it.
     """
     array = _read_array(file, "x", shape, *_example_kinds(len(shape) == 1))
     with _named(f"{file}: x"):
@@ -226,7 +221,7 @@ def read_labels(file: Path) -> Tensor:
     Raises
     ------
     FileError
-        If there is no such array, it has more than `MAX_BYTES`, or its numbers do not fit.
+        If there is no such array, it has more than `MAX_BYTES`, or `as_labels` refuses it.
     """
     array = _read_array(file, "y", (), _LABEL_KINDS, "whole numbers")
     with _named(f"{file}: y"):
@@ -235,7 +230,7 @@ def read_labels(file: Path) -> Tensor:
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Name what an array is called, and its file, where its numbers are refused."""
+    """Turn an `ArrayError` into a `FileError` that names the file and its array."""
     try:
         yield
     except ArrayError as error:
@@ -243,12 +238,12 @@ def _named(what: str) -> Iterator[None]:
 
 
 def read_header(beginning: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return the shape and dtype of a .npy file by its first bytes, without making its array.
+    """Return the shape and dtype in the header of a .npy file, without allocating its array.
 
     Raises
     ------
     ValueError
-        If they are no header of at most `MAX_HEADER_BYTES`.
+        If there is no header of at most `MAX_HEADER_BYTES`.
     """
     file = io.BytesIO(beginning)
     version = np.lib.format.read_magic(file)
@@ -264,7 +259,7 @@ def read_header(beginning: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 def _read_array(
     file: Path, name: str, wanted: Sequence[int | str], kinds: tuple[type, ...], right: str
 ) -> Array:
-    """Return an array of n entries of a shape, whose numbers are of one of some kinds."""
+    """Read an array of an .npz file, if shape, dtype and size in its header are right."""
     check_regular(file)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -275,7 +270,7 @@ def _read_array(
             if problem is None:
                 with archive.open(member) as stream:
                     array: Array = np.lib.format.read_array(stream)
-    except Exception as error:  # numpy, zipfile and zlib each raise their own
+    except Exception as error:  # numpy, zipfile and zlib have no common base
         raise FileError(f"{file}: its array {name} cannot be read ({error})") from error
     if problem is not None:
         raise FileError(f"{file}: {name} {problem}")
@@ -290,7 +285,7 @@ def _problem(
     kinds: tuple[type, ...],
     right: str,
 ) -> str | None:
-    """Say what is wrong with an array that is not read yet; None if it may be read."""
+    """Return what is wrong with the header of an array; None if nothing is."""
     if not _fits(shape, wanted) or not _is_one_of(dtype, kinds):
         return f"is {dtype} of shape {shape}; right would be {right} of shape {_with_n(wanted)}"
     num_bytes = prod(shape) * dtype.itemsize

@@ -1,6 +1,6 @@
-"""The settings of a run: one tree of pydantic models, built once from Flower's flat run config.
+"""The settings of a run: a tree of pydantic models, built from Flower's flat run config.
 
-The keys, their defaults and what they mean stand in ``[tool.flwr.app.config]`` of pyproject.toml.
+The keys, their defaults and their meanings are in ``[tool.flwr.app.config]`` of pyproject.toml.
 """
 
 import difflib
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pfedgpa_app.data_section import DATASETS, PARTITIONS, SITES, DataConfig, DatasetInfo, by_x
-from pfedgpa_app.files import below_home, native_path, xdg_folder
+from pfedgpa_app.files import home_path, native_path, xdg_folder
 from pfedgpa_app.section import Contradiction, ContradictionError, Count, Scalar, Seed
 from pfedgpa_app.sections import (
     MODEL_SHAPES,
@@ -42,15 +42,15 @@ __all__ = [
     "OnboardingConfig",
     "PrivacyConfig",
     "ServerConfig",
-    "below_home",
     "by_x",
     "flatten",
+    "home_path",
     "xdg_folder",
 ]
 
 
 class ConfigError(ValueError):
-    """Settings that a run cannot start with; the message lists every problem, one a line."""
+    """Invalid settings; the message lists every problem, one per line."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -59,7 +59,7 @@ class ConfigError(ValueError):
 
 
 class Config(StrategySections):
-    """Everything a run depends on: the strategy and the sections of all, and what follows here."""
+    """All settings of a run."""
 
     seed: Seed = 0
     num_server_rounds: Count = 10
@@ -94,7 +94,7 @@ class Config(StrategySections):
                 break
             except ValidationError as error:
                 problems += _describe(error, left, wrong)
-            # The rest is judged as if the wrong values had not been given.
+            # The rest is validated with defaults in place of the wrong values.
             left = {key: value for key, value in left.items() if key not in wrong}
         if problems:
             raise ConfigError(problems)
@@ -114,7 +114,7 @@ class Config(StrategySections):
     def output_path(self) -> Path:
         """The folder of the runs, absolute."""
         if self.output_dir:
-            return below_home(self.output_dir)
+            return home_path(self.output_dir)
         return xdg_folder("XDG_DATA_HOME", ".local/share") / "runs"
 
     @property
@@ -126,11 +126,10 @@ class Config(StrategySections):
 
     @property
     def decisive(self) -> dict[str, Scalar]:
-        """The settings that decide about results, as a flat run config.
+        """The settings that determine results, as a flat run config.
 
-        Where the output goes, who else is told, how far the run goes, what it goes on from, how
-        long it waits for clients and when it judges are not among them, nor are the settings of
-        strategies that the run does not have.
+        Output, tracking, length, resuming, waiting for clients and evaluation are not among them,
+        nor are the settings of other strategies.
         """
         free = {
             "output-dir",
@@ -156,7 +155,7 @@ class Config(StrategySections):
         }
 
     def differences(self, other: "Config") -> dict[str, tuple[Scalar, Scalar]]:
-        """Return the settings that decide about results and differ, with both values."""
+        """Return the differing settings that determine results, with both values."""
         theirs = other.to_flat()
         return {
             key: (value, theirs[key])
@@ -165,7 +164,7 @@ class Config(StrategySections):
         }
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield what cannot go together of sections that are each right."""
+        """Yield contradictions between sections."""
         info, model = self.data.info, self.model.name
         if not _takes(model, info.shape):
             fitting = [name for name in MODEL_SHAPES if _takes(name, info.shape)]
@@ -205,13 +204,13 @@ class Config(StrategySections):
             yield (
                 {"privacy.mode", "resume-from"},
                 f'resume-from = "{self.resume_from}": with {mode} a run cannot go on, since its '
-                "clients forget with the run how much they told",
+                "clients lose their privacy ledgers with the run",
             )
         if self.privacy.mode == "example" and self.client.class_prior:
             yield (
                 {"privacy.mode", "client.class-prior"},
-                f"client.class-prior = true: with {mode} the gradient of an image must not depend "
-                "on other images, whose labels are counted there; right would be false",
+                f"client.class-prior = true: with {mode} an example's gradient must not depend "
+                "on the labels of others; right would be false",
             )
         if self.privacy.mode == "example" and self.client.precision != "fp32":
             yield (
@@ -239,7 +238,7 @@ class Config(StrategySections):
 
 
 def _takes(model: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether a model is made for a shape, as those of one's own are."""
+    """Return whether a model takes a shape; own models always do."""
     sizes = MODEL_SHAPES.get(model)
     return sizes is None or (
         len(sizes) == len(shape)
@@ -257,7 +256,7 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the flat keys and the values of nested settings, the way Flower flattens them."""
+    """Yield the flat keys and the values of nested settings, as Flower flattens them."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -272,12 +271,12 @@ def _unknown(key: str, value: object, known: Iterable[str]) -> str:
 
 
 def _describe(error: ValidationError, flat: Mapping[str, Any], wrong: set[str]) -> list[str]:
-    """Say what is wrong, a sentence each, and add the keys to those that are ``wrong``.
+    """Return the problems, one sentence each, and add their keys to ``wrong``.
 
-    Of a union pydantic has an error for each alternative. Contradictions with what is wrong anyway
-    are not named.
+    pydantic reports one error per alternative of a union. Contradictions with wrong values are left
+    out.
     """
-    wanted: dict[str, list[str]] = {}
+    expected: dict[str, list[str]] = {}
     contradictions: list[Contradiction] = []
     for item in error.errors():
         if isinstance(cause := item.get("ctx", {}).get("error"), ContradictionError):
@@ -285,22 +284,22 @@ def _describe(error: ValidationError, flat: Mapping[str, Any], wrong: set[str]) 
             continue
         location = [str(part) for part in item["loc"]]
         key = next(key for n in (1, 2) if (key := ".".join(location[:n])) in flat)
-        wanted.setdefault(key, []).append(_wanted(item))
-    wrong.update(wanted)
+        expected.setdefault(key, []).append(_expected(item))
+    wrong.update(expected)
     named = [message for keys, message in contradictions if not keys & wrong]
     wrong.update(*(keys for keys, _ in contradictions))
     return [
         *(
             f"{key} = {_show(flat[key])}: "
             + " or ".join(dict.fromkeys(texts)).replace(" or should be ", " or ")
-            for key, texts in wanted.items()
+            for key, texts in expected.items()
         ),
         *named,
     ]
 
 
-def _wanted(item: Any) -> str:
-    """Say what would have been right instead of one of pydantic's errors."""
+def _expected(item: Any) -> str:
+    """Return what would be right, for one of pydantic's errors."""
     match item["type"]:
         case "literal_error":
             return f"should be {item['ctx']['expected']}"

@@ -1,4 +1,4 @@
-"""What the commands of ``pfedgpa`` have in common."""
+"""Common parts of the commands of ``pfedgpa``."""
 
 import codecs
 import errno
@@ -38,13 +38,13 @@ RunArgument = Annotated[
 ]
 
 DEBUG = "PFEDGPA_DEBUG"
-"""The environment variable with which an error is raised as it is."""
+"""Environment variable: raise errors with their traceback."""
 
 _WIDER_THAN_ANY = 10_000
 _REPLACED = "pfedgpa-replaced"
 _PLAIN = {"±": b"+-", "–": b"-", "—": b"-", "…": b"...", "×": b"x"}  # noqa: RUF001
 
-# What would be right where the system refuses something.
+# What would be right, by the system's error code.
 _RIGHT = {
     errno.ENOENT: "one that exists",
     errno.ENOSPC: "free space on its disk",
@@ -58,9 +58,9 @@ _RIGHT = {
 
 
 def _replaced(error: UnicodeError) -> tuple[bytes, int]:
-    """Return what stands for characters that a terminal does not have, such as ± in ASCII.
+    """Encode characters that a terminal's encoding lacks, such as ± in ASCII.
 
-    The bytes of a file's name that Python has as surrogates are printed as they are.
+    Surrogates in a file's name are printed as the bytes for which they stand.
     """
     if not isinstance(error, UnicodeEncodeError):
         raise error
@@ -75,11 +75,7 @@ codecs.register_error(_REPLACED, _replaced)
 
 
 class OneLineErrors(TyperGroup):
-    """Commands that end with a line, whatever is wrong.
-
-    A file that is refused or damaged is no bug to trace. For all else, own models and loaders among
-    it, there is `DEBUG`.
-    """
+    """Commands that report errors in one line; `DEBUG` shows tracebacks."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line."""
@@ -94,7 +90,7 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         try:
             return super().invoke(ctx)
-        # How a command ends, and a reader that has seen enough.
+        # Regular ends of a command, and a closed pipe.
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except OSError as error:
@@ -106,16 +102,16 @@ class OneLineErrors(TyperGroup):
 
 
 def make_app(**options: Any) -> typer.Typer:
-    """Return commands that are `OneLineErrors`.
+    """Return an app with `OneLineErrors`.
 
-    Tracebacks of `DEBUG` are Python's: Typer's print all variables, weights among them.
+    Typer's own tracebacks are off, since they print all variables, weights included.
     """
     return typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False, **options)
 
 
 def explain(error: OSError) -> str:
-    """Say in a line what the system refuses, and what would be right."""
-    if error.strerror is None:  # it has a text of ours
+    """Return a one-line message for a system error, with what would be right."""
+    if error.strerror is None:  # raised by this app
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
     right = f"; right would be {_RIGHT[error.errno]}" if error.errno in _RIGHT else ""
@@ -123,7 +119,7 @@ def explain(error: OSError) -> str:
 
 
 def read_run(run: str, output_dir: str) -> Run:
-    """Read a run below the output folder or, for a path, from here; or end the command."""
+    """Read a run in the output folder, or at a path, or end the command."""
     try:
         return Run.read(find_run(run, Config(output_dir=output_dir).output_path, Path.cwd()))
     except ValueError as error:
@@ -131,7 +127,7 @@ def read_run(run: str, output_dir: str) -> Run:
 
 
 def whole_numbers(option: str, text: str, example: str) -> list[int]:
-    """Return the numbers of an option that takes several, or end the command."""
+    """Return the numbers of a comma-separated option, or end the command."""
     numbers = [number.strip() for number in text.split(",")]
     if not all(re.fullmatch("[0-9]{1,15}", number) for number in numbers):
         fail(
@@ -147,13 +143,13 @@ def make_table(*columns: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table with all that it holds: what is too wide for a terminal goes on below."""
+    """Print a table untruncated; a terminal wraps long lines."""
     Console(width=_WIDER_THAN_ANY, markup=False, emoji=False).print(table)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let a SIGTERM end all processes and runs, as Ctrl-C does."""
+    """Handle SIGTERM like Ctrl-C, which ends all processes and runs."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The data sets that have names, and the section of the settings that chooses one."""
+"""The built-in data sets, and the section ``data`` of the settings."""
 
 import csv
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from pfedgpa_app.files import below_home, composed, quoted, xdg_folder
+from pfedgpa_app.files import composed, home_path, quoted, xdg_folder
 from pfedgpa_app.section import (
     Contradiction,
     Count,
@@ -21,18 +21,18 @@ from pfedgpa_app.section import (
     UnitInterval,
 )
 
-# Of a long value so many letters are shown.
+# Longer values are truncated in messages.
 _MAX_SHOWN = 200
 
 SITES = "sites"
-"""The data set of which every site brings its own part."""
+"""The data set for sites that bring their own data."""
 
 
 class DatasetInfo(NamedTuple):
-    """What a model must know of a data set: the shape of an example, and how many classes it has.
+    """The shape of an example, and the number of classes.
 
-    The shape is ``(channels, height, width)`` of images, ``(features,)`` of a table's rows,
-    ``(channels, length)`` of signals, or any other.
+    The shape is ``(channels, height, width)`` for images, ``(features,)`` for tables,
+    ``(channels, length)`` for signals, or any other.
     """
 
     shape: tuple[int, ...]
@@ -54,20 +54,20 @@ DATASETS: dict[str, DatasetInfo] = {
     "watch": DatasetInfo((6, 100), 7),
 }
 WITH_OWNERS = ("watch",)
-"""The data sets that say whose each example is."""
+"""The data sets with owners of examples."""
 
 ByClass = Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"]
-"""The partitions that share out the samples of each class."""
+"""The partitions by class."""
 PARTITIONS: tuple[str, ...] = (*get_args(ByClass), "natural")
 
 
 def _split_names(names: str) -> list[str]:
-    """Split names at commas; one with a comma stands in double quotes, as in a CSV file."""
+    """Split names as in a CSV file: at commas, unless they are in double quotes."""
     line = " ".join(names.splitlines())
     return next(csv.reader([line], skipinitialspace=True, strict=True), [])
 
 
-@lru_cache  # asked for again and again, and there may be tens of thousands
+@lru_cache  # used often, and there may be tens of thousands
 def _composed_names(names: str) -> tuple[str, ...]:
     composed_names = (composed(name.strip()) for name in _split_names(names))
     return tuple(name for name in composed_names if name)
@@ -79,7 +79,7 @@ def _check_names(names: str) -> str:
     except csv.Error as error:
         raise PydanticCustomError(
             "names",
-            "should be names with commas between them, and one that has a comma in double quotes, "
+            "should be comma-separated names, those with a comma in double quotes, "
             """such as '"left, upper",right' ({reason})""",
             {"reason": str(error)},
         ) from error
@@ -87,7 +87,7 @@ def _check_names(names: str) -> str:
 
 
 class DataConfig(Section):
-    """Which data, and how the clients share it."""
+    """The data set and its partition among clients."""
 
     dataset: (
         Literal[
@@ -121,7 +121,7 @@ class DataConfig(Section):
 
     @property
     def info(self) -> DatasetInfo:
-        """Shape and number of classes, of the named data set or as given for an own one."""
+        """Shape and number of classes, built-in or as given for own data."""
         if self.dataset in DATASETS:
             return DATASETS[self.dataset]
         shape = tuple(int(part) for part in self.shape.split("x"))
@@ -129,21 +129,21 @@ class DataConfig(Section):
 
     @property
     def named_classes(self) -> tuple[str, ...]:
-        """The names of ``class-names``, by label, in Unicode's NFC; none where none are given."""
+        """The names of ``class-names``, by label, in Unicode's NFC; may be empty."""
         return _composed_names(self.class_names)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, by label; where none are given, the labels themselves."""
+        """The names of the classes, by label; by default the labels themselves."""
         return self.named_classes or tuple(map(str, range(self.info.num_classes)))
 
     @property
     def root_path(self) -> Path:
         """The folder of the data sets, absolute."""
-        return below_home(self.root) if self.root else xdg_folder("XDG_CACHE_HOME", ".cache")
+        return home_path(self.root) if self.root else xdg_folder("XDG_CACHE_HOME", ".cache")
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield what cannot go together of values that are each right."""
+        """Yield contradictions between valid settings."""
         own_data = self.dataset not in DATASETS
         names, num_classes = self.named_classes, self.num_classes
         if own_data and not self.shape:
@@ -178,7 +178,7 @@ class DataConfig(Section):
         if self.partition == "natural" and not own_data and self.dataset not in WITH_OWNERS:
             yield (
                 {"data.partition", "data.dataset"},
-                f'data.partition = "natural": {self.dataset} does not say whose each example is; '
+                f'data.partition = "natural": the examples of {self.dataset} have no owners; '
                 f"right would be another partition, {' or '.join(WITH_OWNERS)}, or a data set of "
                 "your own",
             )
@@ -192,13 +192,13 @@ class DataConfig(Section):
         if self.dataset == SITES and self.test_uniform_fraction:
             yield (
                 {"data.dataset", "data.test-uniform-fraction"},
-                f"{uniform}: is of data that is shared out; with data.dataset = "
+                f"{uniform}: is for data that is partitioned; with data.dataset = "
                 f'"{SITES}" right would be 0.0',
             )
         if self.dataset == SITES and self.shift != "none":
             yield (
                 {"data.dataset", "data.shift"},
-                f'data.shift = "{self.shift}": changes data that is shared out; with data.dataset '
+                f'data.shift = "{self.shift}": is for data that is partitioned; with data.dataset '
                 f'= "{SITES}" right would be "none"',
             )
         if not own_data or (self.shape and (num_classes or len(names)) >= 2):
@@ -206,11 +206,11 @@ class DataConfig(Section):
 
     def _size_contradictions(self) -> Iterator[Contradiction]:
         most, shape = self.info.num_classes, self.info.shape
-        asked = {
+        settings = {
             "dominant-classes": ("data.dominant-classes", self.dominant_classes),
             "pathological": ("data.classes-per-client", self.classes_per_client),
         }
-        key, number = asked.get(self.partition, ("", 0))
+        key, number = settings.get(self.partition, ("", 0))
         if number > most and self.dataset != SITES:
             yield (
                 {"data.partition", key, "data.dataset", "data.num-classes"},
@@ -219,11 +219,11 @@ class DataConfig(Section):
         if self.shift in ("rotation", "contrast") and not self.info.is_image:
             yield (
                 {"data.shift", "data.dataset", "data.shape"},
-                f'data.shift = "{self.shift}": is one of images, and {self.dataset} has the shape '
+                f'data.shift = "{self.shift}": is for images, and {self.dataset} has the shape '
                 f'{by_x(shape)}; right would be "none" or "permuted-labels"',
             )
 
 
 def by_x(shape: Iterable[int | str | None]) -> str:
-    """Write a shape as ``data.shape`` has it, with * for any size."""
+    """Format a shape like ``data.shape``, with * for any size."""
     return "x".join("*" if size is None else str(size) for size in shape)

@@ -1,4 +1,4 @@
-"""A client's personalized model in one file, with all that its use elsewhere takes."""
+"""A client's personalized model in one self-contained file."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,16 +25,16 @@ from pfedgpa_app.section import OptionalCount, Positive, Section
 from pfedgpa_app.state import Shapes, load_state, save_state
 
 MODEL_KIND = "pfedgpa-model-1"
-# Of an example: as many as the largest picture has in three channels.
+# Of an example: three channels of the largest image.
 _MAX_NUMBERS = 3 * MAX_PIXELS
 
 
 class ExportError(ValueError):
-    """A model that cannot be used so; the message says why, and what would be right."""
+    """An exported model that cannot be used; the message says what would be right."""
 
 
-class _Facts(Section, extra="ignore"):
-    """What is read of the metadata of a file."""
+class _Metadata(Section, extra="ignore"):
+    """The metadata of a file."""
 
     client: OptionalCount
     round: OptionalCount
@@ -47,7 +47,7 @@ class _Facts(Section, extra="ignore"):
     config: dict[str, Any]
 
 
-def _read(file: Path, raw: dict[str, Any]) -> tuple[_Facts, Config]:
+def _read(file: Path, raw: dict[str, Any]) -> tuple[_Metadata, Config]:
     """Return the metadata of a file, and the settings of its run.
 
     Raises
@@ -56,8 +56,8 @@ def _read(file: Path, raw: dict[str, Any]) -> tuple[_Facts, Config]:
         If they are damaged.
     """
     try:
-        facts = _Facts.model_validate(raw)
-        return facts, Config.from_flat(facts.config)
+        metadata = _Metadata.model_validate(raw)
+        return metadata, Config.from_flat(metadata.config)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ExportError(f"{file} is damaged: {wrong}") from error
@@ -66,15 +66,15 @@ def _read(file: Path, raw: dict[str, Any]) -> tuple[_Facts, Config]:
 
 
 def _check_shapes(file: Path, config: Config, shapes: Shapes) -> None:
-    """Refuse a file whose settings name a model of other shapes than its tensors have.
+    """Refuse a file whose tensors do not have the shapes of the model in its settings.
 
-    Nothing is allocated for it: a model of the app would take as much memory as the settings ask
-    for, whatever is in the file. Models of one's own are only built where they are trusted.
+    The model is built on the meta device, since a damaged file may describe one of any size. Own
+    models are not checked here: they are only built if they are trusted.
 
     Raises
     ------
     ExportError
-        If it is one, or its examples are too large.
+        If shapes differ, or examples are too large.
     """
     info, make = config.data.info, MODELS.get(config.model.name)
     if math.prod(info.shape) > _MAX_NUMBERS:
@@ -85,18 +85,18 @@ def _check_shapes(file: Path, config: Config, shapes: Shapes) -> None:
     if make is None:
         return
     with torch.device("meta"):
-        wanted = {name: tuple(each.shape) for name, each in make(info).state_dict().items()}
-    for name in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(name) != shapes.get(name):
+        expected = {name: tuple(each.shape) for name, each in make(info).state_dict().items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
             raise ExportError(
                 f"{file} is damaged: {name} has the shape {shapes.get(name)}, and with its "
-                f'settings model.name = "{config.model.name}" has {wanted.get(name)}'
+                f'settings model.name = "{config.model.name}" has {expected.get(name)}'
             )
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A personalized model and where it comes from.
+    """A personalized model and its origin.
 
     Attributes
     ----------
@@ -107,21 +107,20 @@ class ExportedModel:
     client
         The number of its client in the run.
     server_round
-        The round after which it was written.
+        The round after which it was exported.
     stats
-        Mean and standard deviation of each channel of the client's images, ``(channels,)``, or of
-        each feature of its table. None if the client did not tell.
+        Normalization statistics of the client's data. None if the client did not report them.
     partition
-        Which partition of the data the client has, and of how many. None if it did not tell.
+        The client's partition and their number. None if the client did not report it.
     class_counts
-        How many examples of each class the client trained on. Clients never tell the server;
-        `with_class_counts` counts where the data is at hand. A run with ``client.class-prior``
-        needs them to predict.
+        The client's training examples of each class, which predictions with
+        ``client.class-prior`` need. They are not reported to the server; `with_class_counts` counts
+        them if the data is available.
     trusted
-        Whether own functions that the settings name may be imported and called. They are code of
-        whoever wrote the file's settings.
+        Whether own functions in the settings may be imported and called. They are code of the
+        file's author.
     run
-        The id of its run; empty if that is not known, as in files of older versions.
+        The id of its run; empty if unknown, as in files of older versions.
     """
 
     state: StateDict
@@ -136,7 +135,7 @@ class ExportedModel:
 
     @classmethod
     def load(cls, file: Path, *, trusted: bool = False) -> "ExportedModel":
-        """Read what `save` wrote, as data alone.
+        """Read a file of `save`, without running any code.
 
         Raises
         ------
@@ -148,27 +147,27 @@ class ExportedModel:
             _check_shapes(file, _read(file, raw)[1], shapes)
 
         state, raw = load_state(file, MODEL_KIND, check)
-        facts, config = _read(file, raw)
+        metadata, config = _read(file, raw)
         stats = partition = None
-        if facts.image_mean is not None and facts.image_std is not None:
-            stats = ImageStats(torch.tensor(facts.image_mean), torch.tensor(facts.image_std))
-        if facts.partition_id is not None and facts.num_partitions is not None:
-            partition = (facts.partition_id, facts.num_partitions)
-        counts = None if facts.class_counts is None else tuple(facts.class_counts)
-        of_client = (facts.client, facts.round, stats, partition, counts)
-        return cls(state, config, *of_client, trusted, facts.run)
+        if metadata.image_mean is not None and metadata.image_std is not None:
+            stats = ImageStats(torch.tensor(metadata.image_mean), torch.tensor(metadata.image_std))
+        if metadata.partition_id is not None and metadata.num_partitions is not None:
+            partition = (metadata.partition_id, metadata.num_partitions)
+        counts = None if metadata.class_counts is None else tuple(metadata.class_counts)
+        of_client = (metadata.client, metadata.round, stats, partition, counts)
+        return cls(state, config, *of_client, trusted, metadata.run)
 
     def save(self, file: Path) -> None:
-        """Write a safetensors file of the state_dict, in place of an older file in one step.
+        """Write a safetensors file of the state_dict, atomically.
 
-        What is known beside the tensors is its metadata under ``facts``, in JSON: client, round,
-        run, partition-id, num-partitions, model, shape, num-classes, image-mean, image-std,
-        class-counts and config, the flat settings of the run. What is not known is null.
+        Its metadata has JSON under ``facts``: client, round, run, partition-id, num-partitions,
+        model, shape, num-classes, image-mean, image-std, class-counts and config, the flat settings
+        of the run. Unknown values are null.
         """
         info = self.config.data.info
         partition_id, num_partitions = self.partition or (None, None)
         mean, std = (values.tolist() for values in self.stats) if self.stats else (None, None)
-        facts = {
+        metadata = {
             "client": self.client,
             "round": self.server_round,
             "run": self.run,
@@ -182,7 +181,7 @@ class ExportedModel:
             "class-counts": self.class_counts,
             "config": self.config.to_flat(),
         }
-        save_state(file, MODEL_KIND, self.state, **facts)
+        save_state(file, MODEL_KIND, self.state, **metadata)
 
     def predict(self, images: Tensor) -> Tensor:
         """Return the probabilities of the classes, ``(num_examples, num_classes)``.
@@ -190,14 +189,13 @@ class ExportedModel:
         Parameters
         ----------
         images
-            ``(num_examples, *shape)``: images ``(channels, height, width)`` or another shape, uint8
-            or int32 (16 bits), or float32 like the data set that the model was trained on. A table
-            may be of either.
+            ``(num_examples, *shape)``, uint8, int32 (16 bits) or float32 like the training data;
+            tables of any of these.
 
         Raises
         ------
         ValueError
-            If the model does not take such examples, their normalization is not known, or it cannot
+            If the examples do not fit, their normalization is unknown, or the model cannot
             be built.
         """
         shape = self.config.data.info.shape
@@ -205,7 +203,7 @@ class ExportedModel:
             right = ", ".join(map(str, ("n", *shape)))
             raise ExportError(f"examples of shape {tuple(images.shape)}; right would be ({right})")
         stats = self._known_stats
-        # Float data counts as normalized, which no uint8 data is.
+        # Only float data has trivial statistics.
         is_float = not bool(stats.mean.any()) and bool((stats.std == 1).all())
         dtypes = [torch.float32] if is_float else [torch.uint8, LEVELS]
         if len(shape) > 1 and images.dtype not in dtypes:
@@ -220,12 +218,12 @@ class ExportedModel:
         return (logits if offset is None else logits + offset).softmax(dim=1)
 
     def evaluate(self) -> tuple[Evaluation, int]:
-        """Return accuracy and loss on the client's own test set, and how many images it has.
+        """Return accuracy and loss on the client's own test set, and its size.
 
         Raises
         ------
         ValueError
-            If the test set or the normalization is not known, or the model cannot be built.
+            If the test set or the normalization is unknown, or the model cannot be built.
         """
         data = self._client_data()
         prior = class_prior(data.train_labels, self.config.data.info.num_classes)
@@ -233,7 +231,7 @@ class ExportedModel:
         with self._named():
             result = evaluate(
                 module,
-                data.test_images,
+                data.test_inputs,
                 data.test_labels,
                 stats,
                 self.config.client.precision,
@@ -242,15 +240,14 @@ class ExportedModel:
         return result, len(data.test_labels)
 
     def with_class_counts(self, counts: Sequence[int] | None = None) -> "ExportedModel":
-        """Return the model with the class counts of its client's training images.
+        """Return the model with the class counts of its client's training examples.
 
-        Without ``counts`` they are taken from the data of the run, if the file needs them and
-        its settings tell which data that is.
+        By default they are counted in the client's partition, if they are needed and it is known.
 
         Raises
         ------
         ValueError
-            If there is not one count a class, or one is negative.
+            If there is not one count per class, or one is negative.
         """
         if counts is None:
             if not self.config.client.class_prior or self.partition is None:
@@ -266,7 +263,7 @@ class ExportedModel:
         if len(counts) != num_classes or min(counts) < 0:
             raise ExportError(
                 f"class counts {','.join(map(str, counts))}: right would be {num_classes} numbers "
-                "from 0, how many images of each class the client trained on"
+                "from 0, the client's training examples of each class"
             )
         return replace(self, class_counts=tuple(counts))
 
@@ -274,15 +271,14 @@ class ExportedModel:
         """Load the partition of the run's data that the client had."""
         if self.partition is None:
             raise ExportError(
-                f"client {self.client} did not tell which partition its data is, or has data of "
-                "its own; right would be its images and their classes"
+                f"client {self.client} did not report its partition, or has its own data; right "
+                "would be its examples and their classes"
             )
         self._trust(f'data.dataset = "{self.config.data.dataset}"')
         if self.config.data.root and not self.trusted:
             raise ExportError(
-                f'data.root = "{self.config.data.root}" is a folder that the file names, where '
-                "data may be written; if you know where the file comes from, let it be used "
-                "(--trust)"
+                f'data.root = "{self.config.data.root}" is a folder named by the file, where data '
+                "may be written; if you trust the file, allow it (--trust)"
             )
         return client_data(self.config.data, self.config.seed, *self.partition)
 
@@ -292,31 +288,31 @@ class ExportedModel:
         config = self.config
         self._trust(f'model.name = "{config.model.name}"')
         module = build_model(config.model.name, config.data.info, config.seed)
-        # Frozen weights may be other ones here: those of the run are in the file.
+        # Frozen weights are those of the file, which may differ from those built here.
         replace(ModelSpec.of(module), fixed=frozenset()).layout().check(self.state)
         module.load_state_dict(self.state)
         return module
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Name the model if it fails, in an `ExportError`."""
+        """Turn errors of the model into an `ExportError` that names it."""
         try:
             yield
-        except Exception as error:  # one of the user's raises whatever it likes
+        except Exception as error:  # user code may raise anything
             raise ExportError(
                 f'model.name = "{self.config.model.name}": failed with {described(error)}'
             ) from error
 
     @property
     def _offset(self) -> Tensor | None:
-        """What is added to the logits, ``(num_classes,)``."""
+        """The class prior that is added to the logits, ``(num_classes,)``."""
         if not self.config.client.class_prior:
             return None
         if self.class_counts is None:
             raise ExportError(
                 "the model was trained with client.class-prior, and predicts with the class counts "
-                f"of client {self.client}, which stay with it; right would be to name them "
-                '(--class-counts "12,0,30", a number a class)'
+                f"of client {self.client}, which are not in the file; right would be to give them "
+                '(--class-counts "12,0,30", one number per class)'
             )
         counts = self.with_class_counts(self.class_counts).class_counts
         return log_prior(torch.tensor(counts))
@@ -324,19 +320,19 @@ class ExportedModel:
     @property
     def _known_stats(self) -> ImageStats:
         if self.stats is None:
-            raise ExportError(f"client {self.client} did not tell how its data is normalized")
+            raise ExportError(f"client {self.client} did not report how its data is normalized")
         size = self.config.data.info.shape[0]
         if any(values.shape != (size,) for values in self.stats):
             raise ExportError(
-                f"client {self.client} told mean and deviation of {len(self.stats.mean)} channels "
+                f"client {self.client} reported statistics of {len(self.stats.mean)} channels "
                 f"or features; right would be {size}"
             )
         return self.stats
 
     def _trust(self, setting: str) -> None:
-        """Refuse to call what a file names, unless whoever loaded it said that it may be."""
+        """Refuse to call a function that the file names, unless the file is trusted."""
         if ":" in setting and not self.trusted:
             raise ExportError(
-                f"{setting} is a function of Python code that the file names; if you know where "
-                "the file comes from, let it be called (--trust)"
+                f"{setting} is a Python function named by the file; if you trust the file, allow "
+                "calling it (--trust)"
             )

@@ -1,4 +1,4 @@
-"""Text files and names of files: UTF-8, whatever the locale says, and what is never data."""
+"""Reading text files and names in UTF-8 under any locale, and hidden files."""
 
 import errno
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_BYTES = 2**24
-"""Of a file that is read whole and is no list of rows."""
+"""Limit of a file that is read as a whole."""
 
-# What systems and programs leave beside what people put into a folder, in lower case. Whatever
-# begins with a dot is theirs too, such as .ipynb_checkpoints, .DS_Store and macOS' ._1.png.
+# Files that systems and programs create in folders, in lower case. Names with a leading dot are
+# hidden too, such as .ipynb_checkpoints, .DS_Store and macOS' ._1.png.
 _LEFT_BY_SYSTEMS = frozenset(
     (
         "__macosx",
@@ -41,42 +41,39 @@ _LEFT_BY_SYSTEMS = frozenset(
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder of this name is none that somebody brought as data."""
+    """Return whether a file or folder of this name is created by a system, and no data."""
     return name.startswith(".") or name.casefold() in _LEFT_BY_SYSTEMS
 
 
 def composed(name: str) -> str:
-    """Return a name in Unicode's form NFC, so that names that look alike are alike.
+    """Return a name in Unicode's form NFC, so that equal names compare equal.
 
-    macOS hands names of files out in NFD, and most keyboards type NFC. Where the locale is not of
-    UTF-8, Python has the bytes of a name as surrogates, which are read as the UTF-8 that they are.
+    macOS has NFD in file names, and keyboards type NFC. Under other locales than UTF-8, Python has
+    surrogates for the bytes of a name, which are decoded as UTF-8.
     """
     read = name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     return unicodedata.normalize("NFC", read)
 
 
 def text_of(name: str) -> str:
-    """Return a name or argument of the system's as text that any file can have.
-
-    What is not UTF-8 in it is replaced.
-    """
+    """Return a file name or argument as valid text, with bytes that are not UTF-8 replaced."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def native_path(path: str) -> str:
-    """Return a path from a text file as the system's calls take it in this locale."""
+    """Return a path from a text file in the file system encoding of this locale."""
     return os.fsdecode(path.encode("utf-8", "surrogateescape"))
 
 
 def quoted(name: str) -> str:
-    """Return a name for a message, in quotes, what cannot be printed escaped."""
+    """Return a name in quotes, with unprintable characters escaped."""
     return '"' + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) + '"'
 
 
 def printable(text: str) -> str:
-    """Return a text with what cannot be printed, such as what steers a terminal, escaped.
+    """Return a text with unprintable characters, such as terminal control codes, escaped.
 
-    The bytes of a name that is not UTF-8, which Python has as surrogates, stay.
+    Surrogates, which stand for bytes that are not UTF-8, stay.
     """
     return "".join(
         c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text
@@ -84,19 +81,19 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Return a text of several lines, each of them `printable`."""
+    """Return a text with each line `printable`."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """Open a file to read from it, unless it is a pipe or device, which might never end.
+    """Open a regular file for reading; pipes and devices, which might never end, are refused.
 
     Raises
     ------
     OSError
-        If it is none, or cannot be read.
+        If it is not a regular file, or cannot be read.
     """
-    # A pipe without a writer would hold the call up.
+    # Non-blocking, since opening a pipe without a writer would block.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -105,12 +102,12 @@ def open_regular(file: Path) -> BinaryIO:
 
 
 def read_bytes(file: Path, most: int) -> bytes:
-    """Read a regular file of at most so many bytes.
+    """Read a regular file of at most ``most`` bytes.
 
     Raises
     ------
     OSError
-        If it is none, has more, or cannot be read.
+        If it is not a regular file, has more, or cannot be read.
     """
     with open_regular(file) as stream:
         content = stream.read(most + 1)
@@ -120,7 +117,7 @@ def read_bytes(file: Path, most: int) -> bytes:
 
 
 def read_text(file: Path) -> str:
-    """Read a regular file of UTF-8, with a byte order mark at its beginning or without.
+    """Read a regular file of UTF-8, with or without a byte order mark.
 
     Raises
     ------
@@ -133,7 +130,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """Read a regular file of JSON, whoever wrote it.
+    """Read a regular file of untrusted JSON.
 
     Raises
     ------
@@ -146,12 +143,12 @@ def read_json(file: Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON, whoever wrote it.
+    """Parse untrusted JSON.
 
     Raises
     ------
     ValueError
-        If it is none, or nested too deeply.
+        If it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -167,9 +164,9 @@ def read_toml(file: Path) -> dict[str, Any]:
     OSError
         If it cannot be read.
     UnicodeDecodeError, tomllib.TOMLDecodeError
-        If it is none, or nested too deeply.
+        If it is not TOML, or nested too deeply.
     """
-    # Who names the file may name a pipe.
+    # Pipes are allowed, as from process substitution in a shell.
     text = file.read_text(encoding="utf-8-sig")
     try:
         return tomllib.loads(text)
@@ -177,19 +174,18 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise tomllib.TOMLDecodeError("nested too deeply") from error
 
 
-def below_home(path: str) -> Path:
-    """Return a path in full, relative ones seen from the user's home.
+def home_path(path: str) -> Path:
+    """Return an absolute path; relative ones are below the user's home.
 
-    The working directory of a Flower app is that of whoever started the SuperLink, so nothing may
-    depend on it.
+    The working directory of a Flower app is that in which the SuperLink was started.
     """
     return Path.home() / os.path.expanduser(native_path(path))
 
 
 def xdg_folder(variable: str, fallback: str) -> Path:
-    """Return ``pfedgpa`` below an XDG base directory, ``fallback`` where the variable has none.
+    """Return the folder ``pfedgpa`` of an XDG base directory; ``~/fallback`` by default.
 
-    The XDG specification has relative values ignored.
+    Relative values are ignored, by the XDG specification.
     """
     base = Path(os.environ.get(variable, ""))
     return (base if base.is_absolute() else Path.home() / fallback) / "pfedgpa"

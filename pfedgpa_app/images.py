@@ -1,4 +1,4 @@
-"""Images from files, and what else models take, in their shape."""
+"""Reading images and other examples from files, in the shape that the model takes."""
 
 import os
 import warnings
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".jpg", ".jpeg")
 SUFFIXES = (*PICTURES, ".npz")
-# Of a picture. Decoding takes up to 14 bytes a pixel, which are then 700 MB.
+# Of an image. Decoding takes up to 14 bytes a pixel: 700 MB.
 MAX_PIXELS = 50_000_000
-# Where a PNG file has its bits a channel; Pillow does not tell.
+# Offset of the bit depth in a PNG file; Pillow does not report it.
 _PNG_DEPTH = 24
 
 
 class Found(NamedTuple):
-    """What is in a folder beside what is hidden (`is_hidden`)."""
+    """The entries of a folder that are not hidden (`is_hidden`)."""
 
     pictures: list[Path]
-    """In the order of their names."""
+    """Sorted by name."""
     others: Counter[str]
-    """How many files of each other kind there are, and how many folders that were not entered."""
+    """Number of other files by suffix, and of folders that were not entered."""
 
 
 def sort_out(paths: Iterable[Path]) -> Found:
-    """Tell the pictures among the entries of a folder from what is nothing to read."""
+    """Separate the images among the entries of a folder from all others."""
     pictures, others = [], Counter[str]()
     for path in sorted(path for path in paths if not is_hidden(path.name)):
         kind = path.suffix.lower()
@@ -49,17 +49,17 @@ def sort_out(paths: Iterable[Path]) -> Found:
 
 
 def counted(others: Counter[str]) -> str:
-    """Write down how many there are of each kind."""
+    """Format counts by kind, such as ``2 .tif, 1 folder``."""
     return ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
 
 
 def find_pictures(folder: Path) -> Found:
-    """Return what is in a folder and in the folders below, as far as they are not hidden.
+    """Return the entries of a folder and its subfolders, hidden ones left out.
 
     Raises
     ------
     FileError
-        If one is a link, since a loop of them would never end, or count twice.
+        If a folder is a link, which might make a loop or duplicates.
     OSError
         If one cannot be read.
     """
@@ -87,14 +87,14 @@ def find_pictures(folder: Path) -> Found:
 def find_files(
     paths: Iterable[Path], note: Callable[[str], None] = lambda text: None
 ) -> list[Path]:
-    """Return files as they are, and in place of a folder its pictures by name.
+    """Return the files, with each folder replaced by its images, sorted by name.
 
-    ``note`` is told what else is in a folder.
+    ``note`` is called with what else is in a folder.
 
     Raises
     ------
     FileError
-        If there is no such file, its suffix tells of no images, or a folder has no pictures.
+        If there is no such file, it has another suffix, or a folder has no images.
     """
     paths, files = list(paths), list[Path]()
     arrays = {path for path in paths if path.suffix.lower() == ".npz"}
@@ -110,7 +110,7 @@ def find_files(
             there = f" ({counted(others)})" if others else ""
             raise FileError(f"{path}: no images{there}; right would be {', '.join(SUFFIXES)}")
         if others:
-            note(f"{path}: passed over: {counted(others)}")
+            note(f"{path}: skipped: {counted(others)}")
         files += pictures
     return files
 
@@ -120,14 +120,14 @@ def read_images(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield images ``(channels, height, width)``, or examples of another shape, with their names.
 
-    Pictures are uint8, or `LEVELS` of 16 bits, grey or RGB whatever their files have. The array
-    ``x`` of an .npz file, ``(n, *shape)``, is as `read_examples` has it. Images of another height
-    or width are resized, and ``note`` is told of the first.
+    Image files are converted to grey or RGB, as uint8 or 16-bit `LEVELS`. The array ``x`` of an
+    .npz file is read by `read_examples`. Images of another height or width are resized, and
+    ``note`` is called for the first.
 
     Raises
     ------
     FileError
-        If a file cannot be read, there is no way to so many channels, or no picture has the shape.
+        If a file cannot be read or converted to ``shape``.
     """
     is_image = len(shape) == 3
     size = list(shape[1:])
@@ -149,7 +149,7 @@ def _read_all(files: Iterable[Path], shape: tuple[int | str, ...]) -> Iterator[t
             yield str(file), read_picture(file, int(shape[0]))
         else:
             raise FileError(
-                f"{file}: is a picture, and the model takes examples of shape {shape}; right would "
+                f"{file}: is an image, and the model takes examples of shape {shape}; right would "
                 "be an .npz file with an array x of them"
             )
 
@@ -166,40 +166,41 @@ def _by(size: Sequence[int]) -> str:
 
 
 def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -> Tensor:
-    """Return a PNG or JPEG file, ``(channels, height, width)``, upright.
+    """Return the image of a PNG or JPEG file, ``(channels, height, width)``, upright.
 
-    It is uint8, and `LEVELS` if it is of 16 bits of grey that 8 cannot tell. Nothing is decoded
-    whose header tells of another ``size``, ``(height, width)``, if one is given, or of more than
-    `MAX_PIXELS`.
+    It is uint8, or `LEVELS` for 16-bit grey that 8 bits cannot represent. Size (``(height,
+    width)``, if given) and `MAX_PIXELS` are checked in the header, before decoding.
 
     Raises
     ------
     FileError
-        If it cannot be read, has another size or too many pixels, there is no way to so many
-        channels, or something would be lost: frames, transparency, or the half of 16 bits a colour.
+        If it cannot be read or converted to ``channels``, has another size or too many pixels, or
+        would lose frames, transparency or 16-bit colours.
     """
     from PIL import Image, ImageOps
 
     if channels not in (1, 3):
         raise FileError(
-            f"{file}: the model takes images of {channels} channels, and pictures have 1 or 3; "
+            f"{file}: the model takes images of {channels} channels, and image files have 1 or 3; "
             f"right would be an .npz file with an array x of shape (n, {channels}, height, width)"
         )
     check_regular(file)
     try:
-        # Pillow has limits of its own: it warns of a size that is judged below, or gives up.
+        # Pillow warns of sizes that are checked below, or raises.
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
             opened = Image.open(file, formats=("PNG", "JPEG"))
         with opened:
             picture: Image.Image = opened
-            if size is not None and {*picture.size} != {*size}:  # it may yet have to be turned
+            if size is not None and {*picture.size} != {
+                *size
+            }:  # in any order: it may have to be rotated
                 raise _size_error(file, picture.size, size)
             if picture.width * picture.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            has_levels = picture.mode.startswith("I")  # 16 bits a pixel, which convert would cut
+            has_levels = picture.mode.startswith("I")  # 16 bits a pixel, which convert would clip
             if problem := _what_is_lost(file, picture, has_levels):
                 raise FileError(f"{file}: {problem}")
-            picture.info.pop("transparency", None)  # of nothing that is there
+            picture.info.pop("transparency", None)  # no pixel uses it
             ImageOps.exif_transpose(picture, in_place=True)
             if size is not None and picture.size != (size[1], size[0]):
                 raise _size_error(file, picture.size, size)
@@ -211,7 +212,7 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
         raise
     except Image.DecompressionBombError as error:
         raise FileError(
-            f"{file}: has more than {MAX_PIXELS:,} pixels; right would be a smaller picture"
+            f"{file}: has more than {MAX_PIXELS:,} pixels; right would be a smaller image"
         ) from error
     except (OSError, ValueError, SyntaxError) as error:
         raise FileError(f"{file}: cannot be read ({error})") from error
@@ -219,15 +220,15 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
 
 
 def _read_levels(grey: "np.ndarray[Any, Any]") -> Tensor:
-    """Return a picture's 16 bits of grey, ``(height, width)``, as 8 where nothing is lost by it."""
+    """Return 16-bit grey values ``(height, width)``, as 8 bits if that is exact."""
     eight, rest = np.divmod(grey, 257)
     return torch.from_numpy(grey if rest.any() else eight.astype(np.uint8))
 
 
 def _what_is_lost(file: Path, picture: "Image.Image", has_levels: bool) -> str | None:
-    """Say what an array of a picture would lack; None if nothing."""
+    """Return what the conversion to an array would lose; None if nothing."""
     if picture.format == "PNG" and getattr(picture, "is_animated", False):
-        return "is animated; right would be a file a frame"
+        return "is animated; right would be one file per frame"
     if picture.format == "PNG" and not has_levels:
         with file.open("rb") as stream:
             header = stream.read(_PNG_DEPTH + 1)
@@ -244,10 +245,7 @@ def _what_is_lost(file: Path, picture: "Image.Image", has_levels: bool) -> str |
     else:
         is_opaque = True
     if not is_opaque:
-        return (
-            "is transparent in places, and nothing says what is behind; right would be a picture "
-            "on its background"
-        )
+        return "has transparent pixels; right would be an image without transparency"
     return None
 
 

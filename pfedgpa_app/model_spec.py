@@ -1,4 +1,4 @@
-"""What of a model trains, what is one tensor, what never changes, and where its head is."""
+"""The structure of a model: trained, tied and fixed tensors, and its head."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,17 +26,11 @@ from pfedgpa_app.parameters import (
 
 
 class ModelError(ValueError):
-    """A model that cannot be built, or that clients cannot train."""
+    """A model that cannot be built or trained."""
 
 
 def check_logits(output: object, number: int, num_classes: int) -> None:
-    """Refuse what is no row of logits for each example.
-
-    Raises
-    ------
-    ModelError
-        With what would be right.
-    """
+    """Raise a `ModelError` unless a model's output is ``(number, num_classes)``."""
     expected = (number, num_classes)
     if isinstance(output, Tensor) and tuple(output.shape) == expected:
         return
@@ -44,24 +38,24 @@ def check_logits(output: object, number: int, num_classes: int) -> None:
     if isinstance(output, Tensor):
         found = f"an output of shape {tuple(output.shape)}"
     raise ModelError(
-        f"{number} example(s) gave {found}; right would be {expected}, a logit a class, in "
-        "training as in evaluation"
+        f"{number} example(s) gave {found}; right would be {expected}, one logit per class, in "
+        "training and evaluation"
     )
 
 
 class Head(NamedTuple):
-    """The layer of a model that makes the logits.
+    """The layer of a model that computes the logits.
 
     Attributes
     ----------
     layer
         Its name, "" for the model itself.
     names
-        The entries of the state_dict that belong to it, all names of tied tensors among them.
+        Its entries of the state_dict, aliases of tied tensors included.
     size
-        Numbers of classes and of features of a linear layer; (0, 0) of another one.
+        Numbers of classes and features of a linear layer; (0, 0) for others.
     weights
-        All names of its weight, where that is a tensor ``size`` that trains; none elsewhere.
+        All names of its weight if that can be replaced: float32, trained, not parametrized.
     """
 
     layer: str
@@ -72,25 +66,25 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """What a server must know of the model that its clients train.
+    """What the server must know of the clients' model.
 
     Attributes
     ----------
     initial
         The state_dict before the first round.
     trained
-        Names of the tensors that training changes by their gradients.
+        Names of the trained parameters.
     aliases
         The other names of tied tensors, with the first name of each.
     fixed
-        Names of the tensors that never change: frozen weights, and infinite buffers such as masks.
-        Those that a trial of the training changes are taken out, such as a momentum encoder.
+        Names of the tensors that never change: frozen weights, and infinite buffers such as masks,
+        except those that a trial of the training changes, such as a momentum encoder.
     head
-        Its head; None where it was not looked for, or not found.
+        Its head; None if it was not searched or not found.
     sends_fixed
-        Whether messages contain what is fixed. Otherwise every client's model has it by itself.
+        Whether messages contain the fixed tensors. Otherwise clients use their own.
     idle
-        Names of the parameters that got no gradient in a trial.
+        Names of the parameters without gradient in a trial.
     singular_vectors
         The buffers of spectral normalization, if the model has any.
     """
@@ -106,7 +100,7 @@ class ModelSpec:
 
     @classmethod
     def of_state(cls, state: StateDict) -> "ModelSpec":
-        """Return what names and types alone tell of a model: its head is the last layer."""
+        """Guess the structure from names and dtypes: the head is the last layer."""
         names = tuple(head_names(state))
         weight = state[names[0]]
         head = Head(layer_of(names[0]), names)
@@ -116,7 +110,7 @@ class ModelSpec:
 
     @classmethod
     def of(cls, model: nn.Module, initial: StateDict | None = None) -> "ModelSpec":
-        """Return what a model tells of itself without an example.
+        """Return the structure of a model without running it: its head is not searched.
 
         Parameters
         ----------
@@ -149,12 +143,12 @@ class ModelSpec:
         )
 
     def layout(self, patterns: Sequence[str] = ("*",)) -> ParameterLayout:
-        """Return how the tensors lie in vectors and messages.
+        """Return the layout of the tensors in vectors and messages.
 
         Raises
         ------
         ParameterError
-            If a pattern takes no tensor, or nothing would be generated.
+            If a pattern matches no tensor, or nothing would be generated.
         """
         return ParameterLayout.of(
             self.initial,
@@ -166,7 +160,7 @@ class ModelSpec:
         )
 
     def with_aliases(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Return tensors with all their names, in the order of the state_dict."""
+        """Return the names with all their aliases, in the order of the state_dict."""
         first = {self.aliases.get(name, name) for name in names}
         return tuple(name for name in self.initial if self.aliases.get(name, name) in first)
 
@@ -177,7 +171,7 @@ class ModelSpec:
         Raises
         ------
         ModelError
-            If it is not known, or not linear.
+            If it is unknown or not linear.
         """
         if self.head is None or self.head.size == (0, 0):
             raise ModelError(
@@ -187,12 +181,12 @@ class ModelSpec:
         return self.head
 
     def refreshed(self, state: StateDict) -> StateDict:
-        """Return a state_dict that has the singular vectors of its own weights."""
+        """Return a state_dict with recomputed buffers of spectral normalization."""
         return self.singular_vectors.refreshed(state) if self.singular_vectors else state
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what is fixed, by which clients see that they have the same."""
+        """A hash of the fixed tensors, which clients compare with that of their own."""
         return fingerprint({name: self.initial[name] for name in self.fixed})
 
 
@@ -209,7 +203,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a layer in a forward pass: what it was given first, and what it returned."""
+    """A call of a layer in a forward pass, with its first input and its output."""
 
     name: str
     inputs: Tensor | None
@@ -217,13 +211,12 @@ class Call:
 
 
 def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
-    """Return the head of a model: the layer that makes the logits, wherever it was registered.
+    """Return the head of a model: the layer that computes the logits.
 
-    Two blank examples are sent through the model, in evaluation mode. The head is the innermost
-    layer with a weight whose output is the logits. Where something follows it, such as a scale, it
-    is the last linear layer or convolution whose outputs are those of the classes, and what trains
-    after it belongs to it. None if there is no such layer, or another way to the logits goes round
-    it.
+    It is found in a forward pass of two blank examples in evaluation mode, as the innermost layer
+    with a weight whose output is the logits. If something follows it, such as a scale, it is the
+    last linear layer or convolution with one output per class, and trained parameters after it
+    belong to it. None if there is no such layer, or a parallel branch bypasses it.
     """
     examples = torch.zeros(2, *info.shape)
     with _evaluating(model), torch.enable_grad():
@@ -237,11 +230,11 @@ def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
             )
             if found is None:
                 return None
-            round_it = _trained_after(model, found.name, examples)
+            bypassing = _trained_after(model, found.name, examples)
             before = _with_gradient(found.output.sum(), model)
-            if round_it is None or round_it & before:
+            if bypassing is None or bypassing & before:
                 return None
-            after = round_it
+            after = bypassing
     spec = ModelSpec.of(model)
     owners = {layer_of(name) for name in after}
     prefix = f"{found.name}." if found.name else ""
@@ -274,7 +267,7 @@ def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
 
 
 def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
-    """Return a model's output, and the calls of its layers in the order in which they ended."""
+    """Return a model's output, and the calls of its layers in the order of their ends."""
     calls: list[Call] = []
 
     def keep(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
@@ -285,7 +278,7 @@ def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
 
         return hook
 
-    # The model as a whole is no layer, unless it is a single one.
+    # The model itself counts as a layer only if it has no submodules.
     handles = [
         layer.register_forward_hook(keep(name))
         for name, layer in model.named_modules()
@@ -299,12 +292,12 @@ def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
 
 
 def _has_weight(model: nn.Module, name: str) -> bool:
-    """Tell whether a layer, or what it consists of, has more than scales and shifts."""
+    """Return whether a layer has a weight of two or more dimensions."""
     return any(parameter.ndim > 1 for parameter in model.get_submodule(name).parameters())
 
 
 def _is_classifier(model: nn.Module, call: Call, info: DatasetInfo) -> bool:
-    """Tell whether a layer is linear, with as many outputs as there are classes."""
+    """Return whether a layer is linear or a convolution, with one output per class."""
     layer, shape = model.get_submodule(call.name), call.output.shape
     if isinstance(layer, nn.Linear):
         return shape[-1] == info.num_classes
@@ -313,9 +306,9 @@ def _is_classifier(model: nn.Module, call: Call, info: DatasetInfo) -> bool:
 
 
 def _trained_after(model: nn.Module, name: str, examples: Tensor) -> frozenset[str] | None:
-    """Return the parameters that reach the logits other than through a layer's output.
+    """Return the parameters that affect the logits other than through a layer's output.
 
-    None if this layer has no part in the logits.
+    None if this layer does not affect the logits.
     """
     cut: list[Tensor] = []
 
@@ -333,7 +326,7 @@ def _trained_after(model: nn.Module, name: str, examples: Tensor) -> frozenset[s
 
 
 def _with_gradient(total: Tensor, model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that a number depends on."""
+    """Return the names of the parameters with a gradient of ``total``."""
     named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     if not named or not total.requires_grad:
         return frozenset()
@@ -349,15 +342,14 @@ def _with_gradient(total: Tensor, model: nn.Module) -> frozenset[str]:
 class SingularVectors:
     """The buffers of spectral normalization: the first singular vectors of a layer's weight.
 
-    They belong to the weight. What becomes of them in an average, or beside a weight that is
-    generated or noised, is computed anew.
+    They depend on the weight, so they are recomputed where it is averaged, generated or noised.
 
     Parameters
     ----------
     model
-        In which this is done; its own parameters have no meaning.
+        Scratch model for the computation.
     layers
-        Names of the layers that have them.
+        Names of the spectrally normalized layers.
     names
         Of the buffers.
     """
@@ -368,7 +360,7 @@ class SingularVectors:
 
     @classmethod
     def of(cls, model: nn.Module) -> "SingularVectors | None":
-        """Return those of torch's two kinds of spectral normalization; None if there are none."""
+        """Find those of both implementations in torch; None if there are none."""
         found = {name: list(_spectral(layer)) for name, layer in model.named_modules()}
         layers = tuple(name for name, parts in found.items() if parts)
         vectors = {id(each) for parts in found.values() for _, *both in parts for each in both}
@@ -380,7 +372,7 @@ class SingularVectors:
         self.model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
         for name in self.layers:
             for weight, left, right in _spectral(self.model.get_submodule(name)):
-                # The smaller Gram matrix, in float64: its first eigenvector is exact enough.
+                # The smaller Gram matrix, in float64, is precise enough.
                 matrix = weight.detach().double()
                 wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
                 vector = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -1]
@@ -399,7 +391,7 @@ def _spectral(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the weight matrices that a layer normalizes, with their buffers ``u`` and ``v``."""
     if is_parametrized(layer):
         for chain in cast(Any, layer.parametrizations).values():
-            # What a further step is given is not in the state_dict.
+            # Inputs of later parametrizations in the chain are not in the state_dict.
             weight, first = getattr(chain, "original", None), chain[0]
             if isinstance(first, _SpectralNorm) and weight is not None and weight.ndim > 1:
                 yield first._reshape_weight_to_matrix(weight), first._u, first._v

@@ -47,7 +47,7 @@ def cifar_cnn(info: DatasetInfo) -> nn.Module:
 
 def resnet18(info: DatasetInfo) -> nn.Module:
     """torchvision's ResNet-18 for images of any size; small ones skip the first down-sampling."""
-    import torchvision  # only where it is needed: it takes seconds
+    import torchvision  # imported here: it takes seconds
 
     channels, height, width = info.shape
     model: nn.Module = torchvision.models.resnet18(num_classes=info.num_classes)
@@ -103,20 +103,20 @@ MODELS: dict[str, Callable[[DatasetInfo], nn.Module]] = {
 def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
     """Build a model by its name, or by ``package.module:function``, called with ``info``.
 
-    The initial parameters depend on ``seed`` alone; the global random state is left as it was.
+    The initial parameters depend on ``seed`` alone; the global random state does not change.
 
     Raises
     ------
     ModelError
-        If the function cannot be found or fails, returns no module, or the module does not turn
-        examples of ``info.shape`` into ``info.num_classes`` logits.
+        If the function cannot be imported or fails, does not return a module, or the module does
+        not map examples of ``info.shape`` to ``info.num_classes`` logits.
     """
     with initialized_by(make_generator(seed, "model")):
         try:
             model = (MODELS.get(name) or _function(name))(info)
         except ModelError:
             raise
-        except Exception as error:  # a function of the user's raises whatever it likes
+        except Exception as error:  # user code may raise anything
             raise ModelError(f'model.name = "{name}": building it failed with {error!r}') from error
         _check_fit(name, model, info)
     return model
@@ -150,10 +150,10 @@ def _function(name: str) -> Callable[[DatasetInfo], nn.Module]:
 
 
 def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
-    """Send two blank examples through the model, which must become two rows of logits."""
+    """Check the logits of a model on two blank examples."""
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f'model.name = "{name}": gave {type(model).__name__}, not a torch.nn.Module'
+            f'model.name = "{name}": returned {type(model).__name__}, not a torch.nn.Module'
         )
     was_training = model.training
     try:
@@ -162,7 +162,7 @@ def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
             check_logits(model(torch.zeros(2, *info.shape)), 2, info.num_classes)
     except ModelError as error:
         raise ModelError(f'model.name = "{name}": of shape {info.shape}, {error}') from error
-    except Exception as error:  # and so does a model of the user's
+    except Exception as error:  # user code may raise anything
         raise ModelError(
             f'model.name = "{name}": failed on examples of shape {info.shape}: {error}'
         ) from error
@@ -170,7 +170,7 @@ def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
 
 
 def mixing_layers(model: nn.Module) -> list[str]:
-    """Return the layers that mix or remember the images of a batch, with their types."""
+    """Return the layers that compute or keep statistics over a batch, with their types."""
     return [
         _named(name, layer)
         for name, layer in model.named_modules()
@@ -179,21 +179,21 @@ def mixing_layers(model: nn.Module) -> list[str]:
 
 
 def unfit_for_vmap(build: Callable[[], nn.Module], info: DatasetInfo) -> list[str]:
-    """Say why many such models cannot be trained as one graph, as ``client.engine = "vmap"`` does.
+    """Return why ``client.engine = "vmap"`` cannot train a model; empty if it can.
 
-    Beside layers that are known not to go with it, a step of two models on blank images is tried.
+    Unsuitable layer types are looked up; then one step of two models is tried on blank examples.
     """
     trials = [build().train() for _ in range(2)]
     model = trials[0]
     if mixing := mixing_layers(model):
-        return [f"layers that mix or remember the images of a batch are out: {', '.join(mixing)}"]
+        return [f"layers with batch statistics are not supported: {', '.join(mixing)}"]
     drawing = [
         _named(name, layer)
         for name, layer in model.named_modules()
         if isinstance(layer, _DropoutNd) and layer.p > 0
     ]
     if drawing:
-        return [f"layers that draw at random are out: {', '.join(drawing)}"]
+        return [f"random layers are not supported: {', '.join(drawing)}"]
     images = torch.zeros(2, 2, *info.shape)
     parameters, buffers = stack_module_state(trials)
 
@@ -206,12 +206,12 @@ def unfit_for_vmap(build: Callable[[], nn.Module], info: DatasetInfo) -> list[st
             before = global_draws()
             trials[1](images[1])
             if global_draws() != before:
-                return ["a forward pass that draws at random from NumPy or Python is out"]
+                return ["random numbers of NumPy or Python in the forward pass are not supported"]
         changed = [n for n, b in trials[1].named_buffers() if not torch.equal(b, buffers[n][1])]
         if changed:
-            return [f"buffers that change in training are out: {', '.join(changed)}"]
+            return [f"buffers that change in training are not supported: {', '.join(changed)}"]
         vmap(grad(loss))(parameters, buffers, images)
-    except Exception as error:  # torch and the user's model raise whatever they like
+    except Exception as error:  # user code may raise anything
         reason = str(error).partition("\n")[0]
         return [f"torch.func.vmap cannot train it: {reason}"]
     return []

@@ -1,7 +1,7 @@
 """Functions that settings name: only those of the user's own code are imported and called.
 
-Settings come from others too: in a suite, in the file of a model, in a run that somebody starts.
-Whoever could name any function there could have any of Python's called with a folder.
+Settings may come from others: in a suite, in a model's file, in a submitted run. Without this check
+they could call any function of Python.
 """
 
 import functools
@@ -15,30 +15,30 @@ from pathlib import Path
 from typing import Any
 
 TRUST = "PFEDGPA_TRUST"
-"""The environment variable with packages whose functions settings may name, by commas."""
+"""Environment variable: comma-separated packages whose functions settings may name."""
 
 _APP = Path(__file__).parents[1]
-# The app's own packages have nothing that makes a data set or a model.
+# The app's own packages have no functions for settings.
 _OUR_OWN = ("client_app", "pfedgpa_app", "server_app")
 _KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
 _INSTALLED = ("site-packages", "dist-packages")
 
 
 class UntrustedError(ImportError):
-    """A function that is none of the user's own code; the message says what would be right."""
+    """A function outside of the user's own code; the message says what would be right."""
 
 
 def own_function(name: str) -> Callable[..., Any]:
     """Return the function ``package.module:function``.
 
-    It must be of a module in the folder of the app (where `flwr run` has put what it packed) or in
-    the current one, or of a package that the environment variable `TRUST` names. Nothing else is
-    imported. What a module has imported itself counts as of where it was defined.
+    It must be defined in a module in the app's folder (where `flwr run` unpacks it) or in the
+    current one, or in a package that the environment variable `TRUST` names. Nothing else is
+    imported.
 
     Raises
     ------
     UntrustedError
-        If it is another one.
+        If it is defined elsewhere.
     ImportError, AttributeError
         If there is no such module, or it has no such function. Importing it may raise anything.
     """
@@ -68,7 +68,7 @@ def _module_of(function: object) -> str:
 
 
 def _is_trusted(package: str) -> bool:
-    """Tell whether functions of a package may be called, without importing it."""
+    """Return whether functions of a package may be called, without importing it."""
     if package in {each.strip() for each in os.environ.get(TRUST, "").split(",")}:
         return True
     if package in _OUR_OWN:
@@ -84,7 +84,7 @@ def _is_trusted(package: str) -> bool:
 
 
 def _folders(spec: ModuleSpec) -> Iterator[Path]:
-    """Yield the folders that a module, or the parts of a package, lie in; none if built in."""
+    """Yield the folders of a module or (namespace) package; none if built in."""
     if spec.submodule_search_locations is not None:
         yield from (Path(each).resolve().parent for each in spec.submodule_search_locations)
     elif spec.has_location and spec.origin is not None:
@@ -104,5 +104,7 @@ def _own_folders() -> Iterator[Path]:
         here = Path.cwd()
     except OSError:  # it was removed
         return
-    if here != Path(here.anchor):  # a service may be started there, and everything is below
+    if here != Path(
+        here.anchor
+    ):  # services may be started in the root folder, which contains everything
         yield here.resolve()

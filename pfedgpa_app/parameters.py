@@ -1,4 +1,4 @@
-"""A model's state_dict as one vector of generated parameters and an averaged rest."""
+"""A model's state_dict as one vector of generated parameters and a rest that is averaged."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,46 +10,44 @@ from torch import Tensor
 
 StateDict = dict[str, Tensor]
 
-# What fits into a float32 vector without rounding.
+# Exact in a float32 vector.
 _GENERATED_DTYPES = (torch.float32, torch.float16)
-# Squares and sums of anything larger leave float32; no model has such parameters.
+# Squares and sums of larger values overflow float32.
 MAX_ABSOLUTE = 1e12
 # Buffers of torch's normalization layers: statistics of the data, not parameters.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NEVER_NEGATIVE = ("running_var", "num_batches_tracked")
-# What torch.nn.utils.parametrize puts between a layer and its tensors.
+# Inserted into names by torch.nn.utils.parametrize.
 _PARAMETRIZED = re.compile(r"(^|\.)parametrizations\..*$")
 
 
 def copy_of(state: Mapping[str, Tensor]) -> StateDict:
-    """Return a copy of a state_dict, contiguous and on the CPU, free of later training."""
+    """Return a detached, contiguous copy of a state_dict on the CPU."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
 def layer_of(name: str) -> str:
     """Return the layer that an entry of a state_dict belongs to; "" is the model itself.
 
-    A parametrized tensor, such as that of a weight-normed layer, belongs to the layer whose weight
-    it makes.
+    A parametrized tensor, such as those of weight normalization, belongs to the parametrized layer.
     """
     layer = _PARAMETRIZED.sub("", name)
     return layer if layer != name else name.rpartition(".")[0]
 
 
 def head_names(names: Iterable[str]) -> list[str]:
-    """Return the entries of the last layer in a state_dict.
+    """Return the entries of the last layer in a state_dict, by convention the head.
 
-    That is where a model's head, the classifier, is by custom. `find_head` knows it by what the
-    layers do.
+    `find_head` finds the head by what layers compute.
     """
     ordered = list(names)
     return [name for name in ordered if layer_of(name) == layer_of(ordered[-1])]
 
 
 def default_trained(state: Mapping[str, Tensor]) -> frozenset[str]:
-    """Return which entries of a state_dict train, as far as names and types tell it.
+    """Guess which entries of a state_dict train, by names and dtypes.
 
-    These are all of floating point but the statistics of normalization layers.
+    These are all floating point entries but the statistics of normalization layers.
     """
     return frozenset(
         name
@@ -59,7 +57,7 @@ def default_trained(state: Mapping[str, Tensor]) -> frozenset[str]:
 
 
 class ParameterError(ValueError):
-    """Parameters that do not belong to the model, or that no one should train on."""
+    """Parameters that do not fit the model, or have invalid values."""
 
 
 class UnboundedError(ParameterError):
@@ -73,7 +71,7 @@ class Entry:
     Attributes
     ----------
     trains
-        Whether training changes it by its gradient; otherwise it is a frozen weight or a buffer.
+        Whether it is a trained parameter, and not a frozen weight or a buffer.
     """
 
     name: str
@@ -91,9 +89,9 @@ class Entry:
 class ParameterLayout:
     """Which tensors of a model are generated, in the order of the vector, and which are averaged.
 
-    A tensor is generated if it trains, a pattern (``fnmatch`` on its name) takes it and float32
-    holds it exactly. All others are averaged whatever the patterns say: integers, float64, buffers
-    and frozen weights. A tensor with several names has one place in the vector.
+    A tensor is generated if it trains, matches a pattern (``fnmatch`` on its name) and is exact in
+    float32. All others are averaged: integers, float64, buffers and frozen weights. A tied tensor
+    is in the vector once.
 
     Attributes
     ----------
@@ -104,12 +102,12 @@ class ParameterLayout:
     aliases
         The other names of tied tensors, with the first name of each.
     fixed
-        Tensors that never change, by name. Uploads must have them as they are.
+        Tensors that never change, by name. Uploads must not change them.
     unbounded
-        Those buffers whose initial values are infinite or huge, such as masks. Other values than
-        these must be finite, as everywhere.
+        Buffers with infinite or huge initial values, such as masks. Where they differ from these
+        values they must be bounded.
     sends_fixed
-        Whether messages contain what is fixed.
+        Whether messages contain the fixed tensors.
     """
 
     entries: tuple[Entry, ...]
@@ -135,14 +133,14 @@ class ParameterLayout:
         Parameters
         ----------
         trained
-            Names of the tensors that train; `default_trained` where it is not known.
+            Names of the tensors that train; by default `default_trained`.
         aliases, fixed, sends_fixed
-            As the attributes; of what is fixed the names.
+            As the attributes; ``fixed`` has names only.
 
         Raises
         ------
         ParameterError
-            If a pattern takes no tensor, or nothing would be generated.
+            If a pattern matches no tensor, or nothing would be generated.
         """
         trained = default_trained(state) if trained is None else trained
         aliases = aliases or {}
@@ -152,9 +150,9 @@ class ParameterLayout:
         for pattern in patterns:
             if not any(fnmatchcase(entry.name, pattern) for entry in entries):
                 raise ParameterError(
-                    f'no tensor of the model fits the pattern "{pattern}": {", ".join(state)}'
+                    f'no tensor of the model matches the pattern "{pattern}": {", ".join(state)}'
                 )
-        taken = {
+        matched = {
             aliases.get(name, name)
             for name in state
             if any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -162,11 +160,11 @@ class ParameterLayout:
         generated = tuple(
             entry
             for entry in entries
-            if entry.trains and entry.dtype in _GENERATED_DTYPES and entry.name in taken
+            if entry.trains and entry.dtype in _GENERATED_DTYPES and entry.name in matched
         )
         if not generated:
             raise ParameterError(
-                f"nothing to generate: {', '.join(patterns)} takes no float32 or float16 "
+                f"nothing to generate: {', '.join(patterns)} matches no float32 or float16 "
                 "parameter of the model that trains"
             )
         unbounded = {
@@ -209,7 +207,7 @@ class ParameterLayout:
         return {e.name: merged[self.aliases.get(e.name, e.name)] for e in self.entries}
 
     def rest(self, state: Mapping[str, Tensor]) -> StateDict:
-        """Return what of a state_dict is averaged."""
+        """Return the averaged entries of a state_dict."""
         names = {entry.name for entry in self.generated}
         return {
             entry.name: state[entry.name]
@@ -218,26 +216,26 @@ class ParameterLayout:
         }
 
     def to_send(self, state: StateDict) -> StateDict:
-        """Return what a message contains of a state_dict: the same object if it is everything."""
+        """Return the entries that a message contains; the same object if these are all."""
         if self.sends_fixed:
             return state
         return {name: tensor for name, tensor in state.items() if name not in self.fixed}
 
     def received(self, state: Mapping[str, Tensor]) -> StateDict:
-        """Return the state_dict of a message that `check` has nothing against.
+        """Return the complete state_dict of a message that has passed `check`.
 
-        What is fixed is taken from here, so that it is in memory once, and tied tensors are one.
+        Fixed tensors are taken from the layout, and tied ones are one object, to save memory.
         """
         whole = {**state, **self.fixed}
         return {e.name: whole[self.aliases.get(e.name, e.name)] for e in self.entries}
 
     def check_names(self, state: Iterable[str]) -> None:
-        """Refuse names that are not those of this model, as messages have them.
+        """Refuse a message whose names differ from those of this model.
 
         Raises
         ------
         ParameterError
-            Naming what is missing, or what is too much.
+            Naming missing or unknown tensors.
         """
         given = set(state)
         names = {entry.name for entry in self.sent}
@@ -247,12 +245,12 @@ class ParameterLayout:
             raise ParameterError(f"the model has no tensor {', '.join(sorted(unknown)[:5])[:300]}")
 
     def check(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse a state_dict that is not one of this model, or that no one can compute with.
+        """Refuse a message that does not fit this model, or has invalid values.
 
         Raises
         ------
         ParameterError
-            Naming the first tensor that is wrong, and what would be right.
+            Naming the first wrong tensor, and what would be right.
         """
         self.check_names(state)
         for entry in self.sent:
@@ -282,29 +280,29 @@ class ParameterLayout:
 
 
 def is_bounded(tensor: Tensor) -> bool:
-    """Tell whether all values are finite, and smaller than `MAX_ABSOLUTE`."""
+    """Return whether all absolute values are below `MAX_ABSOLUTE`."""
     return bool(((tensor > -MAX_ABSOLUTE) & (tensor < MAX_ABSOLUTE)).all())
 
 
 def same(left: Tensor, right: Tensor) -> bool:
-    """Tell whether two tensors of a shape are the same, NaN included."""
+    """Return whether two tensors of one shape are equal, with NaN equal to NaN."""
     return bool(_equal(left, right).all())
 
 
 def _equal(left: Tensor, right: Tensor) -> Tensor:
-    """Return where two tensors are the same, NaN included."""
+    """Return where two tensors are equal, with NaN equal to NaN."""
     return (left == right) | (left.isnan() & right.isnan())
 
 
 def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> StateDict:
-    """Return the FedAvg average of state_dicts of one layout, computed in float64.
+    """Return the weighted average of state_dicts of one layout, computed in float64.
 
-    Integer tensors are averaged and rounded. What is the same in all states stays so, bit by bit.
+    Integer tensors are averaged and rounded. Tensors equal in all states stay bit-identical.
 
     Raises
     ------
     ValueError
-        If there is nothing to average or the weights do not sum to a positive number.
+        If there are no states, or the sum of weights is not positive.
     """
     total = sum(weights)
     if not states or not total > 0:

@@ -1,4 +1,4 @@
-"""What can be wrong with right settings: models, layers, devices, packages that are not there."""
+"""Checks before a run that need more than the settings: model, layers, devices, packages."""
 
 from collections.abc import Hashable
 from dataclasses import replace
@@ -18,15 +18,15 @@ from pfedgpa_app.trial import differences_of_builds, try_training, unfit_entries
 
 ENGINE_ON_FLOWER = (
     'client.engine = "vmap": is for `pfedgpa bench`, whose clients train in one process; '
-    '`flwr run` gives each a process of its own, and right would be "loop"'
+    '`flwr run` gives each its own process, and right would be "loop"'
 )
 
 
 def preflight(config: Config, *, one_process: bool = False) -> ModelSpec:
-    """Build the model of a run, and try whatever else would only fail in its middle.
+    """Build and try the model of a run, and check all else that would only fail during the run.
 
-    ``one_process`` says that all clients train in one process, as in `pfedgpa bench`. Elsewhere
-    there is nothing for ``client.engine = "vmap"`` to put together.
+    ``one_process`` says that all clients train in one process, as in `pfedgpa bench`; only then is
+    ``client.engine = "vmap"`` allowed.
 
     Raises
     ------
@@ -54,8 +54,8 @@ def preflight(config: Config, *, one_process: bool = False) -> ModelSpec:
     return spec
 
 
-def decides(config: Config) -> Hashable:
-    """Return what the outcome of `preflight` depends on, so that nothing is tried twice."""
+def preflight_key(config: Config) -> Hashable:
+    """Return the settings on which `preflight` depends, so that nothing is tried twice."""
     return (
         *(config.model, config.data.info, config.data.train_samples, config.client, config.privacy),
         *(STRATEGY_INFO[config.strategy].head, config.diffusion.patterns),
@@ -64,12 +64,12 @@ def decides(config: Config) -> Hashable:
 
 
 def _checked_model(config: Config) -> ModelSpec:
-    """Return what there is to know of the model.
+    """Return the checked model's structure.
 
     Raises
     ------
     ConfigError
-        If it does not go with the settings.
+        If it does not fit the settings.
     """
     info, named = config.data.info, f'model.name = "{config.model.name}"'
     build = partial(build_model, config.model.name, info, config.seed)
@@ -117,40 +117,37 @@ def _checked_model(config: Config) -> ModelSpec:
     try:
         layout.check(layout.to_send(spec.initial))
     except ParameterError as error:
-        refuse_if([f"as it is built, {error}"])
+        refuse_if([f"its initial parameters are wrong: {error}"])
     return spec
 
 
 def _head(model: nn.Module, config: Config) -> Head | None:
-    """Return the head of a model where a strategy needs it."""
+    """Return the head of a model if the strategy needs it."""
     if not STRATEGY_INFO[config.strategy].head:
         return None
     try:
         return find_head(model, config.data.info)
-    except Exception:  # a model of the user's may not let itself be looked into
+    except Exception:  # user code may raise anything
         return None
 
 
 def unfit_heads(spec: ModelSpec, strategy: str) -> list[str]:
-    """Say why a strategy cannot find, or replace, the head that it needs."""
+    """Return why a strategy cannot find or replace the head that it needs; empty if it can."""
     needs, head = STRATEGY_INFO[strategy].head, spec.head
     if not needs:
         return []
     with_strategy = f'with strategy = "{strategy}", '
     if head is None:
-        return [
-            f"{with_strategy}one layer should make the logits alone, and none that does was found"
-        ]
+        return [f"{with_strategy}one layer alone should compute the logits, and none was found"]
     layer = head.layer or "the model itself"
     if needs != "any" and head.size == (0, 0):
         return [
-            f"{with_strategy}the layer that makes the logits, {layer}, should be a torch.nn.Linear "
-            "that is called once, with a row of features for each example"
+            f"{with_strategy}the layer that computes the logits, {layer}, should be a "
+            "torch.nn.Linear that is called once, with one row of features per example"
         ]
     if needs == "plain" and not head.weights:
         return [
-            f"{with_strategy}the output of the layer that makes the logits, {layer}, should be "
-            "the logits as they are, and its weight a float32 parameter that trains, neither "
-            "frozen nor parametrized"
+            f"{with_strategy}the output of the layer that computes the logits, {layer}, should be "
+            "the logits themselves, and its weight a trained float32 parameter, not parametrized"
         ]
     return []

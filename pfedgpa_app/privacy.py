@@ -1,4 +1,4 @@
-"""Differential privacy of what clients upload: noise, and the account of what it tells of them."""
+"""Differential privacy of uploads: noise and privacy accounting."""
 
 import importlib.util
 import math
@@ -22,16 +22,16 @@ from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
 
 Uniform = Callable[[int], Tensor]
-"""Called with a number of draws: returns them, float64, between 0 and 1 and never either."""
+"""Returns a number of uniform draws in the open interval (0, 1), float64."""
 
-# As many as leave room for a half, so that no draw is rounded to 1.
+# One less than float64 has, so that adding a half never rounds to 1.
 _RANDOM_BITS = 52
-# Of the largest entry of a gradient, what rounding may change where a batch is another one.
+# Tolerance for gradients in another batch, relative to the largest entry.
 _ROUNDING = 1e-4
 
 
 def secure_uniform(size: int) -> Tensor:
-    """Draw from the system's randomness, which nobody can know or repeat."""
+    """Draw from the system's cryptographic random source."""
     if not size:
         return torch.empty(0, dtype=torch.float64)
     words = torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64)
@@ -39,12 +39,12 @@ def secure_uniform(size: int) -> Tensor:
 
 
 def seeded_uniform(generator: torch.Generator) -> Uniform:
-    """Return draws that whoever knows the seed can repeat: for experiments, they protect nobody."""
+    """Return reproducible draws, for experiments: they give no privacy if the seed is known."""
     return lambda size: _between(torch.randint(2**_RANDOM_BITS, (size,), generator=generator))
 
 
 def gaussian(like: Tensor, uniform: Uniform) -> Tensor:
-    """Return standard normal noise of a tensor's shape, type and device."""
+    """Return standard normal noise of a tensor's shape, dtype and device."""
     noise: Tensor = torch.special.ndtri(uniform(like.numel()))
     return noise.reshape(like.shape).to(like)
 
@@ -67,10 +67,9 @@ def private_update(
 ) -> StateDict:
     """Return an upload whose update is clipped and noised (`LocalDpMod` of Flower).
 
-    The update ``state - received`` is shortened to the length ``clip_norm`` where it is longer, and
-    noise of `update_deviation` is added to each entry. An update that is not finite counts as 0.
-    What does not train, such as frozen weights, buffers and counters, stays as it was received. A
-    tied tensor is noised once: two copies with different noise would tell more.
+    The update ``state - received`` is clipped to the norm ``clip_norm``, and Gaussian noise of
+    `update_deviation` is added. An update that is not finite counts as 0. Frozen weights, buffers
+    and counters stay as received. A tied tensor is noised once, since two noises would average out.
     """
     moves = {
         name: tensor.double() - received[name].double()
@@ -89,10 +88,9 @@ def private_update(
 
 
 def sampling_plan(num_examples: int, config: ClientConfig) -> tuple[float, int]:
-    """Return the part of the examples that a step of DP-SGD draws, and the number of steps.
+    """Return the sample rate and the number of steps of DP-SGD.
 
-    Each step draws every example with this probability, so that a batch has about
-    ``batch_size`` of them.
+    Poisson sampling at this rate gives batches of about ``batch_size``.
     """
     steps_per_epoch = math.ceil(num_examples / config.batch_size)
     return 1 / steps_per_epoch, config.local_epochs * steps_per_epoch
@@ -101,29 +99,29 @@ def sampling_plan(num_examples: int, config: ClientConfig) -> tuple[float, int]:
 def cost_of_round(
     privacy: PrivacyConfig, client: ClientConfig, num_examples: int
 ) -> tuple[float, float, int]:
-    """Return what an upload tells of a client's data, as an entry of a `Ledger`."""
+    """Return the privacy cost of an upload, as an entry of a `Ledger`."""
     if privacy.mode == "update":
-        # Whatever the settings take for its sensitivity: two updates can be so far apart.
+        # 2 clip_norm bounds the distance of two updates, whatever sensitivity is configured.
         return update_deviation(privacy) / (2 * privacy.clip_norm), 1.0, 1
     return privacy.noise_multiplier, *sampling_plan(num_examples, client)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a client has told of its data so far, as steps of the Gaussian mechanism.
+    """A client's privacy spending so far, as steps of the sampled Gaussian mechanism.
 
     Attributes
     ----------
     entries
-        Of equal steps one after the other: the noise's standard deviation in units of what one
-        client or example can change, the part of the examples that was drawn, the number of steps.
+        Runs of equal steps: noise multiplier (standard deviation by sensitivity), sample rate and
+        number of steps.
     """
 
     entries: tuple[tuple[float, float, int], ...] = ()
 
     @classmethod
     def of(cls, columns: Mapping[str, Sequence[float]]) -> "Ledger":
-        """Return the ledger of what `columns` returned, or an empty one of nothing."""
+        """Return the ledger of the result of `columns`; an empty one if that is empty."""
         rows = zip(
             columns.get("noise-multipliers", ()),
             columns.get("sample-rates", ()),
@@ -133,7 +131,7 @@ class Ledger:
         return cls(tuple((float(noise), float(rate), int(steps)) for noise, rate, steps in rows))
 
     def columns(self) -> dict[str, list[float]]:
-        """Return the entries as lists of numbers by their names."""
+        """Return the entries as lists by name, for a MetricRecord."""
         names = ("noise-multipliers", "sample-rates", "steps")
         return {
             name: [float(entry[column]) for entry in self.entries]
@@ -150,7 +148,7 @@ class Ledger:
 
     def epsilon(self, delta: float) -> float:
         """Return the epsilon of all steps together, by Rényi differential privacy (Opacus)."""
-        # A package that only privacy needs.
+        # An optional package.
         from opacus.accountants import RDPAccountant
         from opacus.accountants.analysis.rdp import get_privacy_spent
 
@@ -166,9 +164,9 @@ class Ledger:
         return float(epsilon)
 
 
-@lru_cache  # a tenth of a second, and the same in each round
+@lru_cache  # 0.1 s, and equal in each round
 def _divergences(noise_multiplier: float, sample_rate: float) -> NDArray[np.float64]:
-    """Return the Rényi divergence of one step for each of Opacus' orders, ``(orders,)``."""
+    """Return the Rényi divergence of one step at each of Opacus' orders, ``(orders,)``."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import compute_rdp
 
@@ -184,10 +182,9 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> NDArray[np.floa
 
 @contextmanager
 def quiet_opacus() -> Iterator[None]:
-    """Leave out warnings that say nothing here.
+    """Suppress irrelevant warnings of Opacus and torch.
 
-    The bound on epsilon holds although the best order is at the end of those that are tried, and
-    images need no gradient.
+    The bound on epsilon is valid at any order, and inputs need no gradient.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Optimal order is the")
@@ -196,7 +193,7 @@ def quiet_opacus() -> Iterator[None]:
 
 
 def require_opacus(config: PrivacyConfig) -> None:
-    """See to it that Opacus is installed where it is needed.
+    """Check that Opacus is installed if it is needed.
 
     Raises
     ------
@@ -218,21 +215,21 @@ def unfit_layers(
     config: PrivacyConfig,
     changed: Collection[str],
 ) -> list[str]:
-    """Say which layers of a model cannot be trained, or uploaded, with differential privacy.
+    """Return why a model cannot be trained or uploaded with privacy; empty if it can.
 
     ``changed`` are the buffers that a trial of the training changes.
     """
     if mixing := mixing_layers(build()):
         return [
-            f"layers that mix or remember the images of a batch are out: {', '.join(mixing)}; "
+            f"layers with batch statistics are not supported: {', '.join(mixing)}; "
             "right would be torch.nn.GroupNorm or LayerNorm"
         ]
     if config.mode != "example":
         return []
     if changed:
         return [
-            "buffers that training changes are out, since they tell of the images and are not "
-            f"uploaded: {', '.join(sorted(changed))}; right would be a model without them"
+            "buffers that training changes are not supported, since they depend on the examples "
+            f"without noise: {', '.join(sorted(changed))}; right would be a model without them"
         ]
     return _refused_by_opacus(build()) or _unfit_gradients(build(), info)
 
@@ -245,14 +242,13 @@ def _refused_by_opacus(model: nn.Module) -> list[str]:
 
 
 def _unfit_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
-    """Try steps on random images: each needs a gradient of its own, whatever else is in its batch.
+    """Check that per-example gradients exist and do not depend on the rest of the batch.
 
-    The noise of DP-SGD hides one image, which may change the sum of the clipped gradients by its
-    own and not by those of others.
+    DP-SGD's noise covers the change of one example's gradient alone.
     """
     generator = make_generator(0, "trial")
     first = torch.randn(1, *info.shape, generator=generator)
-    # The second batch has images that are unlike those of the first in their size too.
+    # The second batch also differs in scale.
     others = [scale * torch.randn(3, *info.shape, generator=generator) for scale in (1.0, 10.0)]
     batch, other = (torch.cat([first, each]) for each in others)
     try:
@@ -260,8 +256,8 @@ def _unfit_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
         by_opacus = _gradients_by_opacus(model, batch)
         if missing := [name for name, each in by_opacus.items() if each is None]:
             return [
-                f"{name} gets no gradient of each image apart; right would be layers of torch.nn, "
-                "each of whose parameters has a part in the logits"
+                f"{name} has no per-example gradient; right would be layers of torch.nn, with "
+                "parameters that all affect the logits"
                 for name in missing
             ]
         in_batch = _gradients(model, batch)
@@ -269,16 +265,16 @@ def _unfit_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
         changing += _differing(in_batch, by_opacus)
         if not changing:
             if _differing(in_batch, _gradients(model, batch, seed=1)):
-                # Layers that draw at random draw other numbers for a batch of another size.
+                # Random layers draw other numbers in a batch of another size.
                 in_batch = _gradients(model.eval(), batch)
             changing = _differing(in_batch, _gradients(model, first))
-    except Exception as error:  # Opacus and the user's model raise whatever they like
+    except Exception as error:  # user code may raise anything
         return [f"Opacus cannot train it: {error}"]
     if not changing:
         return []
     names = ", ".join(list(dict.fromkeys(changing))[:5])
     return [
-        "what it computes of an image must not depend on the other images of its batch, and does: "
+        "the gradient of an example must not depend on the rest of its batch, but does: "
         f"{names}. Right would be a forward without statistics over the batch, such as "
         "torch.nn.GroupNorm or LayerNorm in place of batch normalization"
     ]
@@ -288,7 +284,7 @@ _LOGITS = "the logits"
 
 
 def _gradients_by_opacus(model: nn.Module, batch: Tensor) -> dict[str, Tensor | None]:
-    """Return what Opacus takes for the gradient of a batch's first image, by parameter."""
+    """Return Opacus' gradient of the first example of a batch, by parameter."""
     from opacus import GradSampleModule
 
     with initialized_by(make_generator(0, "trial")), quiet_opacus():
@@ -305,7 +301,7 @@ def _gradients_by_opacus(model: nn.Module, batch: Tensor) -> dict[str, Tensor | 
 
 
 def _gradients(model: nn.Module, batch: Tensor, seed: int = 0) -> dict[str, Tensor | None]:
-    """Return the logits of a batch's first image, and the gradient of its loss by parameter."""
+    """Return the logits of the first example of a batch, and its gradient by parameter."""
     named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     with initialized_by(make_generator(seed, "trial")):
         logits = model(batch)[:1]
@@ -316,7 +312,7 @@ def _gradients(model: nn.Module, batch: Tensor, seed: int = 0) -> dict[str, Tens
 
 
 def _differing(left: Mapping[str, Tensor | None], right: Mapping[str, Tensor | None]) -> list[str]:
-    """Return the names of what both have, and differs by more than rounding does."""
+    """Return the names of common tensors that differ beyond rounding."""
     differing = []
     for name, one in left.items():
         other = right.get(name)

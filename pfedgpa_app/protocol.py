@@ -1,18 +1,18 @@
-"""The records and keys of messages between server and clients, which both import from here."""
+"""The records and keys of messages between server and clients."""
 
-# Records. The first three are called as Flower's `FedAvg` calls them.
+# Records. The first three names are those of Flower's `FedAvg`.
 ARRAYS = "arrays"
 CONFIG = "config"
 METRICS = "metrics"
 EXTRAS = "extras"
-"""What a strategy and its clients exchange beside the model."""
+"""Further tensors of a strategy."""
 
-# Of the config of a message.
+# Keys of CONFIG.
 SERVER_ROUND = "server-round"
 FINGERPRINT = "fixed-weights"
-"""The hash of the weights that the message does not contain: clients have them."""
+"""The hash of fixed weights that the message leaves out."""
 
-# Metrics of a reply: to training, to evaluation, and to both.
+# Keys of METRICS in replies.
 NUM_EXAMPLES = "num-examples"
 ACCURACY, LOSS = "accuracy", "loss"
 ACCURACY_BEFORE, LOSS_BEFORE = "accuracy-before", "loss-before"
@@ -26,28 +26,28 @@ RECALL = "recall-"
 SECONDS = "seconds"
 IMAGE_MEAN, IMAGE_STD = "image-mean", "image-std"
 PARTITION = "partition"
-"""The client's partition and the number of all."""
+"""[partition-id, num-partitions] of the client."""
 EPSILON = "epsilon"
 BUDGET_SPENT = "budget-spent"
-"""Of a client that did not train, since that would exceed its privacy budget."""
+"""Set by a client that did not train, since that would exceed its privacy budget."""
 
-# What a node says of itself when it is asked: its partition, and in a record of its own its code.
+# Reply to a query: the partition, and in its own record the hash of the code.
 PARTITION_ID = "partition-id"
 SOURCE = "source"
 
 # Extras of pFedGPA.
 COMMON = "common"
-"""Sent to be asked for `HALVES`: the parameters from which both halves start."""
+"""Sent to request `HALVES`: the parameters from which training on both halves starts."""
 HALVES = "halves"
-"""Uploaded: how two halves of the client's images move what is `COMMON`."""
+"""Uploaded: sketches of the updates by training on two halves of the client's data."""
 
-# Of FedPAC, of which the server sends the first two and the client uploads all.
+# Extras of FedPAC: the server sends the first two, the client uploads all.
 CLASS_MEANS, CLASS_COUNTS = "class-means", "class-counts"
 WEIGHTED_MEANS, VARIANCE = "weighted-means", "variance"
 
-# Of Floco, of which the client uploads the first.
+# Extras of Floco: the client uploads the first.
 ENDPOINTS, CENTER, HAS_REGION = "endpoints", "center", "has-region"
 
-# Of IFCA: the number of the cluster that is sent as the model, the other clusters' models, and
-# uploaded, the choice.
+# Extras of IFCA: the cluster whose model is in ARRAYS, the other clusters' models, and the uploaded
+# choice.
 RECEIVED, CLUSTER, CHOICE = "received", "cluster", "choice"

@@ -1,4 +1,4 @@
-"""Random generators that depend on what they are for, never on who ran before."""
+"""Random generators that depend on seed and purpose alone, and reproducible computing."""
 
 import hashlib
 import random
@@ -14,8 +14,8 @@ def make_generator(
 ) -> torch.Generator:
     """Return the generator of one purpose, for example ``make_generator(seed, "local", 3, round)``.
 
-    Different streams of one seed are independent (a hash tells them apart), so clients and rounds
-    draw the same numbers in whatever order, and in whatever process, they are computed.
+    Streams of one seed are independent (by a hash), so clients and rounds draw the same numbers in
+    any order and any process.
     """
     digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8]))
@@ -23,10 +23,9 @@ def make_generator(
 
 @contextmanager
 def initialized_by(generator: torch.Generator) -> Iterator[None]:
-    """Let the modules that are built in the block draw their parameters from ``generator``.
+    """Initialize modules that are built in the block from ``generator``.
 
-    torch initializes modules from its global CPU generator. NumPy's and Python's, which a model of
-    a user's may draw from, follow the same seed. All three are put back afterwards.
+    The global generators of torch (CPU), NumPy and Python are set, and restored afterwards.
     """
     before = torch.default_generator.get_state()
     torch.default_generator.set_state(generator.get_state())
@@ -39,9 +38,9 @@ def initialized_by(generator: torch.Generator) -> Iterator[None]:
 
 @contextmanager
 def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Let what draws from global generators follow the seed of ``generator``.
+    """Seed the global generators of torch, NumPy and Python by that of ``generator``.
 
-    These are layers such as dropout, and whatever a model of a user's draws from NumPy or Python.
+    Dropout layers draw from them, and own models may; they are restored afterwards.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _others_seeded(generator.initial_seed()):
@@ -50,14 +49,14 @@ def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[N
 
 
 def global_draws() -> tuple[object, ...]:
-    """Return where NumPy's and Python's global generators are, to see whether something drew."""
+    """Return the states of NumPy's and Python's global generators, to detect draws."""
     state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
     return state["key"].tobytes(), state["pos"], random.getstate()
 
 
 @contextmanager
 def _others_seeded(seed: int) -> Iterator[None]:
-    """Seed NumPy's and Python's global generators, and put them back afterwards."""
+    """Seed NumPy's and Python's global generators, and restore them afterwards."""
     before = np.random.get_state(), random.getstate()  # noqa: NPY002
     np.random.seed([seed % 2**32, seed >> 32 & 0xFFFFFFFF])  # noqa: NPY002
     random.seed(seed)
@@ -70,12 +69,11 @@ def _others_seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def repeatable(num_threads: int | None = None) -> Iterator[None]:
-    """Let torch compute the same digits each time.
+    """Make torch deterministic.
 
-    On a GPU, cuDNN chooses among those algorithms that do: the fastest ones add up in whatever
-    order the GPU comes to it. On a CPU, ``num_threads`` gives the same digits on a machine of any
-    number of cores; on small tensors one is also the fastest, by far where other processes want
-    the cores. None leaves the threads as they are.
+    On a GPU, cuDNN uses deterministic algorithms. On a CPU, results depend on the number of
+    threads, which ``num_threads`` fixes (None: unchanged); one is also the fastest for small
+    tensors.
     """
     cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
     before = cudnn.deterministic, cudnn.benchmark
@@ -91,12 +89,12 @@ def repeatable(num_threads: int | None = None) -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called ``cpu`` or ``cuda``; ``auto`` is CUDA where there is one.
+    """Return the device ``cpu`` or ``cuda``; ``auto`` is CUDA if available.
 
     Raises
     ------
     RuntimeError
-        If ``cuda`` was asked for and there is none.
+        If ``cuda`` is not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What all sections of the settings are made of."""
+"""The base class and the field types of all sections of the settings."""
 
 from collections.abc import Iterator
 from typing import Annotated, Self
@@ -17,11 +17,11 @@ OptionalCount = Annotated[int, Field(ge=0)]
 OwnFunction = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 
 Contradiction = tuple[set[str], str]
-"""Settings that are each right and cannot go together: their keys, and what would be right."""
+"""Valid settings that exclude each other: their keys, and what would be right."""
 
 
 class ContradictionError(ValueError):
-    """Settings of a section, or of several, that cannot go together."""
+    """Settings that exclude each other."""
 
     def __init__(self, contradictions: list[Contradiction]) -> None:
         self.contradictions = contradictions
@@ -29,7 +29,7 @@ class ContradictionError(ValueError):
 
 
 class Section(BaseModel):
-    """Immutable settings with kebab-case keys; nothing unknown, nothing converted."""
+    """Immutable, strictly typed settings with kebab-case keys."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -40,11 +40,11 @@ class Section(BaseModel):
     )
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield what cannot go together of values that are each right."""
+        """Yield contradictions between valid settings."""
         yield from ()
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
+    def _check_contradictions(self) -> Self:
         if found := list(self.contradictions()):
             raise ContradictionError(found)
         return self

@@ -1,4 +1,4 @@
-"""The sections of the settings that belong to no strategy, ``data`` aside."""
+"""The sections of the settings, without ``data`` and those of the baselines."""
 
 import math
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from pfedgpa_app.section import (
 
 Device = Literal["auto", "cpu", "cuda"]
 
-# Of the variance of the parameters; float32 cannot divide by less.
+# Of the parameters' variance; float32 cannot divide by less.
 _MIN_SIGNAL = 1e-30
 
-# The shapes that a model is made for; None is any size.
+# The input shapes of each model; None is any size.
 MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
     "cnn-8x8": (None, 8, 8),
     "cnn-28x28": (None, 28, 28),
@@ -59,7 +59,7 @@ class ClientConfig(Section):
 
 
 class ServerConfig(Section):
-    """Who takes part in a round, and how long the server waits."""
+    """Participation in rounds, timeouts and server momentum."""
 
     fraction_train: Fraction = 1.0
     fraction_evaluate: UnitInterval = 1.0
@@ -85,7 +85,7 @@ class DiffusionConfig(Section):
     max_members: Annotated[int, Field(ge=2)] = 300
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
-    # float32 takes a part of signal that is nearer to 1 for 1, and then divides by 0 noise.
+    # For smaller values 1 - beta is 1 in float32, and the noise 0.
     beta_start: Annotated[float, Field(ge=1e-6, lt=1)] = 1e-4
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 2e-2
     start: Count | Literal["auto"] = "auto"
@@ -105,7 +105,7 @@ class DiffusionConfig(Section):
         return tuple(part.strip() for part in self.generated_layers.split(",") if part.strip())
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield what cannot go together of values that are each right."""
+        """Yield contradictions between valid settings."""
         is_auto = self.start == "auto"
         start = self.num_timesteps - 1 if self.start == "auto" else self.start
         yield from self.contradictions_of_steps("diffusion", start, self.num_steps, is_auto)
@@ -125,9 +125,9 @@ class DiffusionConfig(Section):
     def contradictions_of_steps(
         self, section: str, start: int, num_steps: int, is_auto: bool = False
     ) -> Iterator[Contradiction]:
-        """Yield what keeps ``num_steps`` from leading from a section's ``start`` down to 0.
+        """Yield contradictions of a section's ``start`` and ``num_steps``.
 
-        An automatic start leaves something of the parameters by itself.
+        An automatic start always keeps some signal.
         """
         key, timesteps = f"{section}.start", self.num_timesteps
         if start >= timesteps:
@@ -152,13 +152,13 @@ class DiffusionConfig(Section):
             )
 
     def _signal(self, timestep: int) -> float:
-        """Return ``alphas_cumprod`` of a timestep, as `NoiseSchedule.linear` has it."""
+        """Return ``alphas_cumprod`` of a timestep, as in `NoiseSchedule.linear`."""
         rise = (self.beta_end - self.beta_start) / (self.num_timesteps - 1)
         return math.prod(1 - (self.beta_start + rise * step) for step in range(timestep + 1))
 
 
 class OnboardingConfig(Section):
-    """What becomes of clients that appear when others have been trained already."""
+    """Treatment of clients that join late."""
 
     rounds: OptionalCount = 1
     guidance: NonNegative = 20.0
@@ -168,7 +168,7 @@ class OnboardingConfig(Section):
     join_round: OptionalCount = 0
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield what cannot go together of values that are each right."""
+        """Yield contradictions between valid settings."""
         if self.join_round and not self.late_clients:
             yield (
                 {"onboarding.late-clients", "onboarding.join-round"},
@@ -195,7 +195,7 @@ class PrivacyConfig(Section):
         return self.mode != "none"
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield what cannot go together of values that are each right."""
+        """Yield contradictions between valid settings."""
         if self.mode == "update" and not self.epsilon:
             yield (
                 {"privacy.mode", "privacy.epsilon"},
@@ -205,6 +205,6 @@ class PrivacyConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What the server writes down so that a run can go on after its end."""
+    """Checkpoints, from which a run can resume."""
 
     every: OptionalCount = 1

@@ -1,4 +1,4 @@
-"""The strategies: the one place where each is registered, and the sections of their settings.
+"""The registry of strategies, and the sections of their settings.
 
 docs/contributing.md says how to add one.
 """
@@ -13,22 +13,22 @@ from pfedgpa_app.section import Count, NonNegative, Positive, Section, UnitInter
 
 
 class StrategyInfo(NamedTuple):
-    """What a strategy consists of, and what the settings must know of it.
+    """The classes and requirements of a strategy.
 
     Attributes
     ----------
     server
         Its class, as ``module:Class`` of server_app/strategies; by default FedAvg's.
     client
-        What its clients do, as ``module:Class`` of client_app/methods; by default what FedAvg's do.
+        Its client method, as ``module:Class`` of client_app/methods; by default FedAvg's.
     is_plain
-        Whether its clients train by plain SGD and upload nothing but parameters, so that noise can
-        make that private, and many clients can be trained as one graph.
+        Whether its clients train by plain SGD and upload nothing but parameters, which privacy and
+        ``client.engine = "vmap"`` need.
     head
-        What it needs of the layer that makes the logits: "" nothing, "any" that there is one,
+        Its requirement of the layer that computes the logits: "" none, "any" that there is one,
         "linear" that it is linear, "plain" that its weight can be replaced too.
     depends_on_length
-        Whether a round depends on how many there are in all.
+        Whether results of a round depend on the total number of rounds.
     """
 
     server: str = "clientwise:ClientwiseFedAvg"
@@ -53,16 +53,16 @@ STRATEGY_INFO: dict[str, StrategyInfo] = {
     "fedamp": StrategyInfo("fedamp:FedAMP", "fedamp:FedAMP"),
     "fedpac": StrategyInfo("fedpac:FedPAC", "fedpac:FedPAC", head="linear"),
     "pfedhn": StrategyInfo("pfedhn:PFedHN"),
-    # Its clients get their points after a part of all rounds.
+    # Clients get their points after a fraction of all rounds.
     "floco": StrategyInfo("floco:Floco", "floco:Floco", head="plain", depends_on_length=True),
     "ifca": StrategyInfo("ifca:IFCA", "ifca:IFCA"),
 }
-"""Every name that the setting ``strategy`` may have."""
+"""The strategies by the values of the setting ``strategy``."""
 PLAIN_STRATEGIES = tuple(name for name, info in STRATEGY_INFO.items() if info.is_plain)
 
 
 def classes_in(package: str, registered: Mapping[str, str]) -> dict[str, type[Any]]:
-    """Return the classes ``module:Class`` of a package, by the strategy that each is of."""
+    """Import the classes ``module:Class`` of a package, by strategy."""
     classes = {}
     for strategy, name in registered.items():
         module, _, class_name = name.partition(":")
@@ -72,7 +72,7 @@ def classes_in(package: str, registered: Mapping[str, str]) -> dict[str, type[An
 
 if TYPE_CHECKING:
     StrategyName = str
-else:  # type checkers want the names spelled out once more
+else:  # type checkers accept only literal names
     StrategyName = Literal[tuple(STRATEGY_INFO)]
 
 
@@ -83,7 +83,7 @@ class FedProxConfig(Section):
 
 
 class FedAvgFTConfig(Section):
-    """FedAvg with local fine-tuning, as in arXiv 2108.07313; halfway, as in arXiv 2109.01903."""
+    """FedAvg with fine-tuning (arXiv 2108.07313); interpolated as in arXiv 2109.01903."""
 
     own_weight: UnitInterval = 1.0
 
@@ -145,10 +145,10 @@ class IFCAConfig(Section):
 
 
 class StrategySections(Section):
-    """The strategy of a run, and the sections of those that have settings."""
+    """The strategy of a run, and the sections of strategies with settings."""
 
     strategy: StrategyName = "pfedgpa"
-    # Sections go by the names of strategies.
+    # Named after their strategies.
     fedavg_ft: FedAvgFTConfig = FedAvgFTConfig()
     fedprox: FedProxConfig = FedProxConfig()
     fedrep: FedRepConfig = FedRepConfig()

@@ -13,7 +13,7 @@ from pfedgpa_app.evaluation import autocast, logits_of
 from pfedgpa_app.randomness import drawing_from, repeatable
 
 Momenta = dict[str, Tensor | None]
-"""What momentum has added up, by the parameters' names; none before the first step."""
+"""Momentum buffers by parameter name; None before the first step."""
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Called with a model, normalized examples ``(n, *shape)`` and labels ``(n,)``."""
 
@@ -22,7 +22,7 @@ def cross_entropy(offset: Tensor | float) -> Loss:
     """Return the cross-entropy of logits to which ``offset`` ``(num_classes,)`` is added.
 
     With the logarithms of a client's class counts it is the balanced softmax (arXiv 2007.10740),
-    as FedRoD (arXiv 2107.00778) uses it: what the model learns is then free of the client's prior.
+    as in FedRoD (arXiv 2107.00778): the model's logits are then free of the client's prior.
     """
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ PLAIN = cross_entropy(0.0)
 
 
 def proximal(anchor: Mapping[str, Tensor], strength: float) -> Callable[[nn.Module], Tensor]:
-    """Return ``strength / 2 |w - anchor|^2`` as a function of a model, over what it trains."""
+    """Return ``strength / 2 |w - anchor|^2``, over trained parameters, as a function of a model."""
 
     def penalty(model: nn.Module) -> Tensor:
         squares = [
@@ -65,8 +65,7 @@ def train(
     model
         On the device of the images.
     images
-        As the data set has them, ``(num_examples, *shape)``; every batch is normalized with
-        ``stats``.
+        Unnormalized, ``(num_examples, *shape)``; every batch is normalized with ``stats``.
     labels
         ``(num_examples,)``.
     stats
@@ -76,9 +75,9 @@ def train(
     generator
         On the CPU; draws the order of the examples.
     loss
-        What is minimized. Parameters that need no gradient stay as they are.
+        What is minimized. Parameters without ``requires_grad`` stay fixed.
 
-    A step in whose loss nothing that trains has a part leaves the model as it is.
+    A step whose loss depends on no trained parameter is skipped.
     """
     _prefer_channels_last(model, images, stats, config.precision)
     momenta: Momenta = {}
@@ -90,7 +89,7 @@ def train(
             with autocast(images.device, config.precision):
                 value = loss(model, normalize(images[rows], stats), labels[rows])
             if not value.requires_grad:
-                continue  # nothing that trains has a part in it, such as a layer that is skipped
+                continue  # as when stochastic depth skips all trained layers
             value.backward()
             gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             step(parameters, gradients, momenta, config)
@@ -99,16 +98,16 @@ def train(
 def _prefer_channels_last(
     model: nn.Module, images: Tensor, stats: ImageStats, precision: str
 ) -> None:
-    """Give a model the memory format that is a third faster for small convolutions on a CPU.
+    """Use channels-last memory on a CPU, a third faster for small convolutions, if the model works.
 
-    Not every model can do with it: ``x.view(-1, n)`` fails. So it is tried.
+    Some models do not: ``x.view(-1, n)`` fails.
     """
     if images.ndim != 4 or images.device.type != "cpu":
         return
     model.to(memory_format=torch.channels_last)
     try:
         logits_of(model, images[:2], stats, precision)
-    except Exception:  # whatever is wrong with the model itself shows in its training
+    except Exception:  # other errors of the model will be raised in training
         model.to(memory_format=torch.contiguous_format)
 
 
@@ -118,10 +117,9 @@ def step(
     momenta: Momenta,
     config: ClientConfig,
 ) -> None:
-    """Move those parameters that have gradients, by what `torch.optim.SGD` calls itself.
+    """Take a step of SGD in place, by the function that `torch.optim.SGD` calls.
 
-    The class imports torch's compiler, 2 s of CPU, and on a network each message has a new process.
-    Parameters and ``momenta`` are changed in place.
+    The class would import torch's compiler, 2 s of CPU in the process of each message.
     """
     buffers = [momenta.get(name) for name in gradients]
     with torch.no_grad():
@@ -142,9 +140,9 @@ def step(
 def batches(
     num_examples: int, config: ClientConfig, generator: torch.Generator, device: torch.device
 ) -> Iterator[Tensor]:
-    """Yield the rows of the examples of each step of all local epochs.
+    """Yield the example indices of each step of all local epochs.
 
-    Batch normalization fails on one example, so the batch before takes in a last one alone.
+    A last batch of one example is merged into the one before: batch normalization fails on it.
     """
     for _ in range(config.local_epochs):
         order = torch.randperm(num_examples, generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""A model is tried before a run: what a client will do with it is done on blank examples."""
+"""Trial of a model before a run: a client's training and evaluation on blank examples."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -17,14 +17,14 @@ from pfedgpa_app.parameters import copy_of, same
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.training import Loss, train
 
-# Batches of so many examples, and of one more or less, are enough to see what fails.
+# Larger batches would show no other errors.
 _MAX_BATCH_SIZE = 4
-# Layers that are skipped at random have a part in some steps.
+# Several, since stochastic depth skips layers in some steps.
 _EPOCHS = 2
 
 
 def unfit_entries(model: nn.Module) -> list[str]:
-    """Say which entries of a model's state_dict cannot be sent and averaged."""
+    """Return problems of state_dict entries that cannot be sent and averaged."""
     state = model.state_dict()
     problems = [
         f"{name} is {reason}, which cannot be sent and averaged; right would be {right}"
@@ -35,8 +35,8 @@ def unfit_entries(model: nn.Module) -> list[str]:
     known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     if not problems and (unknown := state.keys() - known):
         problems.append(
-            f"its state_dict has {', '.join(sorted(unknown)[:5])}, which is no parameter or buffer "
-            "of that name; right would be a state_dict without hooks that rename"
+            f"its state_dict has {', '.join(sorted(unknown)[:5])}, but no parameter or buffer of "
+            "that name; right would be a state_dict without hooks that rename"
         )
     return problems
 
@@ -49,7 +49,7 @@ def _unfit(value: object) -> Iterator[tuple[str, str]]:
             "tensors alone, without get_extra_state",
         )
     elif is_lazy(value):
-        yield "not initialized", "a layer that is told its size, without Lazy"
+        yield "not initialized", "a layer of a given size, without Lazy"
     elif value.layout != torch.strided or value.is_quantized:
         kind = "quantized" if value.is_quantized else f"a tensor of layout {value.layout}"
         yield kind, "a dense tensor, or register_buffer(..., persistent=False)"
@@ -60,10 +60,10 @@ def _unfit(value: object) -> Iterator[tuple[str, str]]:
 
 
 def differences_of_builds(first: nn.Module, second: nn.Module) -> list[str]:
-    """Say what two models differ in that were built alike, as those of server and clients are."""
+    """Return how two builds of one model differ, as those of server and clients must not."""
     states = copy_of(first.state_dict()), copy_of(second.state_dict())
     if list(states[0]) != list(states[1]):
-        return ["two models that it made have other parameters; right would be always the same"]
+        return ["two builds have different parameters; right would be the same in every build"]
     differing = [
         name
         for name, tensor in states[0].items()
@@ -72,22 +72,22 @@ def differences_of_builds(first: nn.Module, second: nn.Module) -> list[str]:
     if not differing:
         return []
     return [
-        f"two models that it made differ in {', '.join(differing[:5])}; right would be values "
-        "drawn from the global generators of torch, numpy or random, which follow the seed"
+        f"two builds differ in {', '.join(differing[:5])}; right would be values drawn from the "
+        "global generators of torch, numpy or random, which are seeded"
     ]
 
 
 class Trial(NamedTuple):
-    """What came of training a model before a run.
+    """The result of a trial.
 
     Attributes
     ----------
     problem
-        What fails, in a line; "" if nothing does.
+        What failed, in one line; "" if nothing did.
     changed
         Names of the entries of the state_dict that changed.
     idle
-        Names of the parameters that require a gradient and got none.
+        Names of the parameters that require a gradient and have none.
     """
 
     problem: str
@@ -96,15 +96,15 @@ class Trial(NamedTuple):
 
 
 def try_training(build: Callable[[], nn.Module], config: Config) -> Trial:
-    """Train a model, give its parameters to another one and evaluate that.
+    """Train a model as clients do, load its parameters into another one and evaluate that.
 
-    The steps are those of a client: training mode, memory format, precision, batches of the usual
-    size and other ones, backward pass and SGD; then two examples and a single one in evaluation.
+    Training has the configured precision, batches of several sizes, and memory format; evaluation
+    has two examples, then one.
 
     Parameters
     ----------
     build
-        Makes the model.
+        Builds the model.
     """
     tried = _try(build, config)
     problem, precision = tried.problem, config.client.precision
@@ -121,7 +121,7 @@ def try_training(build: Callable[[], nn.Module], config: Config) -> Trial:
 
 
 def _smallest(config: Config) -> int:
-    """Return the number of examples in the smallest batch of which it is known that it comes."""
+    """Return the size of the smallest batch that is sure to occur."""
     samples = config.data.train_samples or config.client.batch_size
     return min(2, config.client.batch_size, samples)
 
@@ -143,33 +143,33 @@ def _try(
     before, idle = copy_of(model.state_dict()), set(dict(model.named_parameters()))
     loss, generator = _loss(info.num_classes, idle), make_generator(0, "trial")
     try:
-        # A single batch, then two of one size one after the other and one that is larger.
+        # One batch of the smallest size; then two equal batches and a larger one.
         for number in (smallest, 3 * size + 1):
             examples, labels = torch.zeros(number, *info.shape), torch.zeros(number).long()
             train(model, examples, labels, stats, client, generator, loss=loss)
-    except Exception as error:  # a model of the user's raises whatever it likes
+    except Exception as error:  # user code may raise anything
         if sparse := [n for n, p in model.named_parameters() if _is_sparse(p.grad)]:
             return Trial(f"{', '.join(sparse)} has a sparse gradient; right would be sparse=False")
-        return Trial(f"training it fails: {_said(error)}")
+        return Trial(f"training it fails: {_one_line(error)}")
     after = copy_of(model.state_dict())
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
     if trained <= idle:
-        return Trial("no parameter that trains has a part in the loss: nothing would be learned")
+        return Trial("the loss depends on no trained parameter: nothing would be learned")
     try:
         other.load_state_dict(after)
         for number in (2, 1):
             logits = logits_of(other, torch.zeros(number, *info.shape), stats, precision)
             check_logits(logits, number, info.num_classes)
     except Exception as error:
-        return Trial(f"evaluating it fails: {_said(error)}")
+        return Trial(f"evaluating it fails: {_one_line(error)}")
     moved = frozenset(name for name, tensor in before.items() if not same(tensor, after[name]))
     return Trial("", moved, tuple(sorted(trained & idle)))
 
 
 def _loss(num_classes: int, idle: set[str]) -> Loss:
-    """Return the cross-entropy of a model whose output is checked.
+    """Return a cross-entropy that checks the model's output.
 
-    It takes the parameters out of ``idle`` that had a gradient in the step before.
+    It removes parameters with a gradient from ``idle``.
     """
 
     def loss(model: nn.Module, examples: Tensor, labels: Tensor) -> Tensor:
@@ -188,8 +188,8 @@ def _loss(num_classes: int, idle: set[str]) -> Loss:
     return loss
 
 
-def _said(error: Exception) -> str:
-    """Return what an error says in one line."""
+def _one_line(error: Exception) -> str:
+    """Return the message of an error in one line."""
     return str(error) if isinstance(error, ModelError) else described(error)
 
 
@@ -198,7 +198,7 @@ def _is_sparse(gradient: Tensor | None) -> bool:
 
 
 def _has_numpy(dtype: torch.dtype) -> bool:
-    """Return whether NumPy, and so Flower's arrays, has a type."""
+    """Return whether NumPy, and so Flower's arrays, has a dtype."""
     try:
         torch.empty(0, dtype=dtype).numpy()
     except TypeError:

@@ -1,4 +1,4 @@
-"""Vectors of clients that are seldom needed, in memory or on disk."""
+"""Storage of clients' vectors, in memory or on disk."""
 
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -12,14 +12,14 @@ VECTOR_KIND = "pfedgpa-vector-1"
 
 
 class MemoryVault(dict[int, Tensor]):
-    """A vector ``(d,)`` a client, all of them in memory."""
+    """One vector ``(d,)`` per client, in memory."""
 
     def state(self) -> dict[int, Tensor]:
         """Return the vectors."""
         return dict(self)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned."""
+        """Restore the result of `state`."""
         self.clear()
         self.update({int(client): vector for client, vector in tensors.items()})
 
@@ -28,17 +28,17 @@ class MemoryVault(dict[int, Tensor]):
 
 
 class DiskVault(MutableMapping[int, Tensor]):
-    """A vector ``(d,)`` a client, each in a safetensors file of its own.
+    """One vector ``(d,)`` per client, each in its own safetensors file.
 
-    A file is never written again: what a client is given anew goes to a new one, and what the last
-    checkpoint counts on stays until `sweep` is called after the next.
+    Files are never overwritten: a new vector gets a new file, and files of the last checkpoint stay
+    until `sweep` is called after the next one.
 
     Parameters
     ----------
     folder
-        Of the files, ``<client>-<version>.safetensors``. It is made with the first one.
+        Of the files ``<client>-<version>.safetensors``. It is created with the first one.
     earlier
-        Where `restore` finds them; ``folder`` by default.
+        The folder from which `restore` takes files; ``folder`` by default.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class DiskVault(MutableMapping[int, Tensor]):
         return {client: torch.tensor(version) for client, version in self.versions.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned, and the files, which stay where they are as well.
+        """Restore the result of `state`, and link or copy its files from ``earlier``.
 
         Raises
         ------
@@ -75,27 +75,27 @@ class DiskVault(MutableMapping[int, Tensor]):
                 if vector is None or not bool(vector.isfinite().all()):
                     raise ValueError(f"{file} is damaged: its vector is missing or not finite")
             if self.versions and self.earlier != self.folder:
-                self._take_over()
+                self._link_files()
         except (OSError, ValueError) as error:
             self.versions = before
             raise ValueError(str(error)) from error
         self._next = max(self.versions.values(), default=0) + 1
 
     def sweep(self) -> None:
-        """Remove the files that nothing counts on any more.
+        """Remove the files of older versions.
 
         Raises
         ------
         WriteError
             If that fails.
         """
-        counted_on = {self.file(client).name for client in self}
+        current = {self.file(client).name for client in self}
         with writing(self.folder):
             for file in self.folder.iterdir() if self.folder.is_dir() else ():
-                if file.name not in counted_on:
+                if file.name not in current:
                     file.unlink()
 
-    def _take_over(self) -> None:
+    def _link_files(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for client in self:
             link_or_copy(self.earlier / self.file(client).name, self.file(client))
@@ -107,7 +107,7 @@ class DiskVault(MutableMapping[int, Tensor]):
         Raises
         ------
         WriteError
-            If that fails; the client then has what it had.
+            If that fails; the client keeps its previous vector.
         """
         before = self.versions.get(client)
         self.versions[client] = self._next
@@ -135,11 +135,11 @@ class DiskVault(MutableMapping[int, Tensor]):
         return load_state(self.file(client), VECTOR_KIND)[0]["vector"]
 
     def __delitem__(self, client: int) -> None:
-        """Forget a vector; its file stays until `sweep`."""
+        """Remove a vector; its file stays until `sweep`."""
         del self.versions[client]
 
     def __contains__(self, client: object) -> bool:
-        """Tell whether a client has a vector, without reading it."""
+        """Return whether a client has a vector, without reading it."""
         return client in self.versions
 
     def __iter__(self) -> Iterator[int]:

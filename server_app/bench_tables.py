@@ -1,4 +1,4 @@
-"""What a bench found: tables, their index and the figure."""
+"""The results of a bench: tables, their index and the figure."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,21 +14,21 @@ from server_app.suites import BenchRun, Result, Suite
 def tables(
     suite: Suite, runs: list[BenchRun], folder: Path, name: str, command: str
 ) -> list[Table]:
-    """Return the tables of a suite: the judged number, further measures and rounds to targets.
+    """Return the tables of a suite: accuracies, further measures and rounds to targets.
 
-    The first is called ``name``, the others so and what they have; ``command`` is what made them.
+    The first is called ``name``, which prefixes the names of the others; ``command`` made them.
     """
     results = _results(runs, folder)
     found = [result for each in results.values() for result in each.values()]
     rounds = {run.config.num_server_rounds for run in runs}
-    last = suite.judged_rounds
-    judged = "last round" if last == 1 else f"mean of the last {last} rounds"
+    last = suite.evaluated_rounds
+    period = "last round" if last == 1 else f"mean of the last {last} rounds"
     if suite.horizons:
-        judged += " up to the column's"
+        period += " up to the column's"
     elif len(rounds) == 1:
-        judged += f" of {rounds.pop()}"
+        period += f" of {rounds.pop()}"
     failures = sum(row["num-failures"] for each in found for row in each["rounds"])
-    unused = f" ({failures} times a client's training was of no use)" if failures else ""
+    unused = f" ({failures} unusable replies)" if failures else ""
     source = command if len(found) == len(runs) else f"{len(found)} of {len(runs)} runs: {command}"
     made = []
     for measure in suite.measures if JUDGED in suite.measures else [JUDGED, *suite.measures]:
@@ -39,7 +39,7 @@ def tables(
                 suite,
                 suite.title if is_first else f"{suite.title}: {what or measure}",
                 {name: _column(suite, results, measure, name) for name in suite.columns},
-                _note(suite, measure, what, judged) + (unused if is_first else ""),
+                _note(suite, measure, what, period) + (unused if is_first else ""),
                 name if is_first else f"{name}-{measure}",
                 source,
             )
@@ -53,9 +53,9 @@ def tables(
 
         cells = {case: {row: reached(case, row) for row in suite.rows} for case in suite.cases}
         note = (
-            "Rounds / megabytes up and down, models that are sent to be evaluated included / "
-            "seconds of learning on the server until the mean accuracy is reached, mean over "
-            "seeds; a dash where a seed never did."
+            "Rounds / megabytes up and down, models sent for evaluation included / server seconds "
+            "of learning until the mean accuracy is reached, mean over seeds; a dash if a seed "
+            "never reaches it."
         )
         title, called = f"{suite.title}: until {target}", f"{name}-until-{target}"
         made.append(_table(suite, title, cells, note, called, source))
@@ -63,8 +63,8 @@ def tables(
 
 
 def index_of(suite: Suite, runs: list[BenchRun], folder: Path, found: list[Table]) -> Result:
-    """Return what `pfedgpa report` reads of a bench: its tables, and where its results are."""
-    where = [
+    """Return the index of a bench for `pfedgpa report`: its tables and its result files."""
+    files = [
         {
             "case": run.case,
             "row": run.row,
@@ -74,11 +74,11 @@ def index_of(suite: Suite, runs: list[BenchRun], folder: Path, found: list[Table
         for run in runs
     ]
     tables = [table.facts() for table in found]
-    return {"kind": INDEX_KIND, "title": suite.title, "tables": tables, "runs": where}
+    return {"kind": INDEX_KIND, "title": suite.title, "tables": tables, "runs": files}
 
 
 def _results(runs: list[BenchRun], folder: Path) -> dict[tuple[str, str], dict[int, Result]]:
-    """Return what is finished, by case and row and then by seed."""
+    """Return the finished results, by case and row and then by seed."""
     results: dict[tuple[str, str], dict[int, Result]] = {}
     for run in runs:
         seeds = results.setdefault((run.case, run.row), {})
@@ -185,7 +185,7 @@ def _until(rows: list[dict[str, Any]], target: float) -> Iterator[dict[str, Any]
 
 
 def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
-    """Draw every run's judged number, or its curve, a panel a case, as PNG and SVG beside it.
+    """Draw every run's accuracy, or its curve, one panel per case, as PNG and SVG.
 
     Raises
     ------
@@ -195,11 +195,11 @@ def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
     if suite.curve:
         draw_curves(file, curves(suite, runs, folder), suite.title, BANDS)
         return
-    results, judged = _results(runs, folder), slice(-suite.judged_rounds, None)
+    results, last = _results(runs, folder), slice(-suite.evaluated_rounds, None)
 
     def over_seeds(case: str, row: str) -> list[float]:
         found = results[case, row].values()
-        return [fmean(_per_client(each["accuracies"][judged]).values()) for each in found]
+        return [fmean(_per_client(each["accuracies"][last]).values()) for each in found]
 
     panels = {case: {row: over_seeds(case, row) for row in suite.rows} for case in suite.cases}
     draw_dots(file, panels, suite.title)

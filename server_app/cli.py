@@ -1,4 +1,4 @@
-"""The command ``pfedgpa`` as it is installed: what the app has, and the bench."""
+"""The command ``pfedgpa``: the commands of pfedgpa_app and those that run the app."""
 
 import json
 import os
@@ -45,11 +45,11 @@ def bench(
     ] = None,
     rows: Annotated[
         list[str] | None,
-        typer.Option(help="Only this row, or those whose names begin so; may be repeated."),
+        typer.Option(help="Only this row, or those with this prefix; may be repeated."),
     ] = None,
     cases: Annotated[
         list[str] | None,
-        typer.Option(help="Only this case, or those whose names begin so; may be repeated."),
+        typer.Option(help="Only this case, or those with this prefix; may be repeated."),
     ] = None,
     processes: Annotated[
         int,
@@ -73,10 +73,9 @@ def bench(
 ) -> None:
     """Run a suite of strategies, seeds and settings, and print its tables.
 
-    What an earlier call finished with the same settings is not run again. Run it in the project's
-    folder.
+    Finished runs with the same settings are not run again. Run it in the project's folder.
     """
-    # They import torch and Flower, which other commands are spared.
+    # Imported here, since they import torch and Flower.
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     from pfedgpa_app.preflight import ENGINE_ON_FLOWER
@@ -84,9 +83,9 @@ def bench(
     from server_app.suites import Suite, SuiteError
 
     output = sys.stdout
-    if as_json:  # it alone: progress and reasons go where errors go
+    if as_json:  # all other output goes to stderr
         context.with_resource(redirect_stdout(sys.stderr))
-    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
+    sys.path.insert(0, os.getcwd())  # for own modules, as `flwr run` packs it
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, (os.environ.get("PYTHONPATH"), os.getcwd()))
     )
@@ -140,7 +139,7 @@ def bench(
                 advance(run)
         else:
             failed = execute(pending, folder, processes and at_a_time, advance)
-    # What was chosen is in the name, so that a call for other cases writes beside it.
+    # Filters are in the name, so that calls with others do not overwrite the tables.
     parts = (file.stem, "quick" if quick else "", *(cases or ()), *(rows or ()), seeds or "")
     name = re.sub(r"[^\w.]+", "-", composed("-".join(filter(None, parts))))
     index = _write(suite, runs, folder, native_path(name))
@@ -148,9 +147,7 @@ def bench(
         print(json.dumps(index, indent=1), file=output)
     if failed:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
-        fail(
-            f"{len(failed)} of {len(pending)} runs failed; call it again to repeat them:\n{reasons}"
-        )
+        fail(f"{len(failed)} of {len(pending)} runs failed; the command repeats them:\n{reasons}")
 
 
 def _seeds(text: str) -> list[int]:
@@ -164,10 +161,10 @@ def _seeds(text: str) -> list[int]:
 
 
 def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dict[str, Any]:
-    """Return those whose names begin with one of the prefixes, in the suite's order.
+    """Return the entries whose names begin with one of the prefixes, in the suite's order.
 
-    A prefix that is itself a name chooses that one alone. Raises ValueError if a prefix chooses
-    nothing, or says nothing.
+    A prefix that is a whole name matches that one alone. Raises ValueError if a prefix is empty or
+    matches nothing.
     """
     begins = [composed(prefix) for prefix in prefixes or ()]
     if len(set(begins)) < len(begins):
@@ -213,7 +210,7 @@ def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> d
 
 
 def _on(superlink: str, run: "BenchRun", folder: Path) -> dict[str, str]:
-    """Do a run on a SuperLink and write its result; return why it failed, by its name."""
+    """Do a run on a SuperLink and write its result; return its name and error if it failed."""
     try:
         finished = run_on_flower(run.config, run.clients, superlink)
         if finished.num_nodes != run.clients:

@@ -1,4 +1,4 @@
-"""The command ``pfedgpa config check``: what of a run can be tried beforehand."""
+"""The command ``pfedgpa config check``: checks before a run."""
 
 import os
 import sys
@@ -37,15 +37,15 @@ def check(
         int | None,
         typer.Option(
             min=1,
-            help="Also share the data out to so many, as a run with as many SuperNodes does; what "
-            "is not here is downloaded.",
+            help="Also partition the data among so many, as a run with as many SuperNodes does; "
+            "missing data sets are downloaded.",
         ),
     ] = None,
 ) -> None:
-    """Say what is wrong with settings, all of it, without starting a run.
+    """Report all problems of settings, without starting a run.
 
-    The model is built and an own data set loaded, by calling own functions as a run does. Run it in
-    the project's folder.
+    The model is built and an own data set loaded, which calls own functions. Run it in the
+    project's folder.
     """
     settings = checked(file, config or [], clients)
     changed = settings.changed
@@ -54,14 +54,14 @@ def check(
         print(f"  {key} = {value!r}")
     fewest = settings.server.min_available_nodes
     if settings.strategy == "pfedgpa" and (note := too_few(fewest, settings.diffusion)):
-        print(f"server.min-available-nodes = {fewest}: a run may begin with so few. {note}.")
-    for untried in _untried(settings, clients):
-        print(f"Not tried: {untried}")
+        print(f"server.min-available-nodes = {fewest}: a run may start with so few. {note}.")
+    for unchecked in _unchecked(settings, clients):
+        print(f"Not checked: {unchecked}")
 
 
 def checked(file: Path | None, overrides: list[str], clients: int | None) -> Config:
-    """Return settings with which nothing is wrong, or end the command with all that is."""
-    sys.path.insert(0, os.getcwd())  # where own modules are, as `flwr run` packs it
+    """Return settings without problems, or end the command with all problems."""
+    sys.path.insert(0, os.getcwd())  # for own modules, as `flwr run` packs it
     settings = settings_of(given_settings(file, overrides))
     if problems := list(_problems(settings, clients)):
         fail(str(ConfigError(problems)))
@@ -69,18 +69,18 @@ def checked(file: Path | None, overrides: list[str], clients: int | None) -> Con
 
 
 def defaults_here() -> dict[str, Any] | None:
-    """Return the defaults in this folder's pyproject.toml; None if it is not the app's folder."""
+    """Return the defaults in this folder's pyproject.toml; None outside of the app's folder."""
     if not Path("pyproject.toml").is_file():
         return None
     tool: Any = read_toml(Path("pyproject.toml")).get("tool", {})
-    told = tool.get("flwr", {}).get("app", {})
-    if told.get("components", {}).get("serverapp") != "server_app.app:app":
+    flwr_app = tool.get("flwr", {}).get("app", {})
+    if flwr_app.get("components", {}).get("serverapp") != "server_app.app:app":
         return None
-    return dict(flatten(told.get("config", {})))
+    return dict(flatten(flwr_app.get("config", {})))
 
 
 def given_settings(file: Path | None, overrides: list[str]) -> dict[str, Any]:
-    """Return the settings of a TOML file and ``key=value`` pairs, which win, or end the command."""
+    """Return the settings of a TOML file and ``key=value`` overrides, or end the command."""
     flat: dict[str, Any] = {}
     try:
         if file is not None:
@@ -96,7 +96,7 @@ def given_settings(file: Path | None, overrides: list[str]) -> dict[str, Any]:
 
 
 def settings_of(given: Mapping[str, Any]) -> Config:
-    """Build the settings as `flwr run` does here, or end the command with what is wrong."""
+    """Build the settings as `flwr run` does here, or end the command with all problems."""
     try:
         return Config.from_flat({**(defaults_here() or {}), **given})
     except ConfigError as error:
@@ -104,8 +104,8 @@ def settings_of(given: Mapping[str, Any]) -> Config:
 
 
 def _problems(config: Config, clients: int | None) -> Iterator[str]:
-    """Yield for what a run with right settings would be refused all the same."""
-    # They import torch and Flower, which wrong settings are spared.
+    """Yield the problems of a run beyond its settings."""
+    # Imported here, since they import torch and Flower.
     from pfedgpa_app.preflight import preflight
     from server_app.app import make_strategy
     from server_app.checkpoint import ResumeError, resume, settle_earlier
@@ -115,7 +115,7 @@ def _problems(config: Config, clients: int | None) -> Iterator[str]:
     try:
         spec = preflight(config)
         config = settle_earlier(config)
-        # In the earlier run's own folder nothing is written.
+        # The earlier run's folder is only read.
         strategy = make_strategy(config, spec, config.earlier_path)
         if config.resume_from:
             resume(config, strategy)
@@ -127,13 +127,13 @@ def _problems(config: Config, clients: int | None) -> Iterator[str]:
 
 def _folder_problems(config: Config) -> Iterator[str]:
     path = config.output_path
-    there = next(each for each in (path, *path.parents) if os.path.exists(each))
-    if not there.is_dir():
-        yield f'output-dir = "{config.output_dir}": {there} is no folder; right would be one'
-    elif not os.access(there, os.W_OK | os.X_OK):
+    existing = next(each for each in (path, *path.parents) if os.path.exists(each))
+    if not existing.is_dir():
+        yield f'output-dir = "{config.output_dir}": {existing} is no folder; right would be one'
+    elif not os.access(existing, os.W_OK | os.X_OK):
         yield (
-            f'output-dir = "{config.output_dir}": nothing can be written in {there}; right would '
-            "be a folder that the ServerApp may write to"
+            f'output-dir = "{config.output_dir}": nothing can be written in {existing}; right '
+            "would be a folder that the ServerApp may write to"
         )
 
 
@@ -164,14 +164,14 @@ def _data_problems(config: Config, clients: int | None) -> Iterator[str]:
         yield str(error)
 
 
-def _untried(config: Config, clients: int | None) -> Iterator[str]:
-    """Yield what cannot be told here, or only when more is known."""
+def _unchecked(config: Config, clients: int | None) -> Iterator[str]:
+    """Yield what was not checked."""
     from pfedgpa_app.randomness import resolve_device
 
     if config.data.dataset == SITES:
-        yield "the data, which are with the sites"
+        yield "the data, which are at the sites"
     elif clients is None:
-        yield "how the data are shared out; --clients NUMBER says among how many"
+        yield "the partition of the data; --clients NUMBER would check it"
     try:
         resolve_device(config.client.device)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The command ``pfedgpa data check``: what a site would train on."""
+"""The command ``pfedgpa data check``: a check of a site's data."""
 
 import json
 import os
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 data_app = make_app(help="Data.", no_args_is_help=True)
 
-# Whether the model takes such data is another question: an own one, never called, takes any shape.
+# The model is not checked: an own one, never called, takes any shape.
 _ANY_MODEL = "any:model"
 
 
 @data_app.callback()
 def main() -> None:
-    """Take what concerns no command, so that `check` is one."""
+    """Make `check` a subcommand."""
 
 
 @data_app.command()
@@ -37,14 +37,14 @@ def check(
     config: Pairs = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a site with these data would train on and test with, or why it could not.
+    """Report the training and test data of a site, or why they cannot be used.
 
-    Settings are those of the run, of which data.shape and data.class-names (or data.num-classes)
-    are needed. The path is what the SuperNode is given as data-path.
+    Settings are those of the run; data.shape and data.class-names (or data.num-classes) are needed.
+    The path is the SuperNode's data-path.
     """
     given = {"data.dataset": SITES, **given_settings(file, config or [])}
     settings = settings_of({**given, "model.name": _ANY_MODEL})
-    # They import torch, which other commands are spared.
+    # Imported here, since they import torch.
     from pfedgpa_app.data import DataError, site_data
 
     path = Path(os.path.abspath(path.expanduser()))
@@ -53,16 +53,16 @@ def check(
         data = site_data(path, settings.data, settings.seed, notes.append)
     except DataError as error:
         fail(str(error))
-    facts = _facts(path, settings, data, [*notes, *_unread(path)])
+    summary = _summary(path, settings, data, [*notes, *_unread(path)])
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(summary, indent=2))
     else:
-        _print(facts)
+        _print(summary)
 
 
-def _facts(path: Path, config: Config, data: "ClientData", notes: list[str]) -> dict[str, Any]:
-    """Return what is said of a site's data."""
-    names, splits = config.data.classes, (data.train_images, data.test_images)
+def _summary(path: Path, config: Config, data: "ClientData", notes: list[str]) -> dict[str, Any]:
+    """Return the summary of a site's data."""
+    names, splits = config.data.classes, (data.train_inputs, data.test_inputs)
     counts = [
         labels.bincount(minlength=len(names)).tolist()
         for labels in (data.train_labels, data.test_labels)
@@ -72,7 +72,7 @@ def _facts(path: Path, config: Config, data: "ClientData", notes: list[str]) -> 
         "training": len(data.train_labels),
         "testing": len(data.test_labels),
         "shape": by_x(config.data.info.shape),
-        "type": _type_of(data.train_images),
+        "type": _type_of(data.train_inputs),
         "lowest": min(float(each.min()) for each in splits if each.numel()),
         "highest": max(float(each.max()) for each in splits if each.numel()),
         "bytes": sum(each.numel() * each.element_size() for each in splits),
@@ -112,7 +112,7 @@ def _type_of(images: "Tensor") -> str:
 
 
 def _unread(path: Path) -> list[str]:
-    """Return what the site's log would not tell: hidden files, arrays beside x and y."""
+    """Return what is skipped without a log message: hidden files, arrays beside x and y."""
     if path.is_file():
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -123,5 +123,5 @@ def _unread(path: Path) -> list[str]:
         hidden["hidden folder"] += sum(map(is_hidden, folders))
         hidden["hidden file"] += sum(map(is_hidden, files))
         folders[:] = [name for name in folders if not is_hidden(name)]
-    told = [f"{number} {kind}{'s' * (number > 1)}" for kind, number in hidden.items() if number]
-    return [f"{path}: {', '.join(told)}, which nobody brings as data"] if told else []
+    counts = [f"{number} {kind}{'s' * (number > 1)}" for kind, number in hidden.items() if number]
+    return [f"{path}: {', '.join(counts)}, skipped"] if counts else []

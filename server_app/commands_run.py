@@ -25,19 +25,19 @@ _CLIENTS = 10
 @app.command()
 def demo(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of training.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, max=NUM_SEEDS - 1, help="Of all that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=NUM_SEEDS - 1, help="Random seed.")] = 0,
 ) -> None:
-    """Do the README's first run, ten clients with digits, in seconds: without Flower's servers.
+    """Do the README's first run, ten clients with digits, without Flower's servers.
 
     Settings, results and the run's folder are those of `flwr run`.
     """
-    print("Ten clients train on scikit-learn's digits; a line a round:", flush=True)
-    # They import torch and Flower, which other commands are spared.
+    print("Ten clients train on scikit-learn's digits; one line per round:", flush=True)
+    # Imported here, since they import torch and Flower.
     from server_app.bench import num_processes
     from server_app.simulation import run_app
 
     config = Config(num_server_rounds=rounds, seed=seed)
-    with terminable(), _rounds_alone():
+    with terminable(), _only_rounds():
         folder = run_app(config, _CLIENTS, min(_CLIENTS, num_processes()))
     name = Run.read(folder).name
     print(f"The page of this run: {folder / REPORT}\nNext:")
@@ -54,12 +54,15 @@ def run(
         int | None,
         typer.Option(
             min=1,
-            help=f"How many are simulated, {_CLIENTS} by default; on a SuperLink that is named its "
-            "SuperNodes are the clients, unless this says otherwise.",
+            help=f"Number of simulated clients, {_CLIENTS} by default; with --superlink, "
+            "by default its SuperNodes are the clients.",
         ),
     ] = None,
     superlink: Annotated[
-        str, typer.Option(help="One of flwr's configuration, in place of one for this run alone.")
+        str,
+        typer.Option(
+            help="A SuperLink of flwr's configuration; by default, one is started for this run."
+        ),
     ] = "",
     with_baselines: Annotated[
         bool,
@@ -70,7 +73,7 @@ def run(
         ),
     ] = False,
 ) -> None:
-    """Check settings, run the app by `flwr run`, and say how it ended.
+    """Check settings, run the app by `flwr run`, and report how it ended.
 
     Type it in the project's folder. The exit code is 0 if the run is complete, and 1 otherwise,
     with the reason in the last line. An interrupt stops the run.
@@ -101,34 +104,34 @@ def run(
                 for each in todo:
                     if with_baselines:
                         print(f"{each.strategy}:", flush=True)
-                    told = flwr_run(each, superlink or NAME, clients, env=env, show=_news)
-                    if problem := told.problem(superlink or NAME, env):
+                    flower_run = flwr_run(each, superlink or NAME, clients, env=env, show=_shown)
+                    if problem := flower_run.problem(superlink or NAME, env):
                         break
         except (SuperLinkError, OSError) as error:
             fail(str(error))
-    _end(told, problem)
+    _end(flower_run, problem)
 
 
-def _news(level: str, text: str) -> str:
-    """Return what to print of a line of the log, beside rounds."""
+def _shown(level: str, text: str) -> str:
+    """Return what to print of a log line that is not of a round."""
     is_begin = text.startswith("Run ") and " begins: " in text
     return text if is_begin or (level == "WARNING" and "flwr" not in text) else ""
 
 
-def _end(told: FlowerRun, problem: str) -> None:
-    """Say where the page of a run is, and end the command with what went wrong, if anything."""
-    page = Path(told.folder) / REPORT
-    if told.folder and page.is_file():
+def _end(flower_run: FlowerRun, problem: str) -> None:
+    """Print the page of a run, and end the command with its problem, if any."""
+    page = Path(flower_run.folder) / REPORT
+    if flower_run.folder and page.is_file():
         print(f"The page of this run: {page}")
-    elif told.folder:
-        print(f"The folder of this run, where its ServerApp ran: {told.folder}")
+    elif flower_run.folder:
+        print(f"The folder of this run, on its ServerApp's machine: {flower_run.folder}")
     if problem:
         fail(problem)
 
 
 @contextmanager
-def _rounds_alone() -> Iterator[None]:
-    """Print of Flower's log the lines of rounds, and warnings, as they are."""
+def _only_rounds() -> Iterator[None]:
+    """Print only rounds and warnings of Flower's log."""
 
     def is_shown(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.getMessage().startswith("Round ")

@@ -1,4 +1,4 @@
-"""Flower's Grid, asked so that what one node sends cannot end the run of all."""
+"""A wrapper of Flower's Grid that isolates malformed replies."""
 
 import math
 import time
@@ -14,30 +14,30 @@ from flwr.serverapp import Grid
 
 from server_app.replies import ReplyError, one_line
 
-# Seconds between two looks for replies, as in Flower's own Grid on a network.
+# Seconds between two polls, as in Flower's own Grid on a network.
 PAUSE = 3.0
 
 
 class GuardedGrid:
-    """Flower's Grid with replies that are fetched one by one, and are bounded.
+    """Flower's Grid with replies that are fetched one by one and limited in size.
 
-    Flower decodes all replies that are there in one go, and the SuperLink has not looked into them.
-    A malformed one raises, and the run ends. One that names a piece of an array again and again
-    fills the memory. One that claims to answer another message leaves its own unanswered. Here
-    each of these is an error of the node that was asked, and the other replies are read.
+    Flower decodes all available replies at once, and the SuperLink does not validate them. A
+    malformed one would end the run, one that repeats a chunk of an array would fill the memory, and
+    one with a wrong message id would leave its message unanswered. Here each of these is an error
+    of its node alone.
 
     Parameters
     ----------
     grid : Grid
         Flower's Grid.
     max_bytes : int
-        What the arrays of a reply may weigh in all.
+        Limit of all arrays of a reply.
     """
 
     def __init__(self, grid: Grid, max_bytes: int) -> None:
         self._grid = grid
         self._max_bytes = max_bytes
-        # In a simulation nothing is far away: Flower's Grid there says how long it pauses.
+        # Simulations have their own, shorter interval.
         self._pause: float = getattr(grid, "pull_interval", PAUSE)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -52,26 +52,26 @@ class GuardedGrid:
         Raises
         ------
         Exception
-            If it is not a reply that cannot be read, but the SuperLink that does not answer.
+            If the SuperLink does not answer.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         waiting = self._send(list(messages))
-        del messages  # which may be as large as a model a node
+        del messages  # up to one model per node
         replies: list[Message] = []
         while waiting and time.monotonic() < deadline:
             begin = time.monotonic()
-            self._drop_unasked()
+            self._drop_unsolicited()
             for message_id, refusal in list(waiting.items()):
                 if reply := self._receive(message_id, refusal):
                     replies.append(reply)
                     del waiting[message_id]
             if waiting:
-                # The SuperLink has other things to do: it is asked at most half of the time.
+                # Polling takes at most half of the time.
                 time.sleep(max(self._pause, time.monotonic() - begin))
         return replies
 
     def _send(self, messages: list[Message]) -> dict[str, Message]:
-        """Send messages and return, by their ids, what stands for replies that cannot be read."""
+        """Send messages and return, by their ids, error replies for unreadable ones."""
         sent = set(self._grid.push_messages(messages))
         refused = Error(ErrorCode.UNKNOWN)
         return {
@@ -81,29 +81,29 @@ class GuardedGrid:
         }
 
     def _receive(self, message_id: str, refusal: Message) -> Message | None:
-        """Return the reply to a message, or ``refusal`` with the reason; None if there is none."""
+        """Return the reply to a message, ``refusal`` for an unreadable one, or None."""
         try:
             found = self._pull([message_id])
             own = [reply for reply in found if reply.metadata.reply_to_message_id == message_id]
             if found and not own:
-                raise ReplyError("it answers another message than the one that was sent")
+                raise ReplyError("it answers another message")
             return own[0] if own else None
-        except Exception as error:  # decoding raises whatever it stumbles over
-            self._grid.get_node_ids()  # raises too, unless it was the reply
+        except Exception as error:  # decoding may raise anything
+            self._grid.get_node_ids()  # raises if the SuperLink, not the reply, is the problem
             reason = f"its reply cannot be read: {type(error).__name__}: {one_line(str(error))}"
             refusal.error = Error(ErrorCode.UNKNOWN, reason)
             return refusal
 
-    def _drop_unasked(self) -> None:
-        """Fetch messages that are no replies, which would come along with the next reply."""
+    def _drop_unsolicited(self) -> None:
+        """Discard messages that are no replies, which would be fetched with the next reply."""
         try:
             num_dropped = len(self._pull([]))
         except Exception as error:
             self._grid.get_node_ids()
-            log(WARNING, "A message that nobody asked for cannot be read: %s", one_line(str(error)))
+            log(WARNING, "An unsolicited message cannot be read: %s", one_line(str(error)))
         else:
             if num_dropped:
-                log(WARNING, "%d messages are no replies and are not read", num_dropped)
+                log(WARNING, "%d unsolicited messages are discarded", num_dropped)
 
     def _pull(self, message_ids: list[str]) -> list[Message]:
         with bounded_arrays(self._max_bytes):
@@ -112,35 +112,35 @@ class GuardedGrid:
 
 @contextmanager
 def bounded_arrays(max_bytes: int) -> Iterator[None]:
-    """Limit what Flower puts together of pieces of arrays to so many bytes in all.
+    """Limit the total bytes of arrays that Flower assembles from chunks.
 
-    Flower has no setting for it, and a reply is put together before anyone else sees it. So its
-    function is replaced meanwhile by one that counts the pieces as they are taken.
+    Flower has no such limit, and assembles a reply before anyone can check it. So
+    ``Array.inflate`` is replaced by a version that counts chunks as they are read.
 
     Raises
     ------
     ReplyError
-        Out of the decoding, before memory is taken for more.
+        While decoding, before memory is allocated for more.
     """
     original = Array.__dict__["inflate"]
     inflate: Callable[..., Array] = Array.inflate
     left = max_bytes
 
-    class Pieces(dict[str, Any]):
-        """The pieces of an array, counted each time that one is taken."""
+    class Chunks(dict[str, Any]):
+        """The chunks of an array, counted on each access."""
 
         def __getitem__(self, name: str) -> Any:
             nonlocal left
-            piece = super().__getitem__(name)
-            left -= len(piece.data)
+            chunk = super().__getitem__(name)
+            left -= len(chunk.data)
             if left < 0:
                 raise ReplyError(f"its arrays have more than {max_bytes} bytes")
-            return piece
+            return chunk
 
     def counted(
         cls: type[Array], object_content: bytes, children: dict[str, Any] | None = None
     ) -> Array:
-        return inflate(object_content, Pieces(children or {}))
+        return inflate(object_content, Chunks(children or {}))
 
     setattr(Array, "inflate", classmethod(counted))  # noqa: B010
     try:

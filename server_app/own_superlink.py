@@ -1,7 +1,7 @@
-"""A SuperLink with simulated clients that lasts as long as whoever started it, and no longer.
+"""A SuperLink with simulated clients that ends with the process that started it.
 
-As a program this file keeps a process: it ends it, and all that it started, when its own standard
-input is closed, which the system does too when whoever has the other end is killed.
+Run as a program, this file supervises a process: it ends it and its descendants when standard input
+is closed, as it is when the parent is killed.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 NAME = "own"
-"""What `flwr` calls it."""
+"""Its name in flwr's configuration."""
 PROGRAM = "flower-superlink"
 _PATIENCE = 120.0
 _GRACE = 5.0
@@ -29,7 +29,7 @@ class SuperLinkError(RuntimeError):
 
 @contextlib.contextmanager
 def own_superlink() -> Iterator[Mapping[str, str]]:
-    """Start one on a free port of this machine, and yield the environment in which `flwr` knows it.
+    """Start a SuperLink on a free local port, and yield the environment for `flwr`.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def own_superlink() -> Iterator[Mapping[str, str]]:
             f'[superlink.{NAME}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n',
             encoding="utf-8",
         )
-        programs = str(Path(sys.executable).parent)  # also where it is not activated
+        programs = str(Path(sys.executable).parent)  # also if it is not activated
         env = {
             **os.environ,
             "FLWR_HOME": home,
@@ -51,12 +51,12 @@ def own_superlink() -> Iterator[Mapping[str, str]]:
             "PATH": os.pathsep.join(filter(None, (programs, os.environ.get("PATH")))),
         }
         command = [PROGRAM, "--simulation", "--insecure", "--host", "127.0.0.1"]
-        keeper = [sys.executable, "-P", __file__, *command, "--port", str(port)]
+        supervisor = [sys.executable, "-P", __file__, *command, "--port", str(port)]
         with (
             log.open("wb") as output,
-            # In a session of its own, an interrupt reaches it by this process alone.
+            # In a new session, so that an interrupt reaches it only through this process.
             subprocess.Popen(
-                keeper,
+                supervisor,
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -81,19 +81,19 @@ def _free_port() -> int:
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until somebody listens on a port."""
+    """Wait until the SuperLink listens on its port."""
     deadline = time.monotonic() + _PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.05)
-    said = log.read_text(encoding="utf-8", errors="replace")[-2000:].strip()
-    raise SuperLinkError(f"Flower's SuperLink did not start: {said or 'it said nothing'}")
+    output = log.read_text(encoding="utf-8", errors="replace")[-2000:].strip()
+    raise SuperLinkError(f"Flower's SuperLink did not start: {output or 'it printed nothing'}")
 
 
-def _keep(command: list[str]) -> None:
-    """Start a process and end it, with all that it started, when nobody holds standard input."""
+def _supervise(command: list[str]) -> None:
+    """Run a process, and end it and its descendants when standard input is closed."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while process.poll() is None and not select.select([sys.stdin], [], [], 0.1)[0]:
         pass
@@ -108,18 +108,18 @@ def _keep(command: list[str]) -> None:
 
 
 def _descendants(process: int) -> list[int]:
-    """Return the ids of what a process started, and of what they did, where the system tells."""
+    """Return the ids of a process's descendants, from ``/proc`` if there is one."""
     parents = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            # Behind the name, which may hold anything: state, parent and more.
+            # The fields after the name, which may contain spaces: state, parent and others.
             fields = file.read_bytes().rpartition(b")")[2].split()
             parents[int(file.parent.name)] = int(fields[1])
     found = [process]
-    for each in found:  # which grows on the way
+    for each in found:  # which grows during the loop
         found += [child for child, parent in parents.items() if parent == each]
     return found[1:]
 
 
 if __name__ == "__main__":
-    _keep(sys.argv[1:])
+    _supervise(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Reading replies of clients, none of which is trusted."""
+"""Validation of clients' replies, none of which is trusted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,55 +23,55 @@ from pfedgpa_app.parameters import (
 )
 from pfedgpa_app.rounds import CLIENT_FAILED, NO_REPLY
 
-# The SuperLink's words about a node that it does not hear of any more.
+# The SuperLink's error codes for lost nodes.
 _GONE = (
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
 )
-# More clients than anyone shares a data set out to; whoever does later must come to an end.
+# More partitions than any data set has; loops over them must end.
 MAX_PARTITIONS = 100_000
-# Whole numbers beyond are not exact as floats.
+# Larger integers are not exact as floats.
 MAX_WEIGHT = 2**53
-# Channels of images, or features of a table: those of gene expression have tens of thousands.
+# Channels, or features of a table: gene expression has tens of thousands.
 _MAX_CHANNELS = 2**20
-# Ten years, and an epsilon that promises nothing: no client trains longer, or spends more.
+# Ten years, and an epsilon without any privacy: beyond is not plausible.
 _MAX_SECONDS = 3e8
 _MAX_EPSILON = 1e9
-# Room for headers, and for what a strategy asks for in some rounds alone.
+# For headers, and extras of some rounds.
 _SPARE_BYTES = 2**24
 
 
 class ReplyError(ValueError):
-    """A reply that must not be used, with the reason."""
+    """An invalid reply, with the reason."""
 
 
 class NotFiniteError(ReplyError):
-    """A reply with a number, or a weight, that is NaN, infinite or huge."""
+    """A reply with a metric or parameter that is NaN, infinite or huge."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A client's checked contribution to a round.
+    """A client's validated upload.
 
     Attributes
     ----------
     layout
-        How the parameters that are generated lie in a vector.
+        Layout of the parameters.
     sent
-        What the client was sent to train from.
+        The state_dict from which the client trained.
     state
-        What it made of it.
+        The state_dict after training.
     num_examples
-        On how many images it trained.
+        Number of training examples.
     metrics
-        The numbers that it reported.
+        The reported metrics.
     site
-        What a client may tell of its data: ``image-stats``, mean and standard deviation of each
-        channel or feature, ``(2, channels)``, float32; ``partition``, its number and that of all,
-        ``(2,)``.
+        What the client reports of its data, if anything: ``image-stats``, mean and standard
+        deviation of each channel or feature, ``(2, channels)``, float32; ``partition``, its id and
+        the number of partitions, ``(2,)``.
     extras
-        What the strategy asks for beside the parameters.
+        Further tensors of the strategy.
     """
 
     layout: ParameterLayout
@@ -102,17 +102,16 @@ def read_upload(
     *,
     may_lack_extras: bool = False,
 ) -> Upload:
-    """Return what a training reply to a client that was ``sent`` a state holds.
+    """Return the validated reply to a training message with the state ``sent``.
 
-    With ``extras_layout`` it must, or with ``may_lack_extras`` it may, have a second record of
-    arrays, which is called `EXTRAS`.
+    With ``extras_layout`` there must be a second ArrayRecord `EXTRAS`, or may be with
+    ``may_lack_extras``.
 
     Raises
     ------
     ReplyError
-        If it is an error, has other records than one of arrays and one of metrics, arrays that do
-        not fit ``layout``, or numbers that are none. ``image-mean`` and ``image-std`` (lists of
-        floats) and ``partition`` (its number and that of all) may be missing, but not be wrong.
+        If it is an error, has other records, arrays that do not fit ``layout``, or invalid metrics.
+        ``image-mean``, ``image-std`` and ``partition`` may be missing, but not wrong.
     """
     if may_lack_extras and message.has_content() and len(message.content.array_records) == 1:
         extras_layout = None
@@ -135,7 +134,7 @@ def read_spent(message: Message, weighted_by_key: str) -> float | None:
     Raises
     ------
     ReplyError
-        If it says so and its metrics cannot be used.
+        If it reports a spent budget with invalid metrics.
     """
     if message.has_error() or message.content.array_records:
         return None
@@ -147,17 +146,17 @@ def read_spent(message: Message, weighted_by_key: str) -> float | None:
 
 
 def max_bytes(*layouts: ParameterLayout | None) -> int:
-    """Return how many bytes the arrays of a reply may have before anyone looks at them.
+    """Return the limit of a reply's arrays in bytes.
 
-    That is twice of what ``layouts`` ask for, so that of most that are too large `read_upload`
-    still tells which array it is.
+    It is twice the size of ``layouts``, so that most oversized arrays are still named by
+    `read_upload`.
     """
     entries = [entry for layout in layouts if layout is not None for entry in layout.sent]
     return 2 * sum(entry.numel * entry.dtype.itemsize for entry in entries) + _SPARE_BYTES
 
 
 def _read_state(arrays: ArrayRecord, layout: ParameterLayout) -> StateDict:
-    """Return the tensors of a record that fit a layout."""
+    """Return the tensors of a record, validated against a layout."""
     try:
         layout.check_names(arrays)
         state = {entry.name: _read_array(arrays[entry.name], entry) for entry in layout.sent}
@@ -177,8 +176,8 @@ def read_metrics(
     Raises
     ------
     ReplyError
-        If it is an error, has other records, a number that is not finite or absurdly large, or no
-        positive ``weighted_by_key``.
+        If it is an error, has other records, a metric that is not finite or huge, or no positive
+        ``weighted_by_key``.
     """
     if message.has_error():
         what = NO_REPLY if message.error.code in _GONE else CLIENT_FAILED
@@ -223,12 +222,12 @@ def metric_ranges(privacy: PrivacyConfig, num_classes: int = 0) -> dict[str, tup
 
 
 def check_ranges(metrics: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse metrics that cannot be.
+    """Refuse metrics outside of their ranges.
 
     Raises
     ------
     ReplyError
-        If one is outside of its range, or the recall of a class that there is not.
+        If one is outside of its range, or the recall of a class that does not exist.
     """
     for name in metrics.keys() & ranges.keys():
         low, high = ranges[name]
@@ -244,14 +243,14 @@ def check_ranges(metrics: Mapping[str, float], ranges: Mapping[str, tuple[float,
 
 
 def one_line(text: str, length: int = 300) -> str:
-    """Cut what a client wrote to what a log, and the terminal that shows it, can bear."""
-    beginning = text[: 10 * length]  # the rest may be as long as its sender likes
+    """Return a client's text as one printable line of limited length."""
+    beginning = text[: 10 * length]  # the text may be of any length
     printable = "".join(letter if letter.isprintable() else " " for letter in beginning)
     return " ".join(printable.split())[:length]
 
 
 def _read_site(record: MetricRecord) -> StateDict:
-    """Return what a client tells of its data, as `Upload` has it."""
+    """Return ``site`` of an `Upload`."""
     site = {}
     if protocol.IMAGE_MEAN in record or protocol.IMAGE_STD in record:
         site["image-stats"] = _read_image_stats(
@@ -263,7 +262,7 @@ def _read_site(record: MetricRecord) -> StateDict:
         case [int(number), int(total)] if 0 <= number < total <= MAX_PARTITIONS:
             site["partition"] = torch.tensor([number, total])
         case _:
-            raise ReplyError('the metric "partition" should be a number and that of all, as [0, 2]')
+            raise ReplyError('the metric "partition" should be [partition-id, num-partitions]')
     return site
 
 
@@ -272,7 +271,7 @@ def _read_image_stats(mean: Any, std: Any) -> Tensor:
     are_lists = isinstance(mean, list) and isinstance(std, list)
     if not are_lists or not 1 <= len(mean) == len(std) <= _MAX_CHANNELS:
         raise ReplyError(
-            'the metrics "image-mean" and "image-std" should be lists with a number a channel or '
+            'the metrics "image-mean" and "image-std" should be lists of one number per channel or '
             f"feature, of 1 to {_MAX_CHANNELS}"
         )
     stats = torch.tensor([[*map(float, mean)], [*map(float, std)]])
@@ -284,7 +283,7 @@ def _read_image_stats(mean: Any, std: Any) -> Tensor:
 
 
 def _read_array(array: Array, entry: Entry) -> Tensor:
-    """Deserialize an array whose header promises what ``entry`` says, and nothing larger."""
+    """Deserialize an array if its header has the shape and dtype of ``entry``."""
     expected = torch.empty(0, dtype=entry.dtype).numpy().dtype
     num_bytes = entry.numel * expected.itemsize
     if not num_bytes <= len(array.data) <= num_bytes + MAX_HEADER_BYTES:
@@ -295,7 +294,7 @@ def _read_array(array: Array, entry: Entry) -> Tensor:
         shape, dtype = read_header(array.data)
         matches = shape == entry.shape and dtype == expected
         tensor = torch.from_numpy(array.numpy()) if matches else None
-    except Exception as error:  # the parser of the header raises whatever it stumbles over
+    except Exception as error:  # the header's parser may raise anything
         raise ParameterError(f"{entry.name} cannot be read: {one_line(str(error))}") from error
     if tensor is None:
         raise ParameterError(f"{entry.name} is {dtype} {shape} instead of {expected} {entry.shape}")

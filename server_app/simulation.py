@@ -137,7 +137,7 @@ def simulate(
     num_clients: int,
     *,
     num_rounds: int | None = None,
-    judged_rounds: int | None = None,
+    evaluated_rounds: int | None = None,
     num_processes: int = 2,
     on_round: Callable[[RoundRecord], None] = lambda record: None,
     absent: Callable[[int], Collection[int]] = lambda server_round: (),
@@ -146,7 +146,7 @@ def simulate(
 ) -> tuple[ClientwiseFedAvg, list[Row]]:
     """Run the configured strategy and return it with a row a round.
 
-    ``num_rounds`` stops before the configured number of rounds; ``judged_rounds`` evaluates the
+    ``num_rounds`` stops before the configured number of rounds; ``evaluated_rounds`` evaluates the
     personalized models in the last rounds only. ``on_round`` is called after each round; ``absent``
     says which nodes are not connected in a round. ``make_strategy`` and ``make_grid`` make others
     than the configured strategy and `PoolGrid`.
@@ -160,7 +160,7 @@ def simulate(
     begins = [time.monotonic()]
 
     def end_round(server_round: int, arrays: ArrayRecord) -> None:
-        is_judged = server_round >= num_rounds - (judged_rounds or num_rounds)
+        is_judged = server_round >= num_rounds - (evaluated_rounds or num_rounds)
         strategy.fraction_evaluate = fraction_evaluate if is_judged else 0.0
         grid.absent = absent(server_round + 1)
         if server_round:

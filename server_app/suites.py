@@ -1,4 +1,4 @@
-"""Suites: files that say which runs are compared, and these runs with their results."""
+"""Suites: files that define the runs of a comparison, and their results."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.files import composed, native_path, quoted, read_json, read_toml
-from pfedgpa_app.preflight import decides, preflight
+from pfedgpa_app.preflight import preflight, preflight_key
 from pfedgpa_app.rounds import JUDGED, RECALL, SCORES, RoundRecord, Row, summarize
 from pfedgpa_app.section import Count, Section, Seed
 from pfedgpa_app.state import write_text, writing
@@ -35,28 +35,28 @@ def _one_case() -> dict[str, Settings]:
     return {"": {}}
 
 
-# What the bench itself decides about.
+# Settings that the bench sets itself.
 RESERVED = {"seed", "resume-from", "output-dir"}
 
 
 class SuiteError(ValueError):
-    """A suite that cannot be run as it is; the message says what is wrong with it."""
+    """A wrong suite; the message lists the problems."""
 
 
 class Quick(Section):
-    """What is different when a suite only has to show that it works."""
+    """Overrides of a suite for a quick check that it works."""
 
     seeds: Seeds | None = None
     clients: Count | None = None
     rows: Names | None = None
     cases: Names | None = None
-    judged_rounds: Count | None = None
+    evaluated_rounds: Count | None = None
     horizons: list[Count] | None = None
     settings: Settings = Field(default_factory=dict)
 
 
 class Suite(Section):
-    """A file of conf/suites: every row in every case with every seed is a run.
+    """A file of conf/suites: one run for every row, case and seed.
 
     Attributes
     ----------
@@ -65,29 +65,29 @@ class Suite(Section):
     base
         A file of settings, relative to the suite's; without one, the defaults.
     clients
-        How many there are; a case may say otherwise.
-    judged_rounds
-        The judged number is the mean of so many last rounds.
+        Number of clients; cases may override it.
+    evaluated_rounds
+        The tables have the mean accuracy of this many last rounds.
     measures
         Columns of metrics.jsonl to tabulate, such as ``bytes-up``, a table each, beside the
         accuracy. That comes first, if it is not among them.
     curve
-        Whether every round is judged, and the figure shows all of them.
+        Whether every round is evaluated, and drawn in the figure.
     horizons
-        Rounds after which it is judged, a column each; they need ``curve``.
+        Rounds after which accuracies are tabulated, one column each; they need ``curve``.
     targets
-        Accuracies for which rounds, bytes and server seconds are told; they need ``curve``.
+        Accuracies whose rounds, bytes and server seconds are tabulated; they need ``curve``.
     settings
         Of all runs, on top of ``base``.
     cases, rows
-        By name, what is different in a column and in a line of the table.
+        Settings of each column and each row of the table, by name.
     """
 
     title: str
     base: str = ""
     clients: Count = 10
     seeds: Seeds
-    judged_rounds: Count = 1
+    evaluated_rounds: Count = 1
     measures: list[str] = Field(default_factory=list)
     curve: bool = False
     horizons: list[Count] = Field(default_factory=list)
@@ -99,12 +99,12 @@ class Suite(Section):
 
     @classmethod
     def read(cls, file: Path, *, quick: bool = False) -> "Suite":
-        """Read a suite's file, whose ``base`` becomes a part of ``settings``.
+        """Read a suite's file, with ``base`` merged into ``settings``.
 
         Raises
         ------
         SuiteError
-            If it is not one, with everything that is wrong.
+            If it is wrong, with all problems.
         OSError
             If it, or ``base``, cannot be read.
         """
@@ -142,20 +142,20 @@ class Suite(Section):
 
     def _quick(self, file: Path) -> "Suite":
         quick = self.quick
-        if quick == Quick():  # it would be all of it
+        if quick == Quick():  # nothing would be quicker
             raise SuiteError(
-                f"{file}: no [quick] says what is less with --quick; right would be, for example,\n"
+                f"{file}: has no [quick] section for --quick; right would be, for example,\n"
                 "[quick]\nseeds = [0]\nsettings = { num-server-rounds = 2 }"
             )
         for name, known in (("rows", self.rows), ("cases", self.cases)):
             if unknown := set(getattr(quick, name) or ()) - known.keys():
-                raise SuiteError(f"{file}: quick.{name} has {sorted(unknown)}, which is none of it")
+                raise SuiteError(f"{file}: quick.{name} has unknown {sorted(unknown)}")
         changed: dict[str, Any] = {
             "rows": {name: self.rows[name] for name in quick.rows or self.rows},
             "cases": {name: self.cases[name] for name in quick.cases or self.cases},
             "seeds": quick.seeds or self.seeds,
             "clients": quick.clients or self.clients,
-            "judged_rounds": quick.judged_rounds or self.judged_rounds,
+            "evaluated_rounds": quick.evaluated_rounds or self.evaluated_rounds,
             "horizons": self.horizons if quick.horizons is None else quick.horizons,
             "title": f"{self.title} (quick)",
         }
@@ -176,7 +176,7 @@ class Suite(Section):
         Raises
         ------
         SuiteError
-            If settings are wrong, with all that is.
+            If settings are wrong, with all problems.
         """
         if len(self.seeds) > len(set(self.seeds)):
             raise SuiteError(f"seeds = {self.seeds}; right would be each once")
@@ -195,11 +195,11 @@ class Suite(Section):
                     try:
                         config = Config.from_flat(flat)
                         if seed == self.seeds[0]:
-                            if (what := decides(config)) not in tried:
+                            if (what := preflight_key(config)) not in tried:
                                 preflight(config, one_process=True)
                                 tried.add(what)
                             problems += [f"{name}: {each}" for each in self._contradictions(config)]
-                        runs.append(BenchRun(case, row, config, clients, self._judged(config)))
+                        runs.append(BenchRun(case, row, config, clients, self._evaluated(config)))
                     except ConfigError as error:
                         problems.append(f"{name}: {error}")
         if problems:
@@ -207,36 +207,36 @@ class Suite(Section):
         return runs
 
     def _contradictions(self, config: Config) -> Iterator[str]:
-        if self.judged_rounds > config.num_server_rounds:
+        if self.evaluated_rounds > config.num_server_rounds:
             yield (
-                f"judged-rounds = {self.judged_rounds}: there are {config.num_server_rounds}; "
-                "right would be as many or less"
+                f"evaluated-rounds = {self.evaluated_rounds}: more than num-server-rounds = "
+                f"{config.num_server_rounds}; right would be as many or less"
             )
         if wrong := [
             horizon
             for horizon in self.horizons
-            if not self.judged_rounds <= horizon <= config.num_server_rounds
+            if not self.evaluated_rounds <= horizon <= config.num_server_rounds
         ]:
             yield (
-                f"horizons has {wrong}; right would be judged-rounds = {self.judged_rounds} to "
-                f"num-server-rounds = {config.num_server_rounds}"
+                f"horizons has {wrong}; right would be evaluated-rounds = {self.evaluated_rounds} "
+                f"to num-server-rounds = {config.num_server_rounds}"
             )
         if config.server.fraction_evaluate < 1:
-            yield "server.fraction-evaluate: a judged number is of all clients; right would be 1.0"
+            yield "server.fraction-evaluate: a bench evaluates all clients; right would be 1.0"
         if config.server.evaluate_every != 1:
-            yield "server.evaluate-every: the judged rounds are the last ones; right would be 1"
+            yield "server.evaluate-every: a bench evaluates the last rounds; right would be 1"
         if config.server.bank != "memory":
             yield 'server.bank: a bench has no folders for it; right would be "memory"'
         if config.tracking:
             yield 'tracking: the results of a bench are its tables; right would be ""'
 
-    def _judged(self, config: Config) -> int:
-        return config.num_server_rounds if self.curve else self.judged_rounds
+    def _evaluated(self, config: Config) -> int:
+        return config.num_server_rounds if self.curve else self.evaluated_rounds
 
     @property
     def columns(self) -> dict[str, tuple[str, slice]]:
-        """Cases and the judged ones of a run's rounds, by the names of the columns."""
-        last = self.judged_rounds
+        """The case and the slice of evaluated rounds of each column, by name."""
+        last = self.evaluated_rounds
         if not self.horizons:
             return {case or "mean ± std": (case, slice(-last, None)) for case in self.cases}
         return {
@@ -257,33 +257,33 @@ def _read_toml(file: Path) -> Settings:
 
 @dataclass(frozen=True)
 class BenchRun:
-    """A run of a suite; ``judged_rounds`` is how many last rounds are judged in it."""
+    """A run of a suite, of which the last ``evaluated_rounds`` are evaluated."""
 
     case: str
     row: str
     config: Config
     clients: int
-    judged_rounds: int
+    evaluated_rounds: int
     superlink: str = ""
-    """That it runs on; empty for simulations, whose digits are the same wherever they run."""
+    """Its SuperLink; empty for simulations, whose results do not depend on it."""
 
     @property
     def name(self) -> str:
-        """What a run is called in messages; names with a comma are in quotes."""
+        """The run's name in messages; names with a comma are in quotes."""
         names = (quoted(name) if "," in name else name for name in (self.case, self.row) if name)
         return ", ".join([*names, f"seed {self.config.seed}"])
 
     def file(self, folder: Path) -> Path:
-        """Return where its result is: the same settings, however they are named, share it."""
+        """Return the path of its result, which runs of equal settings share."""
         config = self.config
-        what = [config.decisive, config.num_server_rounds, self.clients, self.judged_rounds]
+        what = [config.decisive, config.num_server_rounds, self.clients, self.evaluated_rounds]
         if self.superlink:
             what.append(self.superlink)
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         return folder / "runs" / f"{key}.json"
 
     def result(self, folder: Path) -> Result | None:
-        """Return what an earlier call found, None if there is nothing whole."""
+        """Return the stored result; None if there is none or it is damaged."""
         try:
             result: Result = read_json(self.file(folder))
         except (OSError, ValueError):
@@ -298,7 +298,7 @@ class BenchRun:
         FloatingPointError
             If an accuracy is missing.
         RuntimeError
-            If no client could train in a round, with the reasons as soon as they are there.
+            If no client could train in a round, with the reasons.
         """
         torch.set_num_threads(1)
         begin = time.monotonic()
@@ -313,7 +313,7 @@ class BenchRun:
         _, rows = simulate(
             self.config,
             self.clients,
-            judged_rounds=self.judged_rounds,
+            evaluated_rounds=self.evaluated_rounds,
             num_processes=0,
             on_round=on_round,
         )
@@ -326,14 +326,14 @@ class BenchRun:
         clients: Sequence[Row],
         seconds: float,
     ) -> None:
-        """Write a result in one step: the rows of all rounds, and what each client was judged by.
+        """Write a result atomically: the rows of all rounds, and each client's accuracies.
 
         ``clients`` are the rows of all clients in all rounds.
 
         Raises
         ------
         FloatingPointError
-            If a client has none in a round that is judged, as when its loss was not finite.
+            If a client has none in an evaluated round, as when its loss was not finite.
         RuntimeError
             If no client could train in a round.
         WriteError
@@ -343,31 +343,31 @@ class BenchRun:
             if not row["num-clients"]:
                 raise RuntimeError(f"round {row['round']}: no client could train")
         end = self.config.num_server_rounds + 1
-        first = end - self.judged_rounds
+        first = end - self.evaluated_rounds
 
         def by_client(name: str) -> list[dict[int, float]]:
-            found: list[dict[int, float]] = [{} for _ in range(self.judged_rounds)]
+            found: list[dict[int, float]] = [{} for _ in range(self.evaluated_rounds)]
             for row in clients:
                 if name in row and row["round"] >= first:
                     found[row["round"] - first][row["client"]] = row[name]
             return found
 
-        judged = by_client(JUDGED)
+        evaluated = by_client(JUDGED)
         scores = {
             name for row in clients for name in row if name in SCORES or RECALL.fullmatch(name)
         }
-        missing = [self.clients - len(each) for each in judged]
+        missing = [self.clients - len(each) for each in evaluated]
         if any(missing):
             raise FloatingPointError(
-                f"{max(missing)} of {self.clients} clients have no accuracy in a round that is "
-                "judged: their losses may not be finite; their messages are in the log"
+                f"{max(missing)} of {self.clients} clients have no accuracy in an evaluated "
+                "round: their losses may not be finite; their messages are in the log"
             )
         result = {
             "name": self.name,
             "config": self.config.to_flat(),
             "clients": self.clients,
             "rounds": rows,
-            "accuracies": judged,
+            "accuracies": evaluated,
             "scores": {name: by_client(name) for name in sorted(scores - {JUDGED})},
             "seconds": round(seconds, 1),
             "versions": {
@@ -382,7 +382,7 @@ class BenchRun:
         write_text(file, json.dumps(result))
 
     def outcome(self, folder: Path) -> str:
-        """Say how it ended: its last accuracy and its seconds."""
+        """Return a line with its last accuracy and its seconds."""
         result = self.result(folder)
         if result is None:
             return f"{self.name}: failed"
@@ -390,5 +390,5 @@ class BenchRun:
         return f"{self.name}: {accuracy:.4f} in the last round, {result['seconds']:.0f} s"
 
     def traceback_file(self, folder: Path) -> Path:
-        """Return where the traceback of a failed run is."""
+        """Return the path of the traceback of a failed run."""
         return self.file(folder).with_suffix(".txt")

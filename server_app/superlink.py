@@ -1,4 +1,4 @@
-"""Whole runs of the app by `flwr run`, on Flower's simulation or a SuperLink that is there."""
+"""Runs of the app by `flwr run`, on Flower's simulation or a running SuperLink."""
 
 import json
 import os
@@ -22,16 +22,16 @@ _ENDED = {"finished:failed": "failed", "finished:stopped": "was stopped"}
 
 @dataclass
 class FlowerRun:
-    """A run as `flwr run` tells of it.
+    """A run as reported by `flwr run`.
 
     Attributes
     ----------
     log
         The last lines.
     run_id
-        Flower's id, empty if it did not begin.
+        Flower's id, empty if the run did not start.
     folder
-        Where the ServerApp says that it writes, empty if it has not come so far.
+        The run's folder in the ServerApp's log, empty if it is not logged yet.
     """
 
     log: deque[str] = field(default_factory=lambda: deque(maxlen=60))
@@ -39,20 +39,20 @@ class FlowerRun:
     folder: str = ""
 
     def problem(self, superlink: str, env: Mapping[str, str] | None = None) -> str:
-        """Return, in a line, why the SuperLink does not have it finished; empty if it has."""
+        """Return why the SuperLink does not list the run as completed, in one line; else empty."""
         if not self.run_id:
-            said = " ".join(_plain(line) for line in self.log)
-            return f"flwr did not start the run: {said[-500:].strip() or 'it said nothing'}"
+            output = " ".join(_plain(line) for line in self.log)
+            return f"flwr did not start the run: {output[-500:].strip() or 'it printed nothing'}"
         command = [_flwr(), "ls", superlink, "--run-id", self.run_id, "--format", "json"]
-        told = subprocess.run(
+        listing = subprocess.run(
             command, env=env, capture_output=True, text=True, encoding="utf-8", check=False
         )
         try:
-            run = json.loads(told.stdout)["runs"][0]
+            run = json.loads(listing.stdout)["runs"][0]
             status, details = str(run["status"]), str(run["status-details"])
         except (ValueError, LookupError, TypeError):
-            said = " ".join((told.stdout + told.stderr).split())
-            return f"how run {self.run_id} ended is not known: flwr ls says {said[-500:]}"
+            output = " ".join((listing.stdout + listing.stderr).split())
+            return f"how run {self.run_id} ended is unknown: flwr ls printed {output[-500:]}"
         if status == "finished:completed":
             return ""
         cause = " ".join(details.rpartition("exception: ")[2].split())
@@ -63,20 +63,20 @@ class FlowerRun:
 def run_on_flower(config: Config, clients: int, superlink: str) -> Run:
     """Run the app of the current folder by `flwr run`, showing its rounds.
 
-    On the SuperLink ``local`` it is simulated with ``clients``; any other has SuperNodes.
+    On the SuperLink ``local`` it simulates ``clients``; others have SuperNodes.
     """
-    # The app's environment need not be this one.
+    # Absolute, since the app's environment may differ.
     config = config.model_copy(update={"output_dir": str(config.output_path)})
-    told = flwr_run(config, superlink, clients if superlink == "local" else None)
+    flower_run = flwr_run(config, superlink, clients if superlink == "local" else None)
     problem = "flwr run did not finish the run"
-    if told.run_id:
+    if flower_run.run_id:
         try:
-            run = Run.read(config.output_path / told.run_id)
+            run = Run.read(config.output_path / flower_run.run_id)
             if run.is_complete and run.is_of(config):
                 return run
         except ValueError as error:
-            problem = f"{problem} {told.run_id}: {error}"
-    fail(f"{problem}. The end of its log:\n{''.join(told.log)}")
+            problem = f"{problem} {flower_run.run_id}: {error}"
+    fail(f"{problem}. The end of its log:\n{''.join(flower_run.log)}")
 
 
 def flwr_run(
@@ -92,11 +92,11 @@ def flwr_run(
     Parameters
     ----------
     clients
-        How many are simulated; None where the SuperLink has SuperNodes.
+        Number of simulated clients; None if the SuperLink has SuperNodes.
     env
         The environment of `flwr`.
     show
-        What else to print of a line of the log, which has a level and a text.
+        Called with level and text of other log lines; returns what to print.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as overrides:
         overrides.writelines(f"{key} = {_toml(v)}\n" for key, v in config.to_flat().items())
@@ -114,13 +114,13 @@ def _follow(
     env: Mapping[str, str],
     show: Callable[[str, str], str],
 ) -> FlowerRun:
-    """Run `flwr run` and print what it says of rounds.
+    """Run `flwr run` and print its log lines of rounds.
 
-    The run is the SuperLink's, and would go on after an interrupt: it is stopped.
+    An interrupt also stops the run, which would go on at the SuperLink.
     """
     run = FlowerRun()
-    # A SuperLink that is started for it need not install what this command runs in already, and
-    # what flwr prints must come at once, or an interrupt would not know what to stop.
+    # A new SuperLink need not install this environment's packages again. Unbuffered, so that the
+    # run's id is known when an interrupt comes.
     env = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", **env}
     env |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     try:
@@ -143,11 +143,11 @@ def _follow(
                         run.run_id = started[1]
                     if begun := re.fullmatch(r"Run \S+ \(\d+\) begins: (.+)", text):
                         run.folder = begun[1]
-                    # For nodes it may wait for ever, if there are too few.
-                    is_told = text.startswith("Waiting for nodes") or (
+                    # With too few nodes it waits forever, which is shown.
+                    is_progress = text.startswith("Waiting for nodes") or (
                         text.startswith("Round ") and "personalized" in text
                     )
-                    if shown := f"  {text}" if is_told else show(level, text):
+                    if shown := f"  {text}" if is_progress else show(level, text):
                         print(shown, flush=True)
             except KeyboardInterrupt:
                 process.terminate()
@@ -161,12 +161,12 @@ def _follow(
 
 
 def _plain(line: str) -> str:
-    """Return a line of a log without colours."""
+    """Return a log line without terminal colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
 
 
 def _flwr() -> str:
-    """Return flwr's command, also where the environment of this Python is not activated."""
+    """Return the path of flwr, also if this Python's environment is not activated."""
     beside = Path(sys.executable).with_name("flwr")
     return str(beside) if beside.exists() else "flwr"
 

@@ -43,10 +43,10 @@ def write_sites(folder: Path, pictures: int | None = None) -> Path:
     for client in range(CLIENTS):
         data = client_data(DataConfig(), 0, client, CLIENTS)
         if client == pictures:
-            write_pictures(folder / f"{client}.npz" / "train", data.train_images, data.train_labels)
-            write_pictures(folder / f"{client}.npz" / "test", data.test_images, data.test_labels)
+            write_pictures(folder / f"{client}.npz" / "train", data.train_inputs, data.train_labels)
+            write_pictures(folder / f"{client}.npz" / "test", data.test_inputs, data.test_labels)
             continue
-        images = torch.cat([data.train_images, data.test_images])
+        images = torch.cat([data.train_inputs, data.test_inputs])
         labels = torch.cat([data.train_labels, data.test_labels])
         np.savez(folder / f"{client}.npz", x=images, y=labels)
     return folder

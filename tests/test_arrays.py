@@ -14,9 +14,9 @@ from pfedgpa_app.arrays import (
     LEVELS,
     ArrayError,
     FileError,
-    alike,
     as_examples,
     as_labels,
+    common_dtype,
     read_examples,
     read_labels,
 )
@@ -104,8 +104,8 @@ def test_images_and_signals_of_sixteen_bits_keep_their_levels(tmp_path: Path, dt
 
 def test_eight_bits_beside_sixteen_are_as_bright():
     eight, sixteen = torch.tensor([255], dtype=torch.uint8), torch.tensor([65535], dtype=LEVELS)
-    assert torch.cat(alike([eight, sixteen])).tolist() == [65535, 65535]
-    assert alike([eight])[0].dtype == torch.uint8
+    assert torch.cat(common_dtype([eight, sixteen])).tolist() == [65535, 65535]
+    assert common_dtype([eight])[0].dtype == torch.uint8
 
 
 def test_an_array_that_may_not_be_written_is_copied(recwarn: pytest.WarningsRecorder):
@@ -124,7 +124,7 @@ BAD_LABELS = {
     "masked": (MASKED, "a masked array, right would be"),
     "text": (np.array(["a"]), "of <U1"),
     "a list": ([0, 1], "a list of objects, right would be a tensor or NumPy array"),
-    "sparse": (torch.eye(2).to_sparse(), r"a tensor of torch\.float32 that NumPy does not take"),
+    "sparse": (torch.eye(2).to_sparse(), r"a tensor of torch\.float32 that NumPy cannot represent"),
 }
 
 

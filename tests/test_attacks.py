@@ -87,10 +87,10 @@ def test_falsified_data_are_what_the_attack_says(poison: str):
     other = falsified(data, poison)
     if poison == "labels":
         assert torch.equal(other.train_labels, 9 - data.train_labels)
-        assert torch.equal(other.train_images, data.train_images)
+        assert torch.equal(other.train_inputs, data.train_inputs)
     else:
-        assert torch.equal(other.train_images[::2], with_trigger(data.train_images[::2]))
-        assert torch.equal(other.train_images[1::2], data.train_images[1::2])
+        assert torch.equal(other.train_inputs[::2], with_trigger(data.train_inputs[::2]))
+        assert torch.equal(other.train_inputs[1::2], data.train_inputs[1::2])
         assert bool((other.train_labels[::2] == TARGET).all())
     assert torch.equal(other.test_labels, data.test_labels)
 

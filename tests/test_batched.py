@@ -128,9 +128,9 @@ def test_two_trainings_agree_in_every_digit():
 def test_a_client_that_diverges_is_alone_in_it(sick: int):
     healthy, batch = make_tasks(), make_tasks()
     together(healthy)
-    images = batch[sick].data.train_images.float()
+    images = batch[sick].data.train_inputs.float()
     images[0] = torch.inf
-    batch[sick].data = batch[sick].data._replace(train_images=images)
+    batch[sick].data = batch[sick].data._replace(train_inputs=images)
     together(batch)
     for number, (one, other) in enumerate(zip(healthy, batch, strict=True)):
         assert bool(vector(other).isfinite().all()) == (number != sick)

@@ -32,7 +32,7 @@ SUITE = """
 title = "Two rivals"
 clients = 3
 seeds = [0, 1]
-judged-rounds = 2
+evaluated-rounds = 2
 measures = ["bytes-up"]
 
 [settings]
@@ -50,7 +50,7 @@ strategy = "ditto"
 [quick]
 seeds = [0]
 clients = 2
-judged-rounds = 1
+evaluated-rounds = 1
 rows = ["local"]
 settings = { num-server-rounds = 1 }
 """
@@ -190,7 +190,7 @@ def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: P
     changed = {"seed": 5, "num_server_rounds": 4, "strategy": "fedavg"}
     others = [
         replace(run, clients=4),
-        replace(run, judged_rounds=1),
+        replace(run, evaluated_rounds=1),
         replace(run, superlink="site"),
         *(
             replace(run, config=run.config.model_copy(update={name: value}))
@@ -296,7 +296,7 @@ def test_quick_lays_its_settings_over_all_others(suite: Path):
     quick = Suite.read(suite, quick=True)
     [run] = quick.runs()
     assert (run.clients, run.config.num_server_rounds, run.row) == (2, 1, "local")
-    assert run.judged_rounds == 1
+    assert run.evaluated_rounds == 1
     assert quick.title == "Two rivals (quick)"
 
 
@@ -340,7 +340,7 @@ def test_quick_is_refused_where_nothing_would_be_less(suite: Path, tmp_path: Pat
     suite.write_text(SUITE.partition("[quick]")[0] + section)
     result = invoke(suite, "--quick", "--results", tmp_path / "results")
     assert result.exit_code == 1
-    assert f"{suite}: no [quick] says what is less with --quick; right would be" in result.stderr
+    assert f"{suite}: has no [quick] section for --quick; right would be" in result.stderr
     assert "\n[quick]\nseeds = [0]\n" in result.stderr
     assert not (tmp_path / "results").exists()
 
@@ -361,7 +361,11 @@ def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: 
     [
         ("title", "titel", "titel: Extra inputs are not permitted"),
         ('"bytes-up"', '"bytes"', r"measures has \['bytes'\]"),
-        ("judged-rounds = 2", "judged-rounds = 4", "judged-rounds = 4: there are 3"),
+        (
+            "evaluated-rounds = 2",
+            "evaluated-rounds = 4",
+            "evaluated-rounds = 4: more than num-server-rounds = 3",
+        ),
         ('"ditto"', '"dito"', 'ditto: .*\n.*strategy = "dito"'),
         ("[rows.ditto]", "[rows.ditto]\nclients = 4", "rows.ditto must not set clients"),
         ("[rows.ditto]", "[rows.ditto]\nseed = 4", "rows.ditto must not set seed"),
@@ -434,7 +438,7 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
     assert reached["Two rivals: until 0.3"] == "2.5 / 3.8 / 1.2"
     assert reached["Two rivals: until 0.99"] == "-"
     # In the first and the third round of two runs.
-    assert "(4 times a client's training was of no use)" in tables[0].note
+    assert "(4 unusable replies)" in tables[0].note
     bench_tables.draw(read, read.runs(), tmp_path, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
     # Of ditto there is no result.

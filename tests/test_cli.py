@@ -54,7 +54,7 @@ def test_right_settings_are_listed_where_they_differ_from_the_defaults(
     assert rest[:2] == ["  seed = 1", "  diffusion.fidelity = 0.5"]
     assert any(
         line.startswith(
-            "server.min-available-nodes = 2: a run may begin with so few. 2 clients share nothing"
+            "server.min-available-nodes = 2: a run may start with so few. 2 clients share nothing"
         )
         for line in rest
     )
@@ -369,7 +369,7 @@ def test_what_predict_passes_over_is_said(runner: CliRunner, model_file: Path, p
     (pictures / "._0.png").touch()
     shutil.copytree(pictures, pictures / ".ipynb_checkpoints")
     result = runner.invoke(cli.app, ["predict", str(model_file), str(pictures)])
-    assert result.stderr == f"{pictures}: passed over: 1 .tif\n"
+    assert result.stderr == f"{pictures}: skipped: 1 .tif\n"
     assert len(result.stdout.splitlines()) == 3
 
 
@@ -405,7 +405,7 @@ def test_resizing_is_said_once(runner: CliRunner, model_file: Path, tmp_path: Pa
 def test_the_clients_own_test_set_is_judged(runner: CliRunner, model_file: Path):
     data = client_data(Config().data, 0, 3, 10)
     model = build_model("cnn-8x8", Config().data.info, seed=3)
-    accuracy, loss = evaluate(model, data.test_images, data.test_labels, data.stats)
+    accuracy, loss = evaluate(model, data.test_inputs, data.test_labels, data.stats)
     size = len(data.test_labels)
     result = runner.invoke(cli.app, ["predict", str(model_file), "--test-set"])
     assert result.stdout == f"accuracy {accuracy:.4f}, loss {loss:.4f} on {size} examples\n"

@@ -33,7 +33,7 @@ def test_training_depends_on_seed_client_and_round_alone():
 def test_training_reports_accuracy_and_loss_before_and_after():
     state, metrics = trained()
     data = client_data(Config().data, 0, 0, 4)
-    test = (data.test_images, data.test_labels, data.stats)
+    test = (data.test_inputs, data.test_labels, data.stats)
     before = evaluate(MODEL, *test)
     model = build_model("cnn-8x8", DATASETS["digits"], seed=5)
     model.load_state_dict(state)
@@ -60,7 +60,7 @@ SITES = {"data.dataset": "sites", "data.shape": "1x8x8", "data.num-classes": 10}
 def own_site(folder: Path, node_id: int = 77, **node_config) -> Context:
     """Return the context of a SuperNode with digits of its own in an .npz file."""
     data = client_data(Config().data, 5, 1, 4)
-    x, y = data.train_images.numpy(), data.train_labels.numpy()
+    x, y = data.train_inputs.numpy(), data.train_labels.numpy()
     np.savez(folder / "own.npz", x=np.concatenate([x, x]), y=np.concatenate([y, y]))
     node_config["data-path"] = str(folder / "own.npz")
     return Context(1, node_id, node_config, RecordDict(), {**SETTINGS, **SITES})
@@ -115,7 +115,7 @@ def test_a_site_tells_its_operator_what_it_passes_over(tmp_path: Path, monkeypat
     context.node_config["data-path"] = str(tmp_path)
     (tmp_path / "own.npz").unlink()
     train_message(message(MessageType.TRAIN), context)
-    assert said == [f"{tmp_path / str(number)}: passed over: 1 .dcm" for number in range(2)]
+    assert said == [f"{tmp_path / str(number)}: skipped: 1 .dcm" for number in range(2)]
 
 
 def test_a_node_without_data_path_has_no_part_in_what_sites_bring():
@@ -153,7 +153,7 @@ def test_bf16_trains_and_judges_nearly_as_fp32_does():
 def test_evaluation_is_that_of_the_received_model_and_returns_no_arrays():
     reply = evaluate_message(message(MessageType.EVALUATE), context())
     data = client_data(Config().data, 0, 0, 4)
-    expected = evaluate(MODEL, data.test_images, data.test_labels, data.stats)
+    expected = evaluate(MODEL, data.test_inputs, data.test_labels, data.stats)
     assert reply.content["metrics"]["accuracy"] == expected.accuracy
     assert reply.content["metrics"]["num-examples"] == len(data.test_labels)
     assert not reply.content.array_records
@@ -196,7 +196,7 @@ def test_one_epoch_is_plain_sgd_on_the_shuffled_batches():
     """Against SGD with momentum and weight decay, written out."""
     config = ClientConfig(local_epochs=1, batch_size=20, learning_rate=0.1)
     data = client_data(Config().data, 0, 0, 4)
-    images, labels = data.train_images, data.train_labels
+    images, labels = data.train_inputs, data.train_labels
 
     def linear() -> torch.nn.Module:
         return build_model("own_models:linear", DATASETS["digits"], seed=0)
@@ -226,7 +226,7 @@ def test_dropout_follows_the_seed_and_leaves_the_global_generator_alone():
         model = build_model("own_models:with_dropout", DATASETS["digits"], seed=0)
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        images, labels = data.train_images, data.train_labels
+        images, labels = data.train_inputs, data.train_labels
         train(model, images, labels, data.stats, ClientConfig(), make_generator(1))
         assert torch.equal(torch.get_rng_state(), before)
         return next(model.parameters()).detach()
@@ -240,7 +240,7 @@ def test_a_last_batch_of_one_goes_with_the_one_before():
     model = build_model("resnet18", DATASETS["digits"], seed=0)
     config = ClientConfig(local_epochs=1, batch_size=4)
     train(
-        model, data.train_images[:9], data.train_labels[:9], data.stats, config, make_generator(1)
+        model, data.train_inputs[:9], data.train_labels[:9], data.stats, config, make_generator(1)
     )
     assert int(model.state_dict()["bn1.num_batches_tracked"]) == 2
 

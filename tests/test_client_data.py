@@ -15,7 +15,7 @@ from pfedgpa_app.data import (
     load_dataset,
     partitions,
 )
-from pfedgpa_app.data.clients import _shared_out
+from pfedgpa_app.data.clients import _partitioned
 from pfedgpa_app.data.partitions import partition
 
 FILES = pytest.mark.fashion_mnist
@@ -23,9 +23,9 @@ FILES = pytest.mark.fashion_mnist
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     yield
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
 
 
 def test_a_client_gets_the_images_and_labels_of_its_part():
@@ -33,11 +33,11 @@ def test_a_client_gets_the_images_and_labels_of_its_part():
     dataset = load_dataset(config, seed=3)
     train, test = partition(dataset.labels, dataset.is_test, config, 10, seed=3)[4]
     client = client_data(config, 3, 4, 10)
-    assert torch.equal(client.train_images, dataset.images[train])
+    assert torch.equal(client.train_inputs, dataset.images[train])
     assert torch.equal(client.train_labels, dataset.labels[train])
-    assert torch.equal(client.test_images, dataset.images[test])
+    assert torch.equal(client.test_inputs, dataset.images[test])
     assert torch.equal(client.test_labels, dataset.labels[test])
-    assert client.train_images.dtype == torch.uint8
+    assert client.train_inputs.dtype == torch.uint8
     assert client.info == config.info
     assert all(map(torch.equal, client.stats, image_stats(dataset)))
 
@@ -78,7 +78,7 @@ def nothing(*args, **kwargs):
 def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str, by: str):
     config = DataConfig(dataset=dataset, partition=by)
     before = [client_data(config, 3, partition_id, 5) for partition_id in range(5)]
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(partitions, "partition", nothing)
         for partition_id, client in enumerate(before):
@@ -92,7 +92,7 @@ def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str, by:
 
 
 @FILES
-def test_class_counts_are_known_where_the_data_was_shared_out_and_only_there():
+def test_class_counts_are_known_where_the_data_was_partitioned_and_only_there():
     config = DataConfig(dataset="fashion-mnist", partition="dirichlet", train_samples=50)
     assert class_counts(config, 3, 5) is None
     labels = [client_data(config, 3, client, 5).train_labels for client in range(5)]
@@ -102,7 +102,7 @@ def test_class_counts_are_known_where_the_data_was_shared_out_and_only_there():
 
 
 @pytest.mark.parametrize("state", ["damaged", "folder that may not be written"])
-def test_what_cannot_be_kept_or_read_is_shared_out_again(own_home, monkeypatch, state: str):
+def test_what_cannot_be_kept_or_read_is_partitioned_again(own_home, monkeypatch, state: str):
     config = DataConfig(dataset="digits")
     folder = own_home / ".cache" / "pfedgpa" / "splits"
     if state == "damaged":
@@ -114,16 +114,16 @@ def test_what_cannot_be_kept_or_read_is_shared_out_again(own_home, monkeypatch, 
         folder.write_text("in the way")
         expected = client_data(config, 0, 1, 4)
         assert folder.is_file()
-    _shared_out.cache_clear()
-    assert torch.equal(client_data(config, 0, 1, 4).train_images, expected.train_images)
+    _partitioned.cache_clear()
+    assert torch.equal(client_data(config, 0, 1, 4).train_inputs, expected.train_inputs)
 
 
 def test_what_a_client_does_to_its_data_stays_with_it():
     config = DataConfig(dataset="digits")
     client = client_data(config, 0, 0, 10)
-    before = client.train_images.clone()
-    client.train_images.zero_()
-    assert torch.equal(client_data(config, 0, 0, 10).train_images, before)
+    before = client.train_inputs.clone()
+    client.train_inputs.zero_()
+    assert torch.equal(client_data(config, 0, 0, 10).train_inputs, before)
 
 
 @pytest.mark.parametrize(("partition_id", "num_partitions"), [(-1, 10), (10, 10), (0, 0)])

@@ -145,7 +145,7 @@ def test_a_failed_run_ends_with_its_cause(here: Path):
     assert result.stderr.splitlines()[-1] == (
         "run 4711 failed: Every client failed: 2 clients: no data"
     )
-    assert "The folder of this run, where its ServerApp ran: " in result.stdout
+    assert "The folder of this run, on its ServerApp's machine: " in result.stdout
     wait_until_nothing_is_left(here)
 
 
@@ -196,7 +196,7 @@ def test_a_named_superlink_has_nodes_and_may_be_elsewhere(
     result = run(here, "--superlink", "hospital", elsewhere=True)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[-1] == (
-        f"The folder of this run, where its ServerApp ran: {here}/runs/4711"
+        f"The folder of this run, on its ServerApp's machine: {here}/runs/4711"
     )
     (first, second) = called(here)
     assert first.startswith("run . hospital --stream")

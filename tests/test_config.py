@@ -248,7 +248,7 @@ def test_the_message_lists_the_problems_one_a_line():
         ),
         (
             {**TABLE, "data.shift": "rotation"},
-            'data.shift = "rotation": is one of images, and breast-cancer has the shape 30; '
+            'data.shift = "rotation": is for images, and breast-cancer has the shape 30; '
             'right would be "none" or "permuted-labels"',
         ),
         (
@@ -265,7 +265,7 @@ def test_the_message_lists_the_problems_one_a_line():
         ),
         (
             {"data.partition": "natural"},
-            'data.partition = "natural": digits does not say whose each example is; right would be '
+            'data.partition = "natural": the examples of digits have no owners; right would be '
             "another partition, watch, or a data set of your own",
         ),
         (
@@ -361,7 +361,7 @@ def test_classes_are_called_as_class_names_says_or_as_their_labels():
     assert Config().data.classes == tuple("0123456789")
 
 
-def test_how_a_data_set_is_shared_out_does_not_concern_what_sites_bring():
+def test_how_a_data_set_is_partitioned_does_not_concern_what_sites_bring():
     for partition in ("dominant-classes", "pathological"):
         flat = {**SITES, "data.num-classes": 2, "data.partition": partition}
         few = {**flat, "data.dominant-classes": 5, "data.classes-per-client": 5}

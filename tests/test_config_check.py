@@ -81,7 +81,7 @@ def test_an_own_data_set_is_loaded(here: Path):
     assert result.exit_code == 0, result.stderr
     assert (here / "called").exists()
     assert result.stdout.splitlines()[-1] == (
-        "Not tried: how the data are shared out; --clients NUMBER says among how many"
+        "Not checked: the partition of the data; --clients NUMBER would check it"
     )
 
 
@@ -108,17 +108,16 @@ def test_an_own_data_set_that_a_client_would_refuse_is_refused(
 def test_a_number_of_clients_that_does_not_fit_is_refused(here: Path):
     result = own("checked:load", "--clients", "48")
     assert result.exit_code == 0, result.stderr
-    assert "Not tried" not in result.stdout
+    assert "Not checked" not in result.stdout
     late = {"onboarding__late_clients": 49, "onboarding__join_round": 2}
     assert problems(own("checked:load", "--clients", "49", **late)) == [
         "onboarding.late-clients = 49: there are only 49 clients; right would be less than that",
-        "49 clients cannot share 48 training samples, right would be 1 to 48 clients",
+        "49 clients cannot share 48 training examples, right would be 1 to 48 clients",
     ]
     natural = {"data__partition": "natural"}
     assert own("checked:owned", "--clients", "5", **natural).exit_code == 0
     assert problems(own("checked:owned", "--clients", "6", **natural)) == [
-        "data.partition = natural: 6 clients, and 5 owners of samples; right would be 1 to 5 "
-        "clients"
+        "data.partition = natural: 6 clients, and 5 owners; right would be 1 to 5 clients"
     ]
     assert problems(check("--clients", "1")) == [
         "server.min-available-nodes = 2: more than 1 clients; a run would wait for them and end"
@@ -143,7 +142,7 @@ def test_nothing_of_sites_can_be_tried(here: Path):
     sites = {"data__dataset": "sites", "data__shape": "1x8x8", "data__num_classes": 10}
     result = check("--clients", "3", **sites)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "Not tried: the data, which are with the sites"
+    assert result.stdout.splitlines()[-1] == "Not checked: the data, which are at the sites"
 
 
 def test_an_output_folder_that_cannot_be_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch):

@@ -41,8 +41,8 @@ def test_a_folder_is_counted_by_class_and_split(site: Path):
         "benign 6 4",
         "malignant 3 2",
         "1 of 3 classes have no examples: normal",
-        f"Not read: {site}/benign: passed over: 1 .txt",
-        f"Not read: {site}: 1 hidden folder, 1 hidden file, which nobody brings as data",
+        f"Not read: {site}/benign: skipped: 1 .txt",
+        f"Not read: {site}: 1 hidden folder, 1 hidden file, skipped",
     ]
 
 

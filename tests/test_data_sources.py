@@ -283,7 +283,7 @@ def test_sixteen_bits_train_as_eight_do(own):
         ((good_images()[:, 0], good_labels()), "examples are 30x4x5, right would be nx1x4x5"),
         ((good_images(), good_labels(29)), r"30 examples .*\(29,\), right would be \(30,\)"),
         ((good_images(), good_labels()[:, None]), r"\(30, 1\), right would be \(30,\)"),
-        ((good_images(0), good_labels(0)), "no sample"),
+        ((good_images(0), good_labels(0)), "has no examples"),
         ((good_images().astype(np.int16), good_labels()), "int16, right would be uint8, uint16"),
         ((good_images() > 9, good_labels()), "bool, right would be uint8, uint16 or floats"),
         ((np.full((30, 1, 4, 5), np.inf, np.float32), good_labels()), "NaN or infinity"),
@@ -292,7 +292,7 @@ def test_sixteen_bits_train_as_eight_do(own):
         ((good_images(), np.full(30, 2**64 - 1, np.uint64)), "up to 18446744073709551615, right"),
         ((good_images(), good_labels() + 1), "from 1 to 3, right would be 0 to 2"),
         ((good_images(), good_labels() - 1), "from -1 to 1, right would be 0 to 2"),
-        ((good_images(4), good_labels(4)), "class 1 has one sample, right would be two or more"),
+        ((good_images(4), good_labels(4)), "class 1 has one example, right would be two or more"),
     ],
 )
 def test_an_own_data_set_is_refused_with_what_would_be_right(own, result, message):

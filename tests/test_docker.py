@@ -309,7 +309,7 @@ import server_app.cli
 def test_a_site_trains_without_what_its_image_leaves_out(tmp_path: Path):
     data = client_data(DataConfig(), 0, 0, 4)
     file = tmp_path / "own.npz"
-    np.savez(file, x=data.train_images.numpy(), y=data.train_labels.numpy())
+    np.savez(file, x=data.train_inputs.numpy(), y=data.train_labels.numpy())
     program = TRAINED.format(left_out=LEFT_OUT, tests=str(Path(__file__).parent), path=str(file))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True

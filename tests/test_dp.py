@@ -184,7 +184,7 @@ def test_accuracies_in_a_reply_are_those_of_the_noised_model():
     model = build_model("cnn-8x8", DATASETS["digits"], seed=5)
     model.load_state_dict(arrays_of(content))
     data = client_data(Config().data, 0, 1, 4)
-    normal = (data.test_images - data.stats.mean[:, None, None]) / data.stats.std[:, None, None]
+    normal = (data.test_inputs - data.stats.mean[:, None, None]) / data.stats.std[:, None, None]
     correct = model.eval()(normal).argmax(dim=1) == data.test_labels
     assert content["metrics"]["accuracy-after"] == pytest.approx(float(correct.float().mean()))
 
@@ -448,7 +448,7 @@ def test_the_server_of_pfedgpa_does_not_ask_for_halves(settings: dict):
 
 def test_a_site_keeps_the_statistics_of_its_own_images(tmp_path: Path):
     data = client_data(Config().data, 5, 1, 4)
-    x, y = data.train_images.numpy(), data.train_labels.numpy()
+    x, y = data.train_inputs.numpy(), data.train_labels.numpy()
     np.savez(tmp_path / "own.npz", x=np.concatenate([x, x]), y=np.concatenate([y, y]))
     own = {"data.dataset": "sites", "data.shape": "1x8x8", "data.num-classes": 10}
     node = {"data-path": str(tmp_path / "own.npz")}
@@ -504,7 +504,7 @@ class Attention(Unused):
         (UPDATE, mixing, r"1 \(BatchNorm1d\); right would be torch\.nn\.GroupNorm"),
         (EXAMPLE, mixing, r"1 \(BatchNorm1d\); right would be torch\.nn\.GroupNorm"),
         (EXAMPLE, Attention, "Opacus cannot train it: .*MultiheadAttention"),
-        (EXAMPLE, Unused, r"idle\.weight gets no gradient"),
+        (EXAMPLE, Unused, r"idle\.weight has no per-example gradient"),
         (UPDATE, Unused, None),
         (UPDATE, Attention, None),
     ],
@@ -556,10 +556,7 @@ def test_a_forward_that_mixes_a_batch_is_refused_by_dp_sgd(function: str):
     made = Forward(MIXING[function])
     privacy = Config.from_flat(EXAMPLE).privacy
     (said,) = unfit_layers(lambda: copy.deepcopy(made), DATASETS["digits"], privacy, ())
-    assert (
-        "must not depend on the other images of its batch, and does: the logits, layer.weight"
-        in said
-    )
+    assert "must not depend on the rest of its batch, but does: the logits, layer.weight" in said
     assert "torch.nn.GroupNorm or LayerNorm" in said
 
 

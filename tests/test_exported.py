@@ -49,9 +49,9 @@ def test_what_a_client_did_not_tell_is_not_there(tmp_path: Path):
     loaded = ExportedModel.load(tmp_path / "model.safetensors")
     assert loaded.stats is None
     assert loaded.partition is None
-    with pytest.raises(ExportError, match="client 3 did not tell how its data is normalized"):
+    with pytest.raises(ExportError, match="client 3 did not report how its data is normalized"):
         loaded.predict(DIGITS.images[:1])
-    with pytest.raises(ExportError, match="client 3 did not tell which partition"):
+    with pytest.raises(ExportError, match="client 3 did not report its partition"):
         loaded.evaluate()
 
 
@@ -75,7 +75,7 @@ def test_the_test_set_is_that_of_the_client_in_its_run():
     data = client_data(Config().data, 0, 1, 4)
     result, num_examples = model.evaluate()
     assert num_examples == len(data.test_labels)
-    assert result == evaluate(model.module, data.test_images, data.test_labels, data.stats)
+    assert result == evaluate(model.module, data.test_inputs, data.test_labels, data.stats)
     other, _ = replace(model, partition=(0, 4)).evaluate()
     assert other != result
 
@@ -83,7 +83,7 @@ def test_the_test_set_is_that_of_the_client_in_its_run():
 def test_a_model_is_judged_in_the_precision_of_its_run():
     exact, coarse = exported(), exported(**{"client.precision": "bf16"})
     data = client_data(Config().data, 0, 1, 4)
-    test = (data.test_images, data.test_labels, data.stats)
+    test = (data.test_inputs, data.test_labels, data.stats)
     result, _ = coarse.evaluate()
     assert result == evaluate(exact.module, *test, "bf16")
     assert result.loss != exact.evaluate()[0].loss
@@ -140,7 +140,7 @@ def test_a_file_that_is_not_trusted_cannot_name_code_to_call(
 ):
     config = Config.from_flat(settings)
     model = replace(exported(), config=config, trusted=False)
-    with pytest.raises(ExportError, match=r'= "own_\w+:l\w+" is a function .*--trust'):
+    with pytest.raises(ExportError, match=r'= "own_\w+:l\w+" is a Python function .*--trust'):
         use(model)
 
 
@@ -206,7 +206,7 @@ def test_a_model_of_the_class_prior_is_judged_with_it():
     counts = torch.bincount(data.train_labels, minlength=10)
     expected = evaluate(
         model.module,
-        data.test_images,
+        data.test_inputs,
         data.test_labels,
         data.stats,
         offset=(counts + 0.5).log(),
@@ -218,7 +218,7 @@ def test_a_model_of_the_class_prior_is_judged_with_it():
 def test_without_class_counts_a_model_of_the_class_prior_says_what_is_missing():
     model = replace(exported(**PRIOR), partition=None)
     assert model.with_class_counts() is model
-    with pytest.raises(ExportError, match="class counts of client 3, which stay with it"):
+    with pytest.raises(ExportError, match="class counts of client 3, which are not in the file"):
         model.predict(DIGITS.images[:1])
     counted = model.with_class_counts([3] * 10)
     torch.testing.assert_close(
@@ -239,5 +239,5 @@ def test_class_counts_are_refused_where_nothing_would_use_them():
 
 def test_the_data_of_a_run_is_counted_only_where_its_settings_may_be_used():
     model = replace(exported(**OWN_DATA, **PRIOR), trusted=False)
-    with pytest.raises(ExportError, match="let it be called"):
+    with pytest.raises(ExportError, match="allow calling it"):
         model.with_class_counts()

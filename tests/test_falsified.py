@@ -117,7 +117,7 @@ def test_a_site_has_the_model_that_it_was_sent_last(federation: Federation, fals
     for name, tensor in strategy.training_state(KEEPER).items():
         assert torch.equal(kept.state[name], tensor)
     data = site_data(federation.sites / f"{KEEPER}.npz", kept.config.data, kept.config.seed)
-    hits = kept.predict(data.test_images).argmax(1) == data.test_labels
+    hits = kept.predict(data.test_inputs).argmax(1) == data.test_labels
     rows = read_lines(falsified_run, "clients.jsonl")
     (row,) = [row for row in rows if (row["round"], row["client"]) == (2, KEEPER)]
     assert float(hits.double().mean()) == row["accuracy-before"]

@@ -154,9 +154,9 @@ from pathlib import Path
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import site_data
 from pfedgpa_app.files import read_toml
-from pfedgpa_app.files import below_home
+from pfedgpa_app.files import home_path
 data = Config.from_flat({"data.class-names": read_toml(Path("a.toml"))["names"]}).data
-print(site_data(below_home("gr\\u00f6\\u00dfe"), data, 0).train_labels.tolist())
+print(site_data(home_path("gr\\u00f6\\u00dfe"), data, 0).train_labels.tolist())
 """
     (tmp_path / "a.toml").write_text(f'names = "{",".join(CLASSES)}"', encoding="utf-8")
     done = in_ascii(script, folder=tmp_path)

@@ -72,20 +72,20 @@ def grey_with_alpha(file: Path) -> None:
 LOSSES = {
     "16 bits a colour": (lambda file: png_of_sixteen_bits(file, 2, 3), "16 bits a channel"),
     "16 bits and alpha": (lambda file: png_of_sixteen_bits(file, 4, 2), "16 bits a channel"),
-    "alpha": (grey_with_alpha, "transparent in places"),
+    "alpha": (grey_with_alpha, "transparent pixels"),
     "a transparent colour": (
         lambda file: Image.fromarray(RGB).save(file, transparency=tuple(map(int, RGB[1, 1]))),
-        "transparent in places",
+        "transparent pixels",
     ),
     "a transparent level": (
         lambda file: Image.fromarray(GREY.astype(np.uint16) * 100).save(file, transparency=400),
-        "transparent in places",
+        "transparent pixels",
     ),
     "frames": (
         lambda file: Image.fromarray(GREY).save(
             file, save_all=True, append_images=[Image.fromarray(GREY.T)]
         ),
-        "is animated; right would be a file a frame",
+        "is animated; right would be one file per frame",
     ),
 }
 
@@ -211,7 +211,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
 ):
     Image.new("1" if name == "a.png" else "L", size).save(tmp_path / name)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
-    with pytest.raises(FileError, match=f"{name}: has .*right would be a smaller picture"):
+    with pytest.raises(FileError, match=f"{name}: has .*right would be a smaller image"):
         read(tmp_path / name)
 
 
@@ -240,7 +240,7 @@ def test_files_are_found_in_folders_by_name(tmp_path: Path):
     (folder / "more.png").mkdir()
     notes: list[str] = []
     find_files([folder], notes.append)
-    assert notes == [f"{folder}: passed over: 1 .npz, 1 .txt, 1 folder"]
+    assert notes == [f"{folder}: skipped: 1 .npz, 1 .txt, 1 folder"]
     single = tmp_path / "x.npz"
     single.touch()
     assert find_files([single, folder]) == [

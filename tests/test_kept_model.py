@@ -45,7 +45,7 @@ def numbers_of(file: Path, data_path: Path) -> tuple[float, float]:
     """Return accuracy and loss of a file's predictions on the test set of a site."""
     model = ExportedModel.load(file)
     data = site_data(data_path, model.config.data, model.config.seed)
-    probabilities = model.predict(data.test_images)
+    probabilities = model.predict(data.test_inputs)
     hits = probabilities.argmax(1) == data.test_labels
     own = probabilities[torch.arange(len(hits)), data.test_labels]
     return float(hits.double().mean()), float(-own.log().mean())
@@ -128,8 +128,11 @@ def test_the_model_of_a_partition_can_be_judged_on_its_test_set(file: Path):
     ("path", "reason"),
     [
         ("", "is a folder; right would be a file in it, such as model.safetensors"),
-        ("gone/model.safetensors", "is in no folder that exists; right would be a file in one"),
-        ("kept/model.safetensors", "is in a folder that is read-only; right would be one that"),
+        (
+            "gone/model.safetensors",
+            "is in a folder that does not exist; right would be a file in one",
+        ),
+        ("kept/model.safetensors", "is in a read-only folder; right would be one that"),
     ],
 )
 def test_a_path_that_cannot_be_written_stops_a_node_before_its_training(

@@ -184,7 +184,7 @@ def test_the_class_prior_is_added_to_the_logits_in_prediction():
     counts = [int((data.train_labels == label).sum()) for label in range(10)]
     expected = evaluate(
         MODEL,
-        data.test_images,
+        data.test_inputs,
         data.test_labels,
         data.stats,
         offset=torch.tensor([count + 0.5 for count in counts]).log(),

@@ -168,8 +168,8 @@ def test_an_own_model_comes_in_the_mode_it_was_built_in(own_module: Callable[...
     [
         (failing, r"building it failed with KeyError\('weights'\)"),
         (lambda: None, r"building it failed with TypeError"),
-        (lambda info: "a net", "gave str, not a torch.nn.Module"),
-        (lambda info: nn.Linear, "gave type, not a torch.nn.Module"),
+        (lambda info: "a net", "returned str, not a torch.nn.Module"),
+        (lambda info: nn.Linear, "returned type, not a torch.nn.Module"),
         (
             lambda info: Raising(),
             r"failed on examples of shape \(1, 8, 8\): no images please",

@@ -15,7 +15,7 @@ from test_partitions import counts
 
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data import DataError, client_data, load_dataset, site_data
-from pfedgpa_app.data.clients import _shared_out
+from pfedgpa_app.data.clients import _partitioned
 
 NUMBER = 60
 EXAMPLES = np.arange(NUMBER * 2, dtype=np.float32).reshape(NUMBER, 1, 2)
@@ -30,7 +30,7 @@ Own = Callable[..., DataConfig]
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Own:
     """Return a function that makes settings of an own data set, by default one with owners."""
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     module: Any = ModuleType("own_owners")
     monkeypatch.setitem(sys.modules, "own_owners", module)
     monkeypatch.setenv("PFEDGPA_TRUST", "own_owners")
@@ -48,9 +48,9 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Own:
 def indices(config: DataConfig, seed: int, clients: int) -> list[tuple[list[int], list[int]]]:
     """Return the examples of each client for training and testing, in its order."""
     data = [client_data(config, seed, client, clients) for client in range(clients)]
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     return [
-        ((each.train_images[:, 0, 0] / 2).tolist(), (each.test_images[:, 0, 0] / 2).tolist())
+        ((each.train_inputs[:, 0, 0] / 2).tolist(), (each.test_inputs[:, 0, 0] / 2).tolist())
         for each in data
     ]
 
@@ -97,7 +97,7 @@ def test_the_seed_draws_a_limited_part_of_what_an_owner_has(own: Own):
 def test_fewer_clients_are_the_first_owners_and_more_are_an_error(own: Own):
     config = own(OWNERS)
     assert indices(config, 0, 2) == indices(config, 0, 3)[:2]
-    with pytest.raises(DataError, match=r"4 clients, and 3 owners .* 1 to 3 clients"):
+    with pytest.raises(DataError, match=r"4 clients, and 3 owners; .* 1 to 3 clients"):
         client_data(config, 0, 0, 4)
 
 
@@ -118,8 +118,8 @@ A_AND_B = np.where(np.arange(NUMBER) < 59, "a", "b")
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((), r'"natural", and it does not say whose .* \(examples, labels, owners\)'),
-        ((None,), '"natural", and it does not say whose'),
+        ((), r'"natural", and the examples have no owners.* \(examples, labels, owners\)'),
+        ((None,), '"natural", and the examples have no owners'),
         ((OWNERS, IS_TEST, 0), r"returns tuple of 5, right would be .* is_test\)"),
         ((OWNERS[:59],), r"owners are of shape \(59,\), right would be \(60,\)"),
         (("ab",), r"owners are of shape \(\), right would be \(60,\)"),
@@ -129,7 +129,7 @@ A_AND_B = np.where(np.arange(NUMBER) < 59, "a", "b")
         ((np.ma.array(LABELS, mask=IS_TEST),), "owners are a masked array, right would be"),
         ((OWNERS, IS_TEST.astype(int)), "is_test is of int64, right would be bool"),
         ((OWNERS, IS_TEST[:59]), r"is_test is of shape \(59,\), right would be \(60,\)"),
-        ((A_AND_B,), "owner 'b' has one sample, right would be two or more"),
+        ((A_AND_B,), "owner 'b' has one example, right would be two or more"),
         ((A_AND_B, IS_TEST), "owner 'b' has no example for training; right would be one or more"),
         ((OWNERS, (OWNERS == "b") & IS_TEST), "owner 'a' and 1 more have no example for testing"),
     ],
@@ -175,7 +175,7 @@ def test_a_partition_of_ones_own_is_asked_again_in_every_process(own: Own):
     config = DataConfig(dataset="digits", partition="own_owners:share")
     first = client_data(config, 0, 0, 2)
     own(share=lambda labels, num_clients, seed: ([index] for index in range(2)))
-    _shared_out.cache_clear()
+    _partitioned.cache_clear()
     assert len(first.train_labels) == 3
     assert len(client_data(config, 0, 0, 2).train_labels) == 1
 
@@ -183,7 +183,7 @@ def test_a_partition_of_ones_own_is_asked_again_in_every_process(own: Own):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([[0]], "the samples of 1 clients, right would be 2"),
+        ([[0]], "the indices of 1 clients, right would be 2"),
         (3, r"failed with TypeError"),
         ([[0], []], r"client 1 has indices of shape \(0,\); right would be"),
         ([[0], [[1]]], r"client 1 has indices of shape \(1, 1\); right would be"),
@@ -223,10 +223,10 @@ def test_people_with_a_smartwatch_have_about_140_windows_each():
     assert sizes == [167, 163, 91, 86, 147, 143, 156, 143, 144, 153]
     assert [len(each.test_labels) for each in data] == [95, 93, 43, 42, 83, 81, 88, 79, 79, 87]
     for each in data:
-        assert each.train_images.shape[1:] == (6, 100)
+        assert each.train_inputs.shape[1:] == (6, 100)
         assert each.train_labels.unique().tolist() == list(range(7))
         assert each.test_labels.unique().tolist() == list(range(7))
-    windows = torch.cat([each.train_images for each in data])
+    windows = torch.cat([each.train_inputs for each in data])
     torch.testing.assert_close(windows.mean((0, 2)), torch.zeros(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(windows.std((0, 2)), torch.ones(6), atol=1e-4, rtol=0)
 

@@ -412,7 +412,7 @@ def test_a_parametrized_head_is_kept_whole_and_replaced_by_nobody(brought: types
     brought.model = normed
     preflight(Config.from_flat({**SETTINGS, "strategy": "fedpac"}))
     for strategy in ("floco", "fedrod"):
-        with pytest.raises(ConfigError, match="neither frozen nor parametrized"):
+        with pytest.raises(ConfigError, match="trained float32 parameter, not parametrized"):
             preflight(Config.from_flat({**SETTINGS, "strategy": strategy}))
 
 
@@ -589,17 +589,17 @@ class Doubting(Net):
 @pytest.mark.parametrize(
     ("model", "settings", "said"),
     [
-        (TwoOutputs, {}, r"gave tuple; right would be \(2, 3\), a logit a class"),
+        (TwoOutputs, {}, r"gave tuple; right would be \(2, 3\), one logit per class"),
         (Words, {}, r"words\.weight has a sparse gradient; right would be sparse=False"),
         (Squeezing, {}, r"1 example\(s\) gave an output of shape \(3,\)"),
         (Normed, {"client.batch-size": 1}, r"client\.batch-size = 1, .*; right would be 2"),
         (Normed, {"data.train-samples": 1}, r"data\.train-samples = 1, .*; right would be 2"),
-        (Detached, {}, "no parameter that trains has a part in the loss"),
+        (Detached, {}, "the loss depends on no trained parameter"),
         (AllFrozen, {}, "there is nothing to train"),
         (ExtraState, {}, "_extra_state is of type dict"),
         (SparseBuffer, {}, "graph is a tensor of layout torch.sparse_coo"),
         (Unseeded, {}, r"differ in head\.bias; right would be values drawn from the global"),
-        (Renaming, {}, r"its state_dict has net\..*, which is no parameter"),
+        (Renaming, {}, r"its state_dict has net\..*, but no parameter"),
         (Infinite, {}, r"head\.bias has values that are not finite"),
         (Doubting, {"client.precision": "bf16"}, 'client.precision = "bf16", .*BFloat16'),
     ],
@@ -631,7 +631,7 @@ def test_buffers_of_the_data_are_no_private_upload(brought: types.ModuleType):
     brought.model = Averaging
     private = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0}
     with pytest.raises(
-        ConfigError, match="since they tell of the images and are not uploaded: center"
+        ConfigError, match="since they depend on the examples without noise: center"
     ):
         preflight(Config.from_flat({**SETTINGS, **private}))
 
@@ -927,5 +927,5 @@ def test_a_step_without_gradient_ends_no_training():
 def test_models_that_draw_from_other_generators_are_no_graph(brought: types.ModuleType):
     brought.model = Noisy
     config = Config.from_flat({**SETTINGS, "client.engine": "vmap", "strategy": "fedavg"})
-    with pytest.raises(ConfigError, match="draws at random from NumPy or Python"):
+    with pytest.raises(ConfigError, match="random numbers of NumPy or Python"):
         preflight(config, one_process=True)

@@ -146,7 +146,7 @@ def test_patterns_heed_the_case():
 
 
 def test_a_pattern_that_takes_no_tensor_is_named_with_the_tensors_there_are():
-    with pytest.raises(ParameterError, match=r'fits the pattern "head\.\*": a, b'):
+    with pytest.raises(ParameterError, match=r'matches the pattern "head\.\*": a, b'):
         ParameterLayout.of({"a": torch.zeros(1), "b": torch.zeros(1)}, ["a", "head.*"])
 
 

@@ -83,7 +83,7 @@ def test_the_test_set_has_the_classes_of_the_training_set(name, test_samples, nu
 @pytest.mark.parametrize("name", [name for name in PARTITIONS if name != "dominant-classes"])
 @settings(max_examples=10)
 @given(num_clients=st.integers(5, 15), seed=st.integers(0, 2**31 - 1))
-def test_the_pools_are_shared_out_without_rest_and_overlap(name, num_clients, seed):
+def test_the_pools_are_partitioned_without_rest_and_overlap(name, num_clients, seed):
     labels, is_test = data()
     clients = partition(labels, is_test, config(name, dirichlet_alpha=5.0), num_clients, seed)
     train = torch.cat([client.train for client in clients])
@@ -219,7 +219,7 @@ def test_more_samples_of_a_class_than_there_are_is_an_error_with_the_limit():
 def test_a_class_without_samples_is_an_error_where_every_client_needs_it():
     labels, is_test = data()
     keep = labels != 4
-    with pytest.raises(DataError, match=r"class 4 has only 0 .* samples of every class"):
+    with pytest.raises(DataError, match=r"class 4 has only 0 .* examples of every class"):
         partition(labels[keep], is_test[keep], config("dominant-classes"), 10, 0)
 
 
@@ -290,7 +290,7 @@ def test_the_scarcest_class_of_the_test_pool_sets_the_size_of_the_test_sets():
         (config("iid", test_samples=400), 2, "needs .* right would be a smaller data.test-samples"),
     ],
 )
-def test_what_cannot_be_shared_out_is_an_error_with_a_remedy(chosen, num_clients, message):
+def test_what_cannot_be_partitioned_is_an_error_with_a_remedy(chosen, num_clients, message):
     with pytest.raises(DataError, match=message):
         partition(*data(), chosen, num_clients, 0)
 
@@ -298,12 +298,12 @@ def test_what_cannot_be_shared_out_is_an_error_with_a_remedy(chosen, num_clients
 def test_a_client_that_would_stay_empty_is_an_error_with_a_remedy():
     labels = torch.tensor([0] * 50 + [1] * 2 + [0, 1])
     is_test = torch.arange(54) >= 52
-    with pytest.raises(DataError, match=r"no training samples.*fewer clients"):
+    with pytest.raises(DataError, match=r"no training examples.*fewer clients"):
         partition(labels, is_test, config("disjoint", num_classes=2), 10, 0)
 
 
 def test_a_class_without_test_samples_is_an_error():
     labels, is_test = data()
     keep = ~((labels == 4) & is_test)
-    with pytest.raises(DataError, match="needs 1 test samples of class 4, there are 0"):
+    with pytest.raises(DataError, match="needs 1 test examples of class 4, there are 0"):
         partition(labels[keep], is_test[keep], config("disjoint"), 10, 0)

@@ -46,7 +46,7 @@ def test_methods_of_heads_need_a_model_that_ends_in_one(
         names = preflight.preflight(config).head.names
         assert {name.partition(".")[0] for name in names} == {"2"}
         return
-    with pytest.raises(ConfigError, match=r"makes the logits, 2, should be a torch\.nn\.Linear"):
+    with pytest.raises(ConfigError, match=r"computes the logits, 2, should be a torch\.nn\.Linear"):
         preflight.preflight(config)
 
 
@@ -90,7 +90,7 @@ class Branches(Own):
     [
         (
             nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 10)),
-            r"mix or remember .* 1 \(BatchNorm2d",
+            r"batch statistics .* 1 \(BatchNorm2d",
         ),
         (
             nn.Sequential(
@@ -100,10 +100,10 @@ class Branches(Own):
         ),
         (
             nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10)),
-            r"draw at random are out: 1 \(Dropout\)",
+            r"random layers are not supported: 1 \(Dropout\)",
         ),
         (Draws(), "torch.func.vmap cannot train it: .*random"),
-        (Counts(), "buffers that change in training are out: seen"),
+        (Counts(), "buffers that change in training are not supported: seen"),
         (Branches(), "torch.func.vmap cannot train it: .*data-dependent"),
     ],
 )
@@ -134,9 +134,7 @@ def test_other_models_of_a_user_s_train_as_one_graph(
 
 
 def test_where_each_client_has_a_process_none_are_put_together():
-    with pytest.raises(
-        ConfigError, match=r"`flwr run` gives each a process of its own, .*\"loop\""
-    ):
+    with pytest.raises(ConfigError, match=r"`flwr run` gives each its own process, .*\"loop\""):
         preflight.preflight(VMAP)
 
 

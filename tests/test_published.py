@@ -207,7 +207,7 @@ def test_a_bench_has_runs_with_right_settings(
 
 
 def test_the_suite_of_the_documents_is_run_and_made_a_page(project: Path):
-    quick = "\n[quick]\nseeds = [0]\nclients = 4\njudged-rounds = 1\nsettings = "
+    quick = "\n[quick]\nseeds = [0]\nclients = 4\nevaluated-rounds = 1\nsettings = "
     settings = {"num-server-rounds": 2, "data.train-samples": 20, "data.test-samples": 10}
     pairs = ", ".join(f"{key} = {value}" for key, value in {**SHORT, **settings}.items())
     with (project / "mine.toml").open("a") as file:
@@ -339,7 +339,7 @@ def finished(project: Path, finished_run: Path) -> None:
     """Leave a run of digits where runs are, and pictures for its models."""
     for name in (finished_run.name, *SAME):  # some commands compare runs
         shutil.copytree(finished_run, Config().output_path / name)
-    images = client_data(DataConfig(), 0, 0, 4).test_images[:4]
+    images = client_data(DataConfig(), 0, 0, 4).test_inputs[:4]
     Image.fromarray(images[0, 0].numpy()).save(project / "scan.png")
     write_pictures(project, images, torch.zeros(4, dtype=torch.int64))
     (project / "0").rename(project / "photos")

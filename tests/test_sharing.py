@@ -383,7 +383,7 @@ def test_a_few_that_do_not_tell_count_as_those_that_tell_nothing():
 def larger_task(extras: dict[str, Tensor]):
     """Return a task of six images in the order 0, 1, 2, 0, 1, 2; all examples are one batch."""
     task = small_task(Config(client=PLAIN_SGD.model_copy(update={"batch_size": 6})))
-    data = task.data._replace(train_images=IMAGES.repeat(2, 1, 1, 1), train_labels=LABELS.repeat(2))
+    data = task.data._replace(train_inputs=IMAGES.repeat(2, 1, 1, 1), train_labels=LABELS.repeat(2))
     return replace(task, data=data, extras=extras)
 
 
@@ -398,7 +398,7 @@ def test_a_client_trains_on_both_halves_apart_when_it_is_asked():
         assert all(torch.equal(uploaded[name], state[name]) for name in uploaded)
     order = torch.randperm(6, generator=shuffled.generator)
     for rows, move in zip((order[:3], order[3:]), extras["halves"], strict=True):
-        inputs = asked.data.train_images[rows].flatten(1).double()
+        inputs = asked.data.train_inputs[rows].flatten(1).double()
         targets = torch.eye(2, dtype=torch.float64)[asked.data.train_labels[rows]]
         before = common[:4].view(2, 2).double(), common[4:].double()
         weight, bias = before
@@ -423,7 +423,7 @@ def test_halves_start_from_what_was_received_where_nothing_else_came():
 
 def test_halves_that_diverge_say_nothing_and_the_upload_is_used():
     task = larger_task({"common": torch.zeros(6)})
-    task.data.train_images[0] = 1e30
+    task.data.train_inputs[0] = 1e30
     diverging = replace(task, config=Config(client=PLAIN_SGD))
     assert torch.equal(half_moves(diverging), torch.zeros(2, SKETCH))
 

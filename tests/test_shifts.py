@@ -103,7 +103,7 @@ def test_training_and_test_sets_are_shifted_alike():
     plain = client_data(DataConfig(), 0, 1, 4)
     turned = client_data(DataConfig(shift="rotation"), 0, 1, 4)
     renamed = client_data(DataConfig(shift="permuted-labels"), 0, 1, 4)
-    for part in ("train_images", "test_images"):
+    for part in ("train_inputs", "test_inputs"):
         assert torch.equal(getattr(turned, part), getattr(plain, part).rot90(2, dims=(2, 3)))
     pairs = {
         (old, new)
@@ -128,10 +128,10 @@ def test_half_a_test_set_may_be_of_all_classes():
     assert [int(counts[label]) for label in range(10)] == [
         6 if label in classes else 1 for label in range(10)
     ]
-    trained = {tuple(image.flatten().tolist()) for image in mixed.train_images}
+    trained = {tuple(image.flatten().tolist()) for image in mixed.train_inputs}
     dataset = load_dataset(DataConfig(), 0)
     held_out = {tuple(image.flatten().tolist()) for image in dataset.images[dataset.is_test]}
-    assert all(tuple(image.flatten().tolist()) in held_out - trained for image in mixed.test_images)
+    assert all(tuple(image.flatten().tolist()) in held_out - trained for image in mixed.test_inputs)
 
 
 @pytest.mark.parametrize(

@@ -48,20 +48,20 @@ def together(tmp_path: Path) -> Path:
 
 def test_train_and_test_are_as_the_folder_has_them_and_labels_as_class_names(apart: Path):
     data = site_data(apart, CONFIG, seed=0)
-    assert dict(zip(greys(data.train_images), data.train_labels.tolist(), strict=True)) == {
+    assert dict(zip(greys(data.train_inputs), data.train_labels.tolist(), strict=True)) == {
         **{0: 0, 1: 0, 2: 0},
         **{10: 2, 11: 2},
     }
-    tests = dict(zip(greys(data.test_images), data.test_labels.tolist(), strict=True))
+    tests = dict(zip(greys(data.test_inputs), data.test_labels.tolist(), strict=True))
     assert tests == {20: 1, 30: 2}
-    assert data.train_images.dtype == torch.uint8
-    assert data.train_images.shape == (5, 1, 6, 4)
+    assert data.train_inputs.dtype == torch.uint8
+    assert data.train_inputs.shape == (5, 1, 6, 4)
     assert data.info == CONFIG.info
 
 
 def test_a_site_is_normalized_by_its_own_training_images(apart: Path):
     data = site_data(apart, CONFIG, seed=0)
-    images = data.train_images
+    images = data.train_inputs
     alone = Dataset(images, data.train_labels, torch.zeros(len(images), dtype=torch.bool))
     assert all(map(torch.equal, data.stats, image_stats(alone)))
     assert float(data.stats.mean) == pytest.approx((0 + 1 + 2 + 10 + 11) / 5)
@@ -71,7 +71,7 @@ def test_class_folders_alone_are_split_by_the_seed(together: Path):
     splits = []
     for seed in (0, 0, 1):
         data = site_data(together, CONFIG, seed)
-        train, test = set(greys(data.train_images)), set(greys(data.test_images))
+        train, test = set(greys(data.train_inputs)), set(greys(data.test_inputs))
         assert not train & test
         assert train | test == {*range(10), *range(100, 105)}
         assert (data.test_labels == 1).sum() == 2  # a fifth of each class
@@ -103,7 +103,7 @@ def test_what_is_hidden_is_no_data_at_any_depth(together: Path, below: str, hidd
         (together / below / name).write_bytes(b"x")
     notes: list[str] = []
     data = site_data(together, CONFIG, 0, notes.append)
-    assert sorted(greys(data.train_images) + greys(data.test_images)) == [
+    assert sorted(greys(data.train_inputs) + greys(data.test_inputs)) == [
         *range(10),
         *range(100, 105),
     ]
@@ -124,8 +124,8 @@ def test_what_is_no_picture_is_counted_by_kind(together: Path):
     notes: list[str] = []
     assert len(site_data(together, CONFIG, 0, notes.append).train_labels) == 12
     assert notes == [
-        f"{together}: passed over: 1 .txt, 1 picture in no class folder",
-        f"{together / 'benign'}: passed over: 1 .dcm, 2 .tif, 1 without a suffix",
+        f"{together}: skipped: 1 .txt, 1 image outside of class folders",
+        f"{together / 'benign'}: skipped: 1 .dcm, 2 .tif, 1 without a suffix",
     ]
 
 
@@ -134,7 +134,7 @@ def test_what_is_beside_train_and_test_is_counted(apart: Path):
     (apart / "labels.csv").touch()
     notes: list[str] = []
     site_data(apart, CONFIG, 0, notes.append)
-    assert notes == [f"{apart}: passed over: 1 .csv, 1 folder"]
+    assert notes == [f"{apart}: skipped: 1 .csv, 1 folder"]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -143,27 +143,27 @@ def test_names_that_look_alike_are_one(tmp_path: Path, form: str):
     config = CONFIG.model_copy(update={"class_names": unicodedata.normalize(form, "naïf,malin")})
     assert site_data(tmp_path, config, 0).train_labels.tolist() == [0, 0, 0]
     pictures(tmp_path / unicodedata.normalize("NFC", "naïf"), 4)
-    with pytest.raises(DataError, match=r'has two folders of the name "naïf".*right would be one'):
+    with pytest.raises(DataError, match=r'has two folders named "naïf".*right would be one'):
         site_data(tmp_path, config, 0)
 
 
 def test_a_class_with_a_comma_stands_in_quotes(tmp_path: Path):
     pictures(tmp_path / "left, upper", 4)
     wrong = DataConfig(dataset="sites", shape="1x6x4", class_names="right,left, upper")
-    with pytest.raises(DataError, match=r'comma stands there in double quotes: "left, upper"'):
+    with pytest.raises(DataError, match=r'comma needs double quotes: "left, upper"'):
         site_data(tmp_path, wrong, 0)
     (tmp_path / "right" / ".thumbnails").mkdir(parents=True)
     config = wrong.model_copy(update={"class_names": 'right, "left, upper"'})
     notes: list[str] = []
     assert site_data(tmp_path, config, 0, notes.append).train_labels.tolist() == [1, 1, 1]
-    assert notes == [f'{tmp_path / "right"}: class "right" has no pictures']
+    assert notes == [f'{tmp_path / "right"}: class "right" has no images']
 
 
 def test_a_class_that_would_be_passed_over_is_refused(tmp_path: Path):
     pictures(tmp_path / "b", 4)
     pictures(tmp_path / ".a", 4)
     config = CONFIG.model_copy(update={"class_names": ".a,b"})
-    with pytest.raises(DataError, match=r'named "\.a" are passed over; right would be another'):
+    with pytest.raises(DataError, match=r'named "\.a" are skipped; right would be another'):
         site_data(tmp_path, config, 0)
 
 
@@ -176,12 +176,12 @@ def test_pictures_of_sixteen_bits_keep_their_levels(tmp_path: Path):
     # One of 8 bits beside them is as bright as it would be in 16.
     Image.new("L", (4, 6), 10).save(tmp_path / "benign" / "8bits.png")
     data = site_data(tmp_path, CONFIG, 0)
-    levels = torch.cat([data.train_images, data.test_images]).squeeze(1).numpy()
+    levels = torch.cat([data.train_inputs, data.test_inputs]).squeeze(1).numpy()
     wanted = [*scans, np.full((6, 4), 10 * 257)]
     assert sorted(map(np.ndarray.tolist, levels)) == sorted(map(np.ndarray.tolist, wanted))
-    pool = data.train_images.numpy().astype(np.float64) / 257
+    pool = data.train_inputs.numpy().astype(np.float64) / 257
     assert float(data.stats.mean) == pytest.approx(pool.mean(), rel=1e-6)
-    normalized = normalize(data.train_images, data.stats)
+    normalized = normalize(data.train_inputs, data.stats)
     np.testing.assert_allclose(normalized, (pool - pool.mean()) / pool.std(), atol=1e-5)
 
 
@@ -191,8 +191,8 @@ def test_colours_are_read_as_the_settings_want_them(tmp_path: Path):
     for number in range(2):
         Image.new("RGB", (4, 6), (50 + number, 60, 70)).save(folder / f"{number}.JPG")
     colour = CONFIG.model_copy(update={"shape": "3x6x4"})
-    assert site_data(tmp_path, CONFIG, 0).train_images.shape == (1, 1, 6, 4)
-    assert site_data(tmp_path, colour, 0).train_images.shape == (1, 3, 6, 4)
+    assert site_data(tmp_path, CONFIG, 0).train_inputs.shape == (1, 1, 6, 4)
+    assert site_data(tmp_path, colour, 0).train_inputs.shape == (1, 3, 6, 4)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
@@ -201,7 +201,7 @@ def test_npz_files_hold_x_and_y(tmp_path: Path, dtype: type):
     y = np.arange(20) % 3
     np.savez(tmp_path / "scans.npz", x=x, y=y)
     data = site_data(tmp_path / "scans.npz", CONFIG, 0)
-    images = torch.cat([data.train_images, data.test_images])
+    images = torch.cat([data.train_inputs, data.test_inputs])
     labels = torch.cat([data.train_labels, data.test_labels])
     assert images.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
     rows = [next(row for row in range(20) if (x[row] == image.numpy()).all()) for image in images]
@@ -252,7 +252,7 @@ FAULTS = {
     "no file": (pipe, r"pipe\.png: is a pipe, .*right would be a regular file"),
     "other format alone": (
         write("train/benign/1.tif"),
-        r'train/benign: class "benign" has no pictures, but 1 \.tif; right would be \.png',
+        r'train/benign: class "benign" has no images, but 1 \.tif; right would be \.png',
     ),
 }
 
@@ -280,12 +280,12 @@ def test_a_photograph_that_lies_in_its_file_is_measured_upright(tmp_path: Path):
     (tmp_path / "benign").mkdir()
     for name in ("1.jpg", "2.jpg"):
         Image.new("L", (6, 4)).save(tmp_path / "benign" / name, exif=turned)
-    assert site_data(tmp_path, CONFIG, 0).train_images.shape == (1, 1, 6, 4)
+    assert site_data(tmp_path, CONFIG, 0).train_inputs.shape == (1, 1, 6, 4)
 
 
 def test_a_file_of_another_kind_is_not_called_missing(tmp_path: Path):
     (tmp_path / "scans.csv").touch()
-    with pytest.raises(DataError, match=r"scans\.csv: is a file of another kind; right would be"):
+    with pytest.raises(DataError, match=r"scans\.csv: is of an unknown file type; right would be"):
         site_data(tmp_path / "scans.csv", CONFIG, 0)
 
 
@@ -310,7 +310,7 @@ ARRAYS = {
         {"x": X[:, :, 1:], "y": Y},
         r"x is uint8 of shape \(4, 1, 5, 4\); right would be .* \(n, 1, 6, 4\)",
     ),
-    "no images": ({"x": X[:0], "y": Y[:0]}, "no sample"),
+    "no images": ({"x": X[:0], "y": Y[:0]}, "has no examples"),
 }
 
 

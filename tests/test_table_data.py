@@ -126,7 +126,7 @@ def test_a_site_trains_on_its_table_and_tells_nothing_of_its_features(context: C
 def test_a_kept_model_of_a_table_predicts_rows(context: Context, tmp_path: Path):
     metrics = evaluate_message(sent(MessageType.EVALUATE, 1), context).content["metrics"]
     data = site_data(tmp_path / "table.npz", CONFIG.data, 0)
-    np.savez(tmp_path / "new.npz", x=data.test_images)
+    np.savez(tmp_path / "new.npz", x=data.test_inputs)
     command = ["predict", str(tmp_path / "kept.safetensors"), str(tmp_path / "new.npz"), "--json"]
     result = CliRunner().invoke(cli.app, command, catch_exceptions=False)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
@@ -187,7 +187,7 @@ def test_pictures_are_no_rows_of_a_table(tmp_path: Path):
     Image.new("L", (5, 1)).save(tmp_path / "well" / "a.png")
     with pytest.raises(DataError, match=r"data\.shape is 5; right would be an \.npz file"):
         site_data(tmp_path, CONFIG.data, 0)
-    with pytest.raises(FileError, match=r"a\.png: is a picture.*\(5,\); right would be an \.npz"):
+    with pytest.raises(FileError, match=r"a\.png: is an image.*\(5,\); right would be an \.npz"):
         list(read_images([tmp_path / "well" / "a.png"], (5,), print))
 
 

@@ -1,4 +1,4 @@
-"""What the clients of each strategy do."""
+"""The client side of each strategy."""
 
 from client_app.methods.method import Fit, Method, Task, Trained
 from pfedgpa_app.strategies import STRATEGY_INFO, classes_in
@@ -6,6 +6,6 @@ from pfedgpa_app.strategies import STRATEGY_INFO, classes_in
 METHODS: dict[str, type[Method]] = classes_in(
     __name__, {name: info.client for name, info in STRATEGY_INFO.items()}
 )
-"""What the clients of each strategy do; `Method` is FedAvg's."""
+"""The client method of each strategy; `Method` is FedAvg's."""
 
 __all__ = ["METHODS", "Fit", "Method", "Task", "Trained"]

@@ -1,4 +1,4 @@
-"""Ditto: a personal model beside the global one, which it is drawn to."""
+"""Ditto: a personal model, regularized towards the global one."""
 
 from torch import nn
 
@@ -7,14 +7,14 @@ from pfedgpa_app.parameters import copy_of
 
 
 class Ditto(Method):
-    """FedAvg's client, with a personal model that stays with it (arXiv 2012.04221, Algorithm 1).
+    """FedAvg's client with a personal model that is never uploaded (arXiv 2012.04221, Algorithm 1).
 
-    ``v = v - eta (grad F(v) + lambda (v - w_t))``, with w_t as it was received, in as many epochs
-    as the global model has. The personal model begins as the first that is received.
+    ``v = v - eta (grad F(v) + lambda (v - w_t))`` with the received w_t, for as many epochs as the
+    global model. The personal model is initialized with the first received model.
     """
 
     def personal_model(self, task: Task) -> nn.Module:
-        """Return the personal model, or what was received before there is one."""
+        """Return the personal model, or the received one before the first training."""
         return task.new_model(task.memory or task.received)
 
     def train(self, task: Task) -> Trained:

@@ -1,4 +1,4 @@
-"""FedPAC: features aligned to the classes' global means, under heads that clients share."""
+"""FedPAC: feature alignment to global class means, and heads combined over clients."""
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from pfedgpa_app.training import Loss
 class FedPAC(Method):
     """Local training of arXiv 2306.11867 (Algorithm 1), with the details of the authors' code.
 
-    First the head on fixed features, an epoch by default, then in the local epochs the body under a
-    fixed head, by the cross-entropy and ``lambda`` times the mean squared difference between
-    features and their class's global mean. In the first round there are no such means. A client
-    tells the server how many examples of each class it has.
+    First the head on fixed features, for one epoch by default; then the body under a fixed head,
+    for the local epochs, by cross-entropy plus ``lambda`` times the mean squared difference between
+    features and their class's global mean. The first round has no such means. Clients upload their
+    class counts.
     """
 
     def train(self, task: Task) -> Trained:
-        """Train, and upload what heads and means are combined from."""
+        """Train, and upload the statistics for combining heads and means."""
         settings, model, labels = task.config.fedpac, task.model, task.data.train_labels
         before = all_features(task)
         extras = head_statistics(before, labels, task.data.info.num_classes)
@@ -37,7 +37,7 @@ class FedPAC(Method):
 
 
 def aligned(task: Task, features: Tensor) -> Loss:
-    """Return the loss of the body; ``features`` ``(n, dim)`` are those before training."""
+    """Return the body's loss; ``features`` ``(n, dim)`` are those before training."""
     strength = task.config.fedpac.alignment
     targets = None
     if task.extras:
@@ -57,13 +57,13 @@ def aligned(task: Task, features: Tensor) -> Loss:
 
 @torch.no_grad()
 def all_features(task: Task) -> Tensor:
-    """Return what the head sees of the client's training images, ``(n, dim)``, float32."""
+    """Return the features of the client's training examples, ``(n, dim)``, float32."""
     task.model.eval()
     data = task.data
-    with autocast(data.train_images.device, task.config.client.precision):
+    with autocast(data.train_inputs.device, task.config.client.precision):
         features = [
             logits_and_features(task.model, task.head, normalize(batch, data.stats))[1]
-            for batch in data.train_images.split(512)
+            for batch in data.train_inputs.split(512)
         ]
     return torch.cat(features).float()
 
@@ -77,10 +77,10 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> StateDict
 
 
 def head_statistics(features: Tensor, labels: Tensor, num_classes: int) -> StateDict:
-    """Return what the bias and the variance of a combined head are estimated from.
+    """Return the statistics that estimate bias and variance of a combined head.
 
-    ``weighted-means`` ``(num_classes, dim)`` is ``p_k mu_k``, with the class's part p_k of the
-    examples and its mean mu_k; ``variance`` ``(1,)`` is ``sum (p_k E|f|^2 - p_k^2 |mu_k|^2) / n``.
+    ``weighted-means`` ``(num_classes, dim)`` is ``p_k mu_k``, with the class frequency p_k and the
+    class mean mu_k; ``variance`` ``(1,)`` is ``sum (p_k E|f|^2 - p_k^2 |mu_k|^2) / n``.
     """
     found = class_means(features, labels, num_classes)
     parts = found[CLASS_COUNTS] / len(labels)

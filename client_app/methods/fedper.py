@@ -1,4 +1,4 @@
-"""FedPer: the head of a model stays with its client, the rest is averaged."""
+"""FedPer: personal heads on a shared body."""
 
 from torch import nn
 
@@ -9,11 +9,11 @@ from pfedgpa_app.parameters import copy_of
 class FedPer(Method):
     """Joint training of the shared base and the client's own head (arXiv 1912.00818, Algorithm 1).
 
-    One personalization layer, the head. It is not uploaded: in its place goes what was received.
+    One personalization layer, the head. It is not uploaded: the received head is sent back.
     """
 
     def personal_model(self, task: Task) -> nn.Module:
-        """Return the received model with the client's head, if it has one by now."""
+        """Return the received model with the client's own head, if it has one."""
         task.model.load_state_dict(task.memory, strict=False)
         return task.model
 

@@ -8,10 +8,9 @@ from client_app.methods.method import Task
 
 
 class FedRep(FedPer):
-    """Epochs of the head on a fixed body, then of the body under a fixed head.
+    """ClientUpdate of arXiv 2102.07078 (Algorithm 1), in epochs as in its experiments.
 
-    That is ClientUpdate of arXiv 2102.07078 (Algorithm 1), with epochs for its gradient steps as in
-    its experiments.
+    First the head on a fixed body, then the body under a fixed head.
     """
 
     def fit(self, task: Task, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""FedRoD: a generic head for all classes alike, and a personal one for the client's own."""
+"""FedRoD: a generic head for balanced classes, and a personal one for the client's own."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from pfedgpa_app.parameters import StateDict, copy_of
 
 
 class TwoHeads(nn.Module):
-    """A model whose logits get those of a personal head on the same features."""
+    """A model with an additional personal head, whose logits are added on the same features."""
 
     def __init__(self, generic: nn.Module, head: Head) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class TwoHeads(nn.Module):
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return generic and personal logits, ``(n, num_classes)`` each.
 
-        The personal ones teach the personal head alone.
+        Gradients of the personal logits reach the personal head alone.
         """
         logits, features = logits_and_features(self.generic, self.head, images)
         return logits, logits.detach() + self.personal(features.detach())
@@ -42,9 +42,8 @@ class FedRoD(Method):
 
     The linear variant of arXiv 2107.00778 (Algorithm 1): the generic model minimizes the
     cross-entropy of ``logits + log n_c`` (balanced softmax), the personal head that of the sum of
-    both heads' logits, through which no gradient goes into the generic model. The personal head
-    begins at zero: a client without training has the generic model. It never leaves its client.
-    The class prior of the settings, if it is on, goes into the personal logits alone.
+    both heads' logits, without gradient into the generic model. The personal head is initialized
+    at zero and never uploaded. ``client.class-prior`` applies to the personal logits alone.
     """
 
     def personal_model(self, task: Task) -> nn.Module:
@@ -68,7 +67,7 @@ class FedRoD(Method):
         """Train both heads and the features."""
         model = self.personal_model(task)
         num_classes = task.data.info.num_classes
-        # A class that the client lacks has -inf: its logit then has no part in the softmax.
+        # -inf for missing classes removes their logits from the softmax.
         prior = torch.bincount(task.data.train_labels, minlength=num_classes).log()
 
         def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

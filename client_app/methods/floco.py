@@ -1,4 +1,4 @@
-"""Floco: heads are points of a simplex, of which each client trains its own region."""
+"""Floco: a simplex of heads, in which each client trains its own region."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,20 @@ from pfedgpa_app.protocol import CENTER, ENDPOINTS, HAS_REGION
 
 
 class Simplex(nn.Module):
-    """A model whose head's weight is a mixture of endpoints, drawn anew in every training step.
+    """A model whose head weight is a convex combination of endpoints, drawn in each training step.
 
     Parameters
     ----------
     model
         Ends in a linear layer.
     weight_names
-        All names of this layer's weight.
+        All names of this layer's weight, aliases included.
     endpoints
         ``(num_endpoints, num_classes, dim)``.
     center
-        The client's point, ``(num_endpoints,)``, by which it is judged.
+        The client's point, ``(num_endpoints,)``, used in evaluation.
     radius
-        Of its region, in the 1-norm; None before it has one: it then draws from all of the simplex.
+        Of its region, in the 1-norm; None draws from the whole simplex.
     generator
         On the CPU.
     """
@@ -66,7 +66,7 @@ class Simplex(nn.Module):
     def _sample(self) -> Tensor:
         size = len(self.center)
         if self.radius is None:
-            # Exponential variables by their sum are uniform on the simplex.
+            # Normalized exponential variables are uniform on the simplex.
             draws = -torch.rand(size, generator=self.generator).clamp(min=1e-12).log()
             return draws / draws.sum()
         direction = 2 * torch.rand(size, generator=self.generator) - 1
@@ -75,7 +75,7 @@ class Simplex(nn.Module):
 
 
 class Floco(Method):
-    """Training of the endpoints by random mixtures of them (Algorithm 1 of arXiv 2403.03333)."""
+    """Training of the endpoints at random points of the region (arXiv 2403.03333, Algorithm 1)."""
 
     simplex: Simplex | None = None
 

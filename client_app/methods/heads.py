@@ -1,4 +1,4 @@
-"""The head of a model: the layer that maps features to logits."""
+"""Access to a model's head, the layer that maps features to logits."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def logits_and_features(model: nn.Module, head: Head, images: Tensor) -> tuple[T
 
 @contextmanager
 def training_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Keep all parameters as they are but those of these names."""
+    """Freeze all parameters but those of these names."""
     frozen = [
         parameter
         for name, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""IFCA: every client picks the model of the cluster that fits its data best."""
+"""IFCA: every client chooses the cluster model with the lowest loss on its data."""
 
 import torch
 from torch import nn
@@ -11,9 +11,9 @@ from pfedgpa_app.state import states_below
 
 
 class IFCA(Method):
-    """Trains the model that has the lowest loss on the client's own data (arXiv 2006.04088).
+    """Training of the cluster model with the lowest training loss (arXiv 2006.04088).
 
-    Algorithm 1, line 8: the cluster is chosen anew in every message, by all training examples.
+    Algorithm 1, line 8: the cluster is chosen in every message, on all training examples.
     """
 
     chosen: int | None = None
@@ -31,7 +31,7 @@ class IFCA(Method):
         return task.model
 
     def train(self, task: Task) -> Trained:
-        """Train the cluster's model, and tell which one it is."""
+        """Train the chosen cluster's model, and upload the choice."""
         self.personal_model(task)
         trained = super().train(task)
         choice = torch.zeros(len(self._models(task)))
@@ -41,14 +41,14 @@ class IFCA(Method):
     def _models(self, task: Task) -> dict[int, StateDict]:
         received = {int(task.extras[RECEIVED]): task.received}
         others = states_below(CLUSTER, task.extras)
-        # What never changes may be left out of messages.
+        # Messages may leave out frozen weights.
         return received | {number: task.received | state for number, state in others.items()}
 
     def _loss(self, task: Task) -> float:
         data, precision = task.data, task.config.client.precision
         return evaluate(
             task.model,
-            data.train_images,
+            data.train_inputs,
             data.train_labels,
             data.stats,
             precision,

@@ -1,4 +1,4 @@
-"""What a client does with the model that it is sent: plain local training, by default."""
+"""The client side of a strategy: plain local training, by default."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,32 +19,32 @@ from pfedgpa_app.training import Loss, cross_entropy, proximal, train
 
 @dataclass
 class Task:
-    """What a message asks for, on one device.
+    """The work of one message, on one device.
 
     Attributes
     ----------
     model
-        With the parameters that were received; a method trains it in place.
+        With the received parameters; a method trains it in place.
     received
         A copy of these parameters.
     extras
-        What the server sent beside the model, by name.
+        Further tensors that the server sent, by name.
     data
-        This client's images and labels.
+        This client's examples and labels.
     config
         The settings of the run.
     offset
-        What is added to the logits, ``(num_classes,)``: the client's class prior, or zeros.
+        Added to the logits, ``(num_classes,)``: the client's class prior, or zeros.
     memory
-        What the method kept in earlier messages; what it writes is there in the next ones.
+        The method's own tensors, which persist from message to message.
     generator
-        On the CPU; fixed by seed, client and round.
+        On the CPU; seeded by run, client and round.
     ledger
-        What the client's uploads have told so far of its data, where they are private.
+        Privacy spent so far.
     uniform
-        Draws what makes them private.
+        Source of the privacy noise.
     build
-        Makes the configured model anew, on the CPU.
+        Builds the configured model, on the CPU.
     """
 
     model: nn.Module
@@ -60,18 +60,18 @@ class Task:
     uniform: Uniform = secure_uniform
 
     def new_model(self, state: StateDict) -> nn.Module:
-        """Return another model, with the parameters of a state_dict.
+        """Build another model with the parameters of a state_dict.
 
-        It is built, since not every model that was trained can be copied.
+        Not every trained model can be deep-copied.
         """
-        model = self.build().to(self.data.train_images.device)
-        # Copies: a model may take the tensors that it is given for its own.
+        model = self.build().to(self.data.train_inputs.device)
+        # Cloned, since a model may keep the tensors that it is given.
         model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
         return model
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """What of the model trains."""
+        """Which tensors of the model train."""
         return ModelSpec.of(self.build())
 
     @cached_property
@@ -90,7 +90,7 @@ class Task:
 
     @property
     def body(self) -> list[str]:
-        """The names of all parameters that are not the head's."""
+        """Names of all parameters outside the head."""
         head = self.head.names
         return [name for name, _ in self.model.named_parameters() if name not in head]
 
@@ -101,20 +101,20 @@ class Task:
         epochs: int | None = None,
         learning_rate: float | None = None,
     ) -> None:
-        """Train a model in place, by cross-entropy and as the settings of clients say by default.
+        """Train a model in place, by default with cross-entropy and the settings of ``client``.
 
-        Parameters that require no gradient stay as they are.
+        Parameters without ``requires_grad`` stay fixed.
         """
         data, client = self.data, self.config.client
         given = {"local_epochs": epochs, "learning_rate": learning_rate}
         client = client.model_copy(update={k: v for k, v in given.items() if v is not None})
         loss = loss or cross_entropy(self.offset)
-        sample = (data.train_images, data.train_labels, data.stats)
+        sample = (data.train_inputs, data.train_labels, data.stats)
         privacy = self.config.privacy
         if privacy.mode != "example":
             train(model, *sample, client, self.generator, loss=loss)
             return
-        from client_app.dp_sgd import train_privately  # a package that only privacy needs
+        from client_app.dp_sgd import train_privately  # imports opacus, an optional package
 
         self.ledger = self.ledger.after(*cost_of_round(privacy, client, len(data.train_labels)))
         train_privately(model, *sample, client, privacy, self.uniform, self.generator, loss=loss)
@@ -125,7 +125,7 @@ class Task:
         self.fit(model, lambda each, images, labels: plain(each, images, labels) + distance(each))
 
     def may_train(self) -> bool:
-        """Tell whether another training leaves the client within its privacy budget."""
+        """Return whether the privacy budget allows another training."""
         privacy, client = self.config.privacy, self.config.client
         if privacy.mode != "example" or not privacy.epsilon:
             return True
@@ -133,16 +133,16 @@ class Task:
         return after.epsilon(privacy.delta) <= privacy.epsilon
 
     def keep_private(self, state: StateDict) -> StateDict:
-        """Return an upload as it may leave the client, with noise where the settings want it.
+        """Return the upload, with privacy noise if it is configured.
 
-        The model has the parameters of it from then on, so that nothing tells of others.
+        The model gets the noised parameters too, so that no metric depends on the original ones.
         """
         privacy = self.config.privacy
         if not privacy.is_on:
             return state
         received = copy_of(self.received)
         if privacy.mode == "example":
-            # What does not train is not noised, whatever the model wrote into it.
+            # DP-SGD covers trained tensors only; all others are sent back as received.
             return {n: t if n in self.spec.trained else received[n] for n, t in state.items()}
         cost = cost_of_round(privacy, self.config.client, len(self.data.train_labels))
         self.ledger = self.ledger.after(*cost)
@@ -151,25 +151,25 @@ class Task:
         self.model.load_state_dict(private)
         return private
 
-    def judge(self, model: nn.Module) -> Evaluation:
+    def evaluate(self, model: nn.Module) -> Evaluation:
         """Return accuracy and loss on this client's test set."""
         return Evaluation.of(self.test_logits(model), self.data.test_labels)
 
     def test_logits(self, model: nn.Module) -> Tensor:
         """Return a model's logits on this client's test set, ``(num_examples, num_classes)``."""
         data, precision = self.data, self.config.client.precision
-        return logits_of(model, data.test_images, data.stats, precision) + self.offset
+        return logits_of(model, data.test_inputs, data.stats, precision) + self.offset
 
 
 class Trained(NamedTuple):
-    """What a client uploads: the parameters, and what its strategy wants beside them."""
+    """A client's upload: the parameters, and the extra tensors of its strategy."""
 
     state: StateDict
     extras: StateDict
 
 
 class Fit(NamedTuple):
-    """A plain training: of a model, in place, as the task says by default."""
+    """A training of a model by `Task.fit` with its defaults."""
 
     task: Task
     model: nn.Module
@@ -178,29 +178,29 @@ class Fit(NamedTuple):
 class Method:
     """FedAvg's client (arXiv 1602.05629): SGD from the received model, all of which is uploaded.
 
-    Subclasses say what else a client trains, uploads, keeps and is judged by. Those whose trainings
-    are plain and do not depend on each other's results leave `train` as it is, so that the
-    trainings of many clients can be done together (`client_app.batched`).
+    Subclasses override what a client trains, uploads, keeps and is evaluated on. Methods with
+    plain, independent trainings keep `train`, so that many clients can be trained together
+    (`client_app.batched`).
     """
 
     def personal_model(self, task: Task) -> nn.Module:
-        """Return the model that this client uses, before or after its training."""
+        """Return the client's personalized model, before or after training."""
         return task.model
 
     def personal_state(self, task: Task) -> StateDict:
-        """Return this model as a state_dict of the configured one, which others can load."""
+        """Return the personalized model as a state_dict of the configured model."""
         return copy_of(self.personal_model(task).state_dict())
 
     def fits(self, task: Task) -> Iterator[Fit]:
-        """Yield what is trained, in the order in which it draws from the task's generator."""
+        """Yield the trainings, in the order in which they use the task's generator."""
         yield Fit(task, task.model)
 
     def upload(self, task: Task, models: Sequence[nn.Module]) -> Trained:
-        """Return what is uploaded when the models of `fits` are trained."""
+        """Return the upload, given the trained models of `fits`."""
         return Trained(copy_of(models[0].state_dict()), {})
 
     def train(self, task: Task) -> Trained:
-        """Train, and return what is uploaded."""
+        """Train, and return the upload."""
         models = []
         for fit in self.fits(task):
             fit.task.fit(fit.model)

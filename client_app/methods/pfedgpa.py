@@ -1,4 +1,4 @@
-"""pFedGPA's clients: FedAvg's, who tell now and then how far two halves of their images agree."""
+"""pFedGPA's client: FedAvg's, with occasional updates of two halves of its data."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,31 +14,31 @@ from pfedgpa_app.randomness import make_generator
 
 
 class PFedGPA(Method):
-    """FedAvg's client; when asked, it trains twice more, on each half of its images apart."""
+    """FedAvg's client; on request it also trains on each of two random halves of its data."""
 
     def fits(self, task: Task) -> Iterator[Fit]:
-        """Yield the training, and that of both halves if the client is to tell of them."""
+        """Yield the training, and those on both halves if the server requests them."""
         yield from super().fits(task)
-        if _tells(task):
-            yield from _halves(task)
+        if _is_requested(task):
+            yield from _half_fits(task)
 
     def upload(self, task: Task, models: Sequence[nn.Module]) -> Trained:
-        """Return the parameters, and with them what was asked for."""
+        """Return the parameters, and the updates of both halves on request."""
         trained = super().upload(task, models)
-        extras = {HALVES: _half_moves(task, models[1:])} if _tells(task) else {}
+        extras = {HALVES: _half_updates(task, models[1:])} if _is_requested(task) else {}
         return trained._replace(extras=extras)
 
 
-def _tells(task: Task) -> bool:
-    """Tell whether halves are asked for; private uploads would need noise of their own for them."""
+def _is_requested(task: Task) -> bool:
+    """Return whether the halves' updates are requested; with privacy they are not uploaded."""
     return COMMON in task.extras and not task.config.privacy.is_on
 
 
-def _halves(task: Task) -> Iterator[Fit]:
-    """Yield the training on each of two random halves; none of fewer than four images.
+def _half_fits(task: Task) -> Iterator[Fit]:
+    """Yield the training on each of two random halves; none for fewer than four examples.
 
-    Both start from the parameters that came for it, ``(d,)``, or from the received ones if none
-    did.
+    Both start from the parameters that the server sent for them, ``(d,)``, or else from the
+    received model.
     """
     layout, start = _start(task)
     _, rest = layout.split(task.received)
@@ -49,17 +49,17 @@ def _halves(task: Task) -> Iterator[Fit]:
     for number, rows in enumerate(order.to(data.train_labels.device).tensor_split(2)):
         model = task.new_model(layout.merge(start, rest))
         half = data._replace(
-            train_images=data.train_images[rows], train_labels=data.train_labels[rows]
+            train_inputs=data.train_inputs[rows], train_labels=data.train_labels[rows]
         )
-        # Of its own, so that dropout does not leave out the same for both.
+        # Separate generators, so that both halves have different dropout masks.
         generator = make_generator(task.generator.initial_seed(), "half", number)
         yield Fit(replace(task, data=half, generator=generator), model)
 
 
-def _half_moves(task: Task, models: Sequence[nn.Module]) -> Tensor:
-    """Return how training on the halves moved what all have in common.
+def _half_updates(task: Task, models: Sequence[nn.Module]) -> Tensor:
+    """Return sketches of both halves' updates of the generated parameters.
 
-    Moves that say nothing are 0: those without halves, and those of a training that diverged.
+    They are 0 without halves, or if a training diverged.
 
     Returns
     -------
@@ -67,13 +67,13 @@ def _half_moves(task: Task, models: Sequence[nn.Module]) -> Tensor:
         Sketches, ``(2, SKETCH)``.
     """
     layout, start = _start(task)
-    moves = [sketched((layout.split(model.state_dict())[0] - start).cpu()) for model in models]
-    both = torch.stack(moves) if moves else torch.zeros(2, SKETCH)
+    updates = [sketched((layout.split(model.state_dict())[0] - start).cpu()) for model in models]
+    both = torch.stack(updates) if updates else torch.zeros(2, SKETCH)
     return both if bool(torch.isfinite(both).all()) else torch.zeros(2, SKETCH)
 
 
 def _start(task: Task) -> tuple[ParameterLayout, Tensor]:
-    """Return the layout of the generated parameters, and those from which the halves start."""
+    """Return the layout of the generated parameters, and the start vector of both halves."""
     layout = task.spec.layout(task.config.diffusion.patterns)
     common = task.extras[COMMON]
     return layout, common if len(common) else layout.split(task.received)[0]

@@ -1,7 +1,7 @@
-"""Data sets, and how clients share them.
+"""Data sets, and their partitions among clients.
 
-`client_data` is what a client calls: its own training and test samples of the data set, which
-`load_dataset` reads and `partitions` shares out. A site that has data of its own calls `site_data`.
+`client_data` returns a client's partition of a named or own data set, `site_data` the data of a
+site that brings its own.
 """
 
 from pfedgpa_app.data.clients import ClientData, class_counts, client_data

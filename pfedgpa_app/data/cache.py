@@ -1,6 +1,6 @@
-"""Data sets that were shared out before, so that a process need not do it again.
+"""A cache of partitions.
 
-Flower starts a process for each message of a SuperNode, and the packages that load and share out a
+Flower starts a process for each message of a SuperNode, and the packages that load and partition a
 data set take longer to import than all others together.
 """
 
@@ -18,21 +18,21 @@ from pfedgpa_app.data.dataset import Dataset
 from pfedgpa_app.state import load_state, save_state
 
 SPLIT_KIND = "pfedgpa-split-2"
-# What decides about who gets what, beside the settings.
+# Packages and modules that determine a partition, beside the settings.
 _PACKAGES = ("flwr-datasets", "numpy", "scikit-learn", "seglearn")
 _MODULES = ("dataset.py", "partitions.py", "smartwatch.py", "sources.py")
 
-# Larger data sets are files already.
+# Larger data sets are not cached: they are files already.
 _MAX_ENTRIES = 2**22
 
 Indices = list[tuple[Tensor, Tensor]]
-"""Of each client the samples for training and for testing, int64."""
+"""Each client's training and test indices, int64."""
 
 
 class SplitFile:
-    """The file of one way to share out a data set that never changes.
+    """The cache file of a partition.
 
-    Only what the package knows by name is kept; functions of one's own may change.
+    Only built-in data sets and partitions are cached; own functions may change.
     """
 
     def __init__(self, config: DataConfig, seed: int, num_partitions: int) -> None:
@@ -49,7 +49,7 @@ class SplitFile:
         self.path = folder / "splits" / f"{digest.hexdigest()[:32]}.safetensors"
 
     def read(self) -> tuple[Dataset | None, Indices] | None:
-        """Return the data set, if it is a small one, and the indices; None if they are not kept."""
+        """Return the indices, with the data set if it is small; None if they are not cached."""
         tensors = self._tensors()
         if tensors is None:
             return None
@@ -62,20 +62,20 @@ class SplitFile:
         return dataset, list(zip(*parts, strict=True))
 
     def class_counts(self) -> Tensor | None:
-        """Return the clients' training images of each class, ``(num_clients, num_classes)``.
+        """Return the clients' training examples of each class, ``(num_clients, num_classes)``.
 
-        They are counted before any shift. None if they are not kept.
+        They are counted before any shift. None if they are not cached.
         """
         tensors = self._tensors()
         return None if tensors is None else tensors["class_counts"]
 
     def write(self, dataset: Dataset, indices: Indices) -> None:
-        """Keep the indices, and a small data set; where that is not possible, nothing."""
+        """Cache the indices, and a small data set; do nothing if that is not possible."""
         if self.path is None:
             return
         is_small = dataset.images.numel() <= _MAX_ENTRIES
         tensors: dict[str, Tensor] = {}
-        if is_small:  # whose each sample is, the indices tell
+        if is_small:  # without owners: the indices contain the partition
             tensors = {name: getattr(dataset, name) for name in ("images", "labels", "is_test")}
         for name, part in zip(("train", "test"), zip(*indices, strict=True), strict=True):
             tensors[name] = torch.cat(part)
@@ -90,12 +90,12 @@ class SplitFile:
             return None
         try:
             return load_state(self.path, SPLIT_KIND)[0]
-        except ValueError:  # it is the first time, or something is wrong with the file
+        except ValueError:  # missing or damaged
             return None
 
 
 def _version(name: str) -> str:
-    """Return the version of a package, "" of one that is not installed."""
+    """Return the version of a package; "" if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -103,7 +103,7 @@ def _version(name: str) -> str:
 
 
 def counted(dataset: Dataset, indices: Indices) -> Tensor:
-    """Return the clients' training images of each class, ``(num_clients, num_classes)``."""
+    """Return the clients' training examples of each class, ``(num_clients, num_classes)``."""
     num_classes = int(dataset.labels.max()) + 1
     return torch.stack(
         [torch.bincount(dataset.labels[train], minlength=num_classes) for train, _ in indices]

@@ -1,4 +1,4 @@
-"""What one client works with: its training and its test samples."""
+"""The data of one client."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,16 +14,13 @@ from pfedgpa_app.data.sources import ImageStats, image_stats, load_dataset
 
 
 class ClientData(NamedTuple):
-    """The data of one client; `normalize` turns its examples into what a model takes.
+    """The training and test set of one client, before `normalize`."""
 
-    Most are images, and are called so whatever they are.
-    """
-
-    train_images: Tensor
-    """``(n, *shape)``, of a type as in `Dataset`."""
+    train_inputs: Tensor
+    """``(n, *shape)``, with a dtype of `Dataset`."""
     train_labels: Tensor
     """``(n,)``, int64."""
-    test_images: Tensor
+    test_inputs: Tensor
     test_labels: Tensor
     stats: ImageStats
     info: DatasetInfo
@@ -31,9 +28,9 @@ class ClientData(NamedTuple):
     def to(self, device: torch.device) -> "ClientData":
         """Return the data on a device."""
         return self._replace(
-            train_images=self.train_images.to(device),
+            train_inputs=self.train_inputs.to(device),
             train_labels=self.train_labels.to(device),
-            test_images=self.test_images.to(device),
+            test_inputs=self.test_inputs.to(device),
             test_labels=self.test_labels.to(device),
         )
 
@@ -43,45 +40,45 @@ def client_data(
 ) -> ClientData:
     """Return the data of client ``partition_id`` of ``num_partitions``.
 
-    A process loads and shares out a data set once, whichever of its clients it serves.
+    A process loads and partitions a data set once for all its clients.
 
     Raises
     ------
     DataError
-        If there is no such client, the data set cannot be had, or it cannot be shared out so.
+        If there is no such client, or the data set cannot be loaded or partitioned.
     """
     if not 0 <= partition_id < num_partitions:
         raise DataError(
             f"partition-id = {partition_id} with num-partitions = {num_partitions}: "
             f"the clients are numbered from 0 to num-partitions - 1"
         )
-    dataset, stats, indices = _shared_out(config, seed, num_partitions)
-    train_images, train_labels, test_images, test_labels = (
+    dataset, stats, indices = _partitioned(config, seed, num_partitions)
+    train_inputs, train_labels, test_inputs, test_labels = (
         each.contiguous()
         for rows in indices[partition_id]
         for each in shifted(config, seed, partition_id, dataset.images[rows], dataset.labels[rows])
     )
-    return ClientData(train_images, train_labels, test_images, test_labels, stats, config.info)
+    return ClientData(train_inputs, train_labels, test_inputs, test_labels, stats, config.info)
 
 
 def class_counts(config: DataConfig, seed: int, num_partitions: int) -> Tensor | None:
-    """Return how many training images of each class the clients have, as their sites label them.
+    """Return the clients' numbers of training examples of each class, after any label shift.
 
-    Nothing is downloaded and no function of one's own called for it.
+    Nothing is downloaded and no own function is called.
 
     Returns
     -------
     Tensor | None
-        ``(num_partitions, num_classes)``, int64. None where the data was never shared out so on
-        this machine, by these versions, and is not embedded either.
+        ``(num_partitions, num_classes)``, int64. None if the partition is neither cached nor of an
+        embedded data set.
 
     Raises
     ------
     DataError
-        If it cannot be shared out so.
+        If the data set cannot be partitioned.
     """
     if config.dataset == "digits" and config.partition in PARTITIONS:
-        dataset, _, indices = _shared_out(config, seed, num_partitions)
+        dataset, _, indices = _partitioned(config, seed, num_partitions)
         counts: Tensor | None = counted(dataset, indices)
     else:
         counts = SplitFile(config, seed, num_partitions).class_counts()
@@ -95,7 +92,7 @@ def class_counts(config: DataConfig, seed: int, num_partitions: int) -> Tensor |
 
 
 @lru_cache(maxsize=1)  # more than one data set may not fit into memory
-def _shared_out(
+def _partitioned(
     config: DataConfig, seed: int, num_partitions: int
 ) -> tuple[Dataset, ImageStats, Indices]:
     file = SplitFile(config, seed, num_partitions)
@@ -104,7 +101,7 @@ def _shared_out(
         small, indices = kept
         dataset = load_dataset(config, seed) if small is None else small
         return dataset, image_stats(dataset), indices
-    # A process that shares nothing out is spared the seconds that the partitioners take to import.
+    # Imported here: the partitioners take seconds to import.
     from pfedgpa_app.data.partitions import partition
 
     dataset = load_dataset(config, seed)

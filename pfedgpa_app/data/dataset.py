@@ -1,4 +1,4 @@
-"""A data set in memory, made of what was read and checked against the settings."""
+"""A data set in memory, checked against the settings."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,58 +8,57 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pfedgpa_app.arrays import alike
+from pfedgpa_app.arrays import common_dtype
 from pfedgpa_app.config import DataConfig, DatasetInfo, by_x
 
 
 class DataError(ValueError):
-    """Data that clients cannot work with; the message says what would be right."""
+    """Unusable data; the message says what would be right."""
 
 
 class Part(NamedTuple):
-    """Examples as they were read: a whole data set, or its training or its test set."""
+    """Examples as loaded: a whole data set, or its training or test set."""
 
     images: Tensor
     labels: Tensor
     owners: NDArray[Any] | None = None
-    """Who made each example, ``(n,)``, integers or strings; None where it is not known."""
+    """The owner of each example, ``(n,)``, integers or strings; None if unknown."""
     is_test: Tensor | None = None
-    """The examples for testing, ``(n,)``, bool; None where nothing is set apart."""
+    """Mask of the test examples, ``(n,)``, bool; None without a test split."""
 
 
 class Dataset(NamedTuple):
-    """A data set in memory, the pools for training and for testing in one."""
+    """A data set in memory, training and test pool in one."""
 
     images: Tensor
-    """The examples, ``(n, *shape)``: images are ``(n, channels, height, width)``, uint8 but for
-    float32, or `LEVELS` of 16 bits, of an own data set; tables are ``(n, features)``."""
+    """``(n, *shape)``: images ``(n, channels, height, width)``, uint8, or for own data sets also
+    float32 or 16-bit `LEVELS`; tables ``(n, features)``."""
     labels: Tensor
     """``(n,)``, int64."""
     is_test: Tensor
-    """``(n,)``, bool: the samples that test sets are drawn from, and training sets never."""
+    """``(n,)``, bool: the test pool; the others are the training pool."""
     owners: Tensor | None = None
-    """``(n,)``, int64: who made each example, from 0 on in the order of their sorted ids; None
-    where it is not known."""
+    """``(n,)``, int64: the owner of each example, numbered from 0 by sorted id; None if unknown."""
 
 
 def assemble(parts: Sequence[Part], config: DataConfig, seed: int, name: str) -> Dataset:
-    """Return a data set of a training and a test part, or of one that is split by the seed.
+    """Return the data set of a training and a test part, or of a single part.
 
-    Where nothing is set apart for testing, ``test_fraction`` of each class is, drawn by the seed;
-    with the partition ``natural``, of each owner, if they are known.
+    A single part without a test split gets one: ``test_fraction`` of each class, or of each owner
+    with the partition ``natural``, drawn by the seed.
 
     Raises
     ------
     DataError
-        If a part, of the data called ``name``, is not what the settings say.
+        If a part does not match the settings; the message begins with ``name``.
     """
     for part in parts:
         _check(part.images, part.labels, config.info, name)
     if len(parts) == 2:
-        images = torch.cat(alike([part.images for part in parts]))
+        images = torch.cat(common_dtype([part.images for part in parts]))
         labels = torch.cat([part.labels for part in parts]).long()
         return Dataset(images, labels, torch.arange(len(labels)) >= len(parts[0].labels))
-    (part,) = parts  # which may be too large for a second copy
+    (part,) = parts  # not copied: it may be large
     labels, is_test = part.labels.long(), part.is_test
     owners, groups = None, labels
     names = [f"class {label}" for label in range(config.info.num_classes)]
@@ -81,7 +80,7 @@ def assemble(parts: Sequence[Part], config: DataConfig, seed: int, name: str) ->
 
 
 def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None:
-    """Raise a `DataError` unless these have that shape and labels of those classes."""
+    """Raise a `DataError` unless images and labels have the shape and classes of ``info``."""
     if tuple(images.shape[1:]) != info.shape:
         raise DataError(
             f"{name}: examples are {by_x(images.shape)}, right would be nx{by_x(info.shape)}"
@@ -92,7 +91,7 @@ def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None
             f"right would be ({len(images)},)"
         )
     if len(images) == 0:
-        raise DataError(f"{name}: there is no sample in it")
+        raise DataError(f"{name}: has no examples")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= info.num_classes:
         raise DataError(
@@ -101,7 +100,7 @@ def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None
 
 
 def _check_owners(owners: Tensor, is_test: Tensor, name: str, names: Sequence[str]) -> None:
-    """Raise a `DataError` unless every owner has something to train and to test with."""
+    """Raise a `DataError` unless every owner has training and test examples."""
     for examples, purpose in ((~is_test, "training"), (is_test, "testing")):
         counts = owners[examples].bincount(minlength=len(names))
         if missing := [names[number] for number in (counts == 0).nonzero().flatten().tolist()]:
@@ -116,15 +115,15 @@ def _check_owners(owners: Tensor, is_test: Tensor, name: str, names: Sequence[st
 def _held_out(
     groups: Tensor, fraction: float, seed: int, name: str, names: Sequence[str]
 ) -> Tensor:
-    """Mark ``fraction`` of each class or owner for testing, but never all of it nor none of it."""
+    """Mark ``fraction`` of each class or owner for testing, at least one but not all."""
     rng = np.random.default_rng(seed)
     is_test = torch.zeros(len(groups), dtype=torch.bool)
     for group in groups.unique():
         members = (groups == group).nonzero().squeeze(1)
         if len(members) < 2:
             raise DataError(
-                f"{name}: {names[int(group)]} has one sample, right would be two or more, "
-                f"so that there is one to train and one to test with"
+                f"{name}: {names[int(group)]} has one example, right would be two or more, "
+                f"one for training and one for testing"
             )
         size = min(max(1, round(fraction * len(members))), len(members) - 1)
         is_test[members[torch.from_numpy(rng.permutation(len(members))[:size])]] = True

@@ -1,7 +1,4 @@
-"""Functions of a user's own: one that loads a data set, and one that shares it out.
-
-What they return was written by others, and is checked before anything works with it.
-"""
+"""Users' own functions that load or partition a data set; their results are checked."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,20 +21,20 @@ _RETURNS = "(examples, labels), (examples, labels, owners) or (examples, labels,
 def load_part(config: DataConfig, seed: int) -> Part:
     """Call the function of ``data.dataset`` with the folder of the data sets.
 
-    Global generators follow the seed meanwhile.
+    Global random generators are seeded during the call.
 
     Raises
     ------
     DataError
-        If there is no such function, it fails, or returns what is no data set.
+        If there is no such function, it fails, or it does not return a data set.
     """
     name = config.dataset
     function = _function("data.dataset", name)
     try:
-        # Every client calls it, and what it draws must be the same for all of them.
+        # Every client calls it, and must get the same data.
         with initialized_by(make_generator(seed, "dataset")):
             given = function(config.root_path)
-    except Exception as error:  # code of the user's raises whatever it likes
+    except Exception as error:  # user code may raise anything
         raise DataError(f"{name}: failed with {described(error)}") from error
     if not isinstance(given, tuple | list) or not 2 <= len(given) <= 4:
         count = f" of {len(given)}" if isinstance(given, tuple | list) else ""
@@ -51,7 +48,7 @@ def load_part(config: DataConfig, seed: int) -> Part:
         what = "owners are"
         owners = None if owners is None else _as_owners(owners, len(examples))
         what = "is_test is"
-        is_test = None if is_test is None else _as_marks(is_test, len(examples))
+        is_test = None if is_test is None else _as_mask(is_test, len(examples))
     except ArrayError as error:
         raise DataError(f"{name}: {what} {error}") from error
     return Part(examples, labels, owners, is_test)
@@ -62,33 +59,33 @@ def own_shares(
 ) -> list[NDArray[np.int64]]:
     """Call the function of ``data.partition`` with ``(labels, num_clients, seed)``.
 
-    Global generators follow the seed meanwhile.
+    Global random generators are seeded during the call.
 
     Parameters
     ----------
     labels
-        Of the training pool, ``(n,)``; the function is given a copy.
+        Of the training pool, ``(n,)``; the function gets a copy.
 
     Returns
     -------
     list[NDArray[np.int64]]
-        Of each client the positions in ``labels``, ascending.
+        Each client's indices into ``labels``, ascending.
 
     Raises
     ------
     DataError
-        If there is no such function, it fails, or returns what is no partition.
+        If there is no such function, it fails, or it does not return a partition.
     """
     function = _function("data.partition", name)
     try:
         with initialized_by(make_generator(seed, "partition")):
-            # A function may as well be a generator.
+            # list(), since it may be a generator function.
             given = list(function(labels.copy(), num_clients, seed))
-    except Exception as error:  # code of the user's raises whatever it likes
+    except Exception as error:  # user code may raise anything
         raise DataError(f"{name}: failed with {described(error)}") from error
     if len(given) != num_clients:
         raise DataError(
-            f"{name}: returns the samples of {len(given)} clients, right would be {num_clients}"
+            f"{name}: returns the indices of {len(given)} clients, right would be {num_clients}"
         )
     return [
         _as_share(share, len(labels), f"{name}: client {client}")
@@ -102,16 +99,16 @@ def _function(setting: str, name: str) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise DataError(
             f"{name}: cannot be imported ({error}). {setting} names a function as "
-            '"package.module:function", of a module that is there where the clients run'
+            '"package.module:function", of a module that clients can import'
         ) from error
-    except Exception as error:  # code of the user's raises whatever it likes
+    except Exception as error:  # user code may raise anything
         raise DataError(f"{name}: importing it failed with {described(error)}") from error
 
 
 def _as_owners(values: Any, number: int) -> NDArray[Any]:
-    """Return ids, ``(number,)``, of integers or strings, as an array that can be sorted."""
+    """Return owner ids ``(number,)`` as an array of integers or strings."""
     array = _as_array(values, number)
-    if array.dtype == object:  # as tables of strings have them
+    if array.dtype == object:  # as pandas has strings
         kinds = {type(each) for each in array.tolist()}
         if kinds in ({str}, {int}):
             array = np.array(array.tolist())
@@ -123,8 +120,8 @@ def _as_owners(values: Any, number: int) -> NDArray[Any]:
     return array
 
 
-def _as_marks(values: Any, number: int) -> Tensor:
-    """Return which of ``number`` examples are meant, bool."""
+def _as_mask(values: Any, number: int) -> Tensor:
+    """Return a mask of ``number`` examples, bool."""
     array = _as_array(values, number)
     if array.dtype != np.bool_:
         raise ArrayError(f"of {array.dtype}, right would be bool")
@@ -132,7 +129,7 @@ def _as_marks(values: Any, number: int) -> Tensor:
 
 
 def _as_array(values: Any, number: int) -> NDArray[Any]:
-    """Return one value for each of ``number`` examples."""
+    """Return an array of shape ``(number,)``."""
     if np.ma.is_masked(values):
         raise ArrayError("a masked array, right would be to leave out the examples")
     try:
@@ -145,7 +142,7 @@ def _as_array(values: Any, number: int) -> NDArray[Any]:
 
 
 def _as_share(values: Any, size: int, whose: str) -> NDArray[np.int64]:
-    """Return the positions of one client's samples, ascending."""
+    """Return the indices of one client's examples, ascending."""
     try:
         share = as_labels(values if isinstance(values, Tensor) else np.asarray(values)).numpy()
     except (ArrayError, TypeError, ValueError, OverflowError) as error:
@@ -161,12 +158,12 @@ def _as_share(values: Any, size: int, whose: str) -> NDArray[np.int64]:
     if share.min() < 0 or share.max() >= size:
         raise DataError(
             f"{whose} has the indices {share.min()} to {share.max()}; right would be 0 to "
-            f"{size - 1}, of the training samples"
+            f"{size - 1}, of the training examples"
         )
     ascending = np.unique(share)
     if len(ascending) < len(share):
         raise DataError(
             f"{whose} has {len(share)} indices, of which {len(ascending)} differ; right would be "
-            "each sample once"
+            "each index once"
         )
     return ascending

@@ -1,9 +1,9 @@
-"""Which samples belong to which client.
+"""Partitions of a data set among clients.
 
-The training pool is shared out by a partitioner of flwr-datasets, on a table of labels and
-indices: Flower's own for ``dirichlet``, ``pathological`` and ``iid``, and one of this module for
-``dominant-classes`` and ``disjoint``; or a function of one's own does. Each test set follows from
-its client's training set. With ``natural`` every owner of samples is a client.
+The training pool is partitioned by a partitioner of flwr-datasets: Flower's own for ``dirichlet``,
+``pathological`` and ``iid``, one of this module for ``dominant-classes`` and ``disjoint``; or by an
+own function. Test sets follow the class distributions of the training sets. With ``natural`` every
+owner is a client.
 """
 
 import warnings
@@ -31,8 +31,7 @@ from pfedgpa_app.data_section import ByClass
 
 Indices = NDArray[np.int64]
 
-# Fewer would leave the training set of a client without meaning; a draw of the Dirichlet
-# distribution that gives a client less is repeated.
+# The Dirichlet distribution is redrawn while a client has fewer.
 MIN_DIRICHLET_SAMPLES = 10
 
 REMEDIES = {
@@ -45,7 +44,7 @@ REMEDIES = {
 
 
 class ClientIndices(NamedTuple):
-    """The samples of one client, as ascending int64 indices into the data set."""
+    """The examples of one client, as ascending int64 indices into the data set."""
 
     train: Tensor
     test: Tensor
@@ -59,33 +58,31 @@ def partition(
     seed: int,
     owners: Tensor | None = None,
 ) -> list[ClientIndices]:
-    """Share out a data set; the same arguments give the same split in every process.
+    """Partition a data set; the same arguments give the same partition in every process.
 
     Training sets come from the pool ``~is_test`` and have at most ``train_samples`` each (0: no
-    limit). A test set has the class distribution of its client's training set and comes from the
-    pool ``is_test``, so no test sample is ever trained on, by whatever client; its part
-    ``test_uniform_fraction`` is spread over all classes instead. With
-    ``test_samples`` = 0 it is as large as the pool allows while clients share no test sample but
-    for rounding and what is spread over all classes; with ``test_samples`` > 0 it has exactly that
-    size, and clients may share.
+    limit). Test sets come from the pool ``is_test``, so no client trains on another's test
+    examples. A test set has the class distribution of its client's training set, but for the
+    fraction ``test_uniform_fraction``, which is uniform over all classes. With ``test_samples`` = 0
+    it is as large as possible without sharing test examples, except by rounding and the uniform
+    fraction; with ``test_samples`` > 0 it has that size, and clients may share.
 
-    With ``natural``, client i has the samples of owner i in either pool, at most ``train_samples``
-    and ``test_samples`` of them, drawn by the seed. Where there are fewer clients than owners, the
-    owners beyond them take no part.
+    With ``natural``, client i has the examples of owner i, at most ``train_samples`` and
+    ``test_samples``, drawn by the seed. Owners beyond the number of clients are left out.
 
     Parameters
     ----------
     labels : Tensor
-        Classes of the samples, ``(n,)``, int64.
+        ``(n,)``, int64.
     is_test : Tensor
-        The samples for testing, ``(n,)``, bool.
+        Mask of the test pool, ``(n,)``, bool.
     owners : Tensor | None
-        Who made each sample, ``(n,)``, int64, from 0 on; for ``natural`` alone.
+        The owner of each example, ``(n,)``, int64, from 0; for ``natural`` alone.
 
     Raises
     ------
     DataError
-        If a client would have no training or no test samples, or needs more samples of a class
+        If a client would have no training or test examples, or needs more test examples of a class
         than there are.
     """
     classes, in_test_pool = labels.numpy(), is_test.numpy()
@@ -95,7 +92,7 @@ def partition(
     test_pool = _shuffled(np.flatnonzero(in_test_pool), seed, stream=2)
     if not 1 <= num_clients <= len(train_pool):
         raise DataError(
-            f"{num_clients} clients cannot share {len(train_pool)} training samples, "
+            f"{num_clients} clients cannot share {len(train_pool)} training examples, "
             f"right would be 1 to {len(train_pool)} clients"
         )
     if config.partition in PARTITIONS:
@@ -108,12 +105,12 @@ def partition(
                 own_shares(config.partition, classes[pool], num_clients, seed)
             )
         ]
-    # Every share is in a seeded order, so that its beginning is a random subset of it.
+    # Shares are shuffled, so that a prefix is a random subset.
     train = [np.sort(share[: config.train_samples or None]) for share in shares]
     for client, share in enumerate(train):
         if len(share) == 0:
             raise DataError(
-                f"client {client} of {num_clients} has no training samples; "
+                f"client {client} of {num_clients} has no training examples; "
                 f"what would help: {REMEDIES[config.partition]}"
             )
     num_classes = config.info.num_classes
@@ -132,11 +129,11 @@ def partition(
 def _shares(
     train_pool: Indices, classes: Indices, config: DataConfig, num_clients: int, seed: int
 ) -> list[Indices]:
-    """Return the training samples of each client, in a seeded order."""
+    """Return the shuffled training indices of each client."""
     partitioner = _partitioner(config, num_clients, seed)
     partitioner.dataset = _Table.of(train_pool, classes[train_pool])
     try:
-        with warnings.catch_warnings():  # they name arguments that users of this app cannot set
+        with warnings.catch_warnings():  # they are about arguments that this app does not expose
             warnings.simplefilter("ignore")
             return [
                 np.asarray(partitioner.load_partition(client)["index"][:], dtype=np.int64)
@@ -158,12 +155,12 @@ def _natural(
     num_clients: int,
     seed: int,
 ) -> list[ClientIndices]:
-    """Return what the first owners have, which `assemble` saw have some of either pool."""
-    assert owners is not None  # it refuses a data set that has none
+    """Return the examples of the first owners; `assemble` has checked that each has some."""
+    assert owners is not None  # `load_dataset` refuses data sets without owners
     num_owners = int(owners.max()) + 1
     if not 1 <= num_clients <= num_owners:
         raise DataError(
-            f"data.partition = natural: {num_clients} clients, and {num_owners} owners of samples; "
+            f"data.partition = natural: {num_clients} clients, and {num_owners} owners; "
             f"right would be 1 to {num_owners} clients"
         )
     clients = []
@@ -181,13 +178,13 @@ def _natural(
 
 
 def _drawn(samples: Indices, limit: int, seed: int, client: int) -> Indices:
-    """Return at most ``limit`` of a client's samples (0: all), in a seeded order."""
+    """Return at most ``limit`` of a client's indices (0: all), shuffled."""
     rng = np.random.default_rng([4, seed, client])
     return rng.permutation(samples)[: limit or None]
 
 
 class _PlannedPartitioner(Partitioner):
-    """A partitioner that assigns all rows of its table at once."""
+    """A partitioner that assigns all rows of its table in one call."""
 
     def __init__(self, num_partitions: int) -> None:
         super().__init__()
@@ -215,20 +212,19 @@ class _PlannedPartitioner(Partitioner):
 class DominantClassesPartitioner(_PlannedPartitioner):
     """Groups of clients with dominant classes, the protocol of FedPAC (arXiv 2306.11867).
 
-    Every client has the same number of samples. The part ``uniform_fraction`` of them is spread
-    evenly over all classes, the rest evenly over the dominant classes of the client's group.
-    Client i is in group ``i % num_groups``; the dominant classes of group g are
-    ``dominant_classes`` consecutive ones from ``g * num_classes // num_groups`` on, going round.
+    Every client has the same number of examples. The fraction ``uniform_fraction`` is uniform over
+    all classes, the rest uniform over the dominant classes of the client's group. Client i is in
+    group ``i % num_groups``; group g has ``dominant_classes`` consecutive classes from
+    ``g * num_classes // num_groups`` on, modulo ``num_classes``.
 
-    The clients take the samples of a class one after the other in the order of the table; where
-    a class is used up they start over, so clients may share samples. One client never has a
-    sample twice.
+    Clients take the examples of a class in the order of the table, starting over at its end, so
+    that clients may share examples. No client has an example twice.
 
     Parameters
     ----------
     num_samples : int
-        Samples of each client; 0 = the size of the table divided by the number of clients, or
-        less where no class has enough samples for that.
+        Examples of each client; 0 = the size of the table divided by the number of clients, or
+        less if a class has too few.
     """
 
     def __init__(
@@ -245,7 +241,7 @@ class DominantClassesPartitioner(_PlannedPartitioner):
         first = groups * num_classes // num_groups
         dominant = (first[:, None] + np.arange(dominant_classes)) % num_classes
         self._num_samples = num_samples
-        # Row i: how client i's samples divide over the classes, (num_partitions, num_classes).
+        # Row i: the class distribution of client i, (num_partitions, num_classes).
         self._shares = np.full((num_partitions, num_classes), uniform_fraction / num_classes)
         np.put_along_axis(
             self._shares,
@@ -264,20 +260,19 @@ class DominantClassesPartitioner(_PlannedPartitioner):
         num_samples = self._num_samples or min(len(labels) // num_partitions, limit)
         if not 0 < num_samples <= limit:
             raise DataError(
-                f"class {scarce} has only {sizes[scarce]} training samples, and a client that "
-                f"has no sample twice can then have {limit}; right would be "
-                + (f"data.train-samples <= {limit}" if limit else "samples of every class")
+                f"class {scarce} has only {sizes[scarce]} training examples, enough for {limit} a "
+                "client without repetition; right would be "
+                + (f"data.train-samples <= {limit}" if limit else "examples of every class")
             )
         counts = [_apportion(num_samples, shares) for shares in self._shares]
         return _deal(pools, np.stack(counts))
 
 
 class DisjointPartitioner(_PlannedPartitioner):
-    """Label sets that have nothing in common.
+    """Equal or disjoint label sets.
 
-    The classes, in an order drawn by the seed, are dealt to the clients. Where there are more
-    clients than classes, each has one class, and those with the same class share its samples out
-    without overlap. So the label sets of two clients are either equal or disjoint.
+    The shuffled classes are dealt to the clients. With more clients than classes, each has one
+    class, and clients of the same class split its examples without overlap.
     """
 
     def __init__(self, num_partitions: int, seed: int) -> None:
@@ -297,10 +292,10 @@ class DisjointPartitioner(_PlannedPartitioner):
 
 
 class _Table(Dataset):
-    """A table whose columns and selections are arrays.
+    """A table with columns and selections as NumPy arrays.
 
-    Flower's partitioners read a column sample by sample and select rows by lists of NumPy
-    integers, which takes a minute for EMNIST; this way it takes seconds.
+    Flower's partitioners read columns value by value and select by lists of NumPy integers, which
+    takes a minute for EMNIST instead of seconds.
     """
 
     @classmethod
@@ -349,32 +344,31 @@ def _partitioner(config: DataConfig, num_clients: int, seed: int) -> Partitioner
                 class_assignment_mode="first-deterministic",  # random may leave classes unused
                 seed=seed,
             )
-        case "iid":  # contiguous pieces of the table, which is shuffled
+        case "iid":  # contiguous pieces of the shuffled table
             return IidPartitioner(num_clients)
 
 
 def _test_counts(
     held: Indices, available: Indices, size: int, uniform_fraction: float = 0.0
 ) -> Indices:
-    """Return how many test samples of each class each client gets, ``(clients, classes)``.
+    """Return the number of test examples of each client and class, ``(clients, classes)``.
 
-    Each row is proportional to that of ``held``, the training samples of the clients. ``size`` 0
-    gives each client as many as it can have if every class of the test pool (``available``) is
-    divided among the clients as the training samples of that class are. The part
-    ``uniform_fraction`` of each row is spread over all classes that there are instead.
+    Each row is proportional to that of ``held``, the clients' training examples. With ``size`` 0,
+    each class of the test pool (``available``) is divided among the clients like its training
+    examples. The fraction ``uniform_fraction`` of each row is uniform over all available classes.
     """
-    handed_out = held.sum(axis=0)
+    totals = held.sum(axis=0)
     counts = np.zeros_like(held)
     for client, row in enumerate(held):
         mine = row > 0
-        # The scarcest class decides, or else the test distribution would not be the training one.
-        natural = int((available[mine] * row.sum() // handed_out[mine]).min())
-        total = size or max(1, natural)
-        anywhere = round(uniform_fraction * total)
-        counts[client] = _apportion(total - anywhere, row) + _apportion(anywhere, available > 0)
+        # The scarcest class limits the size, so that the distribution stays the training one.
+        largest = int((available[mine] * row.sum() // totals[mine]).min())
+        total = size or max(1, largest)
+        uniform = round(uniform_fraction * total)
+        counts[client] = _apportion(total - uniform, row) + _apportion(uniform, available > 0)
         for label in np.flatnonzero(counts[client] > available):
             raise DataError(
-                f"client {client} needs {counts[client, label]} test samples of class {label}, "
+                f"client {client} needs {counts[client, label]} test examples of class {label}, "
                 f"there are {available[label]}; right would be a smaller data.test-samples or, "
                 f"for a data set without a test set of its own, a larger data.test-fraction"
             )
@@ -382,16 +376,16 @@ def _test_counts(
 
 
 def _apportion(total: int, weights: NDArray[Any]) -> Indices:
-    """Divide ``total`` in proportion to ``weights`` by largest remainder, into whole numbers."""
+    """Divide ``total`` in proportion to ``weights`` into integers (largest remainder method)."""
     quotas = total * weights / weights.sum()
     counts: Indices = np.floor(quotas).astype(np.int64)
-    most_wanting = np.argsort(counts - quotas, kind="stable")
-    counts[most_wanting[: total - counts.sum()]] += 1
+    largest_remainders = np.argsort(counts - quotas, kind="stable")
+    counts[largest_remainders[: total - counts.sum()]] += 1
     return counts
 
 
 def _deal(pools: Sequence[Indices], counts: Indices) -> list[Indices]:
-    """Give client i the next ``counts[i, c]`` of ``pools[c]``, starting over at its end."""
+    """Give client i the next ``counts[i, c]`` of ``pools[c]``, cyclically."""
     starts = counts.cumsum(axis=0) - counts
     return [
         np.concatenate(

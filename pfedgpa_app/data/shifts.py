@@ -1,4 +1,4 @@
-"""What clients' data differ in beside their classes: rotation, contrast, or labels' meaning."""
+"""Feature and label shifts between clients: rotation, contrast, permuted labels."""
 
 import math
 
@@ -9,22 +9,22 @@ from pfedgpa_app.arrays import LEVELS
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.randomness import make_generator
 
-# Of a client's own shift.
+# Of ``shift-by = "client"``.
 _MIN_CONTRAST = 0.25
 
 
 def shifted(
     config: DataConfig, seed: int, client: int, images: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return a client's images and labels as its site has them; the types stay.
+    """Return a client's shifted images and labels, of unchanged dtypes.
 
     By group, client i is in group ``g = i % num_groups`` of G and
 
     - ``rotation`` turns its images by ``360 g / G`` degrees, quarter turns exactly;
-    - ``contrast`` makes a pixel p ``m + f (p - m)``, with the middle m of the range (127.5, or 0 of
-      floats; 32767.5 of 16 bits) and ``f = (-1)^g / 2^(g // 2)``: as it is, negative, half the
+    - ``contrast`` maps a pixel p to ``m + f (p - m)``, with the middle m of the range (127.5; 0 for
+      floats; 32767.5 for 16 bits) and ``f = (-1)^g / 2^(g // 2)``: unchanged, negative, half the
       contrast, and so on;
-    - ``permuted-labels`` gives group 0 the labels as they are, and others a permutation each.
+    - ``permuted-labels`` keeps the labels of group 0, and permutes those of each other group.
 
     By client, angle, contrast (1/4 to 1, either sign) and permutation are drawn from the seed.
 
@@ -56,12 +56,12 @@ def shifted(
 
 
 def rotated(images: Tensor, degrees: float) -> Tensor:
-    """Return images turned counterclockwise; corners that nothing turns into are 0."""
+    """Return images turned counterclockwise, with empty corners 0."""
     height, width = images.shape[2:]
     turns, rest = divmod(degrees, 90)
     if rest == 0 and (height == width or turns % 2 == 0):
         return images.rot90(int(turns), dims=(2, 3)).contiguous()
-    # It takes seconds to import.
+    # Imported here: it takes seconds.
     from torchvision.transforms.functional import InterpolationMode, rotate
 
     turned: Tensor = rotate(images, degrees, InterpolationMode.BILINEAR)
@@ -69,7 +69,7 @@ def rotated(images: Tensor, degrees: float) -> Tensor:
 
 
 def with_contrast(images: Tensor, factor: float) -> Tensor:
-    """Return images whose pixels are ``factor`` times as far from the middle of their range."""
+    """Return images with the contrast scaled by ``factor`` around the middle of the range."""
     if images.is_floating_point():
         return images * factor
     end = 2**16 - 1 if images.dtype == LEVELS else 2**8 - 1

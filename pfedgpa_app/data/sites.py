@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pfedgpa_app.arrays import FileError, alike, read_examples, read_labels
+from pfedgpa_app.arrays import FileError, common_dtype, read_examples, read_labels
 from pfedgpa_app.config import DataConfig, by_x
 from pfedgpa_app.data.clients import ClientData
 from pfedgpa_app.data.dataset import DataError, Part, assemble
@@ -20,18 +20,18 @@ Note = Callable[[str], None]
 def site_data(
     path: Path, config: DataConfig, seed: int, note: Note = lambda text: None
 ) -> ClientData:
-    """Return all data of a site, normalized by itself.
+    """Return the data of a site, with its own normalization statistics.
 
     A folder has ``train/`` and ``test/``, each with a folder of PNG or JPEG files for every class
     (torchvision's ImageFolder layout), or the class folders alone. An .npz file has examples
-    ``x``, ``(n, *shape)``, and labels ``y``, ``(n,)``. Where nothing is set apart for testing,
-    ``test_fraction`` of each class is, drawn by the seed. What is hidden is no data, at any depth
-    of a folder; ``note`` is told what else in it is not read, if anything.
+    ``x``, ``(n, *shape)``, and labels ``y``, ``(n,)``. Without a test split, ``test_fraction`` of
+    each class is drawn by the seed. Hidden files are skipped silently; ``note`` is called with
+    everything else that is skipped.
 
     Raises
     ------
     DataError
-        If it is missing, empty, unreadable, or not what the settings say.
+        If it is missing, empty, unreadable, or does not match the settings.
     """
     try:
         if path.is_dir():
@@ -41,7 +41,7 @@ def site_data(
             parts = [Part(examples, read_labels(path))]
         elif path.is_file():
             raise DataError(
-                f"{path}: is a file of another kind; right would be a folder of images or an .npz "
+                f"{path}: is of an unknown file type; right would be a folder of images or an .npz "
                 "file with examples x and labels y"
             )
         else:
@@ -63,7 +63,7 @@ def site_data(
 def _read_folder(path: Path, config: DataConfig, note: Note) -> list[Part]:
     if not config.info.is_image:
         raise DataError(
-            f"{path}: is a folder, of pictures, and data.shape is {by_x(config.info.shape)}; right "
+            f"{path}: is a folder of images, and data.shape is {by_x(config.info.shape)}; right "
             "would be an .npz file with examples x and labels y"
         )
     given = [name for name in ("train", "test") if (path / name).is_dir()]
@@ -76,7 +76,7 @@ def _read_folder(path: Path, config: DataConfig, note: Note) -> list[Part]:
 
 
 def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
-    """Return the images and labels of a folder with a folder for every class."""
+    """Return the images and labels of a folder with one folder per class."""
     entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
     folders = _class_folders(folder, [entry for entry in entries if entry.is_dir()], config.classes)
     _note_others(folder, [entry for entry in entries if not entry.is_dir()], note)
@@ -87,25 +87,25 @@ def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
         found = find_pictures(class_folder)
         if found.others and not found.pictures:
             raise DataError(
-                f"{class_folder}: class {quoted(name)} has no pictures, but {counted(found.others)}"
+                f"{class_folder}: class {quoted(name)} has no images, but {counted(found.others)}"
                 f"; right would be {', '.join(PICTURES)}"
             )
         if found.others:
-            note(f"{class_folder}: passed over: {counted(found.others)}")
+            note(f"{class_folder}: skipped: {counted(found.others)}")
         if not found.pictures:
-            note(f"{class_folder}: class {quoted(name)} has no pictures")
+            note(f"{class_folder}: class {quoted(name)} has no images")
         images += [read_picture(file, channels, size) for file in found.pictures]
         labels += [label_of[name]] * len(found.pictures)
     if not images:
         raise DataError(f"{folder}: there are no images in its class folders")
-    return Part(torch.stack(alike(images)), torch.tensor(labels))
+    return Part(torch.stack(common_dtype(images)), torch.tensor(labels))
 
 
 def _class_folders(folder: Path, entries: list[Path], classes: Sequence[str]) -> dict[str, Path]:
-    """Return the folders by their classes, compared as names that look alike are."""
+    """Return the folder of each class; names are compared in Unicode's NFC."""
     if hidden := [name for name in classes if is_hidden(name)]:
         raise DataError(
-            f"{folder}: folders named {_list(hidden)} are passed over; right would be another name "
+            f"{folder}: folders named {_list(hidden)} are skipped; right would be another name "
             "of that class (data.class-names)"
         )
     found: dict[str, Path] = {}
@@ -113,8 +113,8 @@ def _class_folders(folder: Path, entries: list[Path], classes: Sequence[str]) ->
         name = composed(entry.name)
         if name in found:
             raise DataError(
-                f"{folder}: has two folders of the name {quoted(name)}, which differ in Unicode's "
-                "normalization alone; right would be one"
+                f"{folder}: has two folders named {quoted(name)}, in different forms of Unicode; "
+                "right would be one"
             )
         found[name] = entry
     if not found or found.keys() - set(classes):
@@ -127,22 +127,22 @@ def _class_folders(folder: Path, entries: list[Path], classes: Sequence[str]) ->
 
 
 def _comma_hint(names: set[str]) -> str:
-    """Say how a class is named that has a comma in its name, if one may have."""
+    """Return a hint about class names with a comma, "" if there are none."""
     with_comma = sorted(name for name in names if "," in name)
     if not with_comma:
         return ""
-    return f"; a name with a comma stands there in double quotes: {quoted(with_comma[0])}"
+    return f"; a name with a comma needs double quotes: {quoted(with_comma[0])}"
 
 
 def _note_others(folder: Path, entries: list[Path], note: Note) -> None:
-    """Tell of what is beside the folders that are read."""
+    """Note the entries beside the folders that are read."""
     found = sort_out(entries)
-    others = found.others + Counter({"picture in no class folder": len(found.pictures)})
+    others = found.others + Counter({"image outside of class folders": len(found.pictures)})
     if others:
-        note(f"{folder}: passed over: {counted(others)}")
+        note(f"{folder}: skipped: {counted(others)}")
 
 
 def _list(names: Sequence[str]) -> str:
-    """Return names for a message, the first of them if they are many."""
+    """Return up to 20 names for a message."""
     shown = ", ".join(map(quoted, names[:20])) + (", …" if len(names) > 20 else "")
     return shown or "(none)"

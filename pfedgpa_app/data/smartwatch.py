@@ -1,7 +1,6 @@
-"""Exercises that a smartwatch recorded: the data set ``watch``, which package seglearn contains.
+"""The data set ``watch`` of package seglearn: smartwatch recordings of shoulder exercises.
 
-Ten people did seven shoulder exercises with each arm (arXiv 1802.01489), twenty repetitions in a
-recording.
+Ten people did seven exercises with each arm (arXiv 1802.01489), twenty repetitions a recording.
 """
 
 import numpy as np
@@ -10,24 +9,24 @@ import torch
 from pfedgpa_app.data.dataset import DataError, Part
 
 WINDOW = 100
-"""Samples of an example: 2 s at 50 Hz."""
+"""Time steps of an example: 2 s at 50 Hz."""
 _TRAIN_FRACTION = 0.6
 
 
 def load_windows() -> Part:
-    """Return the windows of all recordings: one recording after the other, each in time's order.
+    """Return the windows of all recordings, each in order of time.
 
-    Of each recording, the first 60 % is for training and the rest for testing, but for a gap of one
-    window between the two. No windows overlap.
+    The first 60 % of each recording is for training and the rest, after a gap of one window, for
+    testing. Windows do not overlap.
 
-    The channels are acceleration along x, y and z, and angular velocity about them, each of mean 0
-    and standard deviation 1 over the training windows of all people.
+    The channels are acceleration along x, y and z, and angular velocity about them, standardized
+    over the training windows of all people.
 
     Returns
     -------
     Part
-        Examples ``(n, 6, 100)``, float32; labels 0 to 6, the exercises; the numbers of the
-        people, 1 to 10; and which windows are for testing.
+        Examples ``(n, 6, 100)``, float32; labels 0 to 6, the exercises; owners 1 to 10, the
+        people; and the mask of test windows.
 
     Raises
     ------
@@ -35,7 +34,7 @@ def load_windows() -> Part:
         If seglearn is not installed.
     """
     try:
-        # Its file holds objects, which its own loader unpickles.
+        # Its file is pickled, and read by its own loader alone.
         from seglearn.datasets import load_watch
     except ImportError as error:
         raise DataError(
@@ -61,7 +60,7 @@ def load_windows() -> Part:
 
 
 def window_starts(length: int) -> list[tuple[int, bool]]:
-    """Return where the windows of a recording begin, and which of them are for testing."""
+    """Return the start of each window of a recording, and whether it is for testing."""
     cut = round(_TRAIN_FRACTION * length)
     train = range(0, cut - WINDOW + 1, WINDOW)
     test = range(cut + WINDOW, length - WINDOW + 1, WINDOW)

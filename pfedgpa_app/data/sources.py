@@ -1,4 +1,4 @@
-"""Where data sets come from, and how their examples are normalized."""
+"""Loading and normalization of data sets."""
 
 import os
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from pfedgpa_app.data.dataset import DataError, Dataset, Part, assemble
 from pfedgpa_app.data.own import load_part
 from pfedgpa_app.data.smartwatch import load_windows
 
-# Where Debian's package dataset-fashion-mnist puts the original files.
+# The original files in Debian's package dataset-fashion-mnist.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class ImageStats(NamedTuple):
-    """Mean and standard deviation of each channel, ``(channels,)``, in units of the images.
+    """Mean and standard deviation of each channel, ``(channels,)``, or of each feature of a table.
 
-    Those of 16 bits are in levels of 8 bits too. Of a table, those of each feature.
+    They have the unit of the examples; for 16-bit images, that of 8 bits.
     """
 
     mean: Tensor
@@ -34,15 +34,14 @@ class ImageStats(NamedTuple):
 
 
 def load_dataset(config: DataConfig, seed: int) -> Dataset:
-    """Load the data set of the settings; `client_data` does it once a process.
+    """Load the data set of the settings.
 
-    The test pool is the official test set, or what the data set itself sets apart. Where there is
-    neither, `assemble` draws it.
+    The test pool is the official test set, or the data set's own split, or drawn by `assemble`.
 
     Raises
     ------
     DataError
-        If the data set cannot be had, or is not what its settings say.
+        If the data set cannot be loaded, or does not match its settings.
     """
     name = config.dataset
     if name == SITES:
@@ -59,25 +58,24 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     dataset = assemble(parts, config, seed, name)
     if config.partition == "natural" and dataset.owners is None:
         raise DataError(
-            f'{name}: data.partition = "natural", and it does not say whose each example is; right '
+            f'{name}: data.partition = "natural", and the examples have no owners; right '
             "would be (examples, labels, owners), or another data.partition"
         )
     return dataset
 
 
 def image_stats(dataset: Dataset) -> ImageStats:
-    """Compute what `normalize` needs, from the training pool.
+    """Compute the statistics of the training pool for `normalize`.
 
-    A table's features each have a unit of their own, so that float tables are normalized like those
-    of bytes, feature by feature. Other floats count as normalized already: mean 0, standard
-    deviation 1.
+    Tables are always normalized, feature by feature. Other float data counts as normalized: mean 0,
+    standard deviation 1.
     """
     if dataset.images.ndim == 2:
         return _feature_stats(dataset.images[~dataset.is_test])
     channels = dataset.images.shape[1]
     if dataset.images.is_floating_point():
         return ImageStats(torch.zeros(channels), torch.ones(channels))
-    # Counting the values is exact and needs no float copy of the images.
+    # Histograms are exact and need no float copy of the images.
     num_levels, unit = (2**16, 257) if dataset.images.dtype == LEVELS else (2**8, 1)
     counts = torch.zeros(channels, num_levels, dtype=torch.float64)
     for chunk in (~dataset.is_test).nonzero().squeeze(1).split(10_000):
@@ -88,13 +86,13 @@ def image_stats(dataset: Dataset) -> ImageStats:
     values = torch.arange(num_levels, dtype=torch.float64) / unit
     mean = shares @ values
     std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
-    # A channel without any contrast stays as it is, instead of becoming 0 / 0.
+    # A constant channel is not scaled: no 0 / 0.
     return ImageStats(mean.float(), torch.where(std > 0, std, 1.0).float())
 
 
 def _feature_stats(table: Tensor) -> ImageStats:
     """Return the statistics of a table's features, ``(n, features)``; constant ones become 0."""
-    blocks = [  # a copy of a wide table in float64 would be large
+    blocks = [  # by blocks, since a float64 copy of the table would be large
         _feature_block(block.double()) for block in table.split(max(1, PIECE // len(table)), dim=1)
     ]
     mean, std = (torch.cat(each) for each in zip(*blocks, strict=True))
@@ -102,17 +100,17 @@ def _feature_stats(table: Tensor) -> ImageStats:
 
 
 def _feature_block(values: Tensor) -> tuple[Tensor, Tensor]:
-    # Rounding leaves equal values a deviation just above 0, by which others must not be divided.
+    # By rounding, the deviation of equal values may be just above 0.
     is_constant = values.amax(0) == values.amin(0)
     std = torch.where(is_constant, 1.0, values.std(0, correction=0)).float()
-    # The smallest numbers that there are may have a deviation that is none in float32.
+    # The deviation of very small numbers may underflow in float32.
     return values.mean(0).float(), torch.where(std > 0, std, 1.0)
 
 
 def normalize(images: Tensor, stats: ImageStats) -> Tensor:
-    """Return examples ``(n, *shape)`` as float32 of zero mean and unit variance.
+    """Return standardized examples ``(n, *shape)``, float32.
 
-    The statistics are those of the first dimension of the shape: channels, or a table's features.
+    ``stats`` are per channel, or per feature of a table.
     """
     each = (-1, *(1,) * (images.ndim - 2))
     mean, std = (values.to(images.device).view(each) for values in stats)
@@ -121,7 +119,7 @@ def normalize(images: Tensor, stats: ImageStats) -> Tensor:
 
 
 def _digits() -> Part:
-    from sklearn.datasets import load_digits  # only where it is needed: it takes a second
+    from sklearn.datasets import load_digits  # imported here: it takes a second
 
     digits = load_digits()
     images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
@@ -135,13 +133,13 @@ def _breast_cancer() -> Part:
     return Part(torch.from_numpy(table.data.astype(np.float32)), torch.from_numpy(table.target))
 
 
-# What packages bring along.
+# Contained in packages.
 _EMBEDDED = {"digits": _digits, "breast-cancer": _breast_cancer, "watch": load_windows}
 
 
 def _torchvision(name: str, root: Path) -> list[Part]:
-    """Return the training and the test part of a data set of torchvision's."""
-    from torchvision import datasets  # only where it is needed: it takes seconds
+    """Return the training and the test part of a torchvision data set."""
+    from torchvision import datasets  # imported here: it takes seconds
 
     readers: dict[str, Callable[..., Any]] = {
         "fashion-mnist": datasets.FashionMNIST,
@@ -154,7 +152,7 @@ def _torchvision(name: str, root: Path) -> list[Part]:
             sets = _debian_fashion_mnist()
         else:
             sets = _read_or_download(readers[name], root)
-    except Exception as error:  # torchvision, urllib and the archives each raise their own
+    except Exception as error:  # torchvision, urllib and archives have no common base
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
             f"{name}: neither readable in {root} nor downloaded ({cause}). Start once with a "
@@ -165,8 +163,7 @@ def _torchvision(name: str, root: Path) -> list[Part]:
 
 def _read_or_download(reader: Callable[..., Any], root: Path) -> list[Any]:
     root.mkdir(parents=True, exist_ok=True)
-    # Several processes start at once, and none may read what another is still unpacking. Where
-    # nothing can be written, nothing is being unpacked.
+    # Locked, so that no process reads what another is unpacking. A read-only folder needs no lock.
     lock = FileLock(root / ".lock") if os.access(root, os.W_OK) else nullcontext()
     with lock:
         return [reader(root, train=train, download=True) for train in (True, False)]
@@ -180,7 +177,7 @@ def _has_fashion(root: Path) -> bool:
 
 
 def _debian_fashion_mnist() -> list[Any]:
-    """Read Debian's files, which are packed, with torchvision's reader, which wants them bare."""
+    """Unpack Debian's files for torchvision's reader, and read them."""
     from torchvision.datasets import FashionMNIST
     from torchvision.datasets.utils import extract_archive
 
@@ -193,9 +190,9 @@ def _debian_fashion_mnist() -> list[Any]:
 
 
 def _upright(images: Tensor, name: str) -> Tensor:
-    """Bring torchvision's raw images into the order channels, height, width."""
+    """Return torchvision's raw images as ``(n, channels, height, width)``."""
     if name == "cifar10":
         return images.permute(0, 3, 1, 2)
-    if name.startswith("emnist"):  # its files hold every image column by column
+    if name.startswith("emnist"):  # its files are column-major
         images = images.transpose(1, 2)
     return images[:, None]

@@ -1,4 +1,4 @@
-"""Flower strategies: pFedGPA and the rivals that it is compared with."""
+"""Flower strategies: pFedGPA and its baselines."""
 
 from pfedgpa_app.strategies import STRATEGY_INFO, classes_in
 from server_app.strategies.clientwise import ClientwiseFedAvg
@@ -8,6 +8,6 @@ from server_app.strategies.pfedgpa import PFedGPA
 STRATEGIES: dict[str, type[ClientwiseFedAvg]] = classes_in(
     __name__, {name: info.server for name, info in STRATEGY_INFO.items()}
 )
-"""The class of each name that the setting ``strategy`` may have."""
+"""The class of each value of the setting ``strategy``."""
 
 __all__ = ["STRATEGIES", "ClientwiseFedAvg", "FedAvgFT", "PFedGPA"]

@@ -1,4 +1,4 @@
-"""FedAMP: clients with similar models are drawn to each other."""
+"""FedAMP: attention-weighted mixtures of similar clients' models."""
 
 from typing import Any, Self
 
@@ -18,17 +18,16 @@ class FedAMP(FedAvgFT):
     """Attentive message passing, https://arxiv.org/abs/2007.03797.
 
     Implementation of its Algorithm 1 with the attention-inducing function
-    ``A(x) = 1 - exp(-x / sigma)``. A client trains near its cloud model, a mixture of all uploads
-    (equation 6), and its personalized model is what it uploaded. An upload stays until its client
-    has another one. What is not generated, such as counters, is averaged. With momentum, each
-    cloud model has its own.
+    ``A(x) = 1 - exp(-x / sigma)``. A client trains near its cloud model, a mixture of all clients'
+    last uploads (equation 6), and its personalized model is its upload. Buffers and frozen weights
+    are averaged. Momentum is that of each cloud model.
 
     Parameters
     ----------
     alpha : float (default: 1e4)
         Step size of the message passing.
     sigma : float (default: 1e6)
-        Squared distance over which attention falls by a factor of e.
+        Squared distance at which attention falls by a factor of e.
     **kwargs : Any
         The arguments of `ClientwiseFedAvg`.
     """
@@ -76,7 +75,7 @@ def attention(vectors: Tensor, row: int, alpha: float, sigma: float) -> Tensor:
     """Return the weights ``(n,)``, float64, of the vectors ``(n, d)`` in the mixture of one.
 
     ``xi_ij = alpha A'(|w_i - w_j|^2)`` for the others and ``1 - sum xi_ij`` for itself. The paper
-    asks for an alpha that leaves the latter positive; with a larger one the others share all.
+    requires an alpha that keeps the latter positive; for larger ones the others' weights sum to 1.
     """
     distances = (vectors.double() - vectors[row].double()).square().sum(dim=1)
     weights = alpha / sigma * torch.exp(-distances / sigma)

@@ -13,15 +13,15 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 
 
 class FedAvgFT(ClientwiseFedAvg):
-    """FedAvg judged after local fine-tuning.
+    """FedAvg evaluated after local fine-tuning.
 
-    A client's personalized model is what it made of the average in its last round of local
-    training, so that the comparison spends no more training on it than on any other strategy.
+    A client's personalized model is its last upload, so that it has no more local training than
+    with other strategies.
 
     Parameters
     ----------
     own_weight : float (default: 1.0)
-        Part of what the client made of the average in its model; the rest is today's average.
+        Weight of the client's last upload in its model; the rest is the current average.
     """
 
     def __init__(self, *, own_weight: float = 1.0, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""FedPAC: one body for all, and for each client the head that a quadratic programme combines."""
+"""FedPAC: one body for all, and an optimal combination of heads for each client."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -23,29 +23,29 @@ MIN_SHARE = 1e-3
 
 @dataclass
 class Head:
-    """A client's head, and the momentum with which it goes on."""
+    """A client's head and its momentum."""
 
     state: StateDict
     momentum: Momentum
 
     def move_to(self, combined: StateDict) -> None:
-        """Move the head to what the round's heads are combined to."""
+        """Move the head to the combination of the round's heads, with momentum."""
         self.state = self.momentum.step(self.state, combined)
 
 
 class FedPAC(FedAvgFT):
     """Feature alignment and classifier collaboration, https://arxiv.org/abs/2306.11867.
 
-    Everyone starts from the average of the bodies and a head of its own, the mixture of the round's
-    heads whose estimated error on its data is smallest (equation 12). Classes have global means of
-    the features, weighted by examples. As in the paper a client is judged by what it has after its
-    local training. Clients that were not in a round keep their heads. Momentum is that of the
-    bodies' average and of each client's head.
+    Every client starts from the average body and its own head, the convex combination of the
+    round's heads with the smallest estimated error on its data (equation 12). Global class means of
+    the features are weighted by examples. As in the paper, clients are evaluated after local
+    training. Clients that were not in a round keep their heads. Momentum is that of the average
+    body and of each client's head.
 
     Parameters
     ----------
     judged : str (default: "trained")
-        Which model of a client is judged: ``"trained"`` or, before its training, ``"sent"``.
+        Which model is evaluated: ``"trained"``, after training, or ``"sent"``, before it.
     **kwargs : Any
         The arguments of `ClientwiseFedAvg`.
     """
@@ -62,7 +62,7 @@ class FedPAC(FedAvgFT):
         return super().of(config, spec, judged=config.fedpac.judged, **kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
-        """Take note of the head's size."""
+        """Set up the head's names and the layout of extras."""
         super().begin(spec)
         head = spec.linear_head
         self.head_names, (num_classes, dim) = head.names, head.size
@@ -76,16 +76,16 @@ class FedPAC(FedAvgFT):
         )
 
     def extras(self, client: int) -> StateDict:
-        """Return the classes' global means, once there are any."""
+        """Return the global class means; empty in the first round."""
         return self.means
 
     def check(self, client: int, upload: Upload) -> None:
-        """Refuse counts that are none.
+        """Refuse invalid class statistics.
 
         Raises
         ------
         ReplyError
-            If a count or the variance is negative, or the counts are not those of all examples.
+            If a count or the variance is negative, or the counts do not sum to the examples.
         """
         super().check(client, upload)
         counts, variance = upload.extras[CLASS_COUNTS], upload.extras[VARIANCE]
@@ -100,7 +100,7 @@ class FedPAC(FedAvgFT):
             )
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        """Combine the heads and the classes' means."""
+        """Combine the heads and update the class means."""
         super().learn(server_round, uploads)
         self._learn_means(list(uploads.values()))
         heads = [
@@ -120,13 +120,13 @@ class FedPAC(FedAvgFT):
     def _learn_means(self, uploads: list[Upload]) -> None:
         counts = torch.stack([upload.extras[CLASS_COUNTS] for upload in uploads])
         means = torch.stack([upload.extras[CLASS_MEANS] for upload in uploads])
-        # Whoever claims too many examples claims as much too many of each class.
+        # Class counts are scaled by the limited number of examples.
         limits = [w / u.num_examples for w, u in zip(weights_of(uploads), uploads, strict=True)]
         counts = counts * torch.tensor(limits).unsqueeze(1)
         total = counts.sum(dim=0)
         weighted = (counts.unsqueeze(2) * means).sum(dim=0)
         mean = weighted / torch.where(total > 0, total, 1.0).unsqueeze(1)
-        if self.means:  # classes of absent clients keep theirs
+        if self.means:  # classes without examples in this round keep theirs
             mean = torch.where(total.unsqueeze(1) > 0, mean, self.means[CLASS_MEANS])
             total = torch.where(total > 0, total, self.means[CLASS_COUNTS])
         self.means = {CLASS_MEANS: mean, CLASS_COUNTS: total}
@@ -139,7 +139,7 @@ class FedPAC(FedAvgFT):
         return self.global_model.spec.refreshed(self.average | head.state)
 
     def evaluation_state(self, client: int) -> StateDict:
-        """Return what the client made of it, or what it would be sent."""
+        """Return the client's upload or, by the setting, the model that is sent."""
         trained = self.fine_tuned.get(client) if self.judged == "trained" else None
         return trained or self.training_state(client)
 
@@ -166,7 +166,7 @@ class FedPAC(FedAvgFT):
 
 
 def head_shares(weighted: Tensor, variances: Tensor, row: int) -> Tensor:
-    """Return the shares ``(n,)`` of n clients' heads in that of one of them, float64.
+    """Return the weights ``(n,)``, float64, of n clients' heads in that of client ``row``.
 
     They minimize ``sum_j a_j^2 V_j + |sum_j a_j (h_i - h_j)|^2`` with ``a >= 0``, ``sum a = 1``;
     ``weighted`` has h ``(n, num_classes, dim)``, ``variances`` V ``(n,)``. Shares below 0.001 are
@@ -176,9 +176,8 @@ def head_shares(weighted: Tensor, variances: Tensor, row: int) -> Tensor:
     matrix = torch.diag(variances.double()) + deviations @ deviations.T
     values, vectors = torch.linalg.eigh(matrix)
     root = values.clamp(min=0).sqrt().unsqueeze(1) * vectors.T
-    # For x = s a with sum a = 1, |R x|^2 + (sum x - c)^2 is s^2 a'Pa + (s - c)^2: whatever s is,
-    # the best a is the one wanted, and non-negative least squares finds it exactly. With c at the
-    # scale of R, the last row does not drown.
+    # For x = s a with sum a = 1, |R x|^2 + (sum x - c)^2 is s^2 a'Pa + (s - c)^2: the minimizer a
+    # does not depend on s, so non-negative least squares finds it. R is scaled for conditioning.
     scale = float(values[-1].clamp(min=1e-30).sqrt())
     system = torch.cat([root / scale, torch.ones(1, len(matrix), dtype=torch.float64)])
     target = np.append(np.zeros(len(matrix)), 1.0)

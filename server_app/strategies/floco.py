@@ -1,4 +1,4 @@
-"""Floco: one body, and a simplex of heads in which every client has its place."""
+"""Floco: one body, and a simplex of heads with a point for every client."""
 
 from typing import Any, Self
 
@@ -21,20 +21,19 @@ class Floco(ClientwiseFedAvg):
     """Federated learning over connected modes, https://arxiv.org/abs/2403.03333.
 
     The head's weight is a point of a simplex, whose endpoints are trained with the body and
-    averaged. At a given round the clients' updates of the endpoints are projected by principal
-    components and then onto the simplex, spread as far as they go (smallest Riesz energy, over
-    1000 scales), and each client then trains the region about its point. As in the Flower Baseline
-    the endpoints are drawn by Xavier's rule. An update is the client's last one, where the baseline
-    asks everybody once more; with fewer clients than endpoints, components that are missing are 0.
-    A client without a point has the center of the simplex. Momentum is that of body and
-    endpoints. Floco+ is left out.
+    averaged. At a given round the clients' updates of the endpoints are projected onto principal
+    components and then onto the simplex, at the scale with the smallest Riesz energy of 1000; each
+    client then trains the region about its point. As in the Flower Baseline the endpoints have
+    Xavier initialization. Updates are the clients' last ones, where the baseline has an extra
+    round; with fewer clients than endpoints, missing components are 0. A client without a point has
+    the center of the simplex. Momentum is that of body and endpoints. Floco+ is not implemented.
 
     Parameters
     ----------
     num_endpoints : int (default: 10)
-        Corners of the simplex.
+        Vertices of the simplex.
     projection_round : int (default: 250)
-        After how many rounds clients get their points.
+        Round after which clients get their points.
     **kwargs : Any
         The arguments of `ClientwiseFedAvg`.
     """
@@ -80,7 +79,7 @@ class Floco(ClientwiseFedAvg):
         }
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        """Average the endpoints, and give every client its point when the time has come."""
+        """Average the endpoints, and in the projection round compute all points."""
         for client, upload in uploads.items():
             self.updates[client] = (self.endpoints - upload.extras[ENDPOINTS]).flatten()
         extras = [upload.extras for upload in uploads.values()]
@@ -129,13 +128,12 @@ class Floco(ClientwiseFedAvg):
 def project(updates: Tensor, num_endpoints: int) -> Tensor:
     """Return the points ``(n, num_endpoints)``, float32, of clients' updates ``(n, d)``.
 
-    Of all scales in 0.0001 .. 1 that which leaves the points farthest from each other: it has the
-    smallest Riesz energy, ``sum 1 / |b_i - b_j|^2``.
+    The scale in 0.0001 .. 1 is that of the smallest Riesz energy, ``sum 1 / |b_i - b_j|^2``.
     """
     centred = updates.double() - updates.double().mean(dim=0)
     left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
     scores = left * singular
-    # The side on which a single client is farthest out is positive, whatever the solver gave.
+    # The sign of a component is arbitrary: its largest absolute score is made positive.
     farthest = scores.abs().argmax(dim=0, keepdim=True)
     scores = (scores * scores.gather(0, farthest).sign())[:, :num_endpoints]
     kappas = torch.zeros(len(updates), num_endpoints, dtype=torch.float64)
@@ -148,7 +146,7 @@ def project(updates: Tensor, num_endpoints: int) -> Tensor:
 
 def onto_simplex(points: Tensor, total: float) -> Tensor:
     """Return the nearest points ``(n, m)`` with non-negative entries that sum to ``total``."""
-    # The same for all entries changes nothing, and no rounding of large ones loses the total.
+    # A common shift does not change the projection, and avoids rounding errors.
     points = points - points.amax(dim=1, keepdim=True)
     ordered = points.sort(dim=1, descending=True).values
     excess = ordered.cumsum(dim=1) - total

@@ -1,4 +1,4 @@
-"""IFCA: a model for each of a number of clusters, among which clients choose."""
+"""IFCA: one model per cluster, among which clients choose."""
 
 from typing import Any, Self
 
@@ -19,15 +19,15 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 class IFCA(ClientwiseFedAvg):
     """Iterative federated clustering, https://arxiv.org/abs/2006.04088.
 
-    Algorithm 1 with model averaging (option II): everyone is sent the models of all clusters and
+    Algorithm 1 with model averaging (option II): every client receives all cluster models and
     trains the one with the lowest loss on its own data; each cluster's model becomes the average of
-    those that chose it. A cluster that nobody chose stays as it is. The first cluster begins with
-    the initial model, the others with its entries in another order, tensor by tensor.
+    its clients' uploads, or stays without any. The first cluster starts with the initial model, the
+    others with its entries permuted within each tensor.
 
     Parameters
     ----------
     num_clusters : int (default: 2)
-        How many there are; whoever knows better must say so.
+        Number of clusters.
     **kwargs : Any
         The arguments of `ClientwiseFedAvg`.
     """
@@ -43,7 +43,7 @@ class IFCA(ClientwiseFedAvg):
         return super().of(config, spec, num_clusters=config.ifca.num_clusters, **kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
-        """Draw the clusters' initial models."""
+        """Initialize the clusters' models."""
         super().begin(spec)
         self.momenta = [Momentum(self.momentum, spec.trained) for _ in range(self.num_clusters)]
         layout = self.global_model.layout
@@ -88,7 +88,7 @@ class IFCA(ClientwiseFedAvg):
         """Average every cluster's uploads."""
         chosen = {client: int(upload.extras[CHOICE].argmax()) for client, upload in uploads.items()}
         self.choices |= chosen
-        # Measured by the round, since a cluster's median may be that of a single one who lies.
+        # Limited over the round: a cluster's median may be that of one malicious client.
         counts = dict(zip(uploads, weights_of(uploads.values()), strict=True))
         for cluster, momentum in enumerate(self.momenta):
             members = [client for client in chosen if chosen[client] == cluster]
@@ -99,9 +99,9 @@ class IFCA(ClientwiseFedAvg):
                 self.clusters[cluster] = self.global_model.spec.refreshed(moved)
 
     def evaluation_state(self, client: int) -> StateDict:
-        """Return the model of the cluster that a client last chose, at first that of the first.
+        """Return the model of the client's last cluster, at first the first one.
 
-        For training it is the same; the client chooses among all of them.
+        It is sent for training too, where the client chooses among all clusters.
         """
         return self.clusters[self.choices.get(client, 0)]
 

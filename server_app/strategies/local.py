@@ -1,4 +1,4 @@
-"""Local training only: the lower bound of every collaboration."""
+"""Local training without collaboration, the baseline."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 
 
 class Local(ClientwiseFedAvg):
-    """Every client goes on from its own last upload and learns nothing of the others."""
+    """Every client continues from its own last upload."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.uploads: dict[int, StateDict] = {}

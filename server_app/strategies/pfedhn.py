@@ -16,7 +16,7 @@ from server_app.replies import Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
 
 MAX_WEIGHTS = 5 * 10**8
-"""Of a hypernetwork: 2 GB, and as much again for its momentum."""
+"""Limit of a hypernetwork: 2 GB, and 2 GB for its momentum."""
 
 
 class PFedHN(ClientwiseFedAvg):
@@ -25,11 +25,10 @@ class PFedHN(ClientwiseFedAvg):
     A network h generates ``theta_i = h(v_i; phi)`` from a learned embedding of each client. For a
     client whose training takes theta_i to theta~_i, phi and v_i follow the vector-Jacobian product
     with ``theta_i - theta~_i`` (Algorithm 1), by SGD with momentum and clipped gradients, with the
-    step sizes of the authors' code. Of the embeddings only v_i moves. The paper has one client a
-    round. Several follow each other here, each with the theta_i of that moment: with that of the
-    round's begin they would all go the same way, too far. Counters and the statistics of
-    normalization layers are averaged. A client that was never seen gets an embedding of its own,
-    drawn from the seed. The momentum of `ClientwiseFedAvg` has no part in what is generated.
+    step sizes of the authors' code. The paper has one client per round. Here the steps of a round's
+    clients follow each other, each at its current theta_i, since steps from the start of the round
+    would add up too far. Buffers are averaged. The embedding of a new client is drawn from the
+    seed. The momentum of `ClientwiseFedAvg` does not apply.
 
     Parameters
     ----------
@@ -75,11 +74,11 @@ class PFedHN(ClientwiseFedAvg):
             layers: list[nn.Module] = []
             for inputs, outputs in pairwise(sizes):
                 layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-            # One layer for all tensors is the same as one each: rows do not know of each other.
+            # One output layer for all tensors is the same as one each: rows are independent.
             self.network = nn.Sequential(*layers[:-1], nn.Linear(sizes[-1], dim))
 
     def training_state(self, client: int) -> StateDict:
-        """Return the model that is generated for a client."""
+        """Return the generated model of a client."""
         with torch.no_grad():
             theta = self.network(self._embedding(client))
         return self.global_model.with_vector(theta)
@@ -87,12 +86,12 @@ class PFedHN(ClientwiseFedAvg):
     evaluation_state = training_state
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        """Follow what the clients' training changed, client by client."""
+        """Take a step for each client's update."""
         for client, upload in uploads.items():
             self._step(client, upload.vector)
 
     def _step(self, client: int, trained: Tensor) -> None:
-        """Move phi and the client's embedding, given its parameters ``(d,)`` after training."""
+        """Update phi and the client's embedding, given its trained parameters ``(d,)``."""
         settings = self.settings
         embedding = self._embedding(client).clone().requires_grad_()
         names = [f"client.{client}", *(name for name, _ in self.network.named_parameters())]

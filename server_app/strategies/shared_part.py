@@ -1,4 +1,4 @@
-"""FedAvg of what clients share, while each keeps a part of its model."""
+"""FedAvg of the shared part of models whose other part stays with clients."""
 
 from typing import ClassVar
 
@@ -6,6 +6,6 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 
 
 class SharedPart(ClientwiseFedAvg):
-    """The server of FedPer, FedRep, Ditto and FedRoD; the difference is made by their clients."""
+    """The server of FedPer, FedRep, Ditto and FedRoD, which differ in their clients alone."""
 
     clients_keep_parts: ClassVar[bool] = True
