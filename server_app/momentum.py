@@ -1,16 +1,16 @@
 """Momentum of what the server sends: going on in the direction of the last steps."""
 
 from collections.abc import Collection
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.state import states_below, states_under
+from pfedgpa_app.stateful import Kept, Stateful, Vector
 
 
-class Momentum:
+class Momentum(Stateful):
     """FedAvgM's server step (arXiv 1909.06335): ``v = beta v + (new - old)``, ``old + v``.
 
     Parameters
@@ -22,34 +22,32 @@ class Momentum:
         statistics of normalization layers.
     """
 
+    velocity: Kept[dict[int, StateDict]]
+
     def __init__(self, beta: float, trained: Collection[str]) -> None:
         self.beta = beta
         self.trained = trained
-        self.velocity: StateDict = {}
+        self.velocity = {}
 
-    def step(self, old: StateDict, new: StateDict) -> StateDict:
-        """Return where the parameters go that were ``old`` and would be ``new``."""
+    def step(self, old: StateDict, new: StateDict, key: int = 0) -> StateDict:
+        """Return where the parameters go that were ``old`` and would be ``new``.
+
+        Where several models go their own ways, each has a ``key`` of its own.
+        """
         if not self.beta:
             return new
-        moved = dict(new)
+        moved, velocity = dict(new), self.velocity.setdefault(key, {})
         for name, tensor in new.items():
             if name not in self.trained:
                 continue
-            last = self.velocity.get(name, torch.zeros_like(tensor))
-            self.velocity[name] = self.beta * last + (tensor - old[name])
-            moved[name] = old[name] + self.velocity[name]
+            last = velocity.get(name, torch.zeros_like(tensor))
+            velocity[name] = self.beta * last + (tensor - old[name])
+            moved[name] = old[name] + velocity[name]
         return moved
 
-    def state(self) -> StateDict:
-        """Return what the next step needs, as named tensors."""
-        return dict(self.velocity)
 
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        self.velocity = dict(tensors)
-
-
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """What a client was sent for its last training.
 
     Attributes
@@ -59,15 +57,15 @@ class Step(NamedTuple):
     velocity
         By how much they moved in a round since its training before, ``(d,)``.
     trained
-        The round of the training, ``()``.
+        The round of the training.
     """
 
-    sent: Tensor
-    velocity: Tensor
-    trained: Tensor
+    sent: Vector
+    velocity: Vector
+    trained: int
 
 
-class ClientMomentum:
+class ClientMomentum(Stateful):
     """Momentum client by client: each goes on in the direction of what was generated for it.
 
     A client that is sent ``s`` and for which ``g`` is generated next has ``v = beta v + (g - s)``
@@ -83,9 +81,11 @@ class ClientMomentum:
         In 0 .. 1; 0 has everything taken as it is.
     """
 
+    steps: Kept[dict[int, Step]]
+
     def __init__(self, beta: float) -> None:
         self.beta = beta
-        self.steps: dict[int, Step] = {}
+        self.steps = {}
 
     def ahead(self, client: int, generated: Tensor) -> Tensor:
         """Return the parameters ``(d,)`` of a client for which ``generated`` ``(d,)`` is."""
@@ -100,14 +100,5 @@ class ClientMomentum:
         before = self.steps.get(client)
         velocity = torch.zeros_like(vector)
         if before:
-            velocity = (vector - before.sent) / (server_round - int(before.trained))
-        self.steps[client] = Step(vector, velocity, torch.tensor(server_round))
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return states_under("step", {client: step._asdict() for client, step in self.steps.items()})
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        steps = states_below("step", tensors)
-        self.steps = {client: Step(**step) for client, step in steps.items()}
+            velocity = (vector - before.sent) / (server_round - before.trained)
+        self.steps[client] = Step(vector, velocity, server_round)
