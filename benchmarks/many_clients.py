@@ -25,7 +25,7 @@ from benchmarks.options import Quick
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import Standing
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import SKETCH
+from pfedgpa_app.diffusion.signal import SKETCH
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import save_state
 from pfedgpa_app.vault import DiskVault, MemoryVault

@@ -9,21 +9,11 @@ from torch import Tensor
 
 from pfedgpa_app.bank import Bank, Standing
 from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
-from pfedgpa_app.diffusion import (
-    SKETCH,
-    ParameterDiffusion,
-    Spectrum,
-    agreement,
-    are_alone,
-    capped,
-    centred,
-    divergence,
-    mix,
-    mixing_from_halves,
-    normalized,
-    rank_of,
-    share_of,
-)
+from pfedgpa_app.diffusion.mixing import are_alone, capped, mixing_from_halves, share_of
+from pfedgpa_app.diffusion.mixture import mix
+from pfedgpa_app.diffusion.model import ParameterDiffusion, rank_of
+from pfedgpa_app.diffusion.signal import SKETCH, agreement, centred, normalized
+from pfedgpa_app.diffusion.subspace import Spectrum, divergence
 from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
 from pfedgpa_app.stateful import Kept, Stateful, Vector
 from pfedgpa_app.vault import Vault
@@ -254,10 +244,6 @@ class GenerativeAggregator(Stateful):
             return f"{found}; sharing is not measured: only {num_told} members told of their halves"
         return found
 
-    def _vectors(self) -> list[Tensor]:
-        """Return the vectors of the bank, by client."""
-        return list(self.bank.members.values())
-
     def _centre_reports(self) -> None:
         """Hold the halves of this round against each other.
 
@@ -279,7 +265,7 @@ class GenerativeAggregator(Stateful):
         Once different, they stay so: whoever is not in a round goes the way of the others, and what
         all have in common grows.
         """
-        vectors, config = self._vectors(), self.config
+        vectors, config = list(self.bank.members.values()), self.config
         if len(vectors) < 2:
             return
         self.spectrum = spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
@@ -309,9 +295,10 @@ class GenerativeAggregator(Stateful):
                 change = guided - model.space.project([current])
                 return current + model.space.displacement(change)[0]
             kin = model.nearness(guided)[0]
-        if kin is None or not bool(kin.any()):
+        row = self._row(kin)
+        if row is None:
             return model.space.mean + self.share * (current - model.space.mean)
-        return self._mixed([self._row(kin)], [current], [None])[0]
+        return self._mixed({0: row}, [current], {})[0]
 
     def _halves(self) -> list[Tensor | None]:
         """Return both halves of each member, ``(2, SKETCH)``; None of those that told nothing."""
@@ -344,27 +331,19 @@ class GenerativeAggregator(Stateful):
         The models of those who are archived are of long ago: each receives what those members do
         that ask for the same. Where nobody does, or it is not known, it receives its own.
         """
-        places = {client: row for row, client in enumerate(self.bank.members)}
         given = [self._own(client) for client in clients]
-        rows: dict[int, Tensor] = {}
         if self.model is None:
             return given
-        retired = {client for client in clients if client in self.bank.retired}
+        members = {client: row for row, client in enumerate(self.bank.members)}
+        places = {n: members[client] for n, client in enumerate(clients) if client in members}
+        rows = {number: self.mixing[place] for number, place in places.items()}
+        retired = {n: client for n, client in enumerate(clients) if client in self.bank.retired}
         told = self._told() if retired else None
-        for number, client in enumerate(clients):
-            if client in places:
-                rows[number] = self.mixing[places[client]]
-            elif client in retired and self.bank.of(client).standing is not Standing.QUARANTINED:
-                kin = self._kin(client, told)
-                if kin is not None and bool(kin.any()):
-                    rows[number] = self._row(kin)
-        if rows:
-            own = [given[number] for number in rows]
-            placed = [places.get(clients[number]) for number in rows]
-            mixtures = self._mixed(list(rows.values()), own, placed)
-            for number, mixture in zip(rows, mixtures, strict=True):
-                given[number] = mixture
-        return given
+        for number, client in retired.items():
+            row = self._row(self._kin(client, told))
+            if row is not None and self.bank.of(client).standing is not Standing.QUARANTINED:
+                rows[number] = row
+        return self._mixed(rows, given, places)
 
     def _own(self, client: int) -> Tensor:
         """Return a client's model ``(d,)``; if its file is damaged, that of an unknown client."""
@@ -378,32 +357,35 @@ class GenerativeAggregator(Stateful):
             raise KeyError(client)
         return model
 
-    def _row(self, kin: Tensor) -> Tensor:
+    def _row(self, kin: Tensor | None) -> Tensor | None:
         """Return what members are given, by ``kin`` ``(num_members,)``, as a row of `mixing`."""
-        return (kin / kin.sum()) @ self.mixing
+        return (kin / kin.sum()) @ self.mixing if kin is not None and bool(kin.any()) else None
 
     def _mixed(
-        self, parts: Sequence[Tensor], own: Sequence[Tensor], places: Sequence[int | None]
-    ) -> Tensor:
-        """Return mixtures ``(n, d)`` of the denoised vectors of the bank.
+        self, rows: dict[int, Tensor], own: Sequence[Tensor], places: dict[int, int]
+    ) -> list[Tensor]:
+        """Return mixtures of the denoised vectors of the bank in place of some of ``own`` ``(d,)``.
 
-        ``parts`` has each member's part in each of them, ``(num_members,)``. Where one would tell
-        too much, the parameters ``(d,)`` of who gets it take its place; it is in the bank at a
-        place of ``places``, or not at all.
+        ``rows`` has each member's part in them, ``(num_members,)``. Where one would tell too much,
+        the own parameters of who gets it take its place; ``places`` are theirs in the bank.
         """
         assert self.model is not None
-        rows = torch.stack(list(parts))
-        weights, own_parts, left = capped(rows, self.config.min_kin, places)
-        mixtures = mix(weights, self._vectors())
+        given = list(own)
+        if not rows:
+            return given
+        parts = torch.stack(list(rows.values()))
+        weights, own_parts, left = capped(parts, self.config.min_kin, [places.get(n) for n in rows])
+        mixtures = mix(weights, list(self.bank.members.values()))
         changes = self.model.changes.double()
         # One by one: a product of all is rounded otherwise with their number.
-        for number, mixture in enumerate(mixtures):
-            if own_parts[number]:
-                mixture += float(own_parts[number]) * own[number]
-            change = left[number] * (rows[number] @ changes)
+        for row, (number, mixture) in enumerate(zip(rows, mixtures, strict=True)):
+            if own_parts[row]:
+                mixture += float(own_parts[row]) * own[number]
+            change = left[row] * (parts[row] @ changes)
             if bool(change.any()):
                 mixture += self.model.space.displacement(change.to(mixture.dtype))
-        return mixtures
+            given[number] = mixture
+        return given
 
     def _bring_up_to_date(self) -> None:
         """Move who was not in the round by how far others have come since it was.

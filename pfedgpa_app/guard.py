@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pfedgpa_app.diffusion import SKETCH, sketched
+from pfedgpa_app.diffusion.signal import SKETCH, sketched
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.stateful import Kept, Stateful
 
@@ -200,13 +200,8 @@ def misfits(halves: Sequence[Tensor], moves: Sequence[Tensor]) -> dict[int, str]
     """Return which clients told of halves that contradict each other or their own moves, and why.
 
     Both halves of an honest client's images, and all of them, move parameters alike at first.
-
-    Parameters
-    ----------
-    halves
-        What each client told, not `centred`, ``(2, SKETCH)``.
-    moves
-        The `sketched` change of what it uploads, ``(SKETCH,)``.
+    ``halves`` are what each client told, not `centred`, ``(2, SKETCH)``, ``moves`` the `sketched`
+    changes of what they upload, ``(SKETCH,)``.
     """
     if len(halves) < MIN_CLIENTS:
         return {}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
-from pfedgpa_app.diffusion import Spectrum, Subspace, capped, kept_of, limited
+from pfedgpa_app.diffusion.mixing import capped, kept_of, limited
+from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
 from pfedgpa_app.randomness import repeatable
 from pfedgpa_app.rounds import Row
 

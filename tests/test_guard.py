@@ -12,7 +12,7 @@ from torch import Tensor
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import MAX_AGE, Standing
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import SKETCH, sketched
+from pfedgpa_app.diffusion.signal import SKETCH, sketched
 from pfedgpa_app.guard import MEMORY, Guard, Move, cosines_with_others, misfits
 from pfedgpa_app.parameters import ParameterLayout
 from pfedgpa_app.randomness import make_generator

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import SKETCH, RawSpace
+from pfedgpa_app.diffusion.raw import RawSpace
+from pfedgpa_app.diffusion.signal import SKETCH
 from pfedgpa_app.guard import unusual
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.trace import trace_of

@@ -15,17 +15,16 @@ from torch import Tensor
 from client_app.methods import METHODS, Method, Task
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
-from pfedgpa_app.diffusion import (
+from pfedgpa_app.diffusion.mixing import mixing_from_halves, share_of
+from pfedgpa_app.diffusion.signal import (
     SKETCH,
-    Spectrum,
     agreement,
     centred,
-    mixing_from_halves,
     normalized,
-    share_of,
     signal_parts,
     sketched,
 )
+from pfedgpa_app.diffusion.subspace import Spectrum
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import PFedGPA

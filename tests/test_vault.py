@@ -10,7 +10,7 @@ from pfedgpa_app import aggregation, vault
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import Bank
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import sketched
+from pfedgpa_app.diffusion.signal import sketched
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.state import WriteError, load_state, save_state
 from pfedgpa_app.vault import DiskVault, MemoryVault, Vault
