@@ -31,9 +31,8 @@ TOGETHER = 32
 class GenerativeAggregator(Stateful):
     """Learn the distribution of the clients' parameters and generate each client's own.
 
-    `observe` every member's upload of a round, `fit` once and `onboard` newcomers,
-    then `personalize` any of them. A client is a number, and the order of the uploads does not
-    matter.
+    `observe` every member's upload of a round, `fit` once and `onboard` newcomers, then
+    `personalize` any of them. A client is a number, and the order of the uploads does not matter.
 
     That is the server's part of a round of Algorithm 1: the uploads go into the bank, the denoiser
     learns the bank (`train_denoiser`), every upload is inverted to its latent code (`invert`) and
@@ -171,6 +170,9 @@ class GenerativeAggregator(Stateful):
 
     def personalize_each(self, clients: Sequence[int]) -> Iterator[Tensor]:
         """Yield what `personalize` returns of each client, by few passes over the bank.
+
+        A round makes them twice, for training and for evaluation: for 100 clients and 117,000
+        parameters that takes 0.25 s, less than is worth another 47 MB, as much as the bank has.
 
         Raises
         ------

@@ -1,7 +1,7 @@
 """State as named tensors, and back: what an object keeps from one process to the next."""
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -132,8 +132,9 @@ class _Reader:
         if issubclass(hint, nn.Module):
             expected = like.state_dict()
             _check_names(tensors, expected, where)
-            for name, tensor in tensors.items():
-                self._check_shape(tensor, list(expected[name].shape), f"{where}.{name}")
+            for name, tensor in expected.items():
+                found = _single({"": tensors[name]} if name in tensors else {}, f"{where}.{name}")
+                self._check_shape(found, list(tensor.shape), f"{where}.{name}")
             self.pending.append(lambda: like.load_state_dict(tensors))
             return like
         return self._read_object(hint, tensors, where, like)
@@ -142,7 +143,7 @@ class _Reader:
         self, kind: type, tensors: Mapping[str, Tensor], where: str, like: Any
     ) -> object:
         kept, groups = _kept(kind), _grouped(tensors)
-        _check_names(groups, kept, where, may_lack=True)
+        _check_names(groups, kept, where)
         values = {
             name: self.read(
                 kept[name],
@@ -176,7 +177,8 @@ class _Reader:
             return self._read_records(plain, clients, groups, where)
         _check_names(groups, map(str, clients), where)
         return {
-            client: self.read(hint, groups[str(client)], f"{where}.{client}") for client in clients
+            client: self.read(hint, groups.get(str(client), {}), f"{where}.{client}")
+            for client in clients
         }
 
     def _read_records(
@@ -184,7 +186,7 @@ class _Reader:
     ) -> dict[int, Any]:
         """Return a dataclass for each client, from a group of tensors for each field."""
         kept = _kept(kind)
-        _check_names(groups, kept, where, may_lack=True)
+        _check_names(groups, kept, where)
         values: dict[int, dict[str, Any]] = {client: {} for client in clients}
         for name, hint in kept.items():
             is_optional = NoneType in get_args(hint)
@@ -242,11 +244,6 @@ def _values(kind: type, tensor: Tensor, number: int, where: str) -> list[Any]:
     return [kind(value) for value in tensor.flatten().tolist()]
 
 
-def _check_names(
-    found: Collection[str], right: Iterable[str], where: str, *, may_lack: bool = False
-) -> None:
-    expected = set(right)
-    if unknown := sorted(set(found) - expected):
+def _check_names(found: Iterable[str], right: Iterable[str], where: str) -> None:
+    if unknown := sorted(set(found).difference(right)):
         raise ValueError(f"{where or 'the state'} has {unknown[0]!r}, which nothing here is called")
-    if not may_lack and (missing := sorted(expected - set(found))):
-        raise ValueError(f"{where or 'the state'} lacks {missing[0]!r}")

@@ -54,11 +54,12 @@ class Whole(Stateful):
     shape: Kept[Point | Line | None]
     records: Kept[dict[int, Record]]
     states: Kept[dict[int, dict[str, Tensor]]]
+    vectors: Kept[dict[int, Vector]]
     layer: Kept[nn.Linear]
     vector: Kept[Vector]
 
     def __init__(self) -> None:
-        self.part, self.shape, self.records, self.states = Part(), None, {}, {}
+        self.part, self.shape, self.records, self.states, self.vectors = Part(), None, {}, {}, {}
         self.layer, self.vector, self.other = nn.Linear(2, 1), torch.zeros(3), "as it was"
 
 
@@ -67,7 +68,8 @@ def filled() -> Whole:
     whole.part.numbers = {7: 1, 3: 2}
     whole.shape = Line(0.1, torch.rand(2, 3))
     whole.records = {5: Record(Colour.BLUE, False, torch.rand(3), 0), 2: Record()}
-    whole.states = {4: {"a.weight": torch.rand(2), "b": torch.tensor(3)}, 1: {"c": torch.zeros(1)}}
+    whole.states = {4: {"a.weight": torch.rand(2), "b": torch.tensor(3)}, 1: {}}
+    whole.vectors = {4: torch.rand(3)}
     whole.vector = torch.rand(3)
     return whole
 
@@ -107,13 +109,13 @@ def test_nothing_is_kept_of_what_is_empty():
         ("shape.matrix", torch.zeros(3), r"shape\.matrix has the shape \(3,\)"),
         ("vector", torch.zeros(3, dtype=torch.long), "vector has torch.int64"),
         ("layer.weight", torch.zeros(1, 3), r"layer\.weight has the shape \(1, 3\)"),
-        ("layer.bias", None, "layer lacks 'bias'"),
+        ("layer.bias", None, r"layer\.bias is missing"),
         ("shape.slope", torch.tensor(1), r"1 values of torch\.int64; right would be 1 of"),
         ("records.colour.values", torch.tensor([2, 9]), "9 is not a valid Colour"),
         ("records.is-new.values", torch.tensor([True]), "has 'is-new'"),
         ("records.is_new.clients", torch.tensor([5, 3]), "is of other clients"),
         ("records.age.clients", torch.tensor([8]), "is of other clients"),
-        ("states.clients", torch.tensor([4, 1, 6]), "states lacks '6'"),
+        ("vectors.clients", torch.tensor([4, 6]), r"vectors\.6 is missing"),
         ("states.clients", torch.tensor([4]), "states has '1'"),
         ("part.numbers.clients", torch.tensor([7, 13]), "13 is refused"),
     ],
