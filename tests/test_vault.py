@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pfedgpa_app import aggregation, vault
 from pfedgpa_app.aggregation import GenerativeAggregator
-from pfedgpa_app.bank import Bank
+from pfedgpa_app.bank import Bank, Standing
 from pfedgpa_app.config import DiffusionConfig
 from pfedgpa_app.diffusion.signal import sketched
 from pfedgpa_app.randomness import make_generator
@@ -144,6 +144,24 @@ def test_members_are_those_heard_of_last(kept: Vault):
     observe(aggregator, 3)
     assert sorted(aggregator.bank.members) == [0, 1, 2, 3, 4, 5]
     assert sorted(aggregator.bank.retired) == [6, 7, 8, 9, 10, 11]
+
+
+def test_what_a_client_is_to_the_others_changes_with_its_uploads(kept: Vault):
+    aggregator = fitted(kept)
+    aggregator.onboard(20, uploads()[0], uploads()[1])
+    aggregator.observe(0, uploads()[0], is_outlier=True)
+    aggregator.observe(1, uploads()[1])
+    assert aggregator.bank.of(0).standing is Standing.ARCHIVED  # until the round is taken in
+    aggregator.fit(3)
+    standings = {client: aggregator.bank.of(client).standing for client in (0, 1, 2, 6, 20)}
+    assert standings == {
+        0: Standing.QUARANTINED,
+        1: Standing.MEMBER,
+        2: Standing.ARCHIVED,
+        6: Standing.MEMBER,
+        20: Standing.NEWCOMER,
+    }
+    assert aggregator.bank.of(11).standing is Standing.ARCHIVED  # one of seven, and six have room
 
 
 def test_everyone_of_a_round_is_a_member(kept: Vault):
