@@ -116,7 +116,7 @@ def test_nothing_is_kept_of_what_is_empty():
         ("records.is_new.clients", torch.tensor([5, 3]), "is of other clients"),
         ("records.age.clients", torch.tensor([8]), "is of other clients"),
         ("vectors.clients", torch.tensor([4, 6]), r"vectors\.6 is missing"),
-        ("states.clients", torch.tensor([4]), "states has '1'"),
+        ("states.clients", torch.tensor([1]), "states has '4'"),
         ("part.numbers.clients", torch.tensor([7, 13]), "13 is refused"),
     ],
 )
