@@ -23,9 +23,11 @@ from torch import Tensor
 
 from benchmarks.options import Quick
 from pfedgpa_app.aggregation import GenerativeAggregator
+from pfedgpa_app.bank import Standing
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import SKETCH
+from pfedgpa_app.diffusion.signal import SKETCH
 from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.state import save_state
 from pfedgpa_app.vault import DiskVault, MemoryVault
 
 GROUPS = 5
@@ -131,7 +133,7 @@ def _measure(
                 continue
             # As if its last round were long ago.
             aggregator.bank.retired[client] = clients.upload(client)
-            aggregator.bank.of(client).uploaded = 0
+            aggregator.bank.of(client).standing = Standing.ARCHIVED
         aggregator.fit(1)
         found: dict[str, list[float]] = {"fit": [], "model": [], "checkpoint": [], "error": []}
         checkpoint = Path(folder, "checkpoint.safetensors")
@@ -150,7 +152,7 @@ def _measure(
             aggregator.fit(2 + number)
             found["fit"].append(time.perf_counter() - begin)
             begin = time.perf_counter()
-            aggregator.save(checkpoint)
+            save_state(checkpoint, "state", aggregator.state())
             aggregator.bank.retired.sweep()
             found["checkpoint"].append(time.perf_counter() - begin)
         megabytes = checkpoint.stat().st_size / MEGA

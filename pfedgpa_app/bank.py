@@ -3,31 +3,32 @@
 import contextlib
 import statistics
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated
 
-import torch
 from torch import Tensor
 
-from pfedgpa_app.state import WriteError, below, under
+from pfedgpa_app.state import WriteError
+from pfedgpa_app.stateful import Kept, Stateful, Vector
 from pfedgpa_app.vault import MemoryVault, Vault
 
 # Rounds after which others do not learn from a client's last upload any more. Where clients take
 # part seldom it is as many times the median member's rounds between its last two uploads.
 MAX_AGE = 20
 _MAX_INTERVALS = 5
-# Of a client in a state, what is a number; -1 stands for None.
-_NUMBERS = (
-    "in_bank",
-    "is_secluded",
-    "seen",
-    "uploaded",
-    "interval",
-    "asked",
-    "was_asked_again",
-    "has_misfits",
-    "rounds_onboarded",
-)
-_FLAGS = ("in_bank", "is_secluded", "was_asked_again", "has_misfits")
-_NONE = -1
+
+
+class Standing(IntEnum):
+    """What a client is to the others, which `Bank.take_in` alone changes."""
+
+    NEWCOMER = 0
+    """No upload of it is in the bank yet."""
+    MEMBER = 1
+    """The others learn from its last upload."""
+    QUARANTINED = 2
+    """Its last upload is its model as it is, and nobody learns from it."""
+    ARCHIVED = 3
+    """It was a member, and its last upload is old, or one of too many."""
 
 
 @dataclass
@@ -36,26 +37,18 @@ class ClientRecord:
 
     Attributes
     ----------
+    standing
+        What it is to the others.
     model
         Its parameters, ``(d,)``, brought up to date: the last upload of a member, what was
         generated for a newcomer. None where there are none, or they are `Bank.retired`.
-    upload
-        What it uploaded in this round, ``(d,)``, until `Bank.take_in`.
-    report
-        How two halves of its images moved what all have in common apart, as it told in this round:
-        `normalized` sketches ``(2, size)``.
     halves
-        The latest of these, `centred` among all that told in the same round.
-    in_bank
-        Whether the others learn from it.
-    is_secluded
-        Whether its upload is its model as it is, until it is observed again.
+        How two halves of its images moved what all have in common apart, as it told last:
+        `normalized` sketches ``(2, size)``, `centred` among all that told in the same round.
     seen
         The round in which something came from it last.
-    uploaded
-        The round of its last upload as a member; None before it is one.
     interval
-        The rounds between its last two uploads as a member.
+        The rounds between its last two uploads, once it is no newcomer.
     asked
         The round in which it was last asked for its halves.
     was_asked_again
@@ -63,17 +56,13 @@ class ClientRecord:
     has_misfits
         Whether the halves that it reported last contradict each other or its own update.
     rounds_onboarded
-        The rounds that it had as a newcomer; 0 for members.
+        The rounds that it had as a newcomer; 0 for others.
     """
 
-    model: Tensor | None = None
-    upload: Tensor | None = None
-    report: Tensor | None = None
-    halves: Tensor | None = None
-    in_bank: bool = False
-    is_secluded: bool = False
+    standing: Standing = Standing.NEWCOMER
+    model: Vector | None = None
+    halves: Annotated[Tensor, "2 size"] | None = None
     seen: int = 0
-    uploaded: int | None = None
     interval: int | None = None
     asked: int | None = None
     was_asked_again: bool = False
@@ -81,23 +70,33 @@ class ClientRecord:
     rounds_onboarded: int = 0
 
 
-class Bank:
+class Bank(Stateful):
     """The records of all clients.
 
     Parameters
     ----------
     max_members
-        At most so many models, those of the latest uploads, are in the bank, and as many among the
-        guests.
+        At most so many models, those of the latest uploads, are in the bank, and as many of others
+        in memory.
     retired
-        Where the models of the others are, ``(d,)``. Nothing is done with one until it is asked
+        Where the models of the rest are, ``(d,)``. Nothing is done with one until it is asked
         for. In memory by default.
+
+    Attributes
+    ----------
+    uploads
+        What clients uploaded in this round, ``(d,)``, and what they are to be by it, until
+        `take_in`.
     """
+
+    retired: Kept[Vault]
+    clients: Kept[dict[int, ClientRecord]]
 
     def __init__(self, max_members: int, retired: Vault | None = None) -> None:
         self.max_members = max_members
-        self.retired: Vault = MemoryVault() if retired is None else retired
-        self.clients: dict[int, ClientRecord] = {}
+        self.retired = MemoryVault() if retired is None else retired
+        self.clients = {}
+        self.uploads: dict[int, tuple[Tensor, Standing]] = {}
 
     def of(self, client: int) -> ClientRecord:
         """Return the record of a client, a new one if there is none."""
@@ -105,22 +104,18 @@ class Bank:
 
     @property
     def members(self) -> dict[int, Tensor]:
-        """The models ``(d,)`` in the bank, those that the others learn from, sorted by client.
-
-        A member without an upload for more than `MAX_AGE` rounds, or that is secluded, is
-        a guest.
-        """
-        return self._models(in_bank=True)
+        """The models ``(d,)`` of members, sorted by client."""
+        return self._models(of_members=True)
 
     @property
     def guests(self) -> dict[int, Tensor]:
         """The other models ``(d,)`` in memory, sorted by client."""
-        return self._models(in_bank=False)
+        return self._models(of_members=False)
 
     @property
     def has_members(self) -> bool:
         """Whether there was ever an upload of a member."""
-        return any(record.uploaded is not None for record in self.clients.values())
+        return any(each.standing is not Standing.NEWCOMER for each in self.clients.values())
 
     def knows(self, client: int) -> bool:
         """Tell whether there is a model of a client."""
@@ -135,77 +130,47 @@ class Bank:
         record.rounds_onboarded += 1
 
     def take_in(self, server_round: int) -> None:
-        """Sort the uploads of a round, and the members without an upload for long."""
-        num_uploads = 0
-        for client, record in self.clients.items():
-            if record.upload is None:
-                continue
-            num_uploads += 1
+        """Take in the uploads of a round, and settle what everyone is to the others.
+
+        A member without an upload for more than `MAX_AGE` rounds, or where there are more than
+        ``max_members`` later ones, is archived.
+        """
+        num_uploads = len(self.uploads)
+        for client, (upload, standing) in self.uploads.items():
             self._forget_retired(client)
-            if record.uploaded is not None:
-                record.interval = server_round - record.uploaded
-            record.seen = record.uploaded = server_round
-            record.model, record.upload = record.upload, None
+            record = self.of(client)
+            if record.standing is not Standing.NEWCOMER:
+                record.interval = server_round - record.seen
+            record.model, record.seen, record.rounds_onboarded = upload, server_round, 0
+            record.standing = standing
+        self.uploads = {}
         max_age = self._max_age(server_round)
-        for record in self.clients.values():
-            is_recent = record.uploaded is not None and server_round - record.uploaded <= max_age
-            record.in_bank = record.model is not None and is_recent and not record.is_secluded
+        self._settle(server_round - max_age)
         for models in (self.members, self.guests):
             self._retire(models, max(self.max_members, num_uploads))
+        self._settle(server_round - max_age)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return everything but what a round leaves behind, as named tensors.
+    def _settle(self, oldest: float) -> None:
+        """Archive members with older uploads, or without a model in memory, and no others."""
+        for record in self.clients.values():
+            if record.standing in (Standing.MEMBER, Standing.ARCHIVED):
+                is_member = record.model is not None and record.seen >= oldest
+                record.standing = Standing.MEMBER if is_member else Standing.ARCHIVED
 
-        Each kind of number is one tensor, ``(num_clients,)``, in the order of ``client``.
-        """
-        clients = sorted(self.clients)
-        records = [self.clients[client] for client in clients]
-        tensors = {"client": torch.tensor(clients, dtype=torch.long)}
-        for name in _NUMBERS:
-            values = [getattr(record, name) for record in records]
-            numbers = [_NONE if value is None else int(value) for value in values]
-            tensors[name.replace("_", "-")] = torch.tensor(numbers, dtype=torch.long)
-        for name in ("model", "halves"):
-            vectors = zip(clients, (getattr(record, name) for record in records), strict=True)
-            tensors |= under(name, {client: each for client, each in vectors if each is not None})
-        return tensors | under("retired", self.retired.state())
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned.
-
-        Raises
-        ------
-        KeyError
-            If it is something else; the records are then as they were.
-        ValueError
-            If files of retired models are missing or damaged; the same holds.
-        """
-        clients = {int(client): ClientRecord() for client in tensors["client"]}
-        for name in _NUMBERS:
-            numbers = tensors[name.replace("_", "-")].tolist()
-            for record, number in zip(clients.values(), numbers, strict=True):
-                value = bool(number) if name in _FLAGS else number
-                setattr(record, name, None if number == _NONE else value)
-        for name in ("model", "halves"):
-            for client, vector in below(name, tensors).items():
-                setattr(clients[int(client)], name, vector)
-        self.retired.restore(below("retired", tensors))
-        self.clients = clients
-
-    def _models(self, *, in_bank: bool) -> dict[int, Tensor]:
-        models = {
+    def _models(self, *, of_members: bool) -> dict[int, Tensor]:
+        return {
             client: record.model
-            for client, record in self.clients.items()
-            if record.model is not None and record.in_bank is in_bank
+            for client, record in sorted(self.clients.items())
+            if record.model is not None and (record.standing is Standing.MEMBER) is of_members
         }
-        return dict(sorted(models.items()))
 
     def _max_age(self, server_round: int) -> float:
         """Return how many rounds a member's last upload may be old for others to learn from it."""
-        records = self.clients.values()
-        ages = [server_round - each.uploaded for each in records if each.uploaded is not None]
+        records = [each for each in self.clients.values() if each.standing is not Standing.NEWCOMER]
         # Ages would let nobody go where most are gone; they are all there is at first.
-        intervals = [each.interval for each in records if each.interval is not None] or ages
+        intervals = [each.interval for each in records if each.interval is not None] or [
+            server_round - each.seen for each in records
+        ]
         usual = statistics.median(intervals) if intervals else 0
         return max(MAX_AGE, _MAX_INTERVALS * usual)
 
@@ -215,8 +180,7 @@ class Bank:
         for client in latest[most:]:
             with contextlib.suppress(WriteError):  # it stays then, until there is room
                 self.retired[client] = models[client]
-                record = self.clients[client]
-                record.model, record.in_bank = None, False
+                self.clients[client].model = None
 
     def _forget_retired(self, client: int) -> None:
         if client in self.retired:  # pop would read it

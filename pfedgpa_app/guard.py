@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pfedgpa_app.diffusion import SKETCH, sketched
+from pfedgpa_app.diffusion.signal import SKETCH, sketched
 from pfedgpa_app.parameters import ParameterLayout, StateDict
+from pfedgpa_app.stateful import Kept, Stateful
 
 MIN_CLIENTS = 4
 """Fewer cannot be compared: the median would be one of two or three, any of which may lie."""
@@ -90,7 +91,7 @@ class Move(NamedTuple):
         return torch.cat([self.sizes, *(sketched(part).double() for part in self.parts)])
 
 
-class Guard:
+class Guard(Stateful):
     """Finds unusual clients, and remembers how usual ones moved.
 
     Attributes
@@ -101,20 +102,11 @@ class Guard:
         How many clients were compared in the last round.
     """
 
+    memory: Kept[dict[int, Tensor]]
+
     def __init__(self) -> None:
-        self.memory: dict[int, Tensor] = {}
-        self.num_compared = 0
-
-    def state(self) -> StateDict:
-        """Return the memory as tensors."""
-        clients, rows = list(self.memory), list(self.memory.values())
-        return {"clients": torch.tensor(clients), "rows": torch.stack(rows)} if clients else {}
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
         self.memory = {}
-        if tensors:
-            self.memory = dict(zip(tensors["clients"].tolist(), tensors["rows"], strict=True))
+        self.num_compared = 0
 
     def unusual(
         self,
@@ -208,13 +200,8 @@ def misfits(halves: Sequence[Tensor], moves: Sequence[Tensor]) -> dict[int, str]
     """Return which clients told of halves that contradict each other or their own moves, and why.
 
     Both halves of an honest client's images, and all of them, move parameters alike at first.
-
-    Parameters
-    ----------
-    halves
-        What each client told, not `centred`, ``(2, SKETCH)``.
-    moves
-        The `sketched` change of what it uploads, ``(SKETCH,)``.
+    ``halves`` are what each client told, not `centred`, ``(2, SKETCH)``, ``moves`` the `sketched`
+    changes of what they upload, ``(SKETCH,)``.
     """
     if len(halves) < MIN_CLIENTS:
         return {}

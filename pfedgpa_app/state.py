@@ -197,30 +197,21 @@ def _facts(file: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]
         raise ValueError(f"{file} has damaged metadata: {error!r}") from error
 
 
-def under(prefix: str, tensors: Mapping[Any, "Tensor"]) -> dict[str, "Tensor"]:
-    """Return the tensors with names that begin with ``prefix.``."""
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def below(prefix: str, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Return the tensors below ``prefix.`` by the rest of their names, the inverse of `under`."""
-    start = prefix + "."
-    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-
-
 def states_under(prefix: str, states: Mapping[int, Mapping[str, "Tensor"]]) -> dict[str, "Tensor"]:
     """Return the tensors of many clients' states below ``prefix.<client>.``."""
     return {
-        name: tensor
+        f"{prefix}.{client}.{name}": tensor
         for client, state in states.items()
-        for name, tensor in under(f"{prefix}.{client}", state).items()
+        for name, tensor in state.items()
     }
 
 
 def states_below(prefix: str, tensors: Mapping[str, "Tensor"]) -> dict[int, dict[str, "Tensor"]]:
     """Return the states by client, the inverse of `states_under`."""
     states: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in below(prefix, tensors).items():
-        client, _, name = key.partition(".")
+    for key, tensor in tensors.items():
+        if not key.startswith(f"{prefix}."):
+            continue
+        client, _, name = key.removeprefix(f"{prefix}.").partition(".")
         states.setdefault(int(client), {})[name] = tensor
     return states

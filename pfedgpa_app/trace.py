@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
-from pfedgpa_app.diffusion import ParameterDiffusion, Spectrum, Subspace, capped, kept_of, limited
-from pfedgpa_app.diffusion.model import schedule_of
+from pfedgpa_app.diffusion.mixing import capped, kept_of, limited
+from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
 from pfedgpa_app.randomness import repeatable
 from pfedgpa_app.rounds import Row
 
@@ -86,17 +86,10 @@ def _found(aggregator: GenerativeAggregator, num_parameters: int) -> Row:
     if model is None:
         return row
     if isinstance(model.space, Subspace):
-        noise = _noise(model, model.space.scale)
-        row |= {"rank": model.space.dim, "start": model.start, "noise": noise}
+        noise = _short(model.noise_to_signal * model.space.scale**2)
+        rank = model.space.dim
+        row |= {"rank": rank, "start": model.start, "noise": noise if rank else None}
     return row | {"kept": _shorts(kept_of(aggregator.mixing, spectrum)[:MAX_AXES])}
-
-
-def _noise(model: ParameterDiffusion, scale: float) -> float | None:
-    """Return the variance of the noise at the first timestep, in units of parameters."""
-    if not model.space.dim:
-        return None
-    alpha_bar = float(schedule_of(model.config).alphas_cumprod[model.start])
-    return _short((1 - alpha_bar) / alpha_bar * scale**2)
 
 
 def _short(value: float) -> float:

@@ -1,33 +1,27 @@
 """Storage of clients' vectors, in memory or on disk."""
 
+from collections import UserDict
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pfedgpa_app.state import link_or_copy, load_state, save_state, sync_to_disk, writing
+from pfedgpa_app.stateful import Kept, Stateful, Vector
 
 VECTOR_KIND = "pfedgpa-vector-1"
 
 
-class MemoryVault(dict[int, Tensor]):
+class MemoryVault(UserDict[int, Tensor], Stateful):
     """One vector ``(d,)`` per client, in memory."""
 
-    def state(self) -> dict[int, Tensor]:
-        """Return the vectors."""
-        return dict(self)
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the result of `state`."""
-        self.clear()
-        self.update({int(client): vector for client, vector in tensors.items()})
+    data: Kept[dict[int, Vector]]
 
     def sweep(self) -> None:
         """Do nothing: there are no files."""
 
 
-class DiskVault(MutableMapping[int, Tensor]):
+class DiskVault(MutableMapping[int, Tensor], Stateful):
     """One vector ``(d,)`` per client, each in its own safetensors file.
 
     Files are never overwritten: a new vector gets a new file, and files of the last checkpoint stay
@@ -38,7 +32,7 @@ class DiskVault(MutableMapping[int, Tensor]):
     folder
         Of the files ``<client>-<version>.safetensors``. It is created with the first one.
     earlier
-        The folder from which `restore` takes files; ``folder`` by default.
+        Where the files of a restored state are; ``folder`` by default.
 
     Attributes
     ----------
@@ -46,39 +40,35 @@ class DiskVault(MutableMapping[int, Tensor]):
         The number of each client's file.
     """
 
+    versions: Kept[dict[int, int]]
+
     def __init__(self, folder: Path, earlier: Path | None = None) -> None:
         self.folder, self.earlier = folder, earlier or folder
-        self.versions: dict[int, int] = {}
+        self.versions = {}
         self._next = 1
 
     def file(self, client: int) -> Path:
         """Return the file of a client's vector."""
         return self.folder / f"{client}-{self.versions[client]}.safetensors"
 
-    def state(self) -> dict[int, Tensor]:
-        """Return the number of each client's file, ``()``."""
-        return {client: torch.tensor(version) for client, version in self.versions.items()}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the result of `state`, and link or copy its files from ``earlier``.
+    def complete_restored(self) -> None:
+        """Link or copy the files of a restored state from ``earlier``.
 
         Raises
         ------
         ValueError
             If one is missing or damaged.
         """
-        before, self.versions = self.versions, {int(c): int(n) for c, n in tensors.items()}
-        try:
-            for client in self:
-                file = self.earlier / self.file(client).name
-                vector = load_state(file, VECTOR_KIND)[0].get("vector")
-                if vector is None or not bool(vector.isfinite().all()):
-                    raise ValueError(f"{file} is damaged: its vector is missing or not finite")
-            if self.versions and self.earlier != self.folder:
+        for client in self:
+            file = self.earlier / self.file(client).name
+            vector = load_state(file, VECTOR_KIND)[0].get("vector")
+            if vector is None or not bool(vector.isfinite().all()):
+                raise ValueError(f"{file} is damaged: its vector is missing or not finite")
+        if self.versions and self.earlier != self.folder:
+            try:
                 self._link_files()
-        except (OSError, ValueError) as error:
-            self.versions = before
-            raise ValueError(str(error)) from error
+            except OSError as error:
+                raise ValueError(str(error)) from error
         self._next = max(self.versions.values(), default=0) + 1
 
     def sweep(self) -> None:

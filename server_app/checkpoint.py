@@ -13,9 +13,10 @@ from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import RoundRecord
 from pfedgpa_app.runs import BANK, BEST, CHECKPOINT, RunNotFoundError, find_run
 from pfedgpa_app.state import link_or_copy, load_state, replacing, save_state, writing
+from pfedgpa_app.stateful import STATE_VERSION
 from server_app.strategies import ClientwiseFedAvg
 
-CHECKPOINT_KIND = "pfedgpa-checkpoint-10"
+CHECKPOINT_KIND = f"pfedgpa-checkpoint-{STATE_VERSION}"
 
 
 class ResumeError(ValueError):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict, weighted_average
-from pfedgpa_app.state import below, under
+from pfedgpa_app.stateful import Kept, Stateful
 from server_app.momentum import Momentum
 from server_app.replies import Upload
 
@@ -16,7 +16,7 @@ from server_app.replies import Upload
 MAX_EXAMPLES_RATIO = 10
 
 
-class GlobalModel:
+class GlobalModel(Stateful):
     """The average, and how the parameters that are generated lie in a vector ``(d,)``.
 
     Parameters
@@ -33,6 +33,9 @@ class GlobalModel:
     ParameterError
         If a pattern takes no tensor of it, or nothing would be generated.
     """
+
+    average: Kept[StateDict]
+    momentum: Kept[Momentum]
 
     def __init__(self, spec: ModelSpec, patterns: Sequence[str], beta: float) -> None:
         self.spec = spec
@@ -52,22 +55,16 @@ class GlobalModel:
         """Return the state_dict of generated parameters ``(d,)``; the rest is the average's."""
         return self.spec.refreshed(self.layout.merge(vector, self.layout.rest(self.average)))
 
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return under("average", self.average) | under("momentum", self.momentum.state())
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned.
+    def complete_restored(self) -> None:
+        """Check the average.
 
         Raises
         ------
         ParameterError
             If it is another model's.
         """
-        average = below("average", tensors)
-        replace(self.layout, sends_fixed=True).check(average)
-        self.average = self.layout.received(average)
-        self.momentum.restore(below("momentum", tensors))
+        replace(self.layout, sends_fixed=True).check(self.average)
+        self.average = self.layout.received(self.average)
 
 
 def weights_of(uploads: Iterable[Upload]) -> list[int]:

@@ -1,16 +1,16 @@
 """Server momentum, of the average and of each client's model."""
 
 from collections.abc import Collection
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.state import states_below, states_under
+from pfedgpa_app.stateful import Kept, Stateful, Vector
 
 
-class Momentum:
+class Momentum(Stateful):
     """FedAvgM's server step (arXiv 1909.06335): ``v = beta v + (new - old)``, ``old + v``.
 
     Parameters
@@ -21,34 +21,32 @@ class Momentum:
         Names of the tensors that train; others have no momentum, such as normalization statistics.
     """
 
+    velocity: Kept[dict[int, StateDict]]
+
     def __init__(self, beta: float, trained: Collection[str]) -> None:
         self.beta = beta
         self.trained = trained
-        self.velocity: StateDict = {}
+        self.velocity = {}
 
-    def step(self, old: StateDict, new: StateDict) -> StateDict:
-        """Return the parameters after a step from ``old`` to ``new`` with momentum."""
+    def step(self, old: StateDict, new: StateDict, key: int = 0) -> StateDict:
+        """Return the parameters after a step from ``old`` to ``new`` with momentum.
+
+        Each of several models has a ``key`` of its own.
+        """
         if not self.beta:
             return new
-        moved = dict(new)
+        moved, velocity = dict(new), self.velocity.setdefault(key, {})
         for name, tensor in new.items():
             if name not in self.trained:
                 continue
-            last = self.velocity.get(name, torch.zeros_like(tensor))
-            self.velocity[name] = self.beta * last + (tensor - old[name])
-            moved[name] = old[name] + self.velocity[name]
+            last = velocity.get(name, torch.zeros_like(tensor))
+            velocity[name] = self.beta * last + (tensor - old[name])
+            moved[name] = old[name] + velocity[name]
         return moved
 
-    def state(self) -> StateDict:
-        """Return the state, as named tensors."""
-        return dict(self.velocity)
 
-    def restore(self, tensors: StateDict) -> None:
-        """Restore the result of `state`."""
-        self.velocity = dict(tensors)
-
-
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """The state of a client's momentum.
 
     Attributes
@@ -58,15 +56,15 @@ class Step(NamedTuple):
     velocity
         Their change per round since the training before, ``(d,)``.
     trained
-        The round of its last training, ``()``.
+        The round of its last training.
     """
 
-    sent: Tensor
-    velocity: Tensor
-    trained: Tensor
+    sent: Vector
+    velocity: Vector
+    trained: int
 
 
-class ClientMomentum:
+class ClientMomentum(Stateful):
     """Momentum of each client's own model.
 
     If ``s`` was sent to a client and ``g`` is generated for it next, then ``v = beta v + (g - s)``
@@ -80,9 +78,11 @@ class ClientMomentum:
         In 0 .. 1; 0 is no momentum.
     """
 
+    steps: Kept[dict[int, Step]]
+
     def __init__(self, beta: float) -> None:
         self.beta = beta
-        self.steps: dict[int, Step] = {}
+        self.steps = {}
 
     def ahead(self, client: int, generated: Tensor) -> Tensor:
         """Return a client's ``generated`` parameters ``(d,)``, moved by its momentum."""
@@ -97,14 +97,5 @@ class ClientMomentum:
         before = self.steps.get(client)
         velocity = torch.zeros_like(vector)
         if before:
-            velocity = (vector - before.sent) / (server_round - int(before.trained))
-        self.steps[client] = Step(vector, velocity, torch.tensor(server_round))
-
-    def state(self) -> StateDict:
-        """Return the state, as named tensors."""
-        return states_under("step", {client: step._asdict() for client, step in self.steps.items()})
-
-    def restore(self, tensors: StateDict) -> None:
-        """Restore the result of `state`."""
-        steps = states_below("step", tensors)
-        self.steps = {client: Step(**step) for client, step in steps.items()}
+            velocity = (vector - before.sent) / (server_round - before.trained)
+        self.steps[client] = Step(vector, velocity, server_round)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pfedgpa_app.diffusion import NoiseSchedule
+from pfedgpa_app.diffusion.schedule import NoiseSchedule
 
 
 class ExactDenoiser:

@@ -9,6 +9,7 @@ from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import RoundRecord
+from pfedgpa_app.state import load_state, save_state
 from pfedgpa_app.strategies import STRATEGY_INFO
 from server_app.simulation import simulate
 
@@ -73,9 +74,9 @@ def test_what_a_gpu_learned_is_read_where_there_is_none(tmp_path: Path):
             for client, vector in enumerate(vectors):
                 aggregator.observe(client, vector)
             aggregator.fit(1)
-            aggregator.save(tmp_path / "state.safetensors")
+            save_state(tmp_path / "state.safetensors", "state", aggregator.state())
         else:
-            aggregator.load(tmp_path / "state.safetensors")
+            aggregator.restore(load_state(tmp_path / "state.safetensors", "state")[0])
         onward[device] = torch.stack([aggregator.personalize(client) for client in range(8)])
     torch.testing.assert_close(onward["cpu"], onward["cuda"], atol=1e-4, rtol=1e-4)
     assert not torch.equal(onward["cuda"], vectors)

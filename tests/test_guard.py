@@ -10,9 +10,9 @@ from simulated_grid import SimulatedGrid, learning_site, upload, weights
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
-from pfedgpa_app.bank import MAX_AGE
+from pfedgpa_app.bank import MAX_AGE, Standing
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import SKETCH, sketched
+from pfedgpa_app.diffusion.signal import SKETCH, sketched
 from pfedgpa_app.guard import MEMORY, Guard, Move, cosines_with_others, misfits
 from pfedgpa_app.parameters import ParameterLayout
 from pfedgpa_app.randomness import make_generator
@@ -113,7 +113,7 @@ def fitted(secluded: Tensor) -> GenerativeAggregator:
     moves = honest_moves(7, torch.arange(7) % 2)
     for client in range(7):
         aggregator.observe(client, moves[client])
-    aggregator.seclude(7, secluded)
+    aggregator.observe(7, secluded, is_outlier=True)
     aggregator.fit(1)
     return aggregator
 
@@ -143,7 +143,7 @@ def test_who_is_usual_again_is_learned_from_again():
 
 def test_who_becomes_unusual_leaves_the_bank():
     aggregator = fitted(torch.ones(DIM))
-    aggregator.seclude(3, torch.full((DIM,), 2.0))
+    aggregator.observe(3, torch.full((DIM,), 2.0), is_outlier=True)
     aggregator.fit(2)
     assert sorted(aggregator.bank.members) == [0, 1, 2, 4, 5, 6]
     assert torch.equal(aggregator.personalize(3), torch.full((DIM,), 2.0))
@@ -193,13 +193,13 @@ def test_where_most_are_gone_the_rest_do_not_wait_for_them_forever():
 
 def test_the_restored_state_knows_who_is_secluded_and_how_old_uploads_are():
     aggregator = fitted(torch.ones(DIM))
-    aggregator.seclude(7, torch.ones(DIM))
+    aggregator.observe(7, torch.ones(DIM), is_outlier=True)
     aggregator.fit(2)
     restored = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(train_steps=5))
     restored.restore(aggregator.state())
     clients = restored.bank.clients
-    assert [client for client in clients if clients[client].is_secluded] == [7]
-    assert [clients[client].uploaded for client in range(8)] == [*[1] * 7, 2]
+    assert [client for client in clients if clients[client].standing is Standing.QUARANTINED] == [7]
+    assert [clients[client].seen for client in range(8)] == [*[1] * 7, 2]
     assert [clients[client].interval for client in range(8)] == [*[None] * 7, 1]
     uploads = {client: vector + 1 for client, vector in aggregator.bank.members.items()}
     for one in (aggregator, restored):

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import SKETCH, RawSpace
-from pfedgpa_app.guard import unusual
+from pfedgpa_app.diffusion.raw import RawSpace
+from pfedgpa_app.diffusion.signal import SKETCH
+from pfedgpa_app.guard import Guard, Move
+from pfedgpa_app.parameters import ParameterLayout
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.trace import trace_of
 
@@ -112,9 +114,14 @@ def test_what_two_groups_have_in_common_stays_and_nothing_is_nan(
 
 @pytest.mark.parametrize("moved", [0, 1, 3])
 def test_clients_that_do_not_move_are_usual(moved: int):
-    moves = [torch.zeros(DIM)] * 5 + [torch.ones(DIM)] * moved
-    positions = [torch.zeros(DIM)] * 5 + [torch.ones(DIM)] * moved
-    assert unusual(moves, positions, torch.zeros(DIM)) == {}
+    sent = {"weight": torch.zeros(DIM)}
+    layout = ParameterLayout.of(sent)
+    moves = {
+        row: Move.of(layout, sent, {"weight": torch.full((DIM,), float(row >= 5))})
+        for row in range(5 + moved)
+    }
+    positions = {row: move.generated for row, move in moves.items()}
+    assert Guard().unusual(moves, positions, torch.zeros(DIM), len(moves)) == {}
 
 
 def test_parameters_that_differ_by_less_than_float32_tells_do_not_differ():

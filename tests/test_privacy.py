@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import excess_weights
+from pfedgpa_app.diffusion.mixing import excess_weights
 from pfedgpa_app.randomness import make_generator
 from server_app.strategies import PFedGPA
 

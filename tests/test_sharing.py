@@ -15,18 +15,18 @@ from torch import Tensor
 from client_app.methods import METHODS, Method, Task
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
-from pfedgpa_app.diffusion import (
+from pfedgpa_app.diffusion.mixing import mixing_from_halves, share_of
+from pfedgpa_app.diffusion.signal import (
     SKETCH,
-    Spectrum,
     agreement,
     centred,
-    mixing_from_halves,
     normalized,
-    share_of,
     signal_parts,
     sketched,
 )
+from pfedgpa_app.diffusion.subspace import Spectrum
 from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.state import load_state, save_state
 from server_app.strategies import PFedGPA
 
 
@@ -345,9 +345,9 @@ def test_a_run_goes_on_from_a_saved_state_as_without_a_break(tmp_path: Path):
     uploads, halves = clients(groups(5), noise=1.0)
     aggregator = fitted(uploads, halves)
     aggregator.onboard(50, uploads[0], uploads[1])
-    aggregator.save(tmp_path / "state.safetensors")
+    save_state(tmp_path / "state.safetensors", "state", aggregator.state())
     loaded = GenerativeAggregator(torch.zeros(DIM), aggregator.config, seed=1)
-    loaded.load(tmp_path / "state.safetensors")
+    loaded.restore(load_state(tmp_path / "state.safetensors", "state")[0])
     for each in (aggregator, loaded):
         each.observe(3, uploads[3] + 1)
         each.fit(server_round=2)

@@ -8,15 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pfedgpa_app.diffusion import (
-    NoiseSchedule,
-    Spectrum,
-    Subspace,
-    divergence,
-    generate,
-    invert,
-    sampling_timesteps,
-)
+from pfedgpa_app.diffusion.generation import generate
+from pfedgpa_app.diffusion.inversion import invert
+from pfedgpa_app.diffusion.schedule import NoiseSchedule, sampling_timesteps
+from pfedgpa_app.diffusion.subspace import Spectrum, Subspace, divergence
 from pfedgpa_app.randomness import make_generator
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pfedgpa_app import trace
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import SKETCH
+from pfedgpa_app.diffusion.signal import SKETCH
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.trace import trace_of
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from pfedgpa_app import aggregation, vault
 from pfedgpa_app.aggregation import GenerativeAggregator
-from pfedgpa_app.bank import Bank
+from pfedgpa_app.bank import Bank, Standing
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import sketched
+from pfedgpa_app.diffusion.signal import sketched
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.state import WriteError
+from pfedgpa_app.state import WriteError, load_state, save_state
 from pfedgpa_app.vault import DiskVault, MemoryVault, Vault
 
 DIM = 300
@@ -48,7 +48,7 @@ def files(folder: Path) -> set[str]:
 def test_files_that_the_last_checkpoint_counts_on_stay_until_the_next(tmp_path: Path):
     kept = DiskVault(tmp_path)
     kept[1], kept[2] = vector(1), vector(2)
-    checkpoint = {str(client): version for client, version in kept.state().items()}
+    checkpoint = kept.state()
     kept[1] = vector(3)
     del kept[2]
     then = DiskVault(tmp_path)
@@ -65,7 +65,7 @@ def test_another_run_goes_on_with_files_of_its_own(tmp_path: Path):
     first = DiskVault(tmp_path / "first")
     first[1], first[2] = vector(1), vector(2)
     second = DiskVault(tmp_path / "second", earlier=tmp_path / "first")
-    second.restore({str(client): version for client, version in first.state().items()})
+    second.restore(first.state())
     second[1] = vector(5)
     del second[2]
     second.sweep()
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_no_state_to_go_on_from(tmp_path: Path):
     first.file(1).write_bytes(b"nothing")
     second = DiskVault(tmp_path / "second", earlier=tmp_path / "first")
     with pytest.raises(ValueError, match=r"1-1\.safetensors is missing or damaged"):
-        second.restore({"1": torch.tensor(1)})
+        second.restore(first.state())
     assert not second
     assert not second.folder.exists()
 
@@ -146,6 +146,24 @@ def test_members_are_those_heard_of_last(kept: Vault):
     assert sorted(aggregator.bank.retired) == [6, 7, 8, 9, 10, 11]
 
 
+def test_what_a_client_is_to_the_others_changes_with_its_uploads(kept: Vault):
+    aggregator = fitted(kept)
+    aggregator.onboard(20, uploads()[0], uploads()[1])
+    aggregator.observe(0, uploads()[0], is_outlier=True)
+    aggregator.observe(1, uploads()[1])
+    assert aggregator.bank.of(0).standing is Standing.ARCHIVED  # until the round is taken in
+    aggregator.fit(3)
+    standings = {client: aggregator.bank.of(client).standing for client in (0, 1, 2, 6, 20)}
+    assert standings == {
+        0: Standing.QUARANTINED,
+        1: Standing.MEMBER,
+        2: Standing.ARCHIVED,
+        6: Standing.MEMBER,
+        20: Standing.NEWCOMER,
+    }
+    assert aggregator.bank.of(11).standing is Standing.ARCHIVED  # one of seven, and six have room
+
+
 def test_everyone_of_a_round_is_a_member(kept: Vault):
     aggregator = fitted(kept, max_members=2)
     assert sorted(aggregator.bank.members) == [6, 7, 8, 9, 10, 11]
@@ -206,8 +224,8 @@ def test_on_a_full_disk_nobody_is_lost(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_memory_and_disk_give_the_same_and_go_on_as_without_a_break(tmp_path: Path):
     memory, disk = fitted(MemoryVault()), fitted(DiskVault(tmp_path / "first"))
-    memory.save(tmp_path / "memory.safetensors")
-    disk.save(tmp_path / "disk.safetensors")
+    save_state(tmp_path / "memory.safetensors", "state", memory.state())
+    save_state(tmp_path / "disk.safetensors", "state", disk.state())
     assert (tmp_path / "disk.safetensors").stat().st_size < (
         tmp_path / "memory.safetensors"
     ).stat().st_size
@@ -216,7 +234,7 @@ def test_memory_and_disk_give_the_same_and_go_on_as_without_a_break(tmp_path: Pa
         on_disk = DiskVault(tmp_path / "second", earlier=tmp_path / "first")
         kept = on_disk if name == "disk" else MemoryVault()
         aggregator = GenerativeAggregator(torch.zeros(DIM), memory.config, seed=1, retired=kept)
-        aggregator.load(tmp_path / f"{name}.safetensors")
+        aggregator.restore(load_state(tmp_path / f"{name}.safetensors", "state")[0])
         resumed.append(aggregator)
     for server_round in (3, 4):
         for aggregator in (memory, disk, *resumed):
@@ -251,9 +269,9 @@ def test_the_members_are_looked_up_once_for_all_who_are_retired(monkeypatch: pyt
     looked_up = []
     models = Bank._models
 
-    def look_up(self: Bank, *, in_bank: bool) -> dict[int, Tensor]:
-        looked_up.append(in_bank)
-        return models(self, in_bank=in_bank)
+    def look_up(self: Bank, *, of_members: bool) -> dict[int, Tensor]:
+        looked_up.append(of_members)
+        return models(self, of_members=of_members)
 
     monkeypatch.setattr(Bank, "_models", look_up)
     numbers = []

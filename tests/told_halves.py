@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.config import DiffusionConfig
-from pfedgpa_app.diffusion import sketched
+from pfedgpa_app.diffusion.signal import sketched
 from pfedgpa_app.randomness import make_generator
 
 NUM_CLIENTS, DIM = 20, 4000

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from client_app.methods.method import Fit, Method, Task, Trained
-from pfedgpa_app.diffusion import SKETCH, sketched
+from pfedgpa_app.diffusion.signal import SKETCH, sketched
 from pfedgpa_app.parameters import ParameterLayout
 from pfedgpa_app.protocol import COMMON, HALVES
 from pfedgpa_app.randomness import make_generator

@@ -11,16 +11,11 @@ from pfedgpa_app.diffusion.schedule import NoiseSchedule
 def generate(
     denoiser: Denoiser, schedule: NoiseSchedule, code: LatentCode, fidelity: float
 ) -> Tensor:
-    """Denoise a latent code with its own intermediate noises, scaled by ``fidelity``.
+    """Denoise a latent code ``(batch, dim)`` with its own noises, scaled by ``fidelity``.
 
     Fidelity 1 gives back what was inverted, whatever the denoiser; at 0 the diffused parameters
     are all that is left of it. Between, the result keeps its own semantics and takes on what the
     denoiser learned.
-
-    Returns
-    -------
-    Tensor
-        Clean parameters, ``(batch, dim)``.
     """
     x = code.x_start
     for (t, t_previous), residual in zip(step_pairs(code.timesteps), code.residuals, strict=True):

@@ -23,11 +23,6 @@ def guide(
     ``1 + guidance`` has the noise
     ``denoiser(x, t) + (1 + guidance) sqrt(1 - abar_t) (previous - current)``. No noise is put in:
     a single client's parameters would be lost in it.
-
-    Returns
-    -------
-    Tensor
-        Clean parameters, ``(batch, dim)``.
     """
 
     def guided(x: Tensor, t: Tensor) -> Tensor:

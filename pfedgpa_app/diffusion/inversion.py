@@ -61,23 +61,11 @@ def invert(
     timesteps: Tensor,
     generator: torch.Generator,
 ) -> LatentCode:
-    """Return the latent code of ``x0`` ``(batch, dim)``.
+    """Return the latent code of clean ``x0`` ``(batch, dim)`` at `sampling_timesteps`.
 
     Every x_k is diffused from ``x0`` with noise of its own, independent of the other steps', which
-    imprints ``x0`` on the residuals far more strongly than a simulated forward process does.
-
-    Parameters
-    ----------
-    denoiser
-        The noise prediction.
-    schedule
-        The forward process.
-    x0
-        Clean parameters, in the denoiser's coordinates.
-    timesteps
-        Descending, from `sampling_timesteps`.
-    generator
-        On the device of ``x0``.
+    imprints ``x0`` on the residuals far more strongly than a simulated forward process does. The
+    generator is on the device of ``x0``.
     """
     pairs = step_pairs(timesteps)
     diffused = [

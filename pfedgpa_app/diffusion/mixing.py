@@ -24,19 +24,8 @@ def mixing_from_halves(spectrum: Spectrum, halves: Tensor) -> Tensor:
     """Return the matrix that keeps of what sets clients apart what both halves agree on.
 
     With the principal axes q of the uploads as unit vectors over the clients, it is
-    ``1/n + sum_q kept_q q q^T``, where ``kept`` is the square of `signal_parts`.
-
-    Parameters
-    ----------
-    spectrum
-        That of the uploads.
-    halves
-        Both `centred` moves of each client, ``(num_clients, 2, SKETCH)``; 0 of silent ones.
-
-    Returns
-    -------
-    Tensor
-        ``(num_clients, num_clients)``, float64, symmetric.
+    ``1/n + sum_q kept_q q q^T``, ``(num_clients, num_clients)``, float64, where ``kept`` is the
+    square of `signal_parts`. Of silent clients the halves are 0.
     """
     axes = spectrum.eigenvectors
     kept = signal_parts(axes, halves) ** _CAUTION
@@ -74,25 +63,12 @@ def share_of(mixing: Tensor, spectrum: Spectrum) -> float:
 
 
 def excess_weights(weights: Tensor, min_kin: int, own: int | None = None) -> Tensor:
-    """Return by how much the weights of a mixture are too large for the privacy of others.
+    """Return what of weights ``(num_clients,)`` is too much for the privacy of others, 0 for most.
 
     Who knows its own part of a mixture knows the rest of it. So none of the others may have more
     than ``1 / (min_kin - 1)`` of their weight. Where one has, the largest are cut down to the
-    ``(min_kin - 1)``-th largest, so that as many others have the largest part.
-
-    Parameters
-    ----------
-    weights
-        Of the clients, ``(num_clients,)``.
-    min_kin
-        1 or 2 cuts nothing.
-    own
-        The place of who gets the mixture, if it is one of them.
-
-    Returns
-    -------
-    Tensor
-        What is to be taken from the weights, ``(num_clients,)``, 0 for most.
+    ``(min_kin - 1)``-th largest, so that as many others have the largest part; 1 or 2 cuts nothing.
+    ``own`` is the place of who gets the mixture, if it is one of the clients.
     """
     if min_kin < 3:
         return torch.zeros_like(weights)

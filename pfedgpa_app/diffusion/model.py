@@ -1,7 +1,8 @@
 """The diffusion model of the clients' parameters: a space, a denoiser in it, a noise level."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,9 @@ from pfedgpa_app.diffusion.schedule import NoiseSchedule, sampling_timesteps
 from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
 from pfedgpa_app.diffusion.training import train_denoiser
 from pfedgpa_app.diffusion.unet import UNetDenoiser
+from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by
-from pfedgpa_app.state import below, under
 
-Space = Subspace | RawSpace
 MakeGenerator = Callable[..., torch.Generator]
 """Called with the name of a purpose and, by keyword, with a device."""
 
@@ -33,22 +33,25 @@ class ParameterDiffusion:
     ----------
     space
         Where the denoiser works. It may have no dimensions, where nothing is denoised.
-    denoiser
-        Predicts noise in coordinates of the space.
+    weights
+        The state_dict of the denoiser, which predicts noise in coordinates of the space; empty
+        without one.
     start
         First timestep of inversion and denoising.
+    noise_to_signal
+        Variance of the noise there, in units of the signal's.
     coordinates
         Those of the bank's vectors, ``(num_clients, dim)``.
     changes
         By how much inversion and denoising moved them, ``(num_clients, dim)``.
     """
 
-    config: DiffusionConfig
-    space: Space
-    denoiser: nn.Module
+    space: Subspace | RawSpace
+    weights: StateDict
     start: int
-    coordinates: Tensor
-    changes: Tensor
+    noise_to_signal: float
+    coordinates: Annotated[Tensor, "num_members dim"]
+    changes: Annotated[Tensor, "num_members dim"]
 
     @classmethod
     def fit(
@@ -68,62 +71,58 @@ class ParameterDiffusion:
         """
         rank = rank_of(config, spectrum)
         if config.space == "raw":
-            space: Space = RawSpace.fit(vectors, multiple=2**config.num_blocks)
+            space: RawSpace | Subspace = RawSpace.fit(vectors, multiple=2**config.num_blocks)
         else:
             space = Subspace.fit(vectors, rank, spectrum)
         start = first_timestep(config, spectrum, rank)
         coordinates = space.project(vectors)
-        plain = cls(config, space, nn.Identity(), start, coordinates, torch.zeros_like(coordinates))
-        is_denoised = space.dim and config.generator == "diffusion"
-        return plain._trained(device, make_generator) if is_denoised else plain
+        alpha_bar = float(schedule_of(config).alphas_cumprod[start])
+        noise_to_signal = (1 - alpha_bar) / alpha_bar
+        weights: StateDict = {}
+        changes = torch.zeros_like(coordinates)
+        if space.dim and config.generator == "diffusion":
+            weights, changes = _train(config, start, coordinates, device, make_generator)
+        return cls(space, weights, start, noise_to_signal, coordinates, changes)
 
-    def _trained(self, device: torch.device, make_generator: MakeGenerator) -> "ParameterDiffusion":
-        """Return the model with a denoiser trained on its coordinates, and what that changes."""
-        config, coordinates = self.config, self.coordinates.to(device)
-        with initialized_by(make_generator("denoiser")):
-            denoiser = _new_denoiser(config, self.space.dim).to(device)
-        train_denoiser(
-            denoiser,
-            schedule_of(config),
-            coordinates,
-            train_steps=config.train_steps,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            generator=make_generator("training", device=device),
-        )
-        noises = make_generator("inversion", device=device)
-        generated = _invert_and_generate(config, denoiser, self.start, coordinates, noises)
-        if not bool(torch.isfinite(generated).all()):
-            raise FloatingPointError(
-                "the diffusion model generates values that are not finite; right would be a "
-                "smaller diffusion.learning-rate"
-            )
-        return replace(self, denoiser=denoiser, changes=generated.cpu() - self.coordinates)
+    def denoiser(self, config: DiffusionConfig, device: torch.device) -> nn.Module:
+        """Return the denoiser with the settings with which it was trained.
 
-    @property
-    def noise_to_signal(self) -> float:
-        """Variance of the noise at the first timestep, in units of the signal's."""
-        alpha_bar = float(schedule_of(self.config).alphas_cumprod[self.start])
-        return (1 - alpha_bar) / alpha_bar
+        Raises
+        ------
+        ValueError
+            If they are others.
+        """
+        with torch.random.fork_rng(devices=[]):
+            denoiser = _new_denoiser(config, self.space.dim)
+        try:
+            denoiser.load_state_dict(self.weights)
+        except RuntimeError as error:
+            raise ValueError(f"not the state of these settings: {error}") from error
+        return denoiser.to(device)
 
-    def guided(self, current: Tensor, previous: Tensor, config: OnboardingConfig) -> Tensor:
+    def guided(
+        self,
+        current: Tensor,
+        previous: Tensor,
+        config: DiffusionConfig,
+        onboarding: OnboardingConfig,
+        device: torch.device,
+    ) -> Tensor:
         """Return the coordinates ``(1, dim)`` of a newcomer after guided denoising.
 
         Local training took it from ``previous`` to ``current``, both ``(d,)``. Without a denoiser
         there is no guidance, and they are those of ``current``.
         """
         here = self.space.project([current])
-        if not self.space.dim or self.config.generator != "diffusion":
+        if not self.weights:
             return here
-        before = self.space.project([previous])
-        device = next(self.denoiser.parameters()).device
         guided: Tensor = guide(
-            self.denoiser,
-            schedule_of(self.config),
+            self.denoiser(config, device),
+            schedule_of(config),
             here.to(device),
-            before.to(device),
-            config.guidance,
-            sampling_timesteps(config.start, config.num_steps),
+            self.space.project([previous]).to(device),
+            onboarding.guidance,
+            sampling_timesteps(onboarding.start, onboarding.num_steps),
         )
         return guided.cpu()
 
@@ -133,33 +132,6 @@ class ParameterDiffusion:
         Rows ``(n, num_clients)``, float64, that sum to 1.
         """
         return nearness(coordinates, self.coordinates, self.noise_to_signal)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the model as named tensors."""
-        return {
-            **under("space", self.space.state()),
-            **under("denoiser", self.denoiser.state_dict()),
-            "start": torch.tensor(self.start),
-            "coordinates": self.coordinates,
-            "changes": self.changes,
-        }
-
-    @classmethod
-    def of(
-        cls, config: DiffusionConfig, state: dict[str, Tensor], device: torch.device
-    ) -> "ParameterDiffusion":
-        """Return the model of what `state` returned.
-
-        Raises
-        ------
-        KeyError, RuntimeError
-            If it was made with other settings.
-        """
-        space = (RawSpace if config.space == "raw" else Subspace).of(below("space", state))
-        denoiser = _new_denoiser(config, space.dim)
-        denoiser.load_state_dict(below("denoiser", state))
-        start, coordinates = int(state["start"]), state["coordinates"]
-        return cls(config, space, denoiser.to(device), start, coordinates, state["changes"])
 
 
 def rank_of(config: DiffusionConfig, spectrum: Spectrum) -> int:
@@ -195,17 +167,39 @@ def _new_denoiser(config: DiffusionConfig, dim: int) -> nn.Module:
     return ResidualDenoiser(dim, config.hidden_size, config.num_blocks)
 
 
-def _invert_and_generate(
+def _train(
     config: DiffusionConfig,
-    denoiser: nn.Module,
     start: int,
     coordinates: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """Denoise the codes of coordinates ``(n, dim)``, averaged over the draws of the noises."""
-    schedule = schedule_of(config)
-    draws = coordinates.repeat(config.num_draws, 1)
-    timesteps = sampling_timesteps(start, config.num_steps)
-    code = invert(denoiser, schedule, draws, timesteps, generator)
+    device: torch.device,
+    make_generator: MakeGenerator,
+) -> tuple[StateDict, Tensor]:
+    """Return the weights of a denoiser trained on coordinates ``(n, dim)``, and what it changes.
+
+    These are the changes ``(n, dim)`` by inversion and denoising, averaged over the draws of the
+    noises.
+    """
+    schedule, x0 = schedule_of(config), coordinates.to(device)
+    with initialized_by(make_generator("denoiser")):
+        denoiser = _new_denoiser(config, coordinates.shape[1]).to(device)
+    train_denoiser(
+        denoiser,
+        schedule,
+        x0,
+        train_steps=config.train_steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        generator=make_generator("training", device=device),
+    )
+    draws, timesteps = x0.repeat(config.num_draws, 1), sampling_timesteps(start, config.num_steps)
+    noises = make_generator("inversion", device=device)
+    code = invert(denoiser, schedule, draws, timesteps, noises)
     denoised = generate(denoiser, schedule, code, config.fidelity)
-    return denoised.view(config.num_draws, *coordinates.shape).mean(dim=0)
+    generated = denoised.view(config.num_draws, *x0.shape).mean(dim=0)
+    if not bool(torch.isfinite(generated).all()):
+        raise FloatingPointError(
+            "the diffusion model generates values that are not finite; right would be a smaller "
+            "diffusion.learning-rate"
+        )
+    weights = {name: tensor.cpu() for name, tensor in denoiser.state_dict().items()}
+    return weights, generated.cpu() - coordinates

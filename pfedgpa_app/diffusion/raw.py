@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pfedgpa_app.stateful import Vector
+
 
 @dataclass(frozen=True)
 class RawSpace:
@@ -22,8 +24,8 @@ class RawSpace:
         Number of coordinates: d, padded with zeros to what the denoiser can halve again and again.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: Vector
+    std: Vector
     dim: int
 
     @classmethod
@@ -40,15 +42,6 @@ class RawSpace:
         std = torch.where(std > least, std, 0.0)
         dim = -(-len(mean) // multiple) * multiple
         return cls(mean.to(dtype), std.to(dtype), dim)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the space as named tensors."""
-        return {"mean": self.mean, "std": self.std, "dim": torch.tensor(self.dim)}
-
-    @classmethod
-    def of(cls, state: dict[str, Tensor]) -> "RawSpace":
-        """Return the space of what `state` returned."""
-        return cls(state["mean"], state["std"], int(state["dim"]))
 
     def project(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return the coordinates ``(num_vectors, dim)`` of vectors ``(d,)``."""

@@ -55,7 +55,10 @@ def centred(halves: Tensor) -> Tensor:
 
 
 def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
-    """Return the part of the variance between clients that is signal, axis by axis.
+    """Return the part of the variance between clients that is signal, ``(num_axes,)``, float64.
+
+    Axes are unit vectors over the clients, columns of ``(num_clients, num_axes)``, float64; halves
+    are both `centred` moves of each client, ``(num_clients, 2, size)``.
 
     Every client trained on two halves of its images apart, from what all have in common. What both
     halves ask for is the client's own; what only one asks for is noise of the images that it
@@ -68,18 +71,6 @@ def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
     of an axis less signal than its own noise explains: the part is at least
     ``1 - 2 sum_i q_i^2 n_i / q^T H H^T q``, where ``n_i = |A_i - B_i|^2 / 4`` is each client's
     noise, at most four times the median client's.
-
-    Parameters
-    ----------
-    axes
-        Unit vectors over the clients, columns of ``(num_clients, num_axes)``, float64.
-    halves
-        Both `centred` moves of each client, ``(num_clients, 2, size)``.
-
-    Returns
-    -------
-    Tensor
-        ``(num_axes,)``, float64.
     """
     moves = halves.double()
     tells = cosine_similarity(moves[:, 0], moves[:, 1], dim=1) > -_SKETCH_ERROR
@@ -100,25 +91,14 @@ def signal_parts(axes: Tensor, halves: Tensor) -> Tensor:
 
 
 def agreement(halves: Tensor, others: Tensor) -> Tensor:
-    """Return how far clients ask for the same, as the cosine of what is signal in their moves.
+    """Return how far clients ask for the same: the cosine of what is signal in their moves.
 
-    With the `centred` moves A and B of each it is
+    With the `centred` moves A and B of a client ``(2, size)`` and of others
+    ``(num_clients, 2, size)`` it is, in float64,
     ``(A_i^T B_j + B_i^T A_j) / 2 sqrt(A_i^T B_i A_j^T B_j)``. The images of two halves are not the
     same, so that noise is on average in none of these products: clients of one distribution are at
     1, whatever they lack in images. It is 0 for those whose own halves agree by no more than the
     sketches' error, so that no cosine is one of nearly nothing.
-
-    Parameters
-    ----------
-    halves
-        Both `centred` moves of a client, ``(2, size)``.
-    others
-        Those of others, ``(num_clients, 2, size)``.
-
-    Returns
-    -------
-    Tensor
-        ``(num_clients,)``, float64, -1 .. 1.
     """
     one, many = halves.double(), others.double()
     products = (many[:, 0] @ one[1] + many[:, 1] @ one[0]) / 2

@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from pfedgpa_app.diffusion.mixture import pieces_of
+from pfedgpa_app.stateful import Vector
 
 # Directions with less than this part of the largest variance are rounding errors.
 _RELATIVE_TOLERANCE = 1e-8
@@ -142,8 +144,8 @@ class Subspace:
         Length in R^d of one unit of the coordinates.
     """
 
-    mean: Tensor
-    basis: Tensor
+    mean: Vector
+    basis: Annotated[Tensor, "dim d"]
     scale: float
 
     @classmethod
@@ -167,16 +169,6 @@ class Subspace:
             rows -= spectrum.mean[chunk].double()
             basis[:, chunk] = (weights @ rows).to(basis.dtype)
         return cls(spectrum.mean, basis, float(eigenvalues.mean().sqrt()) if dim else 1.0)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the subspace as named tensors."""
-        scale = torch.tensor(self.scale, dtype=torch.float64)
-        return {"mean": self.mean, "basis": self.basis, "scale": scale}
-
-    @classmethod
-    def of(cls, state: dict[str, Tensor]) -> "Subspace":
-        """Return the subspace of what `state` returned."""
-        return cls(state["mean"], state["basis"], float(state["scale"]))
 
     @property
     def dim(self) -> int:

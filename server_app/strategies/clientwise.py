@@ -28,7 +28,7 @@ from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.protocol import EPSILON, EXTRAS, FINGERPRINT, SERVER_ROUND
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import RoundRecord, Row
-from pfedgpa_app.state import states_below, states_under
+from pfedgpa_app.stateful import Kept, Stateful
 from pfedgpa_app.vault import MemoryVault, Vault
 from server_app.global_model import GlobalModel, average_of
 from server_app.messages import draw, num_bytes, shared_metrics
@@ -45,7 +45,7 @@ from server_app.replies import (
 from server_app.roster import Roster, by_addressee
 
 
-class ClientwiseFedAvg(FedAvg):
+class ClientwiseFedAvg(Stateful, FedAvg):
     """Federated Averaging in which a client may be sent parameters of its own.
 
     Implementation based on https://arxiv.org/abs/1602.05629. As it stands it gives everyone the
@@ -57,7 +57,7 @@ class ClientwiseFedAvg(FedAvg):
     takes their settings from those of a run and `begin` makes what depends on the clients' model.
     In a round come `training_state` and `extras` of each client that trains, `check` of each
     upload, `judge`, `counts`, `combine` and `learn`, then `evaluation_state` and `extras` of each
-    client that evaluates, and `trace`. `state` and `restore` are for checkpoints.
+    client that evaluates, and `trace`. What is marked `Kept` goes into checkpoints.
 
     Parameters
     ----------
@@ -114,7 +114,8 @@ class ClientwiseFedAvg(FedAvg):
     """
 
     clients_keep_parts: ClassVar[bool] = False
-    global_model: GlobalModel
+    global_model: Kept[GlobalModel]
+    sites: Kept[dict[int, StateDict]]
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class ClientwiseFedAvg(FedAvg):
         self.metric_ranges = metric_ranges or {}
         self.extras_layout: ParameterLayout | None = None
         self.optional_extras: dict[int, ParameterLayout] = {}
-        self.sites: dict[int, StateDict] = {}
+        self.sites = {}
         self.unusual: dict[int, str] = {}
         self.sampling_seed = seed
         self.completed_rounds = 0
@@ -244,21 +245,6 @@ class ClientwiseFedAvg(FedAvg):
     def trace(self) -> Row:
         """Return what was learned in the round, as numbers for method.jsonl; by default nothing."""
         return {}
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return self.global_model.state() | states_under("site", self.sites)
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned.
-
-        Raises
-        ------
-        ValueError
-            If it is another model's, or of other settings.
-        """
-        self.global_model.restore(tensors)
-        self.sites = states_below("site", tensors)
 
     # The rounds, as Flower calls them
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.state import below, under
+from pfedgpa_app.stateful import Kept
 from server_app.momentum import ClientMomentum
 from server_app.replies import Upload
 from server_app.strategies.fedavg_ft import FedAvgFT
@@ -31,6 +31,8 @@ class FedAMP(FedAvgFT):
     **kwargs : Any
         The arguments of `ClientwiseFedAvg`.
     """
+
+    client_momentum: Kept[ClientMomentum]
 
     def __init__(self, *, alpha: float = 1e4, sigma: float = 1e6, **kwargs: Any) -> None:
         self.alpha = alpha
@@ -60,15 +62,6 @@ class FedAMP(FedAvgFT):
         mixture = (weights @ vectors.double()).float()
         vector = self.client_momentum.ahead(client, mixture)
         return self.global_model.with_vector(vector)
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return super().state() | under("client-momentum", self.client_momentum.state())
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        super().restore(tensors)
-        self.client_momentum.restore(below("client-momentum", tensors))
 
 
 def attention(vectors: Tensor, row: int, alpha: float, sigma: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.state import states_below, states_under
+from pfedgpa_app.stateful import Kept
 from server_app.replies import Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
 
@@ -24,9 +24,11 @@ class FedAvgFT(ClientwiseFedAvg):
         Weight of the client's last upload in its model; the rest is the current average.
     """
 
+    fine_tuned: Kept[dict[int, StateDict]]
+
     def __init__(self, *, own_weight: float = 1.0, **kwargs: Any) -> None:
         self.own_weight = own_weight
-        self.fine_tuned: dict[int, StateDict] = {}
+        self.fine_tuned = {}
         super().__init__(**kwargs)
 
     @classmethod
@@ -37,15 +39,6 @@ class FedAvgFT(ClientwiseFedAvg):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the fine-tuned models."""
         self.fine_tuned |= {client: upload.state for client, upload in uploads.items()}
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return super().state() | states_under("fine-tuned", self.fine_tuned)
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        super().restore(tensors)
-        self.fine_tuned = states_below("fine-tuned", tensors)
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the client's fine-tuned model, or the average if it never took part."""

@@ -1,6 +1,5 @@
 """FedPAC: one body for all, and an optimal combination of heads for each client."""
 
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -12,25 +11,13 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.protocol import CLASS_COUNTS, CLASS_MEANS, VARIANCE, WEIGHTED_MEANS
-from pfedgpa_app.state import below, states_below, states_under, under
+from pfedgpa_app.stateful import Kept
 from server_app.global_model import weights_of
 from server_app.momentum import Momentum
 from server_app.replies import ReplyError, Upload
 from server_app.strategies.fedavg_ft import FedAvgFT
 
 MIN_SHARE = 1e-3
-
-
-@dataclass
-class Head:
-    """A client's head and its momentum."""
-
-    state: StateDict
-    momentum: Momentum
-
-    def move_to(self, combined: StateDict) -> None:
-        """Move the head to the combination of the round's heads, with momentum."""
-        self.state = self.momentum.step(self.state, combined)
 
 
 class FedPAC(FedAvgFT):
@@ -50,10 +37,14 @@ class FedPAC(FedAvgFT):
         The arguments of `ClientwiseFedAvg`.
     """
 
+    heads: Kept[dict[int, StateDict]]
+    head_momentum: Kept[Momentum]
+    means: Kept[StateDict]
+
     def __init__(self, *, judged: str = "trained", **kwargs: Any) -> None:
         self.judged = judged
-        self.heads: dict[int, Head] = {}
-        self.means: StateDict = {}
+        self.heads = {}
+        self.means = {}
         super().__init__(**kwargs)
 
     @classmethod
@@ -64,6 +55,7 @@ class FedPAC(FedAvgFT):
     def begin(self, spec: ModelSpec) -> None:
         """Set up the head's names and the layout of extras."""
         super().begin(spec)
+        self.head_momentum = Momentum(self.momentum, spec.trained)
         head = spec.linear_head
         self.head_names, (num_classes, dim) = head.names, head.size
         self.extras_layout = ParameterLayout.of(
@@ -111,11 +103,8 @@ class FedPAC(FedAvgFT):
         for row, client in enumerate(uploads):
             shares = head_shares(weighted, variances, row)
             combined = weighted_average(heads, shares.tolist())
-            head = self.heads.setdefault(client, Head(combined, self._new_momentum()))
-            head.move_to(combined)
-
-    def _new_momentum(self) -> Momentum:
-        return Momentum(self.momentum, self.global_model.spec.trained)
+            head = self.heads.get(client, combined)
+            self.heads[client] = self.head_momentum.step(head, combined, client)
 
     def _learn_means(self, uploads: list[Upload]) -> None:
         counts = torch.stack([upload.extras[CLASS_COUNTS] for upload in uploads])
@@ -133,36 +122,14 @@ class FedPAC(FedAvgFT):
 
     def training_state(self, client: int) -> StateDict:
         """Return the average with the client's head."""
-        head = self.heads.get(client)
-        if head is None:
+        if client not in self.heads:
             return self.average
-        return self.global_model.spec.refreshed(self.average | head.state)
+        return self.global_model.spec.refreshed(self.average | self.heads[client])
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the client's upload or, by the setting, the model that is sent."""
         trained = self.fine_tuned.get(client) if self.judged == "trained" else None
         return trained or self.training_state(client)
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        heads = self.heads.items()
-        return (
-            super().state()
-            | states_under("head", {client: head.state for client, head in heads})
-            | states_under("head-momentum", {c: head.momentum.state() for c, head in heads})
-            | under("means", self.means)
-        )
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        super().restore(tensors)
-        self.means = below("means", tensors)
-        self.heads = {
-            client: Head(state, self._new_momentum())
-            for client, state in states_below("head", tensors).items()
-        }
-        for client, velocity in states_below("head-momentum", tensors).items():
-            self.heads[client].momentum.restore(velocity)
 
 
 def head_shares(weighted: Tensor, variances: Tensor, row: int) -> Tensor:

@@ -10,7 +10,7 @@ from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.protocol import CENTER, ENDPOINTS, HAS_REGION
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.state import below, under
+from pfedgpa_app.stateful import Kept
 from server_app.global_model import weights_of
 from server_app.momentum import Momentum
 from server_app.replies import Upload
@@ -38,13 +38,18 @@ class Floco(ClientwiseFedAvg):
         The arguments of `ClientwiseFedAvg`.
     """
 
+    endpoints: Kept[Tensor]
+    endpoint_momentum: Kept[Momentum]
+    updates: Kept[dict[int, Tensor]]
+    points: Kept[dict[int, Tensor]]
+
     def __init__(
         self, *, num_endpoints: int = 10, projection_round: int = 250, **kwargs: Any
     ) -> None:
         self.num_endpoints = num_endpoints
         self.projection_round = projection_round
-        self.updates: dict[int, Tensor] = {}
-        self.points: dict[int, Tensor] = {}
+        self.updates = {}
+        self.points = {}
         super().__init__(**kwargs)
         self.endpoint_momentum = Momentum(self.momentum, {ENDPOINTS})
 
@@ -103,26 +108,6 @@ class Floco(ClientwiseFedAvg):
     def _point(self, client: int) -> Tensor:
         center = torch.full((self.num_endpoints,), 1 / self.num_endpoints)
         return self.points.get(client, center)
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return (
-            super().state()
-            | {"endpoints": self.endpoints}
-            | under("endpoint-momentum", self.endpoint_momentum.state())
-            | under("update", self.updates)
-            | under("point", self.points)
-        )
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        super().restore(tensors)
-        self.endpoints = tensors["endpoints"]
-        self.endpoint_momentum.restore(below("endpoint-momentum", tensors))
-        self.updates, self.points = (
-            {int(client): vector for client, vector in below(name, tensors).items()}
-            for name in ("update", "point")
-        )
 
 
 def project(updates: Tensor, num_endpoints: int) -> Tensor:

@@ -9,7 +9,8 @@ from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.protocol import CHOICE, CLUSTER, RECEIVED
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.state import below, states_below, states_under, under
+from pfedgpa_app.state import states_under
+from pfedgpa_app.stateful import Kept
 from server_app.global_model import weights_of
 from server_app.momentum import Momentum
 from server_app.replies import ReplyError, Upload
@@ -32,9 +33,13 @@ class IFCA(ClientwiseFedAvg):
         The arguments of `ClientwiseFedAvg`.
     """
 
+    clusters: Kept[dict[int, StateDict]]
+    choices: Kept[dict[int, int]]
+    cluster_momentum: Kept[Momentum]
+
     def __init__(self, *, num_clusters: int = 2, **kwargs: Any) -> None:
         self.num_clusters = num_clusters
-        self.choices: dict[int, int] = {}
+        self.choices = {}
         super().__init__(**kwargs)
 
     @classmethod
@@ -45,11 +50,11 @@ class IFCA(ClientwiseFedAvg):
     def begin(self, spec: ModelSpec) -> None:
         """Initialize the clusters' models."""
         super().begin(spec)
-        self.momenta = [Momentum(self.momentum, spec.trained) for _ in range(self.num_clusters)]
+        self.cluster_momentum = Momentum(self.momentum, spec.trained)
         layout = self.global_model.layout
         vector, rest = layout.split(spec.initial)
         sizes = [entry.numel for entry in layout.generated]
-        self.clusters: dict[int, StateDict] = {0: spec.initial}
+        self.clusters = {0: spec.initial}
         for cluster in range(1, self.num_clusters):
             generator = make_generator(self.seed, "cluster", cluster)
             shuffled = [
@@ -90,12 +95,12 @@ class IFCA(ClientwiseFedAvg):
         self.choices |= chosen
         # Limited over the round: a cluster's median may be that of one malicious client.
         counts = dict(zip(uploads, weights_of(uploads.values()), strict=True))
-        for cluster, momentum in enumerate(self.momenta):
+        for cluster in self.clusters:
             members = [client for client in chosen if chosen[client] == cluster]
             if members:
                 states = [uploads[client].state for client in members]
                 average = weighted_average(states, [counts[client] for client in members])
-                moved = momentum.step(self.clusters[cluster], average)
+                moved = self.cluster_momentum.step(self.clusters[cluster], average, cluster)
                 self.clusters[cluster] = self.global_model.spec.refreshed(moved)
 
     def evaluation_state(self, client: int) -> StateDict:
@@ -106,22 +111,3 @@ class IFCA(ClientwiseFedAvg):
         return self.clusters[self.choices.get(client, 0)]
 
     training_state = evaluation_state
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        choices = {client: torch.tensor(cluster) for client, cluster in self.choices.items()}
-        momenta = {number: momentum.state() for number, momentum in enumerate(self.momenta)}
-        return (
-            super().state()
-            | states_under("cluster", self.clusters)
-            | under("choice", choices)
-            | states_under("cluster-momentum", momenta)
-        )
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        super().restore(tensors)
-        self.clusters = states_below("cluster", tensors)
-        self.choices = {int(c): int(number) for c, number in below("choice", tensors).items()}
-        for number, velocity in states_below("cluster-momentum", tensors).items():
-            self.momenta[number].restore(velocity)

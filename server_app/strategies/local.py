@@ -4,7 +4,7 @@ from typing import Any
 
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.state import below, states_below, states_under, under
+from pfedgpa_app.stateful import Kept
 from server_app.replies import Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
 
@@ -12,8 +12,11 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 class Local(ClientwiseFedAvg):
     """Every client continues from its own last upload."""
 
+    initial: Kept[StateDict]
+    uploads: Kept[dict[int, StateDict]]
+
     def __init__(self, **kwargs: Any) -> None:
-        self.uploads: dict[int, StateDict] = {}
+        self.uploads = {}
         super().__init__(**kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
@@ -24,18 +27,6 @@ class Local(ClientwiseFedAvg):
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""
         self.uploads |= {client: upload.state for client, upload in uploads.items()}
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return (
-            super().state() | under("initial", self.initial) | states_under("upload", self.uploads)
-        )
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        super().restore(tensors)
-        self.initial = below("initial", tensors)
-        self.uploads = states_below("upload", tensors)
 
     def training_state(self, client: int) -> StateDict:
         """Return the client's last upload, or the initial model."""

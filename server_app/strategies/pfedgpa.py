@@ -13,14 +13,14 @@ from torch import Tensor
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import ClientRecord
 from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
-from pfedgpa_app.diffusion import SKETCH, sketched
+from pfedgpa_app.diffusion.signal import SKETCH, sketched
 from pfedgpa_app.guard import MIN_CLIENTS, Guard, Move, misfits
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.protocol import COMMON, HALVES
 from pfedgpa_app.rounds import Row
 from pfedgpa_app.sharing import alone_now, too_few
-from pfedgpa_app.state import below, under
+from pfedgpa_app.stateful import Kept
 from pfedgpa_app.trace import trace_of
 from server_app.momentum import ClientMomentum
 from server_app.replies import Upload
@@ -77,7 +77,9 @@ class PFedGPA(ClientwiseFedAvg):
     >>> strategy.start(grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=20)
     """
 
-    aggregator: GenerativeAggregator
+    aggregator: Kept[GenerativeAggregator]
+    client_momentum: Kept[ClientMomentum]
+    guard: Kept[Guard]
 
     def __init__(
         self,
@@ -225,9 +227,8 @@ class PFedGPA(ClientwiseFedAvg):
             if HALVES in upload.extras and client not in self.unusual:
                 self.aggregator.compare(client, upload.extras[HALVES])
             if client not in newcomers:
-                usual = client not in self.unusual
-                take_in = self.aggregator.observe if usual else self.aggregator.seclude
-                take_in(client, upload.vector)
+                is_outlier = client in self.unusual
+                self.aggregator.observe(client, upload.vector, is_outlier=is_outlier)
         try:
             self.aggregator.fit(server_round, self.global_model.vector(self.average))
         except FloatingPointError as error:
@@ -254,22 +255,6 @@ class PFedGPA(ClientwiseFedAvg):
     def trace(self) -> Row:
         """Return what the diffusion model found in the round; nothing if nobody trained."""
         return trace_of(self.aggregator) if self.record.num_trained else {}
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return {
-            **super().state(),
-            **under("aggregator", self.aggregator.state()),
-            **under("client-momentum", self.client_momentum.state()),
-            **under("guard", self.guard.state()),
-        }
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        super().restore(tensors)
-        self.aggregator.restore(below("aggregator", tensors))
-        self.client_momentum.restore(below("client-momentum", tensors))
-        self.guard.restore(below("guard", tensors))
 
     def training_state(self, client: int) -> StateDict:
         """Return the model generated for a client, or the mean if nothing is known of it."""

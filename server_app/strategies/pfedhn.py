@@ -10,7 +10,7 @@ from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
-from pfedgpa_app.state import below, under
+from pfedgpa_app.stateful import Kept
 from pfedgpa_app.strategies import PFedHNConfig
 from server_app.replies import Upload
 from server_app.strategies.clientwise import ClientwiseFedAvg
@@ -38,10 +38,14 @@ class PFedHN(ClientwiseFedAvg):
         The arguments of `ClientwiseFedAvg`.
     """
 
+    embeddings: Kept[dict[int, Tensor]]
+    network: Kept[nn.Sequential]
+    velocity: Kept[dict[str, Tensor]]
+
     def __init__(self, *, settings: PFedHNConfig | None = None, **kwargs: Any) -> None:
         self.settings = settings or PFedHNConfig()
-        self.embeddings: dict[int, Tensor] = {}
-        self.velocity: dict[str, Tensor] = {}
+        self.embeddings = {}
+        self.velocity = {}
         super().__init__(**kwargs)
 
     @classmethod
@@ -114,20 +118,3 @@ class PFedHN(ClientwiseFedAvg):
             generator = make_generator(self.seed, "embedding", client)
             self.embeddings[client] = torch.randn(self.settings.embedding_dim, generator=generator)
         return self.embeddings[client]
-
-    def state(self) -> StateDict:
-        """Return all that the next round needs, as named tensors."""
-        return (
-            super().state()
-            | under("embedding", self.embeddings)
-            | under("network", self.network.state_dict())
-            | under("velocity", self.velocity)
-        )
-
-    def restore(self, tensors: StateDict) -> None:
-        """Take over what `state` returned."""
-        super().restore(tensors)
-        embeddings = below("embedding", tensors)
-        self.embeddings = {int(client): vector for client, vector in embeddings.items()}
-        self.network.load_state_dict(below("network", tensors))
-        self.velocity = below("velocity", tensors)
