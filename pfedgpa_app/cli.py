@@ -60,7 +60,7 @@ def main(
 @app.command()
 def export(
     run: RunArgument,
-    client: Annotated[int, typer.Option(min=0, help="Number of the client.")],
+    client: Annotated[str, typer.Option(help="Number of the client, or its name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (safetensors).")],
     force: Annotated[bool, typer.Option(help="Write in place of a file that exists.")] = False,
     class_counts: ClassCounts = None,
@@ -76,7 +76,9 @@ def export(
     if trust:
         sys.path.insert(0, os.getcwd())
     try:
-        model = ExportedModel.load(read_run(run, output_dir).model_file(client), trusted=trust)
+        found = read_run(run, output_dir)
+        file = found.model_file(found.client_called(client))
+        model = ExportedModel.load(file, trusted=trust)
         model = model.with_class_counts(_counts(class_counts))
         _check_output(output, "model.safetensors", force)
         model.save(output)
@@ -84,8 +86,8 @@ def export(
         fail(str(error))
     config = model.config
     print(
-        f"{output}: client {client} after round {model.server_round} ({config.strategy}, "
-        f"{config.data.dataset}, {config.model.name})"
+        f"{output}: client {printable(client)} after round {model.server_round} "
+        f"({config.strategy}, {config.data.dataset}, {config.model.name})"
     )
 
 

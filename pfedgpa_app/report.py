@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 from pfedgpa_app.config import Config
 from pfedgpa_app.divergence import best_kept, warnings_in
 from pfedgpa_app.files import read_bytes, read_json
-from pfedgpa_app.rounds import Row, parse_rows
+from pfedgpa_app.rounds import Row, names_in, parse_rows
 from pfedgpa_app.runs import (
     RUN_FILE,
     error_of,
@@ -205,6 +205,26 @@ class Run:
     def method(self) -> list[Row]:
         """What the server learned, by round; not every strategy tells."""
         return _read_rows(self.path / "method.jsonl")
+
+    def client_called(self, client: str) -> int:
+        """Return the number of a client from its number or the name that it last had.
+
+        Raises
+        ------
+        ValueError
+            If no client is called so, or more than one.
+        """
+        if client.isdecimal():
+            return int(client)
+        names = names_in(self.clients)
+        found = [number for number, name in names.items() if name == client]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            numbers = " and ".join(map(str, sorted(found)))
+            raise ValueError(f"clients {numbers} are called {client!r}; right would be a number")
+        known = ", ".join(sorted(map(repr, names.values()))) or "none has a name"
+        raise ValueError(f"{self.path} has no client called {client!r}: {known}")
 
     def model_file(self, client: int) -> Path:
         """Return the file of a client's personalized model.

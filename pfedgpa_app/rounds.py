@@ -51,6 +51,8 @@ class RoundRecord:
         Clients that were connected when the round began.
     bytes_down, bytes_up
         Parameters sent to and received from clients.
+    names
+        What clients are called that have a name.
     """
 
     server_round: int
@@ -60,6 +62,7 @@ class RoundRecord:
     num_nodes: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def expect(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
         """Note who was asked to train."""
@@ -123,7 +126,22 @@ class RoundRecord:
         return [row[name] for _, row in sorted(self.clients.items()) if name in row]
 
     def _row(self, client: int) -> Row:
-        return self.clients.setdefault(client, {"round": self.server_round, "client": client})
+        named = {"name": self.names[client]} if client in self.names else {}
+        return self.clients.setdefault(
+            client, {"round": self.server_round, "client": client, **named}
+        )
+
+
+def called(row: Row) -> str:
+    """Return the number of a row's client and, if it has one, its name."""
+    return (
+        f"client {row['client']} ({row['name']})" if row.get("name") else f"client {row['client']}"
+    )
+
+
+def names_in(rows: Iterable[Row]) -> dict[int, str]:
+    """Return the names that clients last had, of those that have one, by client."""
+    return {row["client"]: row["name"] for row in rows if row.get("name")}
 
 
 def has_failed(row: Row) -> bool:
@@ -277,7 +295,7 @@ def _is_text(value: object) -> bool:
 
 
 _MOST = 1e18
-_TEXTS = ("strategy", "node-id", "status", "unusual", "not-evaluated")
+_TEXTS = ("strategy", "node-id", "name", "status", "unusual", "not-evaluated")
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(
         (*summarize(RoundRecord(0), "", 0.0), *TRAINING_METRICS), (_is_number, "a number")

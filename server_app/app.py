@@ -18,6 +18,7 @@ from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
 from pfedgpa_app.rounds import JUDGED, NO_REPLY, RowError, causes_of, describe, summarize
 from pfedgpa_app.runs import BANK, BEST, CHECKPOINT
+from pfedgpa_app.section import listed
 from pfedgpa_app.state import WriteError, write_text
 from pfedgpa_app.vault import DiskVault
 from server_app.checkpoint import ResumeError, keep_best, resume, settle_earlier, write_checkpoint
@@ -155,6 +156,9 @@ def make_strategy(config: Config, spec: ModelSpec, folder: Path | None = None) -
         roster=PartitionRoster(),
         fraction_train=config.server.fraction_train,
         fraction_evaluate=config.server.fraction_evaluate,
+        include=listed(config.server.include),
+        exclude=listed(config.server.exclude),
+        required=listed(config.server.required),
         evaluate_every=config.server.evaluate_every,
         min_train_nodes=1,
         min_evaluate_nodes=1,

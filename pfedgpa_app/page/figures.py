@@ -116,10 +116,17 @@ def last_accuracies(clients: Sequence[Row]) -> dict[int, tuple[float, float | No
     return {client: (personalized[client], trained.get(client)) for client in worst_first}
 
 
-def clients(accuracies: Mapping[int, tuple[float, float | None]], mean: float) -> go.Figure:
-    """Return the last accuracy of each client, worst first, and the mean over all."""
+def clients(
+    accuracies: Mapping[int, tuple[float, float | None]],
+    mean: float,
+    called: Mapping[int, str] | None = None,
+) -> go.Figure:
+    """Return the last accuracy of each client, worst first, and the mean over all.
+
+    ``called`` has the names of those that have one.
+    """
     fig = figure("client, worst first", "accuracy")
-    names = [str(client) for client in accuracies]
+    names = [label(client, called or {}) for client in accuracies]
     kinds = (("personalized", symbol(0)), ("after local training", "diamond-open"))
     for number, (name, shape) in reversed(list(enumerate(kinds))):
         fig.add_trace(
@@ -141,6 +148,11 @@ def clients(accuracies: Mapping[int, tuple[float, float | None]], mean: float) -
     fig.update_xaxes(type="category")
     fig.update_layout(showlegend=True)
     return fig
+
+
+def label(client: int, called: Mapping[int, str]) -> str:
+    """Return a client's number and, if it has one, its name."""
+    return f"{client} {plain(called[client])}" if client in called else str(client)
 
 
 def classes(counts: Mapping[int, Tensor], names: Sequence[str]) -> go.Figure:

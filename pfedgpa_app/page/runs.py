@@ -1,7 +1,7 @@
 """What the page has of a run, and of several."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from itertools import islice
 from statistics import fmean
@@ -12,7 +12,7 @@ from pfedgpa_app.page import figures, method
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
 from pfedgpa_app.report import Run
-from pfedgpa_app.rounds import Row, has_failed, mean_and_spread, value_of
+from pfedgpa_app.rounds import Row, has_failed, mean_and_spread, names_in, value_of
 from pfedgpa_app.sharing import alone_in
 
 Of = TypeVar("Of")
@@ -166,7 +166,7 @@ def _accuracies(run: Run, clients: Sequence[Row], holdings: Holdings) -> list[Sh
             "Open: what the client made of the model it received, by local training."
         )
         mean = fmean(personalized for personalized, _ in accuracies.values())
-        drawn = figures.clients(_first(accuracies), mean)
+        drawn = figures.clients(_first(accuracies), mean, names_in(clients))
         shown.append(Shown("Accuracy of each client", caption + _left_out(accuracies), drawn))
     if holdings.counts:
         caption = (
@@ -250,6 +250,7 @@ def _costs(run: Run) -> list[Shown]:
 def _failures(clients: Sequence[Row]) -> str:
     """Return who sent no usable reply, or was kept apart, and why; most rounds first."""
     rounds: dict[tuple[int, str], list[int]] = {}
+    names = names_in(clients)
     for row in clients:
         status = row.get("status", "ok")
         reasons = [] if status == "ok" else [status]
@@ -266,10 +267,16 @@ def _failures(clients: Sequence[Row]) -> str:
     most = Counter({key: len(each) for key, each in rounds.items()}).most_common()
     for (client, why), _ in most:
         alike.setdefault((_ranges(rounds[client, why]), why), []).append(client)
-    lines = [(_ranges(clients), when, why) for (when, why), clients in alike.items()]
+    lines = [(_who(clients, names), when, why) for (when, why), clients in alike.items()]
     left_out = len(lines) - _MAX_FAILURES
     note = f'<p class="quiet">{left_out} more are in clients.jsonl.</p>' if left_out > 0 else ""
     return table(("clients", "rounds", "reason"), lines[:_MAX_FAILURES]) + note
+
+
+def _who(clients: Sequence[int], names: Mapping[int, str]) -> str:
+    """Return numbers of clients, and the names of those that have one."""
+    named = ", ".join(names[client] for client in sorted(clients) if client in names)
+    return f"{_ranges(clients)} ({named})" if named else _ranges(clients)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
