@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordVa
 from flwr.common import log
 from torch import nn
 
+from client_app.floor import PRIVACY_FLOOR, Floor
 from client_app.kept_model import check_model_path, keep_model
 from client_app.methods import METHODS, Method, Task, Trained
 from client_app.node import PRIVACY, NodeError, client_number, node_partition
@@ -38,12 +39,26 @@ MEMORY = "memory"
 def train_message(message: Message, context: Context) -> Message:
     """Train the received model, and judge it on the client's test set before and after.
 
-    Who has spent its privacy budget replies without parameters.
+    Who has spent its privacy budget, or demands more privacy than the run has, replies without
+    parameters.
     """
     begin = time.monotonic()
     task, method = prepare(message, context)
     keep_model(method, task, context, round_of(message) - 1)
     data, privacy = task.data, task.config.privacy
+    lacks = Floor.of(context).shortfall(
+        privacy, task.config.client, task.ledger, len(data.train_labels)
+    )
+    if lacks:
+        log(
+            WARNING,
+            "This site does not train in round %d: the run's privacy is less than its %s (%s)",
+            round_of(message),
+            PRIVACY_FLOOR,
+            lacks,
+        )
+        refusal = MetricRecord({protocol.BELOW_FLOOR: 1})
+        return Message(RecordDict({protocol.METRICS: refusal}), reply_to=message)
     if not task.may_train():
         spent: dict[str, MetricRecordValues] = {
             protocol.NUM_EXAMPLES: len(data.train_labels),
@@ -74,17 +89,20 @@ def training_reply(
     after = task.judge(method.personal_model(task))
     if task.memory:
         context.state[MEMORY] = ArrayRecord(copy_of(task.memory))
-    metrics: dict[str, MetricRecordValues] = {
-        protocol.NUM_EXAMPLES: len(data.train_labels),
-        protocol.ACCURACY_BEFORE: before.accuracy,
-        protocol.LOSS_BEFORE: before.loss,
-        protocol.ACCURACY_AFTER: after.accuracy,
-        protocol.LOSS_AFTER: after.loss,
-    }
+    metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: len(data.train_labels)}
+    floor = Floor.of(context)
+    if floor.tells_metrics:
+        metrics |= {
+            protocol.ACCURACY_BEFORE: before.accuracy,
+            protocol.LOSS_BEFORE: before.loss,
+            protocol.ACCURACY_AFTER: after.accuracy,
+            protocol.LOSS_AFTER: after.loss,
+        }
     has_own_data = "data-path" in context.node_config
     is_table = len(data.info.shape) == 1
     # Two numbers a feature tell of a site's patients what two a channel do not tell of pictures.
-    if not (has_own_data and (privacy.is_on or is_table)):
+    withholds = has_own_data and (privacy.is_on or is_table)
+    if floor.tells_normalization and not withholds:
         # What a model needs to be used elsewhere, and its client alone knows.
         metrics[protocol.IMAGE_MEAN] = data.stats.mean.tolist()
         metrics[protocol.IMAGE_STD] = data.stats.std.tolist()
@@ -109,11 +127,9 @@ def evaluate_message(message: Message, context: Context) -> Message:
     task, method = prepare(message, context)
     keep_model(method, task, context, round_of(message))
     result = task.judge(method.personal_model(task))
-    metrics: dict[str, MetricRecordValues] = {
-        protocol.NUM_EXAMPLES: len(task.data.test_labels),
-        protocol.ACCURACY: result.accuracy,
-        protocol.LOSS: result.loss,
-    }
+    metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: len(task.data.test_labels)}
+    if Floor.of(context).tells_metrics:
+        metrics |= {protocol.ACCURACY: result.accuracy, protocol.LOSS: result.loss}
     return Message(RecordDict({protocol.METRICS: MetricRecord(metrics)}), reply_to=message)
 
 
@@ -130,6 +146,7 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         config = Config.from_flat(context.run_config)
         require_opacus(config.privacy)
         client = client_number(context)
+        Floor.of(context)
         data = load_data(config, context)
     except (ConfigError, DataError, NodeError) as error:
         log(ERROR, "This node cannot take part: %s", printable_lines(str(error)))

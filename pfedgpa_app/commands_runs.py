@@ -87,6 +87,7 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "accuracies": {name: found.last(name) for name in _ACCURACIES},
         "worst-clients": _worst(found),
         "error": found.error,
+        "ended": found.ended,
         "warnings": found.warnings,
         "sharing": alone_in(found.metrics, found.config.diffusion),
         "failures": _failures(found.clients),
@@ -214,7 +215,11 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
         f"{facts['rounds']} of {facts['num-server-rounds']} rounds in {took} h, "
         f"began {facts['began']}"
     )
-    yield from (each for each in (facts["error"], *facts["warnings"], facts["sharing"]) if each)
+    yield from (
+        each
+        for each in (facts["error"], facts["ended"], *facts["warnings"], facts["sharing"])
+        if each
+    )
     blocks = {
         "Settings that differ from the defaults": [
             f"{key} = {json.dumps(value)}" for key, value in facts["settings"].items()

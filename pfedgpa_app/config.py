@@ -129,8 +129,8 @@ class Config(StrategySections):
         """The settings that decide about results, as a flat run config.
 
         Where the output goes, who else is told, how far the run goes, what it goes on from, how
-        long it waits for clients and when it judges are not among them, nor are the settings of
-        strategies that the run does not have.
+        long it waits for clients and for whom, when it judges and why it ends early are not among
+        them, nor are the settings of strategies that the run does not have.
         """
         free = {
             "output-dir",
@@ -142,6 +142,10 @@ class Config(StrategySections):
             "server.round-timeout",
             "server.join-timeout",
             "server.evaluate-every",
+            "server.required",
+            "server.stop-at",
+            "server.patience",
+            "server.cross-site",
         }
         if STRATEGY_INFO[self.strategy].depends_on_length:
             free.remove("num-server-rounds")

@@ -25,6 +25,9 @@ EPSILON = "epsilon"
 BUDGET_SPENT = "budget-spent"
 """Of a client that did not train, since that would exceed its privacy budget."""
 
+BELOW_FLOOR = "below-privacy-floor"
+"""Of a client that did not train, since the run is less private than its site demands."""
+
 # What a node says of itself when it is asked: its partition, and in a record of its own its code.
 PARTITION_ID = "partition-id"
 SOURCE = "source"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.divergence import best_kept, warnings_in
@@ -14,10 +14,10 @@ from pfedgpa_app.files import read_bytes, read_json
 from pfedgpa_app.rounds import Row, names_in, parse_rows
 from pfedgpa_app.runs import (
     RUN_FILE,
-    error_of,
+    end_of,
     is_going_on,
     name_of,
-    note_error,
+    note_end,
     register,
     run_folders,
 )
@@ -102,8 +102,8 @@ class RunFolder:
         """
         _append(self.path / "clients.jsonl", list(clients))
 
-    def fail(self, error: str) -> None:
-        """Write why the run ends before its last round.
+    def note(self, key: Literal["error", "ended"], reason: str) -> None:
+        """Write why the run ends before its last round: an error, or what it was to reach.
 
         Raises
         ------
@@ -111,7 +111,7 @@ class RunFolder:
             If it cannot be written.
         """
         with writing(self.path / RUN_FILE):
-            note_error(self.path, self._lock, error)
+            note_end(self.path, self._lock, key, reason)
 
     def go_on_from(self, run: "Run", completed_rounds: int) -> None:
         """Begin with the rows of an earlier run, as far as its checkpoint knows of them."""
@@ -181,7 +181,12 @@ class Run:
     @property
     def error(self) -> str:
         """Why it ended before its last round; empty if it did not, or could not tell."""
-        return error_of(self.path)
+        return end_of(self.path, "error")
+
+    @property
+    def ended(self) -> str:
+        """Why it was complete before its last round; empty if it was not."""
+        return end_of(self.path, "ended")
 
     @property
     def warnings(self) -> list[str]:
@@ -258,8 +263,8 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all rounds are there."""
-        return len(self.metrics) == self.config.num_server_rounds
+        """Whether all rounds are there, or it ended early as its settings say."""
+        return len(self.metrics) == self.config.num_server_rounds or bool(self.ended)
 
     def is_of(self, config: Config) -> bool:
         """Whether the run had these settings, wherever it was written to, interrupted or not."""

@@ -18,6 +18,7 @@ STANDARD_ERROR = f"{JUDGED}-error"
 NO_REPLY = "no reply"
 CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
+BELOW_FLOOR = "the run is less private than the site demands"
 TRAINING_METRICS = (
     protocol.NUM_EXAMPLES,
     protocol.ACCURACY_BEFORE,
@@ -78,6 +79,10 @@ class RoundRecord:
     def spent(self, client: int, epsilon: float) -> None:
         """Note that a client did not train, since that would exceed its privacy budget."""
         self._row(client).update({"status": BUDGET_SPENT, "epsilon": epsilon})
+
+    def below_floor(self, client: int) -> None:
+        """Note that a client did not train, since its site demands more privacy."""
+        self._row(client)["status"] = BELOW_FLOOR
 
     def unusual(self, client: int, reason: str) -> None:
         """Note why others do not learn from a client in this round."""
@@ -146,7 +151,7 @@ def names_in(rows: Iterable[Row]) -> dict[int, str]:
 
 def has_failed(row: Row) -> bool:
     """Tell whether a client was asked to train and sent no usable reply."""
-    return row.get("status", "ok") not in ("ok", BUDGET_SPENT)
+    return row.get("status", "ok") not in ("ok", BUDGET_SPENT, BELOW_FLOOR)
 
 
 def causes_of(statuses: Iterable[str]) -> list[str]:

@@ -66,12 +66,12 @@ def name_of(path: Path) -> str:
     return name if re.fullmatch("[a-z0-9-]{1,100}", name) else text_of(path.name)
 
 
-def error_of(path: Path) -> str:
-    """Return why a run ended before its last round, if it knows."""
-    return _fact(path, "error")
+def end_of(path: Path, key: str) -> str:
+    """Return why a run ended before its last round, as `note_end` wrote it; empty if it did not."""
+    return _fact(path, key)
 
 
-def note_error(path: Path, file: FileIO, error: str) -> None:
+def note_end(path: Path, file: FileIO, key: str, reason: str) -> None:
     """Write why a run ended into the file that `register` returned.
 
     Raises
@@ -79,7 +79,7 @@ def note_error(path: Path, file: FileIO, error: str) -> None:
     OSError
         If it cannot be written.
     """
-    facts = {"name": name_of(path), "began": began_at(path).isoformat(), "error": error}
+    facts = {"name": name_of(path), "began": began_at(path).isoformat(), key: reason}
     # Longer than what is there, so that the name is not lost if it ends half-way.
     os.ftruncate(file.fileno(), os.pwrite(file.fileno(), json.dumps(facts).encode() + b"\n", 0))
     os.fsync(file)

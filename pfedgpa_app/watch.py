@@ -41,10 +41,13 @@ def watch(run: RunArgument = LATEST, output_dir: OutputDir = "") -> None:
         raise typer.Exit(_INTERRUPTED) from None
     name, path = followed.run.name, followed.run.path
     rounds = f"{followed.last_round} of {followed.num_rounds} rounds"
-    if followed.last_round < followed.num_rounds:
+    ended = followed.run.ended
+    if followed.last_round < followed.num_rounds and not ended:
         go_on = f'; right would be resume-from="{name}", which goes on from its last checkpoint'
         why = f": {error}" if (error := followed.run.error) else ""
         fail(f"{name} stopped after {rounds}{why}{go_on if (path / CHECKPOINT).exists() else ''}")
+    if ended:
+        print(printable(ended))
     print(f"{name} is complete, {rounds}: {path}")
 
 

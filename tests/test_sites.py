@@ -1,10 +1,18 @@
 """Who takes part: names of sites, who trains and who has to be there, and when a run ends."""
 
-import pytest
-from flwr.app import ArrayRecord, MessageType, RecordDict
-from simulated_grid import SimulatedGrid, received, site, start, weights
+from pathlib import Path
 
+import pytest
+from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from simulated_grid import SimulatedGrid, received, site, start, upload, weights
+from typer.testing import CliRunner
+
+from pfedgpa_app import cli
+from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.files import printable
+from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.report import Run
+from server_app import app
 from server_app import roster as roster_module
 from server_app.roster import JoinTimeoutError, Roster
 from server_app.strategies import ClientwiseFedAvg, PFedGPA
@@ -102,3 +110,60 @@ def test_a_round_waits_for_the_sites_that_are_required(monkeypatch, caplog):
     assert caplog.text.count('Waiting for nodes: of server.required, "mer*" is not connected') == 1
     with pytest.raises(JoinTimeoutError, match=r'of server.required, "x" is not connected; right'):
         start(ClientwiseFedAvg(required=["x"], join_timeout=0.0), named_grid("a", "b"))
+
+
+def scored(path: Path, monkeypatch: pytest.MonkeyPatch, run_id: int, *scores: float, **settings):
+    """Run the ServerApp with three clients that have these accuracies in rounds 1, 2, ..."""
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+
+    def answer(message: Message) -> RecordDict:
+        if message.metadata.message_type == MessageType.TRAIN:
+            return upload(weights(1.0))
+        score = scores[message.content["config"]["server-round"] - 1]
+        return RecordDict({"m": MetricRecord({"num-examples": 4, "accuracy": score})})
+
+    given = {"strategy": "fedavg", "output-dir": str(path), "num-server-rounds": len(scores)}
+    given |= {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
+    grid = SimulatedGrid(dict.fromkeys(range(3), answer), {0: 0, 1: 1, 2: 2})
+    app.main(grid, Context(run_id, 1, {}, RecordDict(), given))
+    return Run.read(path / str(run_id))
+
+
+def test_a_run_ends_properly_at_an_accuracy_and_can_go_on(tmp_path: Path, monkeypatch):
+    scores = (0.5, 0.75, 0.8, 0.9)
+    run = scored(tmp_path, monkeypatch, 1, *scores, server__stop_at=0.75, checkpoint__every=3)
+    assert [row["personalized-accuracy"] for row in run.metrics] == [0.5, 0.75]
+    assert (run.state, run.error) == ("complete", "")
+    why = "Ended after round 2, with a personalized accuracy of 0.7500: server.stop-at = 0.75"
+    assert run.ended == why
+    assert why in (run.path / "report.html").read_text()
+    assert all(run.model_file(client).exists() for client in range(3))
+    watched = CliRunner().invoke(cli.app, ["watch", "1", "--output-dir", str(tmp_path)])
+    assert watched.exit_code == 0
+    assert f"{why}\ndigits-fedavg-1 is complete, 2 of 4 rounds" in watched.stdout
+    on = {"resume_from": "1", "server__stop_at": 0.0, "server__exclude": "2"}
+    resumed = scored(tmp_path, monkeypatch, 2, *scores, **on)
+    assert [row["round"] for row in resumed.metrics] == [1, 2, 3, 4]
+    assert resumed.ended == ""
+
+
+def test_a_run_without_progress_ends_and_goes_on_for_as_long_again(tmp_path: Path, monkeypatch):
+    scores = (0.5, 0.75, 0.75, 0.5, 0.5, 0.5, 0.5)
+    run = scored(tmp_path, monkeypatch, 1, *scores, server__patience=2)
+    assert len(run.metrics) == 4
+    assert run.ended == (
+        "Ended after round 4, since the best personalized accuracy is that of round 2, 0.7500: "
+        "server.patience = 2"
+    )
+    again = scored(tmp_path, monkeypatch, 2, *scores, server__patience=2, resume_from="1")
+    assert len(again.metrics) == 6
+
+
+def test_what_needs_evaluations_is_refused_without():
+    flat = {"server.stop-at": 0.9, "server.patience": 2, "server.evaluate-every": 0}
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat(flat)
+    assert [each.partition(":")[0] for each in caught.value.problems] == [
+        "server.stop-at = 0.9",
+        "server.patience = 2",
+    ]

@@ -107,7 +107,12 @@ def _run(page: Page, run: Run, number: int) -> str:
     holdings = Holdings.of(run)
     notes = [
         note
-        for note in (run.error, *run.warnings, alone_in(run.metrics, run.config.diffusion))
+        for note in (
+            run.error,
+            run.ended,
+            *run.warnings,
+            alone_in(run.metrics, run.config.diffusion),
+        )
         if note
     ]
     parts = [_facts(run, clients), *(f'<p class="note">{escape(note)}</p>' for note in notes)]

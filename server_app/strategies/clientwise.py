@@ -28,7 +28,7 @@ from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.protocol import EPSILON, EXTRAS, FINGERPRINT, SERVER_ROUND
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.rounds import RoundRecord, Row
+from pfedgpa_app.rounds import BELOW_FLOOR, RoundRecord, Row
 from pfedgpa_app.state import states_below, states_under
 from pfedgpa_app.vault import MemoryVault, Vault
 from server_app.global_model import GlobalModel, average_of
@@ -39,6 +39,7 @@ from server_app.replies import (
     ReplyError,
     Upload,
     check_ranges,
+    is_below_floor,
     read_metrics,
     read_spent,
     read_upload,
@@ -495,6 +496,11 @@ class ClientwiseFedAvg(FedAvg):
         uploads: dict[int, Upload] = {}
         sizes: dict[int, int] = {}
         for client, reply in self._by_client(replies):
+            if is_below_floor(reply):
+                called = self._called(client)
+                log(INFO, "%s does not train: %s", called, BELOW_FLOOR)
+                self.record.below_floor(client)
+                continue
             try:
                 epsilon = read_spent(reply, self.weighted_by_key)
                 if epsilon is not None:
