@@ -12,7 +12,7 @@ from pfedgpa_app.privacy import Ledger, cost_of_round
 
 PRIVACY_FLOOR = "privacy-floor"
 """The key of a node config with the words of a `Floor`."""
-# What each mode of privacy protects at least: whoever hides all data of a client hides each example.
+# The modes that protect as much: whoever hides all data of a client hides each example.
 _AT_LEAST = {"example": ("example", "update"), "update": ("update",)}
 
 
