@@ -14,7 +14,13 @@ from torch import nn
 from client_app.floor import PRIVACY_FLOOR, Floor
 from client_app.kept_model import check_model_path, keep_model
 from client_app.methods import METHODS, Method, Task, Trained
-from client_app.node import PRIVACY, NodeError, client_number, node_partition
+from client_app.node import (
+    PRIVACY,
+    NodeError,
+    client_number,
+    consents_to_cross_site,
+    node_partition,
+)
 from pfedgpa_app import protocol
 from pfedgpa_app.config import Config, ConfigError, below_home
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
@@ -123,10 +129,22 @@ def training_reply(
 
 
 def evaluate_message(message: Message, context: Context) -> Message:
-    """Judge the client's model, of which the received one is a part or all, on its test set."""
+    """Judge the client's model, of which the received one is a part or all, on its test set.
+
+    For the cross-site matrix the received model is judged as it is, and not kept.
+
+    Raises
+    ------
+    NodeError
+        If it is for the matrix and the node does not consent.
+    """
+    is_own = protocol.CROSS_SITE not in message.content.config_records[protocol.CONFIG]
+    if not is_own and not consents_to_cross_site(context):
+        raise NodeError("the node config does not consent; right would be cross-site=true")
     task, method = prepare(message, context)
-    keep_model(method, task, context, round_of(message))
-    result = task.judge(method.personal_model(task))
+    if is_own:
+        keep_model(method, task, context, round_of(message))
+    result = task.judge(method.personal_model(task) if is_own else task.model)
     metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: len(task.data.test_labels)}
     if Floor.of(context).tells_metrics:
         metrics |= {protocol.ACCURACY: result.accuracy, protocol.LOSS: result.loss}

@@ -32,6 +32,10 @@ BELOW_FLOOR = "below-privacy-floor"
 PARTITION_ID = "partition-id"
 SOURCE = "source"
 
+CROSS_SITE = "cross-site"
+"""Of the config of a question: whether the node consents to the cross-site matrix, as it answers
+in its metrics; of an evaluation: that the model is that of any client, for the matrix."""
+
 # Extras of pFedGPA.
 COMMON = "common"
 """Sent to be asked for `HALVES`: the parameters from which both halves start."""

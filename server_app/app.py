@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.cross_site import write_matrix
 from pfedgpa_app.divergence import (
     DIVERGED,
     best_in,
@@ -116,6 +117,10 @@ def _run(
     for client, state in zip(clients, strategy.evaluation_states(clients), strict=True):
         site = strategy.sites.get(client, {})
         folder.save_model(client, state, strategy.record.server_round, site)
+    if config.server.cross_site:
+        rows = strategy.evaluate_across(guarded, config.server.round_timeout)
+        write_matrix(folder.path, rows, strategy.roster.client_names())
+        log(INFO, "Cross-site matrix: %d pairs, of the clients that consent", len(rows))
     if round_end.ended:
         log(INFO, "%s", round_end.ended)
         folder.note("ended", round_end.ended)
@@ -162,7 +167,15 @@ def make_strategy(config: Config, spec: ModelSpec, folder: Path | None = None) -
     if config.server.bank == "disk" and folder is not None:
         earlier = config.earlier_path
         vault = DiskVault(folder / BANK, earlier and earlier / BANK)
-    return STRATEGIES[config.strategy].of(
+    strategy_class = STRATEGIES[config.strategy]
+    if config.server.cross_site and strategy_class.clients_keep_parts:
+        raise ConfigError(
+            [
+                f'server.cross-site = true: with strategy = "{config.strategy}" clients keep parts '
+                "of their models, which the server cannot send to others; right would be false"
+            ]
+        )
+    return strategy_class.of(
         config,
         spec,
         vault=vault,

@@ -177,6 +177,28 @@ def classes(counts: Mapping[int, Tensor], names: Sequence[str]) -> go.Figure:
     return fig
 
 
+def cross_site(accuracies: Mapping[tuple[int, int], float], called: Mapping[int, str]) -> go.Figure:
+    """Return the accuracy of each client's model, a row, at each site, a column."""
+    numbers = sorted({client for pair in accuracies for client in pair})
+    names = [label(client, called) for client in numbers]
+    fig = figure("evaluated at", "model of", height=max(280, min(900, 110 + 22 * len(numbers))))
+    fig.add_trace(
+        go.Heatmap(
+            x=names,
+            y=names,
+            z=[[accuracies.get((model, site)) for site in numbers] for model in numbers],
+            texttemplate="%{z:.2f}" if len(numbers) <= 20 else None,
+            colorbar={"title": {"text": "accuracy"}, "thickness": 12},
+            hovertemplate="model of %{y}, at %{x}: %{z:.4f}<extra></extra>",
+            xgap=1,
+            ygap=1,
+        )
+    )
+    fig.update_xaxes(type="category")
+    fig.update_yaxes(type="category", autorange="reversed")
+    return fig
+
+
 def seconds(metrics: Sequence[Row]) -> go.Figure:
     """Return the seconds of each round, by who took them."""
     fig = figure("round", "seconds", barmode="stack")

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TypeVar
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.cross_site import read_matrix
 from pfedgpa_app.page import figures, method
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
@@ -181,6 +182,13 @@ def _accuracies(run: Run, clients: Sequence[Row], holdings: Holdings) -> list[Sh
         heat = figures.classes(_first(holdings.by_group), run.config.data.classes)
         caption += _left_out(holdings.counts)
         shown.append(Shown("Classes of each client", caption, heat, is_wide=True))
+    if matrix := read_matrix(run.path):
+        caption = (
+            "Accuracy of each personalized model, a row, on the test set of each site that "
+            "consented, a column, after the last round. Also in cross-site.csv."
+        )
+        drawn = figures.cross_site(matrix, names_in(clients))
+        shown.append(Shown("Each model at each site", caption, drawn, is_wide=True))
     return shown
 
 

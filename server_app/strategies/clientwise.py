@@ -26,7 +26,15 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.files import quoted
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
-from pfedgpa_app.protocol import EPSILON, EXTRAS, FINGERPRINT, SERVER_ROUND
+from pfedgpa_app.protocol import (
+    ACCURACY,
+    CONFIG,
+    CROSS_SITE,
+    EPSILON,
+    EXTRAS,
+    FINGERPRINT,
+    SERVER_ROUND,
+)
 from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.rounds import BELOW_FLOOR, RoundRecord, Row
 from pfedgpa_app.state import states_below, states_under
@@ -48,6 +56,13 @@ from server_app.roster import Roster, by_addressee
 
 # Of the clients that are connected, a message names so many.
 _MAX_SHOWN = 20
+
+
+def _consents(answer: Message) -> bool:
+    """Tell whether a node says that it takes part in the cross-site matrix."""
+    return answer.has_content() and any(
+        record.get(CROSS_SITE) == 1 for record in answer.content.metric_records.values()
+    )
 
 
 class ClientwiseFedAvg(FedAvg):
@@ -392,6 +407,49 @@ class ClientwiseFedAvg(FedAvg):
             return None
         records = shared_metrics(list(metrics.values()))
         return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
+
+    def evaluate_across(self, grid: Grid, timeout: float) -> list[Row]:
+        """Evaluate the personalized model of each client that consents at all of these.
+
+        ``timeout`` is for each model, in seconds. What cannot be used is logged and left out.
+
+        Returns
+        -------
+        list[Row]
+            For each pair the numbers of both clients, ``model`` and ``site``, with ``accuracy``
+            and ``num-test-examples``.
+        """
+        asked = ConfigRecord({CROSS_SITE: True})
+        questions = [
+            Message(RecordDict({CONFIG: asked}), dst_node_id=node, message_type=MessageType.QUERY)
+            for node in sorted(self.roster.connected)
+        ]
+        answers = list(grid.send_and_receive(questions, timeout=timeout))
+        replies = by_addressee([question.metadata for question in questions], answers)
+        clients = sorted(self.roster.client(node) for node in replies if _consents(replies[node]))
+        rows = []
+        for model, state in zip(clients, self.evaluation_states(clients), strict=True):
+            states = [state] * len(clients)
+            messages = self._messages(MessageType.EVALUATE, clients, states, asked)
+            for site, reply in self._by_client(grid.send_and_receive(messages, timeout=timeout)):
+                try:
+                    metrics = read_metrics(reply, self.weighted_by_key)
+                    check_ranges(metrics, self.metric_ranges)
+                    accuracy = metrics[ACCURACY]
+                except (ReplyError, KeyError) as error:
+                    called = self.roster.called(model)
+                    log(WARNING, "%s did not evaluate %s: %s", self._called(site), called, error)
+                    continue
+                num_examples = int(metrics[self.weighted_by_key])
+                rows.append(
+                    {
+                        "model": model,
+                        "site": site,
+                        "accuracy": accuracy,
+                        "num-test-examples": num_examples,
+                    }
+                )
+        return rows
 
     def summary(self) -> None:
         """Log the settings."""
