@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from logging import ERROR, WARNING
+from logging import ERROR, INFO, WARNING
 from typing import cast
 
 import torch
@@ -12,7 +12,7 @@ from flwr.common import log
 from torch import nn
 
 from client_app.floor import PRIVACY_FLOOR, Floor
-from client_app.kept_model import check_model_path, keep_model
+from client_app.kept_model import MODEL_PATH, check_model_path, keep_model, place_of_model
 from client_app.methods import METHODS, Method, Task, Trained
 from client_app.node import (
     PRIVACY,
@@ -40,6 +40,10 @@ from pfedgpa_app.randomness import make_generator, resolve_device
 
 MEMORY = "memory"
 """The record of Flower's state of a client in which its method keeps what it keeps."""
+
+
+# Of the classes of a site's data, a line of its log has so many.
+_MAX_CLASSES = 20
 
 
 def train_message(message: Message, context: Context) -> Message:
@@ -93,6 +97,7 @@ def training_reply(
     data, privacy = task.data, task.config.privacy
     state = task.keep_private(trained.state)
     after = task.judge(method.personal_model(task))
+    _report(message, context, task, before, after)
     if task.memory:
         context.state[MEMORY] = ArrayRecord(copy_of(task.memory))
     metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: len(data.train_labels)}
@@ -126,6 +131,31 @@ def training_reply(
     if trained.extras:
         content[protocol.EXTRAS] = ArrayRecord(copy_of(trained.extras))
     return Message(content, reply_to=message)
+
+
+def _report(
+    message: Message, context: Context, task: Task, before: Evaluation, after: Evaluation
+) -> None:
+    """Log for a site's operator what came of a training; simulated clients would fill the log."""
+    if not {"data-path", MODEL_PATH} & context.node_config.keys():
+        return
+    data, names = task.data, task.config.data.classes
+    counts = torch.bincount(data.train_labels, minlength=len(names)).tolist()
+    of_classes = [f"{name} {count}" for name, count in zip(names, counts, strict=True) if count]
+    shown = ", ".join(of_classes[:_MAX_CLASSES]) + ", ..." * (len(of_classes) > _MAX_CLASSES)
+    place = place_of_model(context)
+    log(
+        INFO,
+        "Round %d: trained on %d examples (%s); accuracy on %d own test examples %.4f before and "
+        "%.4f after%s",
+        round_of(message),
+        len(data.train_labels),
+        printable(shown),
+        len(data.test_labels),
+        before.accuracy,
+        after.accuracy,
+        f"; {printable(place)}" if place else "",
+    )
 
 
 def evaluate_message(message: Message, context: Context) -> Message:
