@@ -228,8 +228,11 @@ class Run:
         if found:
             numbers = " and ".join(map(str, sorted(found)))
             raise ValueError(f"clients {numbers} are called {client!r}; right would be a number")
-        known = ", ".join(sorted(map(repr, names.values()))) or "none has a name"
-        raise ValueError(f"{self.path} has no client called {client!r}: {known}")
+        known = ", ".join(sorted(map(repr, names.values()))) or "none, since no client has one"
+        raise ValueError(
+            f"{self.path} has no client called {client!r}; right would be a number, or a name of "
+            f"{known}"
+        )
 
     def model_file(self, client: int) -> Path:
         """Return the file of a client's personalized model.

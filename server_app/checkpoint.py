@@ -108,7 +108,7 @@ def resume(config: Config, strategy: ClientwiseFedAvg) -> Run:
     except ValueError as error:
         raise ResumeError(f'resume-from = "{config.resume_from}": {error}') from error
     differences = config.differences(run.config)
-    # A site that does harm is left out from here on.
+    # A site may be left out from here on, or be back.
     for key in ("server.include", "server.exclude"):
         differences.pop(key, None)
     if differences:

@@ -125,6 +125,7 @@ def scored(path: Path, monkeypatch: pytest.MonkeyPatch, run_id: int, *scores: fl
     given = {"strategy": "fedavg", "output-dir": str(path), "num-server-rounds": len(scores)}
     given |= {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
     grid = SimulatedGrid(dict.fromkeys(range(3), answer), {0: 0, 1: 1, 2: 2})
+    grid.names = {0: "mercy", 2: "<b>st. james"}
     app.main(grid, Context(run_id, 1, {}, RecordDict(), given))
     return Run.read(path / str(run_id))
 
@@ -147,9 +148,17 @@ def test_a_run_ends_properly_at_an_accuracy_and_can_go_on(tmp_path: Path, monkey
     assert resumed.ended == ""
 
 
-def test_a_run_without_progress_ends_and_goes_on_for_as_long_again(tmp_path: Path, monkeypatch):
+def test_a_run_without_progress_ends_with_its_names_and_goes_on_for_as_long_again(
+    tmp_path: Path, monkeypatch
+):
     scores = (0.5, 0.75, 0.75, 0.5, 0.5, 0.5, 0.5)
     run = scored(tmp_path, monkeypatch, 1, *scores, server__patience=2)
+    assert [run.client_called(each) for each in ("mercy", "1", "<b>st. james")] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"no client called 'x'; right would be a number, or a"):
+        run.client_called("x")
+    page = (run.path / "report.html").read_text()
+    assert "0 mercy" in page
+    assert "<b>st. james" not in page
     assert len(run.metrics) == 4
     assert run.ended == (
         "Ended after round 4, since the best personalized accuracy is that of round 2, 0.7500: "
