@@ -106,6 +106,15 @@ def _warn_of_another(file: Path, context: Context) -> None:
         )
 
 
+def place_of_model(context: Context) -> str:
+    """Say, for the log of a node, where its model is; empty if the node config names no file."""
+    file = _model_file(context)
+    if file is None:
+        return ""
+    kept = _round_kept(context)
+    return f"its model after round {kept} is in {file}" if kept else f"no model is in {file} yet"
+
+
 def _round_kept(context: Context) -> int:
     """Return the round of the model in the file; 0 if this run has written none."""
     kept = context.state.config_records.get(MODEL_PATH, ConfigRecord())

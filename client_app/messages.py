@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from logging import ERROR, WARNING
+from logging import ERROR, INFO, WARNING
 from typing import cast
 
 import torch
@@ -11,9 +11,16 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordVa
 from flwr.common import log
 from torch import nn
 
-from client_app.kept_model import check_model_path, keep_model
+from client_app.floor import PRIVACY_FLOOR, Floor
+from client_app.kept_model import MODEL_PATH, check_model_path, keep_model, place_of_model
 from client_app.methods import METHODS, Method, Task, Trained
-from client_app.node import PRIVACY, NodeError, client_number, node_partition
+from client_app.node import (
+    PRIVACY,
+    NodeError,
+    client_number,
+    consents_to_cross_site,
+    node_partition,
+)
 from pfedgpa_app import protocol
 from pfedgpa_app.config import Config, ConfigError, home_path
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
@@ -35,15 +42,33 @@ MEMORY = "memory"
 """The record of the client's Flower state with the memory of its method."""
 
 
+# Of the classes of a site's data, a line of its log has so many.
+_MAX_CLASSES = 20
+
+
 def train_message(message: Message, context: Context) -> Message:
     """Train the received model, and evaluate it on the client's test set before and after.
 
-    A client whose privacy budget is spent replies without parameters.
+    A client whose privacy budget is spent, or that demands more privacy than the run has, replies
+    without parameters.
     """
     begin = time.monotonic()
     task, method = prepare(message, context)
     keep_model(method, task, context, round_of(message) - 1)
     data, privacy = task.data, task.config.privacy
+    lacks = Floor.of(context).shortfall(
+        privacy, task.config.client, task.ledger, len(data.train_labels)
+    )
+    if lacks:
+        log(
+            WARNING,
+            "This site does not train in round %d: the run's privacy is less than its %s (%s)",
+            round_of(message),
+            PRIVACY_FLOOR,
+            lacks,
+        )
+        refusal = MetricRecord({protocol.BELOW_FLOOR: 1})
+        return Message(RecordDict({protocol.METRICS: refusal}), reply_to=message)
     if not task.may_train():
         spent: dict[str, MetricRecordValues] = {
             protocol.NUM_EXAMPLES: len(data.train_labels),
@@ -72,19 +97,23 @@ def training_reply(
     data, privacy = task.data, task.config.privacy
     state = task.keep_private(trained.state)
     after = task.evaluate(method.personal_model(task))
+    _report(message, context, task, before, after)
     if task.memory:
         context.state[MEMORY] = ArrayRecord(copy_of(task.memory))
-    metrics: dict[str, MetricRecordValues] = {
-        protocol.NUM_EXAMPLES: len(data.train_labels),
-        protocol.ACCURACY_BEFORE: before.accuracy,
-        protocol.LOSS_BEFORE: before.loss,
-        protocol.ACCURACY_AFTER: after.accuracy,
-        protocol.LOSS_AFTER: after.loss,
-    }
+    metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: len(data.train_labels)}
+    floor = Floor.of(context)
+    if floor.tells_metrics:
+        metrics |= {
+            protocol.ACCURACY_BEFORE: before.accuracy,
+            protocol.LOSS_BEFORE: before.loss,
+            protocol.ACCURACY_AFTER: after.accuracy,
+            protocol.LOSS_AFTER: after.loss,
+        }
     has_own_data = "data-path" in context.node_config
     is_table = len(data.info.shape) == 1
     # Statistics of a table's features reveal more than those of an image's channels.
-    if not (has_own_data and (privacy.is_on or is_table)):
+    withholds = has_own_data and (privacy.is_on or is_table)
+    if floor.tells_normalization and not withholds:
         # Needed to use the model elsewhere, and only known to the client.
         metrics[protocol.IMAGE_MEAN] = data.stats.mean.tolist()
         metrics[protocol.IMAGE_STD] = data.stats.std.tolist()
@@ -104,21 +133,57 @@ def training_reply(
     return Message(content, reply_to=message)
 
 
+def _report(
+    message: Message, context: Context, task: Task, before: Evaluation, after: Evaluation
+) -> None:
+    """Log for a site's operator what came of a training; simulated clients would fill the log."""
+    if not {"data-path", MODEL_PATH} & context.node_config.keys():
+        return
+    data, names = task.data, task.config.data.classes
+    counts = torch.bincount(data.train_labels, minlength=len(names)).tolist()
+    of_classes = [f"{name} {count}" for name, count in zip(names, counts, strict=True) if count]
+    shown = ", ".join(of_classes[:_MAX_CLASSES]) + ", ..." * (len(of_classes) > _MAX_CLASSES)
+    place = place_of_model(context)
+    log(
+        INFO,
+        "Round %d: trained on %d examples (%s); accuracy on %d own test examples %.4f before and "
+        "%.4f after%s",
+        round_of(message),
+        len(data.train_labels),
+        printable(shown),
+        len(data.test_labels),
+        before.accuracy,
+        after.accuracy,
+        f"; {printable(place)}" if place else "",
+    )
+
+
 def evaluate_message(message: Message, context: Context) -> Message:
-    """Evaluate the client's personalized model on its test set."""
+    """Evaluate the client's personalized model on its test set.
+
+    For the cross-site matrix the received model is evaluated as it is, and not kept.
+
+    Raises
+    ------
+    NodeError
+        If it is for the matrix and the node does not consent.
+    """
+    is_own = protocol.CROSS_SITE not in message.content.config_records[protocol.CONFIG]
+    if not is_own and not consents_to_cross_site(context):
+        raise NodeError("the node config does not consent; right would be cross-site=true")
     task, method = prepare(message, context)
-    keep_model(method, task, context, round_of(message))
-    labels, logits = task.data.test_labels, task.test_logits(method.personal_model(task))
-    result = Evaluation.of(logits, labels)
-    metrics: dict[str, MetricRecordValues] = {
-        protocol.NUM_EXAMPLES: len(labels),
-        protocol.ACCURACY: result.accuracy,
-        protocol.LOSS: result.loss,
-    }
-    for name, score in scores_of(logits, labels).items():
-        # Those of classes say which a site has, where its uploads are made not to.
-        if not (task.config.privacy.is_on and name.startswith(protocol.RECALL)):
-            metrics[name] = score
+    if is_own:
+        keep_model(method, task, context, round_of(message))
+    model = method.personal_model(task) if is_own else task.model
+    labels, logits = task.data.test_labels, task.test_logits(model)
+    metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: len(labels)}
+    if Floor.of(context).tells_metrics:
+        result = Evaluation.of(logits, labels)
+        metrics |= {protocol.ACCURACY: result.accuracy, protocol.LOSS: result.loss}
+        for name, score in scores_of(logits, labels).items():
+            # Those of classes say which a site has, where its uploads are made not to.
+            if not (task.config.privacy.is_on and name.startswith(protocol.RECALL)):
+                metrics[name] = score
     return Message(RecordDict({protocol.METRICS: MetricRecord(metrics)}), reply_to=message)
 
 
@@ -135,6 +200,7 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         config = Config.from_flat(context.run_config)
         require_opacus(config.privacy)
         client = client_number(context)
+        Floor.of(context)
         data = load_data(config, context)
     except (ConfigError, DataError, NodeError) as error:
         log(ERROR, "This node cannot take part: %s", printable_lines(str(error)))

@@ -42,3 +42,20 @@ def client_number(context: Context) -> int:
     """
     partition = node_partition(context)
     return partition[0] if partition else context.node_id
+
+
+def consents_to_cross_site(context: Context) -> bool:
+    """Tell whether others' models may be evaluated at this node, and its own model at theirs.
+
+    A site with data of its own says so by ``cross-site=true`` in its node config. Where data are
+    shared out by the settings, nobody has anything of its own.
+
+    Raises
+    ------
+    NodeError
+        If it says something else than true or false.
+    """
+    given = context.node_config.get("cross-site", "data-path" not in context.node_config)
+    if not isinstance(given, bool):
+        raise NodeError(f"node config with cross-site {given!r}: right would be true or false")
+    return given

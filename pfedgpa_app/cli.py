@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import groupby, islice
 from pathlib import Path
@@ -17,6 +18,8 @@ from pfedgpa_app.console import (
     RunArgument,
     fail,
     make_app,
+    make_table,
+    print_table,
     read_run,
     whole_numbers,
 )
@@ -60,7 +63,7 @@ def main(
 @app.command()
 def export(
     run: RunArgument,
-    client: Annotated[int, typer.Option(min=0, help="Number of the client.")],
+    client: Annotated[str, typer.Option(help="Number of the client, or its name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write (safetensors).")],
     force: Annotated[bool, typer.Option(help="Write in place of a file that exists.")] = False,
     class_counts: ClassCounts = None,
@@ -76,7 +79,9 @@ def export(
     if trust:
         sys.path.insert(0, os.getcwd())
     try:
-        model = ExportedModel.load(read_run(run, output_dir).model_file(client), trusted=trust)
+        found = read_run(run, output_dir)
+        file = found.model_file(found.client_called(client))
+        model = ExportedModel.load(file, trusted=trust)
         model = model.with_class_counts(_counts(class_counts))
         _check_output(output, "model.safetensors", force)
         model.save(output)
@@ -84,8 +89,8 @@ def export(
         fail(str(error))
     config = model.config
     print(
-        f"{output}: client {client} after round {model.server_round} ({config.strategy}, "
-        f"{config.data.dataset}, {config.model.name})"
+        f"{output}: client {printable(client)} after round {model.server_round} "
+        f"({config.strategy}, {config.data.dataset}, {config.model.name})"
     )
 
 
@@ -95,8 +100,8 @@ def predict(
     images: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="PNG or JPEG files, folders of them, or .npz files with an array x, such as a "
-            "table (n, features)."
+            help="PNG or JPEG files, folders of them or of folders named after classes, or .npz "
+            "files with an array x, such as a table (n, features)."
         ),
     ] = None,
     test_set: Annotated[
@@ -108,7 +113,10 @@ def predict(
         bool, typer.Option("--trust", help="Call own functions that the file names, from here.")
     ] = False,
 ) -> None:
-    """Let a model of a file classify images: file, class and probability, a line each."""
+    """Let a model of a file classify images: file, class and probability, a line each.
+
+    Of a folder that has a folder for each class, it also prints accuracy and a confusion table.
+    """
     from pfedgpa_app.exported import ExportedModel
 
     if test_set == bool(images):
@@ -182,7 +190,7 @@ def _counts(text: str | None) -> list[int] | None:
 def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> None:
     import torch
 
-    from pfedgpa_app.images import find_files, read_images
+    from pfedgpa_app.images import find_files, find_labelled, read_images
 
     data = model.config.data
 
@@ -190,18 +198,45 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
         print(printable(text), file=sys.stderr)
 
     classes_of = data.classes
-    images = read_images(find_files(paths, note), data.info.shape, note)
+    unlabelled, labels = find_labelled(paths, classes_of, note)
+    files = [*find_files(unlabelled, note), *labels]
+    images = read_images(files, data.info.shape, note)
+    confusion = Counter[tuple[int, int]]()
     for batch in _batches(images, 256):
         probabilities = model.predict(torch.stack([image for _, image in batch]))
         best, classes = probabilities.max(dim=1)
         rows = zip(batch, classes.tolist(), best.tolist(), probabilities.tolist(), strict=True)
         for (name, _), label, probability, row in rows:
+            if (true := labels.get(Path(name))) is not None:
+                confusion[true, label] += 1
             if as_json:
                 result = {"file": text_of(name), "class": label, "class-name": classes_of[label]}
                 print(json.dumps(result | {"probability": probability, "probabilities": row}))
             else:
                 shown = map(printable, (name, classes_of[label]))
                 print(*shown, f"{probability:.4f}", sep="\t")
+    if confusion:
+        _print_confusion(confusion, classes_of, as_json)
+
+
+def _print_confusion(
+    confusion: Counter[tuple[int, int]], classes: Sequence[str], as_json: bool
+) -> None:
+    """Print accuracy, and how often an example of a class (first) was taken for another."""
+    right = sum(number for (true, predicted), number in confusion.items() if true == predicted)
+    facts = {"num-examples": confusion.total(), "accuracy": right / confusion.total()}
+    if as_json:
+        size = range(len(classes))
+        matrix = [[confusion[true, predicted] for predicted in size] for true in size]
+        print(json.dumps(facts | {"classes": classes, "confusion": matrix}))
+        return
+    print(f"accuracy {facts['accuracy']:.4f} on {facts['num-examples']} examples")
+    seen = sorted({label for pair in confusion for label in pair})
+    table = make_table("class \\ predicted", *(printable(classes[label]) for label in seen))
+    for true in seen:
+        numbers = (str(confusion[true, predicted]) for predicted in seen)
+        table.add_row(printable(classes[true]), *numbers)
+    print_table(table)
 
 
 def _batches(

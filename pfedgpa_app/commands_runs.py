@@ -25,7 +25,7 @@ from pfedgpa_app.console import (
 )
 from pfedgpa_app.files import printable, printable_lines, text_of
 from pfedgpa_app.report import Run, read_runs
-from pfedgpa_app.rounds import JUDGED, SCORES, Row, has_failed, value_of
+from pfedgpa_app.rounds import JUDGED, SCORES, Row, called, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT, began_at, run_folders
 from pfedgpa_app.sharing import alone_in
 
@@ -88,6 +88,7 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "accuracies": {name: found.last(name) for name in _ACCURACIES},
         "worst-clients": _worst(found),
         "error": found.error,
+        "ended": found.ended,
         "warnings": found.warnings,
         "sharing": alone_in(found.metrics, found.config.diffusion),
         "failures": _failures(found.clients),
@@ -154,8 +155,8 @@ def _worst(run: Run) -> list[Row]:
         (row for row in judged if row["round"] == last),
         key=lambda row: (row[JUDGED], row["client"]),
     )
-    names = ("client", "round", JUDGED)
-    return [{name: row[name] for name in names} for row in rows[:_NUM_WORST]]
+    names = ("client", "name", "round", JUDGED)
+    return [{name: row[name] for name in names if name in row} for row in rows[:_NUM_WORST]]
 
 
 def _failures(rows: list[Row]) -> list[Row]:
@@ -165,6 +166,7 @@ def _failures(rows: list[Row]) -> list[Row]:
     return [
         {
             "client": client,
+            **({"name": failed[client]["name"]} if "name" in failed[client] else {}),
             "rounds": number,
             "last-round": failed[client]["round"],
             "reason": failed[client]["status"],
@@ -175,12 +177,12 @@ def _failures(rows: list[Row]) -> list[Row]:
 
 def _grouped(failures: list[Row]) -> Iterator[str]:
     """Yield a line for all clients that failed in as many rounds for the same reason."""
-    groups: dict[tuple[int, int, str], list[int]] = {}
+    groups: dict[tuple[int, int, str], list[str]] = {}
     for row in failures:
         key = (row["rounds"], row["last-round"], row["reason"])
-        groups.setdefault(key, []).append(row["client"])
+        groups.setdefault(key, []).append(called(row))
     for (rounds, last, reason), clients in groups.items():
-        who = f"client {clients[0]}" if len(clients) == 1 else f"{len(clients)} clients"
+        who = clients[0] if len(clients) == 1 else f"{len(clients)} clients"
         yield f"{who}: {rounds} rounds, the last {last}: {reason}"
 
 
@@ -214,7 +216,11 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
         f"{facts['rounds']} of {facts['num-server-rounds']} rounds in {took} h, "
         f"began {facts['began']}"
     )
-    yield from (each for each in (facts["error"], *facts["warnings"], facts["sharing"]) if each)
+    yield from (
+        each
+        for each in (facts["error"], facts["ended"], *facts["warnings"], facts["sharing"])
+        if each
+    )
     blocks = {
         "Settings that differ from the defaults": [
             f"{key} = {json.dumps(value)}" for key, value in facts["settings"].items()
@@ -225,7 +231,7 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
             if (value := facts["accuracies"][name]) is not None
         ],
         "Worst clients": [
-            f"client {row['client']}: {row[JUDGED]:.4f} in round {row['round']}"
+            f"{called(row)}: {row[JUDGED]:.4f} in round {row['round']}"
             for row in facts["worst-clients"]
         ],
         "Failures": list(_grouped(facts["failures"])),

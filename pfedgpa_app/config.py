@@ -128,8 +128,8 @@ class Config(StrategySections):
     def decisive(self) -> dict[str, Scalar]:
         """The settings that determine results, as a flat run config.
 
-        Output, tracking, length, resuming, waiting for clients and evaluation are not among them,
-        nor are the settings of other strategies.
+        Output, tracking, length and early end, resuming, waiting for clients, cross-site and
+        evaluation are not among them, nor are the settings of other strategies.
         """
         free = {
             "output-dir",
@@ -141,6 +141,10 @@ class Config(StrategySections):
             "server.round-timeout",
             "server.join-timeout",
             "server.evaluate-every",
+            "server.required",
+            "server.stop-at",
+            "server.patience",
+            "server.cross-site",
         }
         if STRATEGY_INFO[self.strategy].depends_on_length:
             free.remove("num-server-rounds")

@@ -1,24 +1,23 @@
 """The built-in data sets, and the section ``data`` of the settings."""
 
-import csv
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from pfedgpa_app.files import composed, home_path, quoted, xdg_folder
+from pfedgpa_app.files import home_path, quoted, xdg_folder
 from pfedgpa_app.section import (
     Contradiction,
     Count,
+    NameList,
     OptionalCount,
     OwnFunction,
     Positive,
     Section,
     UnitInterval,
+    listed,
 )
 
 # Longer values are truncated in messages.
@@ -61,31 +60,6 @@ ByClass = Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "
 PARTITIONS: tuple[str, ...] = (*get_args(ByClass), "natural")
 
 
-def _split_names(names: str) -> list[str]:
-    """Split names as in a CSV file: at commas, unless they are in double quotes."""
-    line = " ".join(names.splitlines())
-    return next(csv.reader([line], skipinitialspace=True, strict=True), [])
-
-
-@lru_cache  # used often, and there may be tens of thousands
-def _composed_names(names: str) -> tuple[str, ...]:
-    composed_names = (composed(name.strip()) for name in _split_names(names))
-    return tuple(name for name in composed_names if name)
-
-
-def _check_names(names: str) -> str:
-    try:
-        _split_names(names)
-    except csv.Error as error:
-        raise PydanticCustomError(
-            "names",
-            "should be comma-separated names, those with a comma in double quotes, "
-            """such as '"left, upper",right' ({reason})""",
-            {"reason": str(error)},
-        ) from error
-    return names
-
-
 class DataConfig(Section):
     """The data set and its partition among clients."""
 
@@ -105,7 +79,7 @@ class DataConfig(Section):
     root: str = ""
     shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*(x[1-9]\d*)*$")] = ""
     num_classes: OptionalCount = 0
-    class_names: Annotated[str, AfterValidator(_check_names)] = ""
+    class_names: NameList = ""
     partition: ByClass | Literal["natural"] | OwnFunction = "dominant-classes"
     train_samples: OptionalCount = 30
     test_samples: OptionalCount = 0
@@ -130,7 +104,7 @@ class DataConfig(Section):
     @property
     def named_classes(self) -> tuple[str, ...]:
         """The names of ``class-names``, by label, in Unicode's NFC; may be empty."""
-        return _composed_names(self.class_names)
+        return listed(self.class_names)
 
     @property
     def classes(self) -> tuple[str, ...]:

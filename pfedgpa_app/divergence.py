@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.config import Config, ServerConfig
 from pfedgpa_app.rounds import JUDGED, STANDARD_ERROR, Row, count_of_clients, value_of
 from pfedgpa_app.runs import BEST, CHECKPOINT
 
@@ -74,6 +74,28 @@ def best_in(rows: Sequence[Row]) -> Row | None:
         if row.get(JUDGED) is not None and is_best(row, best):
             best = row
     return best
+
+
+def reason_to_end(rows: Sequence[Row], server: ServerConfig, since: int = 0) -> str:
+    """Say why a run ends after its last row, by ``stop-at`` or ``patience``; empty if it goes on.
+
+    ``since`` is the round after which it went on from another run, whose patience is over.
+    """
+    judged = [row for row in rows if row.get(JUDGED) is not None]
+    if not judged or judged[-1] is not rows[-1]:
+        return ""
+    last, best = judged[-1], max(judged, key=lambda row: row[JUDGED])
+    if server.stop_at and last[JUDGED] >= server.stop_at:
+        return (
+            f"Ended after round {last['round']}, with a personalized accuracy of "
+            f"{last[JUDGED]:.4f}: server.stop-at = {server.stop_at:g}"
+        )
+    if server.patience and last["round"] - max(best["round"], since) >= server.patience:
+        return (
+            f"Ended after round {last['round']}, since the best personalized accuracy is that of "
+            f"round {best['round']}, {best[JUDGED]:.4f}: server.patience = {server.patience}"
+        )
+    return ""
 
 
 def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], str]:

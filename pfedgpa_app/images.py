@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.arrays import FileError, check_regular, read_examples
-from pfedgpa_app.files import is_hidden
+from pfedgpa_app.files import composed, is_hidden
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,6 +82,45 @@ def find_pictures(folder: Path) -> Found:
         found.pictures.extend(inside.pictures)
         found.others.update(inside.others)
     return found
+
+
+def find_labelled(
+    paths: Iterable[Path], classes: Sequence[str], note: Callable[[str], None] = lambda text: None
+) -> tuple[list[Path], dict[Path, int]]:
+    """Return pictures in folders that are named after classes, with their labels.
+
+    Such a folder is in one of the paths, and may have folders in turn. ``note`` is told what else
+    is beside it.
+
+    Returns
+    -------
+    tuple[list[Path], dict[Path, int]]
+        What else there is for `find_files`, and the pictures.
+
+    Raises
+    ------
+    FileError
+        If a folder is a link.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    others, found = [], dict[Path, int]()
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        folders = [each for each in inside if each.is_dir() and composed(each.name) in labels]
+        pictures = {
+            picture: labels[composed(folder.name)]
+            for folder in folders
+            for picture in find_pictures(folder).pictures
+        }
+        if not pictures:
+            others.append(path)
+            continue
+        found |= pictures
+        beside = sort_out(set(inside) - set(folders))
+        others += beside.pictures
+        if beside.others:
+            note(f"{path}: passed over: {counted(beside.others)}")
+    return others, found
 
 
 def find_files(

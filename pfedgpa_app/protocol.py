@@ -31,9 +31,16 @@ EPSILON = "epsilon"
 BUDGET_SPENT = "budget-spent"
 """Set by a client that did not train, since that would exceed its privacy budget."""
 
+BELOW_FLOOR = "below-privacy-floor"
+"""Of a client that did not train, since the run is less private than its site demands."""
+
 # Reply to a query: the partition, and in its own record the hash of the code.
 PARTITION_ID = "partition-id"
 SOURCE = "source"
+
+CROSS_SITE = "cross-site"
+"""Of the config of a question: whether the node consents to the cross-site matrix, as it answers
+in its metrics; of an evaluation: that the model is that of any client, for the matrix."""
 
 # Extras of pFedGPA.
 COMMON = "common"

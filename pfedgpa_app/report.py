@@ -6,18 +6,18 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.divergence import best_kept, warnings_in
 from pfedgpa_app.files import read_bytes, read_json
-from pfedgpa_app.rounds import Row, parse_rows
+from pfedgpa_app.rounds import Row, names_in, parse_rows
 from pfedgpa_app.runs import (
     RUN_FILE,
-    error_of,
+    end_of,
     is_going_on,
     name_of,
-    note_error,
+    note_end,
     register,
     run_folders,
 )
@@ -104,8 +104,8 @@ class RunFolder:
         """
         _append(self.path / "clients.jsonl", list(clients))
 
-    def fail(self, error: str) -> None:
-        """Write why the run ends before its last round.
+    def note(self, key: Literal["error", "ended"], reason: str) -> None:
+        """Write why the run ends before its last round: an error, or what it was to reach.
 
         Raises
         ------
@@ -113,7 +113,7 @@ class RunFolder:
             If it cannot be written.
         """
         with writing(self.path / RUN_FILE):
-            note_error(self.path, self._lock, error)
+            note_end(self.path, self._lock, key, reason)
 
     def go_on_from(self, run: "Run", completed_rounds: int) -> None:
         """Begin with the rows of an earlier run, as far as its checkpoint knows of them."""
@@ -183,7 +183,12 @@ class Run:
     @property
     def error(self) -> str:
         """Why it ended before its last round; empty if it did not, or could not tell."""
-        return error_of(self.path)
+        return end_of(self.path, "error")
+
+    @property
+    def ended(self) -> str:
+        """Why it was complete before its last round; empty if it was not."""
+        return end_of(self.path, "ended")
 
     @property
     def warnings(self) -> list[str]:
@@ -207,6 +212,29 @@ class Run:
     def method(self) -> list[Row]:
         """What the server learned, by round; not every strategy tells."""
         return _read_rows(self.path / "method.jsonl")
+
+    def client_called(self, client: str) -> int:
+        """Return the number of a client from its number or the name that it last had.
+
+        Raises
+        ------
+        ValueError
+            If no client is called so, or more than one.
+        """
+        if client.isdecimal():
+            return int(client)
+        names = names_in(self.clients)
+        found = [number for number, name in names.items() if name == client]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            numbers = " and ".join(map(str, sorted(found)))
+            raise ValueError(f"clients {numbers} are called {client!r}; right would be a number")
+        known = ", ".join(sorted(map(repr, names.values()))) or "none, since no client has one"
+        raise ValueError(
+            f"{self.path} has no client called {client!r}; right would be a number, or a name of "
+            f"{known}"
+        )
 
     def model_file(self, client: int) -> Path:
         """Return the file of a client's personalized model.
@@ -240,8 +268,8 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all rounds are there."""
-        return len(self.metrics) == self.config.num_server_rounds
+        """Whether all rounds are there, or it ended early as its settings say."""
+        return len(self.metrics) == self.config.num_server_rounds or bool(self.ended)
 
     def is_of(self, config: Config) -> bool:
         """Whether the run had these settings, wherever it was written to, interrupted or not."""

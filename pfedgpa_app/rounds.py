@@ -19,6 +19,7 @@ STANDARD_ERROR = f"{JUDGED}-error"
 NO_REPLY = "no reply"
 CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
+BELOW_FLOOR = "the run is less private than the site demands"
 TRAINING_METRICS = (
     protocol.NUM_EXAMPLES,
     protocol.ACCURACY_BEFORE,
@@ -65,6 +66,8 @@ class RoundRecord:
         Clients that were connected when the round began.
     bytes_down, bytes_up
         Parameters sent to and received from clients.
+    names
+        What clients are called that have a name.
     """
 
     server_round: int
@@ -75,6 +78,7 @@ class RoundRecord:
     num_nodes: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def expect(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
         """Note who was asked to train."""
@@ -90,6 +94,10 @@ class RoundRecord:
     def spent(self, client: int, epsilon: float) -> None:
         """Note that a client did not train, since that would exceed its privacy budget."""
         self._row(client).update({"status": BUDGET_SPENT, "epsilon": epsilon})
+
+    def below_floor(self, client: int) -> None:
+        """Note that a client did not train, since its site demands more privacy."""
+        self._row(client)["status"] = BELOW_FLOOR
 
     def unusual(self, client: int, reason: str) -> None:
         """Note why others do not learn from a client in this round."""
@@ -138,12 +146,27 @@ class RoundRecord:
         return [row[name] for _, row in sorted(self.clients.items()) if name in row]
 
     def _row(self, client: int) -> Row:
-        return self.clients.setdefault(client, {"round": self.server_round, "client": client})
+        named = {"name": self.names[client]} if client in self.names else {}
+        return self.clients.setdefault(
+            client, {"round": self.server_round, "client": client, **named}
+        )
+
+
+def called(row: Row) -> str:
+    """Return the number of a row's client and, if it has one, its name."""
+    return (
+        f"client {row['client']} ({row['name']})" if row.get("name") else f"client {row['client']}"
+    )
+
+
+def names_in(rows: Iterable[Row]) -> dict[int, str]:
+    """Return the names that clients last had, of those that have one, by client."""
+    return {row["client"]: row["name"] for row in rows if row.get("name")}
 
 
 def has_failed(row: Row) -> bool:
     """Tell whether a client was asked to train and sent no usable reply."""
-    return row.get("status", "ok") not in ("ok", BUDGET_SPENT)
+    return row.get("status", "ok") not in ("ok", BUDGET_SPENT, BELOW_FLOOR)
 
 
 def causes_of(statuses: Iterable[str]) -> list[str]:
@@ -297,7 +320,7 @@ def _is_text(value: object) -> bool:
 
 
 _MOST = 1e18
-_TEXTS = ("strategy", "node-id", "status", "unusual", "not-evaluated")
+_TEXTS = ("strategy", "node-id", "name", "status", "unusual", "not-evaluated")
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(
         (*summarize(RoundRecord(0), "", 0.0), *TRAINING_METRICS), (_is_number, "a number")

@@ -67,9 +67,9 @@ def name_of(path: Path) -> str:
     return name if re.fullmatch("[a-z0-9-]{1,100}", name) else text_of(path.name)
 
 
-def error_of(path: Path) -> str:
-    """Return why a run ended before its last round, if it knows."""
-    return _fact(path, "error")
+def end_of(path: Path, key: str) -> str:
+    """Return why a run ended before its last round, as `note_end` wrote it; empty if it did not."""
+    return _fact(path, key)
 
 
 def version_of(path: Path) -> str:
@@ -84,7 +84,7 @@ def _version() -> str:
         return ""
 
 
-def note_error(path: Path, file: FileIO, error: str) -> None:
+def note_end(path: Path, file: FileIO, key: str, reason: str) -> None:
     """Write why a run ended into the file that `register` returned.
 
     Raises
@@ -96,7 +96,7 @@ def note_error(path: Path, file: FileIO, error: str) -> None:
         "name": name_of(path),
         "began": began_at(path).isoformat(),
         "version": version_of(path),
-        "error": error,
+        key: reason,
     }
     # Longer than what is there, so that the name is not lost if it ends half-way.
     os.ftruncate(file.fileno(), os.pwrite(file.fileno(), json.dumps(facts).encode() + b"\n", 0))

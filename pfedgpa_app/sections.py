@@ -10,6 +10,7 @@ from pfedgpa_app.section import (
     Contradiction,
     Count,
     Fraction,
+    NameList,
     NonNegative,
     OptionalCount,
     OwnFunction,
@@ -69,6 +70,22 @@ class ServerConfig(Section):
     join_timeout: Positive = 3600.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bank: Literal["memory", "disk"] = "memory"
+    include: NameList = ""
+    exclude: NameList = ""
+    required: NameList = ""
+    stop_at: UnitInterval = 0.0
+    patience: OptionalCount = 0
+    cross_site: bool = False
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield what cannot go together of values that are each right."""
+        for key, value in (("stop-at", self.stop_at), ("patience", self.patience)):
+            if value and not (self.fraction_evaluate and self.evaluate_every):
+                yield (
+                    {f"server.{key}", "server.fraction-evaluate", "server.evaluate-every"},
+                    f"server.{key} = {value}: follows from evaluations during the run; right would "
+                    "be server.fraction-evaluate above 0 and server.evaluate-every = 1 or more",
+                )
 
 
 class DiffusionConfig(Section):

@@ -16,7 +16,7 @@ from rich.text import Text
 from pfedgpa_app.console import OutputDir, RunArgument, fail, read_run
 from pfedgpa_app.files import open_regular, printable
 from pfedgpa_app.report import Run
-from pfedgpa_app.rounds import Row, describe, has_failed, parse_rows, value_of
+from pfedgpa_app.rounds import Row, called, describe, has_failed, parse_rows, value_of
 from pfedgpa_app.runs import CHECKPOINT, LATEST, is_going_on
 
 _PAUSE = 1.0  # seconds between two looks
@@ -41,10 +41,13 @@ def watch(run: RunArgument = LATEST, output_dir: OutputDir = "") -> None:
         raise typer.Exit(_INTERRUPTED) from None
     name, path = followed.run.name, followed.run.path
     rounds = f"{followed.last_round} of {followed.num_rounds} rounds"
-    if followed.last_round < followed.num_rounds:
+    ended = followed.run.ended
+    if followed.last_round < followed.num_rounds and not ended:
         go_on = f'; right would be resume-from="{name}", which goes on from its last checkpoint'
         why = f": {error}" if (error := followed.run.error) else ""
         fail(f"{name} stopped after {rounds}{why}{go_on if (path / CHECKPOINT).exists() else ''}")
+    if ended:
+        print(printable(ended))
     print(f"{name} is complete, {rounds}: {path}")
 
 
@@ -84,7 +87,7 @@ class Followed:
     rounds
         The rows of metrics.jsonl by round.
     failures
-        By round and client, why it sent no usable reply.
+        By round and client, who sent no usable reply, and why.
     is_over
         Whether nobody is at work on it any more.
     """
@@ -111,7 +114,9 @@ class Followed:
         self.rounds |= {row["round"]: row for row in new}
         for row in self._clients.rows():  # they are written before their round's
             if has_failed(row):
-                self.failures.setdefault(row["round"], {})[row["client"]] = row["status"]
+                self.failures.setdefault(row["round"], {})[row["client"]] = (
+                    f"{called(row)}: {row['status']}"
+                )
         return new
 
     def seconds_since(self, now: float) -> float:
@@ -159,8 +164,6 @@ def _progress(followed: Followed, now: float) -> str:
 
 def _failures(followed: Followed, server_round: int) -> Iterator[str]:
     failures = sorted(followed.failures.get(server_round, {}).items())
-    yield from (
-        f"client {client}: {printable(reason)}" for client, reason in failures[:_FAILURES_SHOWN]
-    )
+    yield from (printable(failure) for _, failure in failures[:_FAILURES_SHOWN])
     if more := failures[_FAILURES_SHOWN:]:
         yield f"and {len(more)} more"

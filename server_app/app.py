@@ -13,12 +13,22 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
 from pfedgpa_app.config import Config, ConfigError
-from pfedgpa_app.divergence import DIVERGED, best_in, best_kept, help_of, is_best, warnings_in
+from pfedgpa_app.cross_site import write_matrix
+from pfedgpa_app.divergence import (
+    DIVERGED,
+    best_in,
+    best_kept,
+    help_of,
+    is_best,
+    reason_to_end,
+    warnings_in,
+)
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
 from pfedgpa_app.rounds import JUDGED, NO_REPLY, RowError, causes_of, describe, summarize
 from pfedgpa_app.runs import BANK, BEST, CHECKPOINT
+from pfedgpa_app.section import listed
 from pfedgpa_app.state import WriteError, write_text
 from pfedgpa_app.vault import DiskVault
 from server_app.checkpoint import ResumeError, keep_best, resume, settle_earlier, write_checkpoint
@@ -97,17 +107,26 @@ def _run(
     config = folder.config
     layouts = (strategy.global_model.layout, strategy.extras_layout)
     guarded: Any = GuardedGrid(grid, max_bytes(*layouts))
-    strategy.start(
-        guarded,
-        initial_arrays=ArrayRecord(strategy.average),
-        num_rounds=config.num_server_rounds - strategy.completed_rounds,
-        timeout=config.server.round_timeout,
-        evaluate_fn=RoundEnd(strategy, folder, tracking),
-    )
+    round_end = RoundEnd(strategy, folder, tracking)
+    with contextlib.suppress(EarlyEnd):
+        strategy.start(
+            guarded,
+            initial_arrays=ArrayRecord(strategy.average),
+            num_rounds=config.num_server_rounds - strategy.completed_rounds,
+            timeout=config.server.round_timeout,
+            evaluate_fn=round_end,
+        )
     clients = [] if strategy.clients_keep_parts else sorted(strategy.roster.clients.values())
     for client, state in zip(clients, strategy.evaluation_states(clients), strict=True):
         site = strategy.sites.get(client, {})
         folder.save_model(client, state, strategy.record.server_round, site)
+    if config.server.cross_site:
+        rows = strategy.evaluate_across(guarded, config.server.round_timeout)
+        write_matrix(folder.path, rows, strategy.roster.client_names())
+        log(INFO, "Cross-site matrix: %d pairs, of the clients that consent", len(rows))
+    if round_end.ended:
+        log(INFO, "%s", round_end.ended)
+        folder.note("ended", round_end.ended)
     _write_report(folder.path)
 
 
@@ -116,7 +135,7 @@ def _note(folder: RunFolder, error: Exception) -> None:
     told = isinstance(error, (WriteError, JoinTimeoutError, RowError, RunError, SourceError))
     reason = str(error) if told else f"{type(error).__name__}: {error}"
     try:
-        folder.fail(reason)
+        folder.note("error", reason)
     except WriteError as problem:
         log(ERROR, "%s", problem)
     _write_report(folder.path)
@@ -151,13 +170,24 @@ def make_strategy(config: Config, spec: ModelSpec, folder: Path | None = None) -
     if config.server.bank == "disk" and folder is not None:
         earlier = config.earlier_path
         vault = DiskVault(folder / BANK, earlier and earlier / BANK)
-    return STRATEGIES[config.strategy].of(
+    strategy_class = STRATEGIES[config.strategy]
+    if config.server.cross_site and strategy_class.clients_keep_parts:
+        raise ConfigError(
+            [
+                f'server.cross-site = true: with strategy = "{config.strategy}" clients keep parts '
+                "of their models, which the server cannot send to others; right would be false"
+            ]
+        )
+    return strategy_class.of(
         config,
         spec,
         vault=vault,
         roster=PartitionRoster(),
         fraction_train=config.server.fraction_train,
         fraction_evaluate=config.server.fraction_evaluate,
+        include=listed(config.server.include),
+        exclude=listed(config.server.exclude),
+        required=listed(config.server.required),
         evaluate_every=config.server.evaluate_every,
         min_train_nodes=1,
         min_evaluate_nodes=1,
@@ -171,8 +201,18 @@ class RunError(RuntimeError):
     """A run in whose first round every client failed."""
 
 
+class EarlyEnd(Exception):  # noqa: N818
+    """Out of Flower's loop over the rounds, of a run that has reached what it was to reach."""
+
+
 class RoundEnd:
-    """Called by Flower when a round is over: writes and logs what came of it."""
+    """Called by Flower when a round is over: writes and logs what came of it.
+
+    Attributes
+    ----------
+    ended
+        Why the run ends before its last round; empty as long as it does not.
+    """
 
     def __init__(self, strategy: ClientwiseFedAvg, folder: RunFolder, tracking: Tracking) -> None:
         self.strategy = strategy
@@ -184,6 +224,7 @@ class RoundEnd:
         self.rows = Run.read(folder.path).metrics
         self.warned = warnings_in(self.rows, self.config)
         self.best = best_in(self.rows)
+        self.ended = ""
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
         """Write the round's rows and then, if one is due, a checkpoint that counts them in.
@@ -196,6 +237,8 @@ class RoundEnd:
         ------
         WriteError, RunError
             If the run cannot begin or end well.
+        EarlyEnd
+            If ``server.stop-at`` or ``server.patience`` ends it.
         """
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
@@ -206,6 +249,10 @@ class RoundEnd:
         try:
             if server_round > 0:
                 self._write_rows(seconds)
+                if not is_last:
+                    since = self.strategy.completed_rounds
+                    self.ended = reason_to_end(self.rows, self.config.server, since)
+                    is_last = bool(self.ended)
             if self._is_due(completed, is_last):
                 write_checkpoint(self.folder.path, self.strategy)
                 self.checkpointed = completed
@@ -223,6 +270,8 @@ class RoundEnd:
                 completed,
                 error,
             )
+        if self.ended:
+            raise EarlyEnd
 
     def _is_due(self, completed: int, is_last: bool) -> bool:
         """Tell whether it is time for a checkpoint, or has been since the last one was written."""

@@ -108,7 +108,11 @@ def resume(config: Config, strategy: ClientwiseFedAvg) -> Run:
         tensors, facts = load_state(path / CHECKPOINT, CHECKPOINT_KIND)
     except ValueError as error:
         raise ResumeError(f'resume-from = "{config.resume_from}": {error}') from error
-    if differences := config.differences(run.config):
+    differences = config.differences(run.config)
+    # A site may be left out from here on, or be back.
+    for key in ("server.include", "server.exclude"):
+        differences.pop(key, None)
+    if differences:
         raise ResumeError(
             "The settings differ from those of the run to go on from:\n"
             + "\n".join(

@@ -10,6 +10,7 @@ from typing import Any
 from flwr.app import Array, Error, Message
 from flwr.common import log
 from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from server_app.replies import ReplyError, one_line
@@ -43,6 +44,10 @@ class GuardedGrid:
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the connected nodes."""
         return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return what the SuperLink knows of the connected nodes."""
+        return self._grid.get_nodes()
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -145,6 +145,17 @@ def read_spent(message: Message, weighted_by_key: str) -> float | None:
     return read_metrics(message, weighted_by_key).get(protocol.EPSILON, 0.0)
 
 
+def is_below_floor(message: Message) -> bool:
+    """Tell whether a client says that it does not train, since its site demands more privacy."""
+    return (
+        message.has_content()
+        and not message.content.array_records
+        and any(
+            protocol.BELOW_FLOOR in record for record in message.content.metric_records.values()
+        )
+    )
+
+
 def max_bytes(*layouts: ParameterLayout | None) -> int:
     """Return the limit of a reply's arrays in bytes.
 

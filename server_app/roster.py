@@ -3,7 +3,8 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from flwr.app import Message, MessageType, Metadata, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
+from pfedgpa_app.files import composed, printable, quoted
 from pfedgpa_app.protocol import PARTITION_ID, SOURCE
 from pfedgpa_app.source import source_hash
 from server_app.replies import one_line
@@ -19,6 +21,7 @@ from server_app.replies import one_line
 _CLIENT_APP = Path(__file__).parents[1] / "client_app"
 # Of a hash, so many digits are shown.
 _SHOWN = 12
+_MAX_NAME = 40
 _OTHERS_SOURCE = (
     "All nodes run another version of client_app or pfedgpa_app than the server; right would be "
     "the same one on all machines, and none that comes first on the PYTHONPATH of a site"
@@ -47,10 +50,12 @@ class Roster:
     """Number the nodes from 0 in the order of their first appearance, then of their ids.
 
     A node is known by the id that Flower gave it. The number serves to sort clients, to name files
-    and to seed generators.
+    and to seed generators. The name with which a SuperNode was registered is for people alone.
 
     Attributes
     ----------
+    names
+        The names of nodes that have one, fit for a log, by node id.
     ids_stay
         Whether a node has the same id in a run that goes on from another, as on a network. In a
         simulation all ids are new.
@@ -65,6 +70,7 @@ class Roster:
 
     def __init__(self) -> None:
         self.clients: dict[int, int] = {}
+        self.names: dict[int, str] = {}
         self.contested: set[int] = set()
         self.refused: set[int] = set()
         self.connected: set[int] = set()
@@ -78,6 +84,54 @@ class Roster:
         numbers are theirs.
         """
         self.clients = dict(clients)
+
+    def assemble(
+        self, grid: Grid, minimum: int, timeout: float = math.inf, required: Sequence[str] = ()
+    ) -> None:
+        """Admit all connected nodes, once there are so many and those that are required.
+
+        ``required`` are what `matches` takes; of each at least one client has to be there.
+
+        Raises
+        ------
+        JoinTimeoutError, SourceError
+            If they are not there in ``timeout`` seconds, or all run other code.
+        """
+        deadline = time.monotonic() + timeout
+        reported = -math.inf
+        while True:
+            self.admit(grid, self.gather(grid, minimum, deadline - time.monotonic()))
+            if not (missing := self.unmatched(required)):
+                return
+            found = f"of server.required, {', '.join(map(quoted, missing))} is not connected"
+            now = time.monotonic()
+            if now >= deadline:
+                raise JoinTimeoutError(
+                    f"After {timeout:.0f} s, {found}; right would be the names or numbers of "
+                    "clients that are there, or a longer server.join-timeout"
+                )
+            if now - reported >= _REPORT_EVERY:
+                reported = now
+                log(INFO, "Waiting for nodes: %s", found)
+            time.sleep(min(_PAUSE, deadline - now))
+
+    def unmatched(self, patterns: Iterable[str]) -> list[str]:
+        """Return which of the patterns no connected client `matches`."""
+        clients = [self.clients[node_id] for node_id in self.connected]
+        return [each for each in patterns if not any(self.matches(c, [each]) for c in clients)]
+
+    def matches(self, client: int, patterns: Iterable[str]) -> bool:
+        """Tell whether a client's number or name is one of, or fits one of, the patterns.
+
+        They are those of file names, such as ``site-*``.
+        """
+        name = self.names.get(self.node_id(client))
+        texts = [str(client)] if name is None else [str(client), name]
+        return any(
+            text == _shown(pattern) or fnmatchcase(text, pattern)
+            for pattern in patterns
+            for text in texts
+        )
 
     def gather(self, grid: Grid, minimum: int, timeout: float = math.inf) -> list[int]:
         """Return the ids of all connected nodes, once there are so many.
@@ -108,7 +162,7 @@ class Roster:
     def _missing(self, node_ids: Iterable[int]) -> str:
         connected = set(node_ids)
         missing = [
-            f"client {number} (node {node})"
+            f"{self.called(number)} (node {node})"
             for node, number in self.clients.items()
             if node not in connected
         ]
@@ -124,6 +178,8 @@ class Roster:
             If there is nobody but such as run other code.
         """
         asked = sorted(set(node_ids) - self.clients.keys())
+        if asked:
+            self._take_names(grid)
         wishes = self._wishes(grid, asked) if asked else {}
         new = [node_id for node_id in asked if node_id not in self.refused]
         node_ids = self.connected = set(node_ids) - self.refused
@@ -151,6 +207,26 @@ class Roster:
             free = (number for number in range(len(taken) + 1) if number not in taken)
             self.clients[node_id] = next(free)
 
+    def _take_names(self, grid: Grid) -> None:
+        """Note the names of connected nodes, but those that several have, and say which these are.
+
+        A name is text from outside. One that reads as a number could be taken for a client's.
+        """
+        found = {node.node_id: _shown(node.name) for node in grid.get_nodes()}
+        found = {node_id: name for node_id, name in found.items() if name and not name.isdecimal()}
+        counts = Counter(found.values())
+        gone = {node: name for node, name in self.names.items() if name not in counts}
+        for name, count in sorted(counts.items()):
+            if count > 1:
+                log(
+                    WARNING,
+                    'Nodes %s are all called "%s", so the name is of none of them; right would be '
+                    "a name of its own for each SuperNode that is registered",
+                    ", ".join(str(node) for node in sorted(found) if found[node] == name),
+                    name,
+                )
+        self.names = gone | {node: name for node, name in found.items() if counts[name] == 1}
+
     def _leave_contested(self, wishes: dict[int, int]) -> None:
         """Take claims out of ``wishes`` that others have as well, and say so.
 
@@ -162,17 +238,18 @@ class Roster:
         owners = {number: node_id for node_id, number in self.clients.items()}
         for node_id, number in sorted(wishes.items()):
             if number in owners:
-                whose = f"is that of client {number} (node {owners[number]})"
+                whose = f"is that of {self.called(number)} (node {owners[number]})"
             elif number in self.contested:
                 whose = "others claim as well"
             else:
                 continue
             log(
                 WARNING,
-                "Node %d says that it has partition %d, which %s: it gets another number. Right "
+                "Node %d%s says that it has partition %d, which %s: it gets another number. Right "
                 "would be a partition-id of its own for each SuperNode; a registered one keeps its "
                 "number when it is started again",
                 node_id,
+                self._in_brackets(node_id),
                 number,
                 whose,
             )
@@ -185,6 +262,19 @@ class Roster:
     def node_id(self, client: int) -> int:
         """Return the node of a number."""
         return next(node for node, number in self.clients.items() if number == client)
+
+    def client_names(self) -> dict[int, str]:
+        """Return the names of the clients that have one, by client."""
+        return {
+            self.clients[node]: name for node, name in self.names.items() if node in self.clients
+        }
+
+    def called(self, client: int) -> str:
+        """Return a client's number and, if it has one, its name, as for a log."""
+        return f"client {client}{self._in_brackets(self.node_id(client))}"
+
+    def _in_brackets(self, node_id: int) -> str:
+        return f" ({self.names[node_id]})" if node_id in self.names else ""
 
     def _wishes(self, grid: Grid, node_ids: list[int]) -> dict[int, int]:
         return {}
@@ -219,7 +309,10 @@ class PartitionRoster(Roster):
             elif (partition := _partition(reply.content)) is not None:
                 wishes[node_id] = partition
         for node_id in set(node_ids) - wishes.keys() - self.refused:
-            log(INFO, "Node %d does not tell its partition; it gets a free number", node_id)
+            named = self._in_brackets(node_id)
+            log(
+                INFO, "Node %d%s does not tell its partition; it gets a free number", node_id, named
+            )
         return wishes
 
     def _runs_other_code(self, node_id: int, content: RecordDict) -> bool:
@@ -230,9 +323,10 @@ class PartitionRoster(Roster):
             return False
         log(
             WARNING,
-            "Node %d is out of the round: it runs another version of client_app or pfedgpa_app "
+            "Node %d%s is out of the round: it runs another version of client_app or pfedgpa_app "
             "(%s) than the server (%s); right would be the same one",
             node_id,
+            self._in_brackets(node_id),
             one_line(str(theirs), _SHOWN),
             ours[:_SHOWN],
         )
@@ -254,6 +348,11 @@ def by_addressee(sent: Iterable[Metadata], replies: Iterable[Message]) -> dict[i
         else:
             log(WARNING, "Node %d sent a reply that nobody asked for", reply.metadata.src_node_id)
     return found
+
+
+def _shown(name: str) -> str:
+    """Return a node's name as it may be shown; empty if there is none."""
+    return printable(composed(name[:_MAX_NAME]).strip())[:_MAX_NAME]
 
 
 def _partition(content: RecordDict) -> int | None:

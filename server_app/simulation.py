@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import FLOWER_LOGGER
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app as own_client_app
@@ -79,6 +80,10 @@ class PoolGrid:
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the connected nodes, which are the numbers of their partitions."""
         return [node for node in range(self.num_clients) if node not in self.absent]
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return the connected nodes, which have no names."""
+        return [NodeInfo(node_id=node) for node in self.get_node_ids()]
 
     def node_config(self, node: int) -> dict[str, Any]:
         """Return what a SuperNode is told of its data."""

@@ -225,6 +225,8 @@ class Suite(Section):
             yield "server.fraction-evaluate: a bench evaluates all clients; right would be 1.0"
         if config.server.evaluate_every != 1:
             yield "server.evaluate-every: a bench evaluates the last rounds; right would be 1"
+        if config.server.stop_at or config.server.patience:
+            yield "server.stop-at, server.patience: runs of a bench are as long; right would be 0"
         if config.server.bank != "memory":
             yield 'server.bank: a bench has no folders for it; right would be "memory"'
         if config.tracking:

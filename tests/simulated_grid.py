@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from server_app.strategies import ClientwiseFedAvg
@@ -51,6 +52,7 @@ class SimulatedGrid:
     def __init__(self, nodes: dict[int, Answer], partitions: dict[int, int] | None = None) -> None:
         self.nodes = nodes
         self.partitions = partitions or {}
+        self.names: dict[int, str] = {}
         self.sent: list[Message] = []
         self._replies: dict[str, Message] = {}
         # What Flower's process of a ServerApp sets before the app starts.
@@ -58,6 +60,9 @@ class SimulatedGrid:
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, name=self.names.get(node, "")) for node in self.nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         pushed = []

@@ -332,6 +332,31 @@ def test_predictions_have_a_line_an_image(runner: CliRunner, model_file: Path, p
     ]
 
 
+def test_of_folders_named_after_classes_accuracy_and_confusions_are_printed(
+    runner: CliRunner, model_file: Path, pictures: Path
+):
+    predicted = probabilities_of_client_3().argmax(1).tolist()
+    true = [predicted[0], (predicted[1] + 1) % 10, predicted[2]]
+    for number, label in enumerate(true):
+        (pictures / str(label) / "left").mkdir(parents=True, exist_ok=True)
+        (pictures / f"{number}.png").rename(pictures / str(label) / "left" / f"{number}.png")
+    (pictures / "unknown").mkdir()
+    result = runner.invoke(cli.app, ["predict", str(model_file), str(pictures)])
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == f"{pictures}: passed over: 1 folder\n"
+    lines = result.stdout.splitlines()
+    assert lines[3] == "accuracy 0.6667 on 3 examples"
+    seen = sorted({*true, *predicted})
+    assert lines[4].split()[-len(seen) :] == [str(label) for label in seen]
+    row = next(line.split() for line in lines[5:] if line.split()[0] == str(true[1]))
+    assert row[1 + seen.index(predicted[1])] == "1"
+    as_json = runner.invoke(cli.app, ["predict", str(model_file), str(pictures), "--json"])
+    facts = json.loads(as_json.stdout.splitlines()[-1])
+    assert (facts["num-examples"], facts["accuracy"]) == (3, pytest.approx(2 / 3))
+    assert facts["confusion"][true[1]][predicted[1]] == 1
+    assert sum(map(sum, facts["confusion"])) == 3
+
+
 def test_pictures_beside_floats_do_not_count_as_normalized(
     runner: CliRunner, tmp_path: Path, pictures: Path
 ):

@@ -115,7 +115,9 @@ def test_a_site_tells_its_operator_what_it_passes_over(tmp_path: Path, monkeypat
     context.node_config["data-path"] = str(tmp_path)
     (tmp_path / "own.npz").unlink()
     train_message(message(MessageType.TRAIN), context)
-    assert said == [f"{tmp_path / str(number)}: skipped: 1 .dcm" for number in range(2)]
+    skipped = [f"{tmp_path / str(number)}: skipped: 1 .dcm" for number in range(2)]
+    assert said[:2] == skipped
+    assert [line.partition(":")[0] for line in said[2:]] == ["Round 1"]
 
 
 def test_a_node_without_data_path_has_no_part_in_what_sites_bring():

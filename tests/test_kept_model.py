@@ -10,7 +10,7 @@ from flwr.app import Context, MessageType, RecordDict
 from test_client_app import MODEL, SETTINGS, SITES, message, own_site, same
 from test_methods import KEEPERS
 
-from client_app import kept_model
+from client_app import kept_model, messages
 from client_app.messages import evaluate_message, train_message
 from client_app.node import NodeError
 from client_app.query import query
@@ -79,8 +79,16 @@ def test_where_a_client_keeps_a_part_the_file_has_its_whole_model(
     assert loss == pytest.approx(metrics["loss"], rel=1e-4)
 
 
-def test_what_is_sent_for_training_is_the_model_after_the_round_before(tmp_path: Path, file: Path):
-    train_message(message(MessageType.TRAIN, 4), site(tmp_path, file))
+def test_what_is_sent_for_training_is_the_model_after_the_round_before(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lines: list[str] = []
+    monkeypatch.setattr(messages, "log", lambda level, text, *args: lines.append(text % args))
+    told = train_message(message(MessageType.TRAIN, 4), site(tmp_path, file)).content["metrics"]
+    line = lines[-1]
+    assert line.startswith(f"Round 4: trained on {told['num-examples']} examples (5 10, 6 10, ")
+    accuracies = f"{told['accuracy-before']:.4f} before and {told['accuracy-after']:.4f} after"
+    assert line.endswith(f"{accuracies}; its model after round 3 is in {file}")
     kept = ExportedModel.load(file)
     assert kept.server_round == 3
     assert same(kept.state, MODEL.state_dict())

@@ -291,7 +291,7 @@ def test_mean_and_spread_of_few_values():
 def test_the_last_reason_for_the_end_of_a_run_is_read_and_its_lock_stays(tmp_path: Path):
     with RunFolder(tmp_path / "1", Config()) as folder:
         for reason in ("a long reason, with \u2026 and \n lines", "short"):
-            folder.fail(reason)
+            folder.note("error", reason)
             run = Run.read(tmp_path / "1")
             assert (run.error, run.name, run.state) == (reason, folder.name, "running")
     assert run.state == "stopped"

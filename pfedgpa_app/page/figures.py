@@ -126,11 +126,15 @@ def interval(accuracy: float, num_examples: int) -> tuple[float, float]:
 
 
 def clients(
-    accuracies: Mapping[int, tuple[float, float | None]], mean: float, tests: Mapping[int, int]
+    accuracies: Mapping[int, tuple[float, float | None]],
+    mean: float,
+    tests: Mapping[int, int],
+    called: Mapping[int, str] | None = None,
 ) -> go.Figure:
     """Return the last accuracy of each client, worst first, and the mean over all.
 
-    ``tests`` has the number of each client's test examples, where it is known.
+    ``tests`` has the number of each client's test examples, where it is known; ``called`` the names
+    of those that have one.
     """
     bounds = [
         interval(each, tests[client]) if tests.get(client) else (each, each)
@@ -138,7 +142,7 @@ def clients(
     ]
     values = [each for each, _ in accuracies.values()]
     fig = figure("client, worst first", "accuracy")
-    names = [str(client) for client in accuracies]
+    names = [label(client, called or {}) for client in accuracies]
     kinds = (("personalized", symbol(0)), ("after local training", "diamond-open"))
     for number, (name, shape) in reversed(list(enumerate(kinds))):
         fig.add_trace(
@@ -172,6 +176,11 @@ def clients(
     return fig
 
 
+def label(client: int, called: Mapping[int, str]) -> str:
+    """Return a client's number and, if it has one, its name."""
+    return f"{client} {plain(called[client])}" if client in called else str(client)
+
+
 def classes(
     values: Mapping[int, Sequence[float | None]], names: Sequence[str], what: str = "images"
 ) -> go.Figure:
@@ -189,6 +198,28 @@ def classes(
             xgap=1,
             ygap=1,
             zmin=0,
+        )
+    )
+    fig.update_xaxes(type="category")
+    fig.update_yaxes(type="category", autorange="reversed")
+    return fig
+
+
+def cross_site(accuracies: Mapping[tuple[int, int], float], called: Mapping[int, str]) -> go.Figure:
+    """Return the accuracy of each client's model, a row, at each site, a column."""
+    numbers = sorted({client for pair in accuracies for client in pair})
+    names = [label(client, called) for client in numbers]
+    fig = figure("evaluated at", "model of", height=max(280, min(900, 110 + 22 * len(numbers))))
+    fig.add_trace(
+        go.Heatmap(
+            x=names,
+            y=names,
+            z=[[accuracies.get((model, site)) for site in numbers] for model in numbers],
+            texttemplate="%{z:.2f}" if len(numbers) <= 20 else None,
+            colorbar={"title": {"text": "accuracy"}, "thickness": 12},
+            hovertemplate="model of %{y}, at %{x}: %{z:.4f}<extra></extra>",
+            xgap=1,
+            ygap=1,
         )
     )
     fig.update_xaxes(type="category")

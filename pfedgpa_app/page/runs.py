@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TypeVar
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.cross_site import read_matrix
 from pfedgpa_app.page import figures, method
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
@@ -22,6 +23,7 @@ from pfedgpa_app.rounds import (
     Row,
     has_failed,
     mean_and_spread,
+    names_in,
     value_of,
 )
 from pfedgpa_app.runs import version_of
@@ -124,7 +126,12 @@ def _run(page: Page, run: Run, number: int) -> str:
     holdings = Holdings.of(run)
     notes = [
         note
-        for note in (run.error, *run.warnings, alone_in(run.metrics, run.config.diffusion))
+        for note in (
+            run.error,
+            run.ended,
+            *run.warnings,
+            alone_in(run.metrics, run.config.diffusion),
+        )
         if note
     ]
     baselines = baselines_of(run.config, run.path.parent, run.num_nodes)
@@ -233,7 +240,7 @@ def _accuracies(
         )
         mean = fmean(personalized for personalized, _ in accuracies.values())
         tests = {row["client"]: row.get("num-test-examples", 0) for row in clients if JUDGED in row}
-        drawn = figures.clients(_first(accuracies), mean, tests)
+        drawn = figures.clients(_first(accuracies), mean, tests, names_in(clients))
         shown.append(Shown("Accuracy of each client", caption + _left_out(accuracies), drawn))
     others = {
         what: figures.curve_of([run.metrics], name)
@@ -268,6 +275,13 @@ def _accuracies(
         shown.append(
             Shown("Classes of each client", caption, figures.classes(counts, classes), is_wide=True)
         )
+    if matrix := read_matrix(run.path):
+        caption = (
+            "Accuracy of each personalized model, a row, on the test set of each site that "
+            "consented, a column, after the last round. Also in cross-site.csv."
+        )
+        drawn = figures.cross_site(matrix, names_in(clients))
+        shown.append(Shown("Each model at each site", caption, drawn, is_wide=True))
     return shown
 
 
@@ -353,6 +367,7 @@ def _costs(run: Run) -> list[Shown]:
 def _failures(clients: Sequence[Row]) -> str:
     """Return who sent no usable reply, or was kept apart, and why; most rounds first."""
     rounds: dict[tuple[int, str], list[int]] = {}
+    names = names_in(clients)
     for row in clients:
         status = row.get("status", "ok")
         reasons = [] if status == "ok" else [status]
@@ -369,10 +384,16 @@ def _failures(clients: Sequence[Row]) -> str:
     most = Counter({key: len(each) for key, each in rounds.items()}).most_common()
     for (client, why), _ in most:
         alike.setdefault((_ranges(rounds[client, why]), why), []).append(client)
-    lines = [(_ranges(clients), when, why) for (when, why), clients in alike.items()]
+    lines = [(_who(clients, names), when, why) for (when, why), clients in alike.items()]
     left_out = len(lines) - _MAX_FAILURES
     note = f'<p class="quiet">{left_out} more are in clients.jsonl.</p>' if left_out > 0 else ""
     return table(("clients", "rounds", "reason"), lines[:_MAX_FAILURES]) + note
+
+
+def _who(clients: Sequence[int], names: Mapping[int, str]) -> str:
+    """Return numbers of clients, and the names of those that have one."""
+    named = ", ".join(names[client] for client in sorted(clients) if client in names)
+    return f"{_ranges(clients)} ({named})" if named else _ranges(clients)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -23,11 +23,20 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.files import quoted
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
-from pfedgpa_app.protocol import EPSILON, EXTRAS, FINGERPRINT, SERVER_ROUND
+from pfedgpa_app.protocol import (
+    ACCURACY,
+    CONFIG,
+    CROSS_SITE,
+    EPSILON,
+    EXTRAS,
+    FINGERPRINT,
+    SERVER_ROUND,
+)
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.rounds import RoundRecord, Row
+from pfedgpa_app.rounds import BELOW_FLOOR, RoundRecord, Row
 from pfedgpa_app.stateful import Kept, Stateful
 from pfedgpa_app.vault import MemoryVault, Vault
 from server_app.global_model import GlobalModel, average_of
@@ -38,11 +47,22 @@ from server_app.replies import (
     ReplyError,
     Upload,
     check_ranges,
+    is_below_floor,
     read_metrics,
     read_spent,
     read_upload,
 )
 from server_app.roster import Roster, by_addressee
+
+# Of the clients that are connected, a message names so many.
+_MAX_SHOWN = 20
+
+
+def _consents(answer: Message) -> bool:
+    """Tell whether a node says that it takes part in the cross-site matrix."""
+    return answer.has_content() and any(
+        record.get(CROSS_SITE) == 1 for record in answer.content.metric_records.values()
+    )
 
 
 class ClientwiseFedAvg(Stateful, FedAvg):
@@ -73,6 +93,11 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         Part of its last step by which the average goes on (FedAvgM, https://arxiv.org/abs/1909.06335).
     join_timeout : float (default: inf)
         Seconds to wait for ``min_available_nodes``.
+    include, exclude : Sequence[str] (default: ())
+        Names, numbers or patterns of the clients that train, all by default, and of those that do
+        not. Who is left out is evaluated all the same.
+    required : Sequence[str] (default: ())
+        Names, numbers or patterns, for each of which a round waits until such a client is there.
     evaluate_every : int (default: 1)
         Rounds from one in which models are evaluated to the next. The last round is always one; 0:
         it alone. Who trains judges what it is sent in every round.
@@ -127,6 +152,9 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         join_round: int = 0,
         momentum: float = 0.0,
         join_timeout: float = math.inf,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        required: Sequence[str] = (),
         evaluate_every: int = 1,
         model: nn.Module | None = None,
         spec: ModelSpec | None = None,
@@ -142,6 +170,9 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         self.join_round = join_round
         self.momentum = momentum
         self.join_timeout = join_timeout
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
+        self.required = tuple(required)
         self.evaluate_every = evaluate_every
         self.model = model
         self.vault = MemoryVault() if vault is None else vault
@@ -319,7 +350,8 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         self.sites |= {client: upload.site for client, upload in uploads.items() if upload.site}
         self.unusual = self.judge(uploads)
         for client, reason in self.unusual.items():
-            log(INFO, "Others do not learn from client %d in this round: %s", client, reason)
+            called = self.roster.called(client)
+            log(INFO, "Others do not learn from %s in this round: %s", called, reason)
             self.record.unusual(client, reason)
         if counting := [upload for client, upload in uploads.items() if self.counts(client)]:
             self.global_model.move_to(self.combine(counting))
@@ -357,7 +389,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
                 read = read_metrics(reply, self.weighted_by_key)
                 check_ranges(read, self.metric_ranges)
             except ReplyError as error:
-                log(WARNING, "Client %d is not evaluated: %s", client, error)
+                log(WARNING, "%s is not evaluated: %s", self._called(client), error)
                 self.record.not_evaluated(client, str(error))
                 if isinstance(error, NotFiniteError):
                     self.record.not_finite(client)
@@ -368,6 +400,49 @@ class ClientwiseFedAvg(Stateful, FedAvg):
             return None
         records = shared_metrics(list(metrics.values()))
         return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
+
+    def evaluate_across(self, grid: Grid, timeout: float) -> list[Row]:
+        """Evaluate the personalized model of each client that consents at all of these.
+
+        ``timeout`` is for each model, in seconds. What cannot be used is logged and left out.
+
+        Returns
+        -------
+        list[Row]
+            For each pair the numbers of both clients, ``model`` and ``site``, with ``accuracy``
+            and ``num-test-examples``.
+        """
+        asked = ConfigRecord({CROSS_SITE: True})
+        questions = [
+            Message(RecordDict({CONFIG: asked}), dst_node_id=node, message_type=MessageType.QUERY)
+            for node in sorted(self.roster.connected)
+        ]
+        answers = list(grid.send_and_receive(questions, timeout=timeout))
+        replies = by_addressee([question.metadata for question in questions], answers)
+        clients = sorted(self.roster.client(node) for node in replies if _consents(replies[node]))
+        rows = []
+        for model, state in zip(clients, self.evaluation_states(clients), strict=True):
+            states = [state] * len(clients)
+            messages = self._messages(MessageType.EVALUATE, clients, states, asked)
+            for site, reply in self._by_client(grid.send_and_receive(messages, timeout=timeout)):
+                try:
+                    metrics = read_metrics(reply, self.weighted_by_key)
+                    check_ranges(metrics, self.metric_ranges)
+                    accuracy = metrics[ACCURACY]
+                except (ReplyError, KeyError) as error:
+                    called = self.roster.called(model)
+                    log(WARNING, "%s did not evaluate %s: %s", self._called(site), called, error)
+                    continue
+                num_examples = int(metrics[self.weighted_by_key])
+                rows.append(
+                    {
+                        "model": model,
+                        "site": site,
+                        "accuracy": accuracy,
+                        "num-test-examples": num_examples,
+                    }
+                )
+        return rows
 
     def summary(self) -> None:
         """Log the settings."""
@@ -386,8 +461,8 @@ class ClientwiseFedAvg(Stateful, FedAvg):
     ) -> list[int]:
         """Draw clients, the same for a seed and a round whatever their node ids, and sort them."""
         at_least = max(self.min_available_nodes, minimum)
-        node_ids = self.roster.gather(grid, at_least, self.join_timeout)
-        self.roster.admit(grid, node_ids)
+        self.roster.assemble(grid, at_least, self.join_timeout, self.required)
+        self.record.names = self.roster.client_names()
         clients = sorted(map(self.roster.client, self.roster.connected))
         if self.late_clients and server_round < self.join_round:
             clients = clients[: -self.late_clients]
@@ -396,11 +471,47 @@ class ClientwiseFedAvg(Stateful, FedAvg):
                     f"onboarding.late-clients = {self.late_clients}: there are only "
                     f"{len(self.roster.connected)} clients; right would be less than that"
                 )
+        if purpose == "train":
+            clients = self._chosen(clients)
         size = min(len(clients), max(minimum, round(fraction * len(clients))))
         log(INFO, "configure_%s: Sampled %s nodes (out of %s)", purpose, size, len(clients))
         return draw(
             clients, size, make_generator(self.sampling_seed, "sample", purpose, server_round)
         )
+
+    def _chosen(self, clients: list[int]) -> list[int]:
+        """Return which of the clients ``include`` and ``exclude`` let train.
+
+        Raises
+        ------
+        ValueError
+            If there is none in the first round.
+        """
+        if not self.include and not self.exclude:
+            return clients
+        is_first = self.record.server_round == self.completed_rounds + 1
+        for setting in ("include", "exclude"):
+            for pattern in self.roster.unmatched(getattr(self, setting)) if is_first else ():
+                here = ", ".join(map(self.roster.called, clients[:_MAX_SHOWN]))
+                log(
+                    WARNING,
+                    "server.%s: no client that is connected is called %s; here are %s",
+                    setting,
+                    quoted(pattern),
+                    here + ", ..." * (len(clients) > _MAX_SHOWN),
+                )
+        chosen = [
+            client
+            for client in clients
+            if (not self.include or self.roster.matches(client, self.include))
+            and not self.roster.matches(client, self.exclude)
+        ]
+        if not chosen and clients and is_first:
+            raise ValueError(
+                "server.include and server.exclude let no connected client train; right would be "
+                "the number or name of at least one"
+            )
+        return chosen
 
     def _messages(
         self, kind: str, clients: Sequence[int], states: Iterable[StateDict], config: ConfigRecord
@@ -438,11 +549,17 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         uploads: dict[int, Upload] = {}
         sizes: dict[int, int] = {}
         for client, reply in self._by_client(replies):
+            if is_below_floor(reply):
+                called = self._called(client)
+                log(INFO, "%s does not train: %s", called, BELOW_FLOOR)
+                self.record.below_floor(client)
+                continue
             try:
                 epsilon = read_spent(reply, self.weighted_by_key)
                 if epsilon is not None:
                     check_ranges({EPSILON: epsilon}, self.metric_ranges)
-                    log(INFO, "Client %d does not train: its privacy budget is spent", client)
+                    called = self._called(client)
+                    log(INFO, "%s does not train: its privacy budget is spent", called)
                     self.record.spent(client, epsilon)
                     continue
                 upload = read_upload(
@@ -473,9 +590,13 @@ class ClientwiseFedAvg(Stateful, FedAvg):
     def _refuse(self, client: int, reason: str) -> None:
         log(
             WARNING,
-            "Client %d (node %d) is out of the round: %s",
-            client,
+            "%s (node %d) is out of the round: %s",
+            self._called(client),
             self.roster.node_id(client),
             reason,
         )
         self.record.failed(client, reason)
+
+    def _called(self, client: int) -> str:
+        """Return what a sentence about a client begins with."""
+        return f"C{self.roster.called(client)[1:]}"
