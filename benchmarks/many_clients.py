@@ -123,8 +123,8 @@ def _measure(
     clients = Clients(dim)
     config = DiffusionConfig(device="cpu", max_members=members)
     with tempfile.TemporaryDirectory() as folder:
-        retired = DiskVault(Path(folder, "bank")) if bank == "disk" else MemoryVault()
-        aggregator = GenerativeAggregator(torch.zeros(dim), config, retired=retired)
+        archived = DiskVault(Path(folder, "bank")) if bank == "disk" else MemoryVault()
+        aggregator = GenerativeAggregator(torch.zeros(dim), config, archived=archived)
         first_member = max(0, num_clients - members)
         for client in range(num_clients):
             aggregator.compare(client, clients.halves(client))
@@ -132,7 +132,7 @@ def _measure(
                 aggregator.observe(client, clients.upload(client))
                 continue
             # As if its last round were long ago.
-            aggregator.bank.retired[client] = clients.upload(client)
+            aggregator.bank.archived[client] = clients.upload(client)
             aggregator.bank.of(client).standing = Standing.ARCHIVED
         aggregator.fit(1)
         found: dict[str, list[float]] = {"fit": [], "model": [], "checkpoint": [], "error": []}
@@ -153,7 +153,7 @@ def _measure(
             found["fit"].append(time.perf_counter() - begin)
             begin = time.perf_counter()
             save_state(checkpoint, "state", aggregator.state())
-            aggregator.bank.retired.sweep()
+            aggregator.bank.archived.prune()
             found["checkpoint"].append(time.perf_counter() - begin)
         megabytes = checkpoint.stat().st_size / MEGA
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGA

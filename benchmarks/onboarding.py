@@ -55,7 +55,7 @@ class NearestMember(PFedGPA):
         super().learn(server_round, uploads)
         bank = self.aggregator.bank
         models = [self.aggregator.personalize(member) for member in bank.members]
-        for client in bank.guests:
+        for client in bank.non_members:
             if client in uploads:
                 nearest = min(models, key=_distance_to(uploads[client].vector))
                 bank.of(client).model = nearest

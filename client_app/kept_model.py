@@ -14,7 +14,7 @@ from client_app.node import NodeError, client_number, node_partition
 from pfedgpa_app.config import home_path
 from pfedgpa_app.exported import MODEL_KIND, ExportedModel
 from pfedgpa_app.files import printable
-from pfedgpa_app.state import WriteError, load_facts
+from pfedgpa_app.state import WriteError, load_metadata
 
 MODEL_PATH = "model-path"
 """The node config key with the file, and the record of the client's Flower state that marks it as
@@ -91,7 +91,7 @@ def _warn_of_another(file: Path, context: Context) -> None:
     if not _round_kept(context):
         return
     try:
-        other = load_facts(file, MODEL_KIND).get("run", "")
+        other = load_metadata(file, MODEL_KIND).get("run", "")
     except ValueError:  # missing or damaged: it is replaced
         return
     if other != str(context.run_id):

@@ -13,19 +13,19 @@ from pfedgpa_app.diffusion.mixing import are_alone, capped, mixing_from_halves, 
 from pfedgpa_app.diffusion.mixture import mix
 from pfedgpa_app.diffusion.model import ParameterDiffusion, rank_of
 from pfedgpa_app.diffusion.signal import SKETCH, agreement, centred, normalized
-from pfedgpa_app.diffusion.subspace import Spectrum, divergence
+from pfedgpa_app.diffusion.subspace import Spectrum, dispersion_ratio
 from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
 from pfedgpa_app.stateful import Kept, Stateful, Vector
 from pfedgpa_app.vault import Vault
 
 # Of all that a client is like, the part that must have been in the round to speak for it.
-MIN_KINSHIP = 0.01
+MIN_CO_MOVEMENT = 0.01
 # Divergence from the initial model up to which clients are alike.
-MAX_DIVERGENCE = 0.5
+MAX_DISPERSION = 0.5
 # Agreement of those who ask for the same: members of one group have 1, of others less than 0.4.
 MIN_AGREEMENT = 0.5
 # Models made in one pass over the bank: more take more memory, and are little faster.
-TOGETHER = 32
+MODELS_PER_PASS = 32
 
 
 class GenerativeAggregator(Stateful):
@@ -52,8 +52,8 @@ class GenerativeAggregator(Stateful):
         Fixes, with the round, all that is drawn at random.
     is_noised
         Whether clients add independent noise to all that they upload, as for their privacy.
-    retired
-        Where the models of clients are that are neither in the bank nor guests.
+    archived
+        Where the models of clients are that are neither in the bank nor non_members.
 
     Attributes
     ----------
@@ -88,7 +88,7 @@ class GenerativeAggregator(Stateful):
         *,
         seed: int = 0,
         is_noised: bool = False,
-        retired: Vault | None = None,
+        archived: Vault | None = None,
     ) -> None:
         self.initial = self.average = initial
         self.config = config
@@ -96,7 +96,7 @@ class GenerativeAggregator(Stateful):
         self.seed = seed
         self.is_noised = is_noised
         self.device = resolve_device(config.device)
-        self.bank = Bank(config.max_members, retired)
+        self.bank = Bank(config.max_members, archived)
         self.mixing = torch.eye(0, dtype=torch.float64)
         self.share = 1.0
         self.model = None
@@ -132,8 +132,8 @@ class GenerativeAggregator(Stateful):
         """Take in how training on each half of a client's images moved what all have in common.
 
         ``halves`` are `sketched` moves, ``(2, SKETCH)``, all of a round from the same parameters.
-        With ``sharing = "measured"``, once most members told, everyone keeps of its deviations from
-        the mean what is signal.
+        With ``sharing = "measured"``, once most members reported, everyone keeps of its
+        deviations from the mean what is signal.
         """
         with repeatable(num_threads=1):
             self._reports[client] = normalized(halves.detach().cpu())
@@ -179,9 +179,9 @@ class GenerativeAggregator(Stateful):
         KeyError
             As `personalize`, before the first of those that are made in the same pass.
         """
-        for begin in range(0, len(clients), TOGETHER):
+        for begin in range(0, len(clients), MODELS_PER_PASS):
             with repeatable(num_threads=1):
-                together = self._personalized(clients[begin : begin + TOGETHER])
+                together = self._personalized(clients[begin : begin + MODELS_PER_PASS])
             yield from together
 
     def supplied_by_others(self, client: int) -> float:
@@ -194,7 +194,7 @@ class GenerativeAggregator(Stateful):
         own = float(self.mixing[row, row])
         return min(max(self.share - own, 0.0), 1.0)
 
-    def expect(self) -> Tensor:
+    def default_model(self) -> Tensor:
         """Return what a client may expect of which nothing is known, ``(d,)``.
 
         That is the mean of the members' parameters. Where no distribution was learned it is the
@@ -228,8 +228,8 @@ class GenerativeAggregator(Stateful):
         if len(members) < min_kin:
             alone = set(members)
         else:
-            told = are_alone(self.mixing, min_kin).tolist()
-            alone = {client for client, is_alone in zip(members, told, strict=True) if is_alone}
+            reported = are_alone(self.mixing, min_kin).tolist()
+            alone = {client for client, is_alone in zip(members, reported, strict=True) if is_alone}
         has_mean = len(members) >= min_kin - 1
         return [each for each in clients if each in alone or not (each in members or has_mean)]
 
@@ -241,7 +241,7 @@ class GenerativeAggregator(Stateful):
                 f"{self.model.space.dim} dimensions from timestep {self.model.start}, "
                 f"{self.share:.0%} of the deviations kept"
             )
-        if self.config.sharing == "measured" and self._told() is None:
+        if self.config.sharing == "measured" and self._reported() is None:
             num_told = sum(each is not None for each in self._halves())
             return f"{found}; sharing is not measured: only {num_told} members told of their halves"
         return found
@@ -271,33 +271,33 @@ class GenerativeAggregator(Stateful):
         if len(vectors) < 2:
             return
         self.spectrum = spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
-        told = self._told()
-        by_uploads = told is None and config.sharing != "none"
+        reported = self._reported()
+        by_uploads = reported is None and config.sharing != "none"
         if by_uploads and config.space == "subspace" and not rank_of(config, spectrum):
-            self.alike = self.alike and divergence(vectors, self.initial) <= MAX_DIVERGENCE
+            self.alike = self.alike and dispersion_ratio(vectors, self.initial) <= MAX_DISPERSION
             if not self.alike:
                 return
         # The 0 has no meaning any more, and gives a seed the digits that it always gave.
         streams = partial(make_generator, self.seed, server_round, 0)
         model = ParameterDiffusion.fit(config, vectors, spectrum, self.device, streams)
-        if told is not None:
-            self.mixing = mixing_from_halves(spectrum, told)
+        if reported is not None:
+            self.mixing = mixing_from_halves(spectrum, reported)
         elif by_uploads:
-            self.mixing = model.nearness(model.coordinates)
+            self.mixing = model.affinities(model.coordinates)
         self.share, self.model = share_of(self.mixing, spectrum), model
 
     def _onboarded(self, client: int, current: Tensor, previous: Tensor) -> Tensor:
         model, config = self.model, self.config
         if model is None:
             return current
-        kin = self._kin(client, self._told())
-        if kin is None and model.space.dim:
+        affinity = self._affinity(client, self._reported())
+        if affinity is None and model.space.dim:
             guided = model.guided(current, previous, config, self.onboarding, self.device)
             if config.sharing == "none":
                 change = guided - model.space.project([current])
                 return current + model.space.displacement(change)[0]
-            kin = model.nearness(guided)[0]
-        row = self._row(kin)
+            affinity = model.affinities(guided)[0]
+        row = self._row(affinity)
         if row is None:
             return model.space.mean + self.share * (current - model.space.mean)
         return self._mixed({0: row}, [current], {})[0]
@@ -306,7 +306,7 @@ class GenerativeAggregator(Stateful):
         """Return both halves of each member, ``(2, SKETCH)``; None of those that told nothing."""
         return [self.bank.clients[client].halves for client in self.bank.members]
 
-    def _told(self) -> Tensor | None:
+    def _reported(self) -> Tensor | None:
         """Return both halves of the members, ``(num_members, 2, SKETCH)``; 0 of silent ones.
 
         None unless most members told.
@@ -317,15 +317,15 @@ class GenerativeAggregator(Stateful):
             return None
         return torch.stack([torch.zeros(2, SKETCH) if each is None else each for each in halves])
 
-    def _kin(self, client: int, told: Tensor | None) -> Tensor | None:
+    def _affinity(self, client: int, reported: Tensor | None) -> Tensor | None:
         """Return how far the members ask for the same as a client, ``(num_members,)``, if known.
 
-        ``told`` is what `_told` returns, which is as large as the bank is.
+        ``told`` is what `_reported` returns, which is as large as the bank is.
         """
         halves = self.bank.of(client).halves
-        if halves is None or told is None:
+        if halves is None or reported is None:
             return None
-        return (agreement(halves, told) - MIN_AGREEMENT).clamp(min=0)
+        return (agreement(halves, reported) - MIN_AGREEMENT).clamp(min=0)
 
     def _personalized(self, clients: Sequence[int]) -> list[Tensor]:
         """Return what clients are given, ``(d,)``: mixtures, or their own where there are none.
@@ -339,29 +339,33 @@ class GenerativeAggregator(Stateful):
         members = {client: row for row, client in enumerate(self.bank.members)}
         places = {n: members[client] for n, client in enumerate(clients) if client in members}
         rows = {number: self.mixing[place] for number, place in places.items()}
-        retired = {n: client for n, client in enumerate(clients) if client in self.bank.retired}
-        told = self._told() if retired else None
-        for number, client in retired.items():
-            row = self._row(self._kin(client, told))
+        archived = {n: client for n, client in enumerate(clients) if client in self.bank.archived}
+        reported = self._reported() if archived else None
+        for number, client in archived.items():
+            row = self._row(self._affinity(client, reported))
             if row is not None and self.bank.of(client).standing is not Standing.QUARANTINED:
                 rows[number] = row
         return self._mixed(rows, given, places)
 
     def _own(self, client: int) -> Tensor:
         """Return a client's model ``(d,)``; if its file is damaged, that of an unknown client."""
-        if client in self.bank.retired:
+        if client in self.bank.archived:
             try:
-                return self.bank.retired[client]
+                return self.bank.archived[client]
             except ValueError:
-                return self.expect()
+                return self.default_model()
         model = self.bank.clients[client].model
         if model is None:
             raise KeyError(client)
         return model
 
-    def _row(self, kin: Tensor | None) -> Tensor | None:
-        """Return what members are given, by ``kin`` ``(num_members,)``, as a row of `mixing`."""
-        return (kin / kin.sum()) @ self.mixing if kin is not None and bool(kin.any()) else None
+    def _row(self, affinity: Tensor | None) -> Tensor | None:
+        """Return the row of `mixing` of members weighted by ``affinity``, ``(num_members,)``."""
+        return (
+            (affinity / affinity.sum()) @ self.mixing
+            if affinity is not None and bool(affinity.any())
+            else None
+        )
 
     def _mixed(
         self, rows: dict[int, Tensor], own: Sequence[Tensor], places: dict[int, int]
@@ -398,7 +402,7 @@ class GenerativeAggregator(Stateful):
         records, members = self.bank.clients, self.bank.members
         away = {
             client: vector
-            for client, vector in sorted((members | self.bank.guests).items())
+            for client, vector in sorted((members | self.bank.non_members).items())
             if client not in self.bank.uploads
             and records[client].standing is not Standing.QUARANTINED
         }
@@ -410,19 +414,19 @@ class GenerativeAggregator(Stateful):
         if not away or not moves:
             return
         # Without those of whom they are given the opposite.
-        kinship = torch.zeros(len(away), len(members))
+        mixing_weights = torch.zeros(len(away), len(members))
         if self.model is not None:
-            kinship = self.model.nearness(self.model.space.project(list(away.values())))
+            mixing_weights = self.model.affinities(self.model.space.project(list(away.values())))
             places = {client: row for row, client in enumerate(members)}
             for row, client in enumerate(away):
                 if client in places:
-                    kinship[row] = self.mixing[places[client]].clamp(min=0)
-        kinship = kinship[:, list(moves)]
-        shares = kinship.sum(dim=1, keepdim=True)
-        weights = torch.where(shares < MIN_KINSHIP, 1 / len(moves), kinship / shares)
+                    mixing_weights[row] = self.mixing[places[client]].clamp(min=0)
+        mixing_weights = mixing_weights[:, list(moves)]
+        shares = mixing_weights.sum(dim=1, keepdim=True)
+        weights = torch.where(shares < MIN_CO_MOVEMENT, 1 / len(moves), mixing_weights / shares)
         clients = list(away)
-        for begin in range(0, len(clients), TOGETHER):
-            group = slice(begin, begin + TOGETHER)
+        for begin in range(0, len(clients), MODELS_PER_PASS):
+            group = slice(begin, begin + MODELS_PER_PASS)
             mixtures = mix(weights[group], list(moves.values()))
             for client, move in zip(clients[group], mixtures, strict=True):
                 records[client].model = away[client] + move

@@ -41,7 +41,7 @@ class ClientRecord:
         What it is to the others.
     model
         Its parameters, ``(d,)``, brought up to date: the last upload of a member, what was
-        generated for a newcomer. None where there are none, or they are `Bank.retired`.
+        generated for a newcomer. None where there are none, or they are `Bank.archived`.
     halves
         How two halves of its images moved what all have in common apart, as it told last:
         `normalized` sketches ``(2, size)``, `centred` among all that told in the same round.
@@ -49,9 +49,9 @@ class ClientRecord:
         The round in which something came from it last.
     interval
         The rounds between its last two uploads, once it is no newcomer.
-    asked
+    last_measured_round
         The round in which it was last asked for its halves.
-    was_asked_again
+    was_measured_again
         Whether it was asked before that.
     has_misfits
         Whether the halves that it reported last contradict each other or its own update.
@@ -64,8 +64,8 @@ class ClientRecord:
     halves: Annotated[Tensor, "2 size"] | None = None
     seen: int = 0
     interval: int | None = None
-    asked: int | None = None
-    was_asked_again: bool = False
+    last_measured_round: int | None = None
+    was_measured_again: bool = False
     has_misfits: bool = False
     rounds_onboarded: int = 0
 
@@ -78,7 +78,7 @@ class Bank(Stateful):
     max_members
         At most so many models, those of the latest uploads, are in the bank, and as many of others
         in memory.
-    retired
+    archived
         Where the models of the rest are, ``(d,)``. Nothing is done with one until it is asked
         for. In memory by default.
 
@@ -89,12 +89,12 @@ class Bank(Stateful):
         `take_in`.
     """
 
-    retired: Kept[Vault]
+    archived: Kept[Vault]
     clients: Kept[dict[int, ClientRecord]]
 
-    def __init__(self, max_members: int, retired: Vault | None = None) -> None:
+    def __init__(self, max_members: int, archived: Vault | None = None) -> None:
         self.max_members = max_members
-        self.retired = MemoryVault() if retired is None else retired
+        self.archived = MemoryVault() if archived is None else archived
         self.clients = {}
         self.uploads: dict[int, tuple[Tensor, Standing]] = {}
 
@@ -108,7 +108,7 @@ class Bank(Stateful):
         return self._models(of_members=True)
 
     @property
-    def guests(self) -> dict[int, Tensor]:
+    def non_members(self) -> dict[int, Tensor]:
         """The other models ``(d,)`` in memory, sorted by client."""
         return self._models(of_members=False)
 
@@ -120,11 +120,11 @@ class Bank(Stateful):
     def knows(self, client: int) -> bool:
         """Tell whether there is a model of a client."""
         record = self.clients.get(client)
-        return (record is not None and record.model is not None) or client in self.retired
+        return (record is not None and record.model is not None) or client in self.archived
 
     def put(self, client: int, model: Tensor, server_round: int) -> None:
         """Take in what was generated for a newcomer, ``(d,)``."""
-        self._forget_retired(client)
+        self._forget_archived(client)
         record = self.of(client)
         record.model, record.seen = model, server_round
         record.rounds_onboarded += 1
@@ -137,7 +137,7 @@ class Bank(Stateful):
         """
         num_uploads = len(self.uploads)
         for client, (upload, standing) in self.uploads.items():
-            self._forget_retired(client)
+            self._forget_archived(client)
             record = self.of(client)
             if record.standing is not Standing.NEWCOMER:
                 record.interval = server_round - record.seen
@@ -146,8 +146,8 @@ class Bank(Stateful):
         self.uploads = {}
         max_age = self._max_age(server_round)
         self._settle(server_round - max_age)
-        for models in (self.members, self.guests):
-            self._retire(models, max(self.max_members, num_uploads))
+        for models in (self.members, self.non_members):
+            self._archive(models, max(self.max_members, num_uploads))
         self._settle(server_round - max_age)
 
     def _settle(self, oldest: float) -> None:
@@ -174,14 +174,14 @@ class Bank(Stateful):
         usual = statistics.median(intervals) if intervals else 0
         return max(MAX_AGE, _MAX_INTERVALS * usual)
 
-    def _retire(self, models: dict[int, Tensor], most: int) -> None:
+    def _archive(self, models: dict[int, Tensor], most: int) -> None:
         """Put away the models of all but those of the latest uploads."""
         latest = sorted(models, key=lambda client: (-self.clients[client].seen, client))
         for client in latest[most:]:
             with contextlib.suppress(WriteError):  # it stays then, until there is room
-                self.retired[client] = models[client]
+                self.archived[client] = models[client]
                 self.clients[client].model = None
 
-    def _forget_retired(self, client: int) -> None:
-        if client in self.retired:  # pop would read it
-            del self.retired[client]
+    def _forget_archived(self, client: int) -> None:
+        if client in self.archived:  # pop would read it
+            del self.archived[client]

@@ -108,7 +108,7 @@ class Guard(Stateful):
         self.memory = {}
         self.num_compared = 0
 
-    def unusual(
+    def find_outliers(
         self,
         moves: Mapping[int, Move],
         positions: Mapping[int, Tensor],
@@ -146,7 +146,7 @@ class Guard(Stateful):
             # Their positions are of earlier rounds: by now they would be about a move farther.
             ways[len(moves) :] += sizes[:, 0].median()
             names = next(iter(moves.values())).names
-            found = unusual(sizes, ways, directions, names)
+            found = outliers_of(sizes, ways, directions, names)
             reasons = {c: found[row] for row, c in enumerate(moves) if row in found}
         for client in summaries.keys() - reasons.keys():
             self.memory.pop(client, None)
@@ -159,10 +159,10 @@ class Guard(Stateful):
         return reasons
 
 
-def unusual(
+def outliers_of(
     sizes: Tensor, ways: Tensor, directions: Sequence[Sequence[Tensor]], names: Sequence[str]
 ) -> dict[int, str]:
-    """Return which clients are unusual, by their place, and why; see `Guard.unusual`.
+    """Return which clients are unusual, by their place, and why; see `Guard.outliers`.
 
     Parameters
     ----------

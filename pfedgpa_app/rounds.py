@@ -80,7 +80,7 @@ class RoundRecord:
     bytes_up: int = 0
     names: Mapping[int, str] = field(default_factory=dict)
 
-    def expect(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
+    def default_model(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
         """Note who was asked to train."""
         for client, node_id in zip(clients, node_ids, strict=True):
             self._row(client).update({"node-id": str(node_id), "status": NO_REPLY})
@@ -99,7 +99,7 @@ class RoundRecord:
         """Note that a client did not train, since its site demands more privacy."""
         self._row(client)["status"] = BELOW_FLOOR
 
-    def unusual(self, client: int, reason: str) -> None:
+    def mark_outlier(self, client: int, reason: str) -> None:
         """Note why others do not learn from a client in this round."""
         self._row(client)["unusual"] = reason
 

@@ -155,7 +155,7 @@ def load_state(
         raise ValueError(f"{file} is missing or damaged: {error}") from error
 
 
-def load_facts(file: Path, kind: str) -> dict[str, Any]:
+def load_metadata(file: Path, kind: str) -> dict[str, Any]:
     """Return the facts of `load_state` alone, with its errors."""
     try:
         return _facts(file, kind, _read_header(file)[0])

@@ -48,6 +48,7 @@ STRATEGY_INFO: dict[str, StrategyInfo] = {
     "fedprox": StrategyInfo(client="fedprox:FedProx"),
     "fedper": StrategyInfo(_SHARED_PART, "fedper:FedPer", head="any"),
     "fedrep": StrategyInfo(_SHARED_PART, "fedrep:FedRep", head="any"),
+    "lg-fedavg": StrategyInfo(_SHARED_PART, "lg_fedavg:LGFedAvg", head="any"),
     "ditto": StrategyInfo(_SHARED_PART, "ditto:Ditto"),
     "fedrod": StrategyInfo(_SHARED_PART, "fedrod:FedRoD", head="plain"),
     "fedamp": StrategyInfo("fedamp:FedAMP", "fedamp:FedAMP"),

@@ -13,7 +13,7 @@ from pfedgpa_app.randomness import repeatable
 from pfedgpa_app.rounds import Row
 
 MAX_CLIENTS = 100
-"""So many members have coordinates, those with the lowest numbers. More have no kinship."""
+"""So many members have coordinates, those with the lowest numbers. More have no mixing weights."""
 MAX_AXES = 100
 """So many axes of the spectrum are written down."""
 
@@ -27,7 +27,7 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
         Two coordinates of each one's last upload, brought up to date, and of what was generated
         for it: along the first two principal axes of all members' uploads of this round, from
         their mean, in units of parameters. ``explained`` is the part of the variance on each axis.
-    ``kinship``
+    ``mixing-weights``
         A row a client: the part of each client's upload in what it receives.
     ``parameters``, ``spectrum``, ``floor``, ``rank``, ``start``, ``noise``, ``kept``
         How many parameters are generated, variances along the principal axes, the floor, how many
@@ -54,7 +54,9 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
             "explained": _shorts(spectrum.eigenvalues[:2] / (total or 1.0)),
         }
         if len(clients) <= MAX_CLIENTS:
-            row["kinship"] = [[round(part, 4) + 0.0 for part in each] for each in mixing.tolist()]
+            row["mixing-weights"] = [
+                [round(part, 4) + 0.0 for part in each] for each in mixing.tolist()
+            ]
         return row | _found(aggregator, len(vectors[0]))
 
 

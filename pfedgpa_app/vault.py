@@ -17,7 +17,7 @@ class MemoryVault(UserDict[int, Tensor], Stateful):
 
     data: Kept[dict[int, Vector]]
 
-    def sweep(self) -> None:
+    def prune(self) -> None:
         """Do nothing: there are no files."""
 
 
@@ -25,7 +25,7 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
     """One vector ``(d,)`` per client, each in its own safetensors file.
 
     Files are never overwritten: a new vector gets a new file, and files of the last checkpoint stay
-    until `sweep` is called after the next one.
+    until `prune` is called after the next one.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
                 raise ValueError(str(error)) from error
         self._next = max(self.versions.values(), default=0) + 1
 
-    def sweep(self) -> None:
+    def prune(self) -> None:
         """Remove the files of older versions.
 
         Raises
@@ -125,7 +125,7 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
         return load_state(self.file(client), VECTOR_KIND)[0]["vector"]
 
     def __delitem__(self, client: int) -> None:
-        """Remove a vector; its file stays until `sweep`."""
+        """Remove a vector; its file stays until `prune`."""
         del self.versions[client]
 
     def __contains__(self, client: object) -> bool:

@@ -31,7 +31,7 @@ from pfedgpa_app.runs import BANK, BEST, CHECKPOINT
 from pfedgpa_app.section import listed
 from pfedgpa_app.state import WriteError, write_text
 from pfedgpa_app.vault import DiskVault
-from server_app.checkpoint import ResumeError, keep_best, resume, settle_earlier, write_checkpoint
+from server_app.checkpoint import ResumeError, keep_best, resolve_resume, resume, write_checkpoint
 from server_app.grid import GuardedGrid
 from server_app.replies import max_bytes, metric_ranges
 from server_app.roster import JoinTimeoutError, PartitionRoster, SourceError
@@ -48,7 +48,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the configured strategy and leave a folder with all that came of it."""
     try:
-        config = settle_earlier(Config.from_flat(context.run_config))
+        config = resolve_resume(Config.from_flat(context.run_config))
         spec, earlier = preflight(config), None
         path = config.output_path / str(context.run_id)
         strategy = make_strategy(config, spec, path)
@@ -257,7 +257,7 @@ class RoundEnd:
                 write_checkpoint(self.folder.path, self.strategy)
                 self.checkpointed = completed
             if self.checkpointed in (None, completed):
-                self.strategy.vault.sweep()
+                self.strategy.vault.prune()
             if self.checkpointed == completed:
                 self._keep_if_best()
         except WriteError as error:

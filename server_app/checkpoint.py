@@ -62,7 +62,7 @@ def keep_best(run: Path, target: Path | None = None) -> None:
             (best / BANK / name).unlink()
 
 
-def settle_earlier(config: Config) -> Config:
+def resolve_resume(config: Config) -> Config:
     """Return the settings with the id, or elsewhere the path, of the run to go on from.
 
     It may be called by a name or as ``latest``, which another run is later.

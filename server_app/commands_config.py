@@ -108,13 +108,13 @@ def _problems(config: Config, clients: int | None) -> Iterator[str]:
     # Imported here, since they import torch and Flower.
     from pfedgpa_app.preflight import preflight
     from server_app.app import make_strategy
-    from server_app.checkpoint import ResumeError, resume, settle_earlier
+    from server_app.checkpoint import ResumeError, resolve_resume, resume
 
     yield from _folder_problems(config)
     yield from _data_problems(config, clients)
     try:
         spec = preflight(config)
-        config = settle_earlier(config)
+        config = resolve_resume(config)
         # The earlier run's folder is only read.
         strategy = make_strategy(config, spec, config.earlier_path)
         if config.resume_from:

@@ -115,11 +115,11 @@ def test_where_clients_are_the_same_there_are_no_axes():
 
 def test_a_newcomers_start_is_the_average_where_nothing_was_learned(bank):
     aggregator = GenerativeAggregator(torch.ones(5), DiffusionConfig(min_kin=1))
-    assert torch.equal(aggregator.expect(), torch.ones(5))
+    assert torch.equal(aggregator.default_model(), torch.ones(5))
     aggregator.observe(0, torch.zeros(5))
     aggregator.fit(1, average=torch.full((5,), 3.0))  # one client: nothing to learn
     # What a newcomer was sent stays what it was, although there is a newer average.
-    assert torch.equal(aggregator.expect(), torch.full((5,), 3.0))
+    assert torch.equal(aggregator.default_model(), torch.full((5,), 3.0))
 
 
 @pytest.mark.parametrize(("way", "is_common"), [(5.0, True), (0.2, False)])
@@ -202,7 +202,7 @@ def test_a_newcomer_is_guided_to_its_group(bank):
     """From the mean, a step of local training toward its group is enough to be placed there."""
     uploads, centres = bank
     aggregator = fitted(uploads[:15])
-    mean = aggregator.expect()
+    mean = aggregator.default_model()
     torch.testing.assert_close(mean, uploads[:15].mean(0))
     for newcomer in (15, 16):
         current = mean + 0.2 * (uploads[newcomer] - mean)
@@ -221,7 +221,7 @@ def test_a_newcomer_is_guided_to_its_group(bank):
     aggregator.observe(15, uploads[15])
     aggregator.fit(server_round=3)
     assert 15 in aggregator.bank.members
-    assert 15 not in aggregator.bank.guests
+    assert 15 not in aggregator.bank.non_members
 
 
 def test_auto_start_rises_with_the_noise(bank):
@@ -275,7 +275,7 @@ def test_a_state_saved_before_the_first_fit_can_be_loaded(bank, tmp_path):
     loaded.onboard(30, bank[0][0], bank[0][1])
     loaded.restore(load_state(tmp_path / "state.safetensors", "state")[0])
     assert not loaded.bank.members
-    assert not loaded.bank.guests
+    assert not loaded.bank.non_members
 
 
 def test_without_sharing_and_denoiser_everyone_is_given_its_upload(bank):

@@ -40,7 +40,7 @@ def found(moves: Tensor, positions: Tensor) -> dict[int, str]:
     layout = ParameterLayout.of({"weight": torch.zeros(DIM)})
     sent = {"weight": torch.zeros(DIM)}
     made = {row: Move.of(layout, sent, {"weight": move}) for row, move in enumerate(moves)}
-    return Guard().unusual(made, dict(enumerate(positions)), torch.zeros(DIM), len(moves))
+    return Guard().find_outliers(made, dict(enumerate(positions)), torch.zeros(DIM), len(moves))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_who_is_usual_again_is_learned_from_again():
     aggregator.observe(7, torch.zeros(DIM))
     aggregator.fit(2)
     assert sorted(aggregator.bank.members) == list(range(8))
-    assert not aggregator.bank.guests
+    assert not aggregator.bank.non_members
 
 
 def test_who_becomes_unusual_leaves_the_bank():
@@ -246,7 +246,7 @@ def test_without_the_guard_a_liar_moves_the_others():
     strategy, values = run(lying, guard=False)
     _, without = run(lambda message: None)
     assert abs(values[0] - without[0]) > 0.1
-    assert not strategy.unusual
+    assert not strategy.outliers
 
 
 def test_nobody_counts_in_an_average_for_more_than_ten_times_the_median_client():
@@ -297,7 +297,7 @@ def compared(guard: Guard, moves: dict[int, Tensor], num_connected: int = 20) ->
     states = dict(zip(moves, in_states(torch.stack(list(moves.values()))), strict=True))
     made = {client: Move.of(LAYOUT, STATE, state) for client, state in states.items()}
     positions = {client: torch.ones(310) for client in range(30)}  # what all of them have by now
-    return guard.unusual(made, positions, torch.zeros(310), num_connected)
+    return guard.find_outliers(made, positions, torch.zeros(310), num_connected)
 
 
 def in_place(part: slice, change) -> Tensor:
@@ -417,7 +417,7 @@ class Watched(PFedGPA):
     def learn(self, server_round, uploads):
         super().learn(server_round, uploads)
         with_halves = {c for c in uploads if self.aggregator.bank.of(c).halves is not None}
-        self.seen += ((set(self.unusual), with_halves),)
+        self.seen += ((set(self.outliers), with_halves),)
 
 
 def test_whose_halves_do_not_fit_is_not_learned_from_until_they_do():

@@ -75,7 +75,7 @@ def test_who_uploads_the_same_is_given_the_same(
         aggregator.compare(NEWCOMER, told)
     aggregator.onboard(NEWCOMER, common.clone(), common.clone())
     given_back = [*aggregator.personalize_each([*range(num_clients), NEWCOMER])]
-    for vector in (*given_back, aggregator.expect()):
+    for vector in (*given_back, aggregator.default_model()):
         torch.testing.assert_close(vector, common, rtol=1e-5, atol=0)
     assert "nan" not in str(trace_of(aggregator)) + aggregator.describe()
 
@@ -121,7 +121,7 @@ def test_clients_that_do_not_move_are_usual(moved: int):
         for row in range(5 + moved)
     }
     positions = {row: move.generated for row, move in moves.items()}
-    assert Guard().unusual(moves, positions, torch.zeros(DIM), len(moves)) == {}
+    assert Guard().find_outliers(moves, positions, torch.zeros(DIM), len(moves)) == {}
 
 
 def test_parameters_that_differ_by_less_than_float32_tells_do_not_differ():

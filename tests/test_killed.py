@@ -160,7 +160,7 @@ def test_models_on_disk_are_those_that_the_checkpoint_counts_on(
         with pytest.raises(Killed):
             run_app(tmp_path, 2, **few)
     checkpoint = load_state(tmp_path / "2" / CHECKPOINT, CHECKPOINT_KIND)[0]
-    assert any(name.startswith("aggregator.bank.retired.") for name in checkpoint)
+    assert any(name.startswith("aggregator.bank.archived.") for name in checkpoint)
     assert_same_results(run_app(tmp_path, 3, **few, **{"resume-from": "2"}), expected)
     assert len(list((tmp_path / "3" / "bank").iterdir())) <= 4
 

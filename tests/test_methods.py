@@ -1,5 +1,7 @@
 """What clients of the strategies do beside plain local training."""
 
+import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,6 +22,7 @@ from small_task import (
     layers_of,
     small_task,
 )
+from torch import nn
 
 from client_app.messages import evaluate_message, train_message
 from client_app.methods import METHODS, Method, Task
@@ -28,7 +31,7 @@ from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import build_model
-from pfedgpa_app.parameters import head_names
+from pfedgpa_app.parameters import copy_of, head_names
 from pfedgpa_app.strategies import STRATEGY_INFO, DittoConfig, FedProxConfig, FedRepConfig
 from server_app.app import make_strategy
 from server_app.checkpoint import ResumeError, resume
@@ -62,18 +65,19 @@ def test_the_class_prior_is_added_to_the_logits_in_training():
     assert_layers(uploaded, [layer])
 
 
-def test_fedper_trains_both_layers_and_uploads_the_body_alone():
-    task = small_task(Config(strategy="fedper", client=PLAIN_SGD), body=True)
-    body, head = layers_of(task.received)
-    sent_head = head
+@pytest.mark.parametrize("name", ["fedper", "lg-fedavg"])
+def test_fedper_and_lg_fedavg_train_both_layers_and_upload_one(name: str):
+    task = small_task(Config(strategy=name, client=PLAIN_SGD), body=True)
+    body, head = sent_body, sent_head = layers_of(task.received)
     for _ in range(EPOCHS):
         features = forward([body], INPUTS)
         error = error_of(forward([head], features))
         body, head = head_step(body, INPUTS, error @ head[0]), head_step(head, features, error)
-    uploaded, _ = METHODS["fedper"]().train(task)
-    assert_layers(uploaded, [body, sent_head])
-    assert_layers(METHODS["fedper"]().personal_model(task).state_dict(), [body, head])
-    assert task.memory.keys() == {"2.weight", "2.bias"}
+    uploaded, _ = METHODS[name]().train(task)
+    assert_layers(uploaded, [body, sent_head] if name == "fedper" else [sent_body, head])
+    assert_layers(METHODS[name]().personal_model(task).state_dict(), [body, head])
+    layer = 2 if name == "fedper" else 1
+    assert task.memory.keys() == {f"{layer}.weight", f"{layer}.bias"}
 
 
 def test_fedrep_trains_the_head_first_and_then_the_body_under_it():
@@ -91,6 +95,23 @@ def test_fedrep_trains_the_head_first_and_then_the_body_under_it():
     assert_layers(uploaded, [body, sent_head])
     assert_layers(METHODS["fedrep"]().personal_model(task).state_dict(), [body, head])
     assert all(parameter.requires_grad for parameter in task.model.parameters())
+
+
+def test_statistics_of_a_body_that_stays_with_its_client_stay_too():
+    layers = nn.Flatten(), nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)
+    model = nn.Sequential(*layers)
+    task = replace(
+        small_task(Config(strategy="lg-fedavg", client=PLAIN_SGD)),
+        model=model,
+        received=copy_of(model.state_dict()),
+        build=partial(copy.deepcopy, model),
+    )
+    uploaded, _ = METHODS["lg-fedavg"]().train(task)
+    for name, tensor in task.received.items():
+        head = name.startswith("3.")
+        assert torch.equal(uploaded[name], tensor) != head
+        assert (name in task.memory) != head
+    assert not torch.equal(task.memory["2.running_mean"], task.received["2.running_mean"])
 
 
 def test_ditto_draws_the_personal_model_to_what_was_received():

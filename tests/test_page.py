@@ -23,9 +23,9 @@ from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.page import figures, method, runs
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.page.holdings import Holdings
-from pfedgpa_app.page.html import Page, Shown
-from pfedgpa_app.page.look import COLOURS
+from pfedgpa_app.page.html import Page, Panel
 from pfedgpa_app.page.runs import grouped, page_of
+from pfedgpa_app.page.theme import COLOURS
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.rounds import RoundRecord, summarize
 from pfedgpa_app.state import WriteError, write_text
@@ -51,7 +51,7 @@ def make_run(path: Path, *, reason: str = "", models: bool = True, **settings: A
             bytes_down=3_000_000,
             bytes_up=1_000_000,
         )
-        record.expect(range(NUM_CLIENTS), range(NUM_CLIENTS))
+        record.default_model(range(NUM_CLIENTS), range(NUM_CLIENTS))
         for client in range(NUM_CLIENTS):
             accuracy = (server_round + client / 10 + config.seed / 100) / 10
             record.trained(client, {"accuracy-after": accuracy - 0.01}, 10)
@@ -60,14 +60,14 @@ def make_run(path: Path, *, reason: str = "", models: bool = True, **settings: A
             record.failed(NUM_CLIENTS - 1, reason)
         rows = [record.clients[client] for client in sorted(record.clients)]
         points = generator.normal(size=(NUM_CLIENTS, 2))
-        kinship = np.full((NUM_CLIENTS, NUM_CLIENTS), 0.02) + 0.88 * np.eye(NUM_CLIENTS)
+        mixing_weights = np.full((NUM_CLIENTS, NUM_CLIENTS), 0.02) + 0.88 * np.eye(NUM_CLIENTS)
         trace = {
             "members": NUM_CLIENTS,
             "clients": list(range(NUM_CLIENTS)),
             "uploads": points.tolist(),
             "generated": (points / 2).tolist(),
             "explained": [0.6, 0.2],
-            "kinship": kinship.tolist(),
+            "mixing-weights": mixing_weights.tolist(),
             "parameters": 500,
             "spectrum": [5.0, 1.0, 0.5, 0.25, 0.0],
             "floor": 0.5,
@@ -285,7 +285,7 @@ def test_the_figures_of_the_method_have_a_frame_a_round_with_its_numbers(tmp_pat
     rows = make_run(tmp_path / "run").method
     groups = {client: f"group {client % 2}" for client in range(NUM_CLIENTS)}
     plane = method.plane(rows, groups)
-    heat = method.kinship(rows, groups)
+    heat = method.mixing_weights(rows, groups)
     spectrum = method.spectrum(rows)
     for figure in (plane, heat, spectrum):
         assert [frame.name for frame in figure.frames] == ["1", "2", "3", "4"]
@@ -307,9 +307,9 @@ def test_the_figures_of_the_method_have_a_frame_a_round_with_its_numbers(tmp_pat
 
 
 def test_clients_without_groups_stand_beside_those_they_share_with():
-    kinship = [[0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 0.0, 0.5]] * 2
-    row = {"round": 1, "clients": [0, 1, 2, 3], "kinship": kinship}
-    order = method.kinship([row], {}).frames[0].data[0].x
+    mixing_weights = [[0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 0.0, 0.5]] * 2
+    row = {"round": 1, "clients": [0, 1, 2, 3], "mixing-weights": mixing_weights}
+    order = method.mixing_weights([row], {}).frames[0].data[0].x
     assert {frozenset(order[:2]), frozenset(order[2:])} == {
         frozenset({"0", "2"}),
         frozenset({"1", "3"}),
@@ -379,7 +379,7 @@ def test_data_in_the_page_cannot_end_its_script():
     figure = figures.accuracy({EVIL: {1: [0.1], 2: [0.2]}})
     figure.add_scatter(customdata=[EVIL])
     page = Page()
-    html = page.whole(EVIL, page.figures([Shown(EVIL, EVIL, figure)]))
+    html = page.whole(EVIL, page.figures([Panel(EVIL, EVIL, figure)]))
     content = Content(html)
     assert len(content.scripts) == 3
     line, other = drawn(html)[0]["data"]

@@ -81,7 +81,7 @@ def test_newcomers_may_be_given_the_nearest_members_model():
     strategy, _ = run(
         {1: (5,)}, NearestMember.of, **{"num-server-rounds": 3, "onboarding.rounds": 2}
     )
-    assert list(strategy.aggregator.bank.guests) == [5]
-    [guest] = strategy.aggregator.bank.guests.values()
+    assert list(strategy.aggregator.bank.non_members) == [5]
+    [guest] = strategy.aggregator.bank.non_members.values()
     models = [strategy.aggregator.personalize(member) for member in range(5)]
     assert any(torch.equal(guest, model) for model in models)

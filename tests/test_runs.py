@@ -23,7 +23,7 @@ from pfedgpa_app.runs import (
     run_folders,
 )
 from pfedgpa_app.state import WriteError
-from server_app.checkpoint import ResumeError, settle_earlier
+from server_app.checkpoint import ResumeError, resolve_resume
 
 
 def begin(path: Path, **settings: object) -> str:
@@ -263,7 +263,7 @@ def test_in_an_empty_folder_nothing_is_found(tmp_path: Path, run: str):
 @pytest.mark.parametrize("run", ["123", "digits-pfedgpa-1", "latest"])
 def test_settings_keep_the_id_of_the_run_to_go_on_from(three: Path, run: str):
     """`latest` is another run as soon as the next has begun."""
-    config = settle_earlier(Config(output_dir=str(three), resume_from=run))
+    config = resolve_resume(Config(output_dir=str(three), resume_from=run))
     assert config.resume_from == find_run(run, three).name
 
 
@@ -271,9 +271,9 @@ def test_settings_keep_the_path_of_a_run_from_elsewhere(three: Path, tmp_path: P
     path = str(tmp_path / "elsewhere" / "5")
     begin(Path(path))
     config = Config(output_dir=str(three), resume_from=path)
-    assert settle_earlier(config) == config
+    assert resolve_resume(config) == config
 
 
 def test_a_run_to_go_on_from_that_is_not_there_is_named(three: Path):
     with pytest.raises(ResumeError, match=r'resume-from = "digits": "digits" may be '):
-        settle_earlier(Config(output_dir=str(three), resume_from="digits"))
+        resolve_resume(Config(output_dir=str(three), resume_from="digits"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from pfedgpa_app.diffusion.generation import generate
 from pfedgpa_app.diffusion.inversion import invert
 from pfedgpa_app.diffusion.schedule import NoiseSchedule, sampling_timesteps
-from pfedgpa_app.diffusion.subspace import Spectrum, Subspace, divergence
+from pfedgpa_app.diffusion.subspace import Spectrum, Subspace, dispersion_ratio
 from pfedgpa_app.randomness import make_generator
 
 
@@ -193,21 +193,21 @@ def test_noise_that_drowns_nothing_changes_nothing():
 def test_divergence_does_not_depend_on_how_many_vectors_there_are(num_vectors: int):
     dim = 50_000
     vectors = 3 + normal(num_vectors, dim)  # from 1: a variance of 1, a common way of 2
-    assert divergence(vectors, torch.ones(dim)) == pytest.approx(1 / 4, rel=0.05)
+    assert dispersion_ratio(vectors, torch.ones(dim)) == pytest.approx(1 / 4, rel=0.05)
 
 
 @pytest.mark.parametrize("strange", [0.0, 2.0, 50.0])
 def test_a_strange_vector_does_not_decide_about_divergence(strange: float):
     vectors = 1 + 0.3 * normal(10, 5000)
     vectors[9] = strange * normal(5000, seed=1)
-    assert divergence(vectors, torch.zeros(5000)) == pytest.approx(0.09, rel=0.1)
+    assert dispersion_ratio(vectors, torch.zeros(5000)) == pytest.approx(0.09, rel=0.1)
 
 
 def test_divergence_of_extremes():
     everywhere = torch.cat([torch.eye(4), -torch.eye(4)])
-    assert divergence(everywhere, torch.zeros(4)) == float("inf")
-    assert divergence(torch.ones(3, 4), torch.zeros(4)) == 0
-    assert divergence(torch.ones(3, 4), torch.ones(4)) == 0
+    assert dispersion_ratio(everywhere, torch.zeros(4)) == float("inf")
+    assert dispersion_ratio(torch.ones(3, 4), torch.zeros(4)) == 0
+    assert dispersion_ratio(torch.ones(3, 4), torch.ones(4)) == 0
 
 
 def test_signal_rank_of_pairs_of_the_same_vectors_is_that_of_the_pairs():

@@ -72,17 +72,17 @@ def test_coordinates_are_those_of_the_vectors_themselves(settings: dict):
 
 @pytest.mark.parametrize("sharing", ["kin", "measured"])
 def test_kinship_is_each_ones_part_and_larger_within_a_group(sharing: str):
-    kinship = np.array(trace_of(fitted(sharing=sharing))["kinship"])
-    np.testing.assert_allclose(kinship.sum(axis=1), 1, atol=1e-2)
+    mixing_weights = np.array(trace_of(fitted(sharing=sharing))["mixing-weights"])
+    np.testing.assert_allclose(mixing_weights.sum(axis=1), 1, atol=1e-2)
     same = np.equal.outer(np.arange(12) % 2, np.arange(12) % 2)
-    assert kinship[same].min() > kinship[~same].max()
+    assert mixing_weights[same].min() > mixing_weights[~same].max()
 
 
 def test_what_is_withheld_is_the_clients_own():
     """Of six in a group nobody may be given more than a tenth of another: it keeps its own."""
-    kinship = np.array(trace_of(fitted(min_kin=11))["kinship"])
-    others = kinship - np.diag(np.diag(kinship))
-    assert (np.diag(kinship) > others.max(axis=1) + 0.1).all()
+    mixing_weights = np.array(trace_of(fitted(min_kin=11))["mixing-weights"])
+    others = mixing_weights - np.diag(np.diag(mixing_weights))
+    assert (np.diag(mixing_weights) > others.max(axis=1) + 0.1).all()
 
 
 def test_the_spectrum_is_that_of_the_uploads():
@@ -115,7 +115,7 @@ def test_of_many_clients_the_first_have_coordinates_and_none_kinship(
     assert row["clients"] == [10, 11, 12, 13, 14]
     assert row["uploads"] == whole["uploads"][:5]
     assert row["generated"] == whole["generated"][:5]
-    assert "kinship" not in row
+    assert "mixing-weights" not in row
 
 
 def test_clients_of_which_nothing_is_generated_have_their_uploads():
@@ -123,7 +123,7 @@ def test_clients_of_which_nothing_is_generated_have_their_uploads():
     aggregator.model, aggregator.mixing = None, torch.eye(12, dtype=torch.float64)
     row = trace_of(aggregator)
     assert row["generated"] == row["uploads"]
-    assert row["kinship"] == np.eye(12).tolist()
+    assert row["mixing-weights"] == np.eye(12).tolist()
     assert "rank" not in row
 
 

@@ -37,7 +37,7 @@ def test_a_vault_is_a_dictionary(kept: Vault):
     assert kept.pop(2, None) is None
     with pytest.raises(KeyError):
         kept[2]
-    kept.sweep()
+    kept.prune()
     assert torch.equal(kept[7], vector(8))
 
 
@@ -56,7 +56,7 @@ def test_files_that_the_last_checkpoint_counts_on_stay_until_the_next(tmp_path: 
     assert torch.equal(then[1], vector(1))
     assert torch.equal(then[2], vector(2))
     assert len(files(tmp_path)) == 3
-    kept.sweep()
+    kept.prune()
     assert files(tmp_path) == {kept.file(1).name}
     assert torch.equal(kept[1], vector(3))
 
@@ -68,7 +68,7 @@ def test_another_run_goes_on_with_files_of_its_own(tmp_path: Path):
     second.restore(first.state())
     second[1] = vector(5)
     del second[2]
-    second.sweep()
+    second.prune()
     assert torch.equal(first[1], vector(1))
     assert torch.equal(first[2], vector(2))
     assert torch.equal(second[1], vector(5))
@@ -122,7 +122,7 @@ def uploads() -> Tensor:
 def fitted(kept: Vault, rounds: int = 2, **settings: object) -> GenerativeAggregator:
     """Half of the clients in round 1, the others in round 2, and so on, with six members."""
     config = DiffusionConfig(**{"train_steps": 5, "max_members": 6, "min_kin": 1} | settings)
-    aggregator = GenerativeAggregator(torch.zeros(DIM), config, seed=1, retired=kept)
+    aggregator = GenerativeAggregator(torch.zeros(DIM), config, seed=1, archived=kept)
     for server_round in range(1, rounds + 1):
         observe(aggregator, server_round)
     return aggregator
@@ -140,10 +140,10 @@ def observe(aggregator: GenerativeAggregator, server_round: int) -> None:
 def test_members_are_those_heard_of_last(kept: Vault):
     aggregator = fitted(kept)
     assert sorted(aggregator.bank.members) == [6, 7, 8, 9, 10, 11]
-    assert sorted(aggregator.bank.retired) == [0, 1, 2, 3, 4, 5]
+    assert sorted(aggregator.bank.archived) == [0, 1, 2, 3, 4, 5]
     observe(aggregator, 3)
     assert sorted(aggregator.bank.members) == [0, 1, 2, 3, 4, 5]
-    assert sorted(aggregator.bank.retired) == [6, 7, 8, 9, 10, 11]
+    assert sorted(aggregator.bank.archived) == [6, 7, 8, 9, 10, 11]
 
 
 def test_what_a_client_is_to_the_others_changes_with_its_uploads(kept: Vault):
@@ -194,8 +194,8 @@ def test_who_is_retired_and_like_nobody_has_its_own(kept: Vault):
 def test_a_damaged_file_costs_its_client_what_is_in_it(tmp_path: Path):
     aggregator = fitted(DiskVault(tmp_path), sharing="kin")
     for client in range(6):
-        aggregator.bank.retired.file(client).write_bytes(b"nothing")
-    expected = aggregator.expect()
+        aggregator.bank.archived.file(client).write_bytes(b"nothing")
+    expected = aggregator.default_model()
     assert torch.equal(aggregator.personalize(0), expected)
     observe(aggregator, 3)  # all of them are back
     assert sorted(aggregator.bank.members) == [0, 1, 2, 3, 4, 5]
@@ -208,8 +208,8 @@ def test_newcomers_retire_as_well(kept: Vault):
         for client in range(100 * server_round, 100 * server_round + 4):
             aggregator.onboard(client, uploads()[0], uploads()[1])
     aggregator.fit(4)
-    assert sorted(aggregator.bank.guests) == [200, 201, 300, 301, 302, 303]
-    assert {202, 203} <= set(aggregator.bank.retired)
+    assert sorted(aggregator.bank.non_members) == [200, 201, 300, 301, 302, 303]
+    assert {202, 203} <= set(aggregator.bank.archived)
 
 
 def test_on_a_full_disk_nobody_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -219,7 +219,7 @@ def test_on_a_full_disk_nobody_is_lost(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.undo()
     observe(aggregator, 3)
     assert sorted(aggregator.bank.members) == [0, 1, 2, 3, 4, 5]
-    assert sorted(aggregator.bank.retired) == [6, 7, 8, 9, 10, 11]
+    assert sorted(aggregator.bank.archived) == [6, 7, 8, 9, 10, 11]
 
 
 def test_memory_and_disk_give_the_same_and_go_on_as_without_a_break(tmp_path: Path):
@@ -233,7 +233,7 @@ def test_memory_and_disk_give_the_same_and_go_on_as_without_a_break(tmp_path: Pa
     for name in ("memory", "disk"):
         on_disk = DiskVault(tmp_path / "second", earlier=tmp_path / "first")
         kept = on_disk if name == "disk" else MemoryVault()
-        aggregator = GenerativeAggregator(torch.zeros(DIM), memory.config, seed=1, retired=kept)
+        aggregator = GenerativeAggregator(torch.zeros(DIM), memory.config, seed=1, archived=kept)
         aggregator.restore(load_state(tmp_path / f"{name}.safetensors", "state")[0])
         resumed.append(aggregator)
     for server_round in (3, 4):
@@ -254,7 +254,7 @@ def test_models_made_in_one_pass_are_those_made_one_by_one(
     clients = [7, 0, 20, 11, 3, 6, 8]
     alone = [aggregator.personalize(client) for client in clients]
     for together in (2, 3, 32):
-        monkeypatch.setattr(aggregation, "TOGETHER", together)
+        monkeypatch.setattr(aggregation, "MODELS_PER_PASS", together)
         models = list(aggregator.personalize_each(clients))
         assert len(models) == len(clients)
         for model, expected in zip(models, alone, strict=True):

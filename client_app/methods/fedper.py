@@ -1,5 +1,7 @@
 """FedPer: personal heads on a shared body."""
 
+from collections.abc import Collection
+
 from torch import nn
 
 from client_app.methods.method import Method, Task, Trained
@@ -13,17 +15,21 @@ class FedPer(Method):
     """
 
     def personal_model(self, task: Task) -> nn.Module:
-        """Return the received model with the client's own head, if it has one."""
+        """Return the received model with the parts that the client keeps, if it has any."""
         task.model.load_state_dict(task.memory, strict=False)
         return task.model
 
     def train(self, task: Task) -> Trained:
-        """Train everything and keep the head."""
+        """Train, and keep the client's own part."""
         self.fit(task, self.personal_model(task))
         state = copy_of(task.model.state_dict())
-        task.memory = {name: state[name] for name in task.head.names}
+        task.memory = {name: state[name] for name in self.kept(task)}
         shared = state | {name: task.received[name] for name in task.memory}
         return Trained(copy_of(shared), {})
+
+    def kept(self, task: Task) -> Collection[str]:
+        """Return the names of what stays with the client."""
+        return task.head.names
 
     def fit(self, task: Task, model: nn.Module) -> None:
         """Train head and base together."""

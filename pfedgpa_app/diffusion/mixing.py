@@ -34,7 +34,7 @@ def mixing_from_halves(spectrum: Spectrum, halves: Tensor) -> Tensor:
     return (axes * kept) @ axes.T + 1 / len(axes)
 
 
-def nearness(here: Tensor, there: Tensor, noise_to_signal: float) -> Tensor:
+def affinities(here: Tensor, there: Tensor, noise_to_signal: float) -> Tensor:
     """Return how near points ``(n, dim)`` are to others ``(m, dim)``.
 
     ``softmax(-|c_i - c_j|^2 / 2 noise_to_signal)``, the weights of the optimal denoiser of a finite

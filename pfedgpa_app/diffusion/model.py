@@ -12,7 +12,7 @@ from pfedgpa_app.diffusion.denoiser import ResidualDenoiser
 from pfedgpa_app.diffusion.generation import generate
 from pfedgpa_app.diffusion.guidance import guide
 from pfedgpa_app.diffusion.inversion import invert
-from pfedgpa_app.diffusion.mixing import nearness
+from pfedgpa_app.diffusion.mixing import affinities
 from pfedgpa_app.diffusion.raw import RawSpace
 from pfedgpa_app.diffusion.schedule import NoiseSchedule, sampling_timesteps
 from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
@@ -126,12 +126,12 @@ class ParameterDiffusion:
         )
         return guided.cpu()
 
-    def nearness(self, coordinates: Tensor) -> Tensor:
+    def affinities(self, coordinates: Tensor) -> Tensor:
         """Return how near coordinates ``(n, dim)`` are to those of the bank's vectors.
 
         Rows ``(n, num_clients)``, float64, that sum to 1.
         """
-        return nearness(coordinates, self.coordinates, self.noise_to_signal)
+        return affinities(coordinates, self.coordinates, self.noise_to_signal)
 
 
 def rank_of(config: DiffusionConfig, spectrum: Spectrum) -> int:

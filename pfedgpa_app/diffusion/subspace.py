@@ -87,7 +87,7 @@ class Spectrum:
         """
         if not rank:
             return 0.0
-        num_axes = 1 if self.is_drowned else rank
+        num_axes = 1 if self.noise_dominated else rank
         return 2 * num_axes * self.floor / float(self.eigenvalues[:rank].mean())
 
     @cached_property
@@ -103,7 +103,7 @@ class Spectrum:
         much nearer, and what is above it is signal. It tells who is alike if it is, on average, at
         least half as strong as the noise.
         """
-        if self.is_drowned:
+        if self.noise_dominated:
             edge = self.floor * (1 + self._noise_width) ** 2
             above = self.eigenvalues[self.eigenvalues > edge]
             return len(above) if len(above) and above.mean() >= _MIN_ABOVE * self.floor else 0
@@ -112,7 +112,7 @@ class Spectrum:
         return num_above if bool(gaps.any()) else 0
 
     @property
-    def is_drowned(self) -> bool:
+    def noise_dominated(self) -> bool:
         """Whether what was added drowns all other noise, so that the floor is flat.
 
         The eigenvalues of ``n`` vectors of independent noise in ``d`` dimensions are within
@@ -191,7 +191,7 @@ class Subspace:
         return (coordinates * self.scale).to(self.basis.dtype) @ self.basis
 
 
-def divergence(vectors: Sequence[Tensor], origin: Tensor) -> float:
+def dispersion_ratio(vectors: Sequence[Tensor], origin: Tensor) -> float:
     """Return how far vectors ``(d,)`` went apart, as a part of how far they went together.
 
     That is their variance in units of the squared way that all went from ``origin`` ``(d,)``: 0 for

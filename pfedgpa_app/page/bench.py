@@ -7,7 +7,7 @@ from typing import Any
 
 from pfedgpa_app.files import is_hidden, read_json, text_of
 from pfedgpa_app.page import figures
-from pfedgpa_app.page.html import Page, Shown, table_of, tabs
+from pfedgpa_app.page.html import Page, Panel, table_of, tabs
 from pfedgpa_app.rounds import Row
 from pfedgpa_app.tables import INDEX_KIND
 
@@ -89,7 +89,7 @@ def _case(page: Page, rows: Mapping[str, Sequence[Sequence[Row]]]) -> str:
         curves = {row: figures.curve_of(runs, name) for row, runs in rows.items()}
         if any(len(curve) > 1 for curve in curves.values()):
             drawn = figures.accuracy(curves)
-            shown.append(Shown(f"Accuracy, {title}", _CAPTION, drawn, has_zoom=True, is_wide=True))
+            shown.append(Panel(f"Accuracy, {title}", _CAPTION, drawn, has_zoom=True, is_wide=True))
     return page.figures(shown) if shown else ""
 
 

@@ -6,7 +6,7 @@ from statistics import fmean
 import plotly.graph_objects as go
 
 from pfedgpa_app.figures import colour_of
-from pfedgpa_app.page.look import (
+from pfedgpa_app.page.theme import (
     PATTERNS,
     colour,
     dash,

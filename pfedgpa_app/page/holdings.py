@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pfedgpa_app.config import SITES, Config
 from pfedgpa_app.report import Run
-from pfedgpa_app.state import load_facts
+from pfedgpa_app.state import load_metadata
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _partitions(folder: Path) -> dict[int, tuple[int, int]]:
     found = {}
     for file in sorted(folder.glob("client-*.safetensors")):
         try:
-            facts = load_facts(file, MODEL_KIND)
+            facts = load_metadata(file, MODEL_KIND)
             client, number, total = (
                 facts[name] for name in ("client", "partition-id", "num-partitions")
             )

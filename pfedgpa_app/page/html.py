@@ -23,7 +23,7 @@ _SAVE = " ".join(
 
 
 @dataclass(frozen=True)
-class Shown:
+class Panel:
     """A figure with its title and one or two sentences on how to read it."""
 
     title: str
@@ -46,11 +46,11 @@ class Page:
 
     drawn: list[go.Figure] = field(default_factory=list)
 
-    def figures(self, shown: Iterable[Shown]) -> str:
+    def figures(self, shown: Iterable[Panel]) -> str:
         """Return figures side by side."""
         return f'<div class="figures">{"".join(map(self._figure, shown))}</div>'
 
-    def _figure(self, shown: Shown) -> str:
+    def _figure(self, shown: Panel) -> str:
         self.drawn.append(shown.figure)
         title = escape(shown.title)
         buttons = f"{_ZOOM if shown.has_zoom else ''}{_SAVE}"

@@ -1,4 +1,4 @@
-"""Figures of what pFedGPA found, with a frame a round: the plane, the kinship, the spectrum."""
+"""Figures of what pFedGPA found, with a frame a round: the plane, the weights, the spectrum."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import pdist
 
-from pfedgpa_app.page.look import colour, figure, label_whole_numbers, name_at_ends, plain, symbol
+from pfedgpa_app.page.theme import colour, figure, label_whole_numbers, name_at_ends, plain, symbol
 from pfedgpa_app.rounds import Row
 
 Points = dict[int, tuple[float, float]]
-# Numbers of all kinship matrices of a page, which has every k-th round where there are more.
+# Numbers of all mixing matrices of a page, which has every k-th round where there are more.
 _MAX_ENTRIES = 500_000
 
 
@@ -128,26 +128,26 @@ def _ways(uploads: Points, generated: Points) -> go.Scatter:
     )
 
 
-def kinship(rows: Sequence[Row], groups: Mapping[int, str]) -> go.Figure | None:
+def mixing_weights(rows: Sequence[Row], groups: Mapping[int, str]) -> go.Figure | None:
     """Return each upload's part in what clients receive; None where it was not written down.
 
     Clients of a group stand together; where no groups are known, those that share most.
     """
-    if not any("kinship" in row for row in rows):
+    if not any("mixing-weights" in row for row in rows):
         return None
     order = _ordered(rows, groups)
     names = [str(client) for client in order]
     others = [
         part
         for row in rows
-        for number, parts in enumerate(row.get("kinship", ()))
+        for number, parts in enumerate(row.get("mixing-weights", ()))
         for part in parts[:number] + parts[number + 1 :]
     ]
     frames = []
     for row in rows:
         matrix = {
             one: dict(zip(row["clients"], parts, strict=True))
-            for one, parts in zip(row["clients"], row.get("kinship", ()), strict=False)
+            for one, parts in zip(row["clients"], row.get("mixing-weights", ()), strict=False)
         }
         z = [[matrix.get(one, {}).get(other) for other in order] for one in order]
         heat = go.Heatmap(
@@ -173,10 +173,12 @@ def _ordered(rows: Sequence[Row], groups: Mapping[int, str]) -> list[int]:
     clients = sorted({client for row in rows for client in row["clients"]})
     if groups:
         return sorted(clients, key=lambda client: (groups.get(client, ""), client))
-    last = next(row for row in reversed(rows) if "kinship" in row)
+    last = next(row for row in reversed(rows) if "mixing-weights" in row)
     together: list[int] = last["clients"]
     if len(together) > 2:
-        leaves = leaves_list(linkage(pdist(np.array(last["kinship"])), optimal_ordering=True))
+        leaves = leaves_list(
+            linkage(pdist(np.array(last["mixing-weights"])), optimal_ordering=True)
+        )
         together = [together[leaf] for leaf in leaves]
     return together + [client for client in clients if client not in together]
 

@@ -13,7 +13,7 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.cross_site import read_matrix
 from pfedgpa_app.page import figures, method
 from pfedgpa_app.page.holdings import Holdings
-from pfedgpa_app.page.html import Page, Shown, numbers, slider, table, table_of, tabs
+from pfedgpa_app.page.html import Page, Panel, numbers, slider, table, table_of, tabs
 from pfedgpa_app.protocol import RECALL
 from pfedgpa_app.report import Run, baselines_of
 from pfedgpa_app.rounds import (
@@ -93,7 +93,7 @@ def _comparison(page: Page, runs: Sequence[Run]) -> str:
         if any(curves.values()):
             is_wide = max(map(len, curves)) > _MAX_BESIDE
             drawn = figures.accuracy(curves)
-            shown.append(Shown(f"Accuracy, {title}", _ACCURACY, drawn, is_wide, has_zoom=True))
+            shown.append(Panel(f"Accuracy, {title}", _ACCURACY, drawn, is_wide, has_zoom=True))
     lines = []
     for label, each in groups.items():
         cells = [label, ", ".join(str(run.config.seed) for run in each)]
@@ -213,7 +213,7 @@ def _command(run: Run) -> str:
 
 def _accuracies(
     run: Run, clients: Sequence[Row], holdings: Holdings, baselines: Mapping[str, Run]
-) -> list[Shown]:
+) -> list[Panel]:
     names, strategy = dict(figures.ACCURACIES), run.config.strategy
     if run.config.server.evaluate_every == 1:
         del names["received-accuracy"]  # what was evaluated in the round before
@@ -231,7 +231,7 @@ def _accuracies(
         else f"{_OWN_ACCURACY} pfedgpa run --with-baselines adds others to compare with."
     )
     drawn = figures.accuracy(curves)
-    shown = [Shown("Accuracy over rounds", caption, drawn, has_zoom=True)]
+    shown = [Panel("Accuracy over rounds", caption, drawn, has_zoom=True)]
     if accuracies := figures.last_accuracies(clients):
         caption = (
             "On its own test set. Filled: each client's personalized model, as last evaluated, "
@@ -241,7 +241,7 @@ def _accuracies(
         mean = fmean(personalized for personalized, _ in accuracies.values())
         tests = {row["client"]: row.get("num-test-examples", 0) for row in clients if JUDGED in row}
         drawn = figures.clients(_first(accuracies), mean, tests, names_in(clients))
-        shown.append(Shown("Accuracy of each client", caption + _left_out(accuracies), drawn))
+        shown.append(Panel("Accuracy of each client", caption + _left_out(accuracies), drawn))
     others = {
         what: figures.curve_of([run.metrics], name)
         for name, what in SCORES.items()
@@ -255,7 +255,7 @@ def _accuracies(
         drawn = figures.accuracy(others, "score")
         shown.insert(
             0 if "AUROC" in others else len(shown),
-            Shown("Scores over rounds", caption, drawn, has_zoom=True),
+            Panel("Scores over rounds", caption, drawn, has_zoom=True),
         )
     classes = run.config.data.classes
     if recalls := _recalls(clients, len(classes)):
@@ -264,7 +264,7 @@ def _accuracies(
             "right, as last evaluated; empty where it has none." + _left_out(recalls)
         )
         drawn = figures.classes(_first(recalls), classes, "recall")
-        shown.append(Shown("Recall of each class", caption, drawn, is_wide=True))
+        shown.append(Panel("Recall of each class", caption, drawn, is_wide=True))
     if holdings.counts:
         caption = (
             "Training images of each class, counted from the run's settings and seed. Clients of "
@@ -273,7 +273,7 @@ def _accuracies(
         counts = {client: each.tolist() for client, each in _first(holdings.by_group).items()}
         caption += _left_out(holdings.counts)
         shown.append(
-            Shown("Classes of each client", caption, figures.classes(counts, classes), is_wide=True)
+            Panel("Classes of each client", caption, figures.classes(counts, classes), is_wide=True)
         )
     if matrix := read_matrix(run.path):
         caption = (
@@ -281,7 +281,7 @@ def _accuracies(
             "consented, a column, after the last round. Also in cross-site.csv."
         )
         drawn = figures.cross_site(matrix, names_in(clients))
-        shown.append(Shown("Each model at each site", caption, drawn, is_wide=True))
+        shown.append(Panel("Each model at each site", caption, drawn, is_wide=True))
     return shown
 
 
@@ -312,10 +312,10 @@ _OWN_ACCURACY = (
 )
 
 
-def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[Shown]:
+def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[Panel]:
     thin = " The slider has some of the rounds, since all would be too much for a page."
     shown = [
-        Shown(
+        Panel(
             "Uploads and generated models",
             "Filled: a client's upload, open: the model generated from it, joined by a line, along "
             "the two directions in which the uploads of the round differ most. Each round is "
@@ -325,38 +325,38 @@ def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[S
             method.plane(rows, holdings.groups),
         )
     ]
-    if (heat := method.kinship(rows, holdings.groups)) is not None:
+    if (heat := method.mixing_weights(rows, holdings.groups)) is not None:
         caption = (
             "A row is the model that a client receives: the part of each client's upload in it. "
             "Parts may be negative. The scale ends at the largest part of another client's. "
             "Clients of a group stand together, or those that share most. A client without a row "
             "was no member of the bank in that round."
         )
-        shown.append(Shown("Kinship: whose uploads a model is made of", caption, heat))
+        shown.append(Panel("Kinship: whose uploads a model is made of", caption, heat))
     caption = (
         "Variance of the uploads along each principal axis. Axes above the floor tell clients "
         "apart; in the denoised ones the diffusion model works, after noise of the dotted line's "
         "variance. Below, how much of each axis everyone keeps."
     )
     size = max((row.get("parameters", 0) for row in rows), default=0)
-    shown.append(Shown("Spectrum", f"{caption} Of {size:,} parameters.", method.spectrum(rows)))
+    shown.append(Panel("Spectrum", f"{caption} Of {size:,} parameters.", method.spectrum(rows)))
     caption = (
         "The strongest axis, the floor (the median axis) and the noise that was chosen, round by "
         "round. No point where nothing is denoised."
     )
-    shown.append(Shown("Floor and noise over rounds", caption, method.levels(rows)))
+    shown.append(Panel("Floor and noise over rounds", caption, method.levels(rows)))
     return shown
 
 
-def _costs(run: Run) -> list[Shown]:
+def _costs(run: Run) -> list[Panel]:
     return [
-        Shown(
+        Panel(
             "Seconds of each round",
             "Wall-clock time on the server, from the first message to the last reply of the "
             "clients' training, then learning from it, then the rest.",
             figures.seconds(run.metrics),
         ),
-        Shown(
+        Panel(
             "Megabytes of each round",
             "Parameters of all clients together; models sent for evaluation count as down.",
             figures.megabytes(run.metrics),

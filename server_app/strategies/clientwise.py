@@ -76,8 +76,8 @@ class ClientwiseFedAvg(Stateful, FedAvg):
     Subclasses override these methods, which know clients by number and nothing of messages. `of`
     takes their settings from those of a run and `begin` makes what depends on the clients' model.
     In a round come `training_state` and `extras` of each client that trains, `check` of each
-    upload, `judge`, `counts`, `combine` and `learn`, then `evaluation_state` and `extras` of each
-    client that evaluates, and `trace`. What is marked `Kept` goes into checkpoints.
+    upload, `detect_outliers`, `counts`, `combine` and `learn`, then `evaluation_state` and `extras`
+    of each client that evaluates, and `trace`. What is marked `Kept` goes into checkpoints.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         self.extras_layout: ParameterLayout | None = None
         self.optional_extras: dict[int, ParameterLayout] = {}
         self.sites = {}
-        self.unusual: dict[int, str] = {}
+        self.outliers: dict[int, str] = {}
         self.sampling_seed = seed
         self.completed_rounds = 0
         self.record = RoundRecord(0)
@@ -250,13 +250,13 @@ class ClientwiseFedAvg(Stateful, FedAvg):
                 f"{before[1]}; right would be as many clients as in the rounds before"
             )
 
-    def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
+    def detect_outliers(self, uploads: dict[int, Upload]) -> dict[int, str]:
         """Return from which clients of a round the others should not learn, and why."""
         return {}
 
     def counts(self, client: int) -> bool:
         """Tell whether a client's upload has its part in the average."""
-        return client not in self.unusual
+        return client not in self.outliers
 
     def combine(self, uploads: Sequence[Upload]) -> StateDict:
         """Return what the average becomes, by default that of uploads by their examples."""
@@ -328,7 +328,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         self._sent = dict(zip(clients, self.training_states(clients), strict=True))
         messages = self._messages(MessageType.TRAIN, clients, self._sent.values(), config)
         self.record.num_nodes = len(self.roster.connected)
-        self.record.expect(clients, map(self.roster.node_id, clients))
+        self.record.default_model(clients, map(self.roster.node_id, clients))
         self._sent_at = time.monotonic()
         return messages
 
@@ -348,11 +348,11 @@ class ClientwiseFedAvg(Stateful, FedAvg):
             log(WARNING, "aggregate_train: No client trained; all parameters stay as they are")
             return None, None
         self.sites |= {client: upload.site for client, upload in uploads.items() if upload.site}
-        self.unusual = self.judge(uploads)
-        for client, reason in self.unusual.items():
+        self.outliers = self.detect_outliers(uploads)
+        for client, reason in self.outliers.items():
             called = self.roster.called(client)
             log(INFO, "Others do not learn from %s in this round: %s", called, reason)
-            self.record.unusual(client, reason)
+            self.record.mark_outlier(client, reason)
         if counting := [upload for client, upload in uploads.items() if self.counts(client)]:
             self.global_model.move_to(self.combine(counting))
         begin = time.monotonic()

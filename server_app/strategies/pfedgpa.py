@@ -131,7 +131,7 @@ class PFedGPA(ClientwiseFedAvg):
             self.onboarding,
             seed=self.seed,
             is_noised=self.noised,
-            retired=self.vault,
+            archived=self.vault,
         )
 
     def _choose_measured(self, clients: Sequence[int]) -> None:
@@ -155,23 +155,24 @@ class PFedGPA(ClientwiseFedAvg):
         records = {client: bank.of(client) for client in clients}
         due = [each for each in clients if self._is_due(records[each], server_round)]
         others = sorted(
-            (each for each in clients if each not in due), key=lambda each: records[each].asked or 0
+            (each for each in clients if each not in due),
+            key=lambda each: records[each].last_measured_round or 0,
         )
         if due:
             measured = {*due, *others[: max(0, MEASURED_TOGETHER - len(due))]}
             self.optional_extras = dict.fromkeys(measured, HALVES_LAYOUT)
         for client in self.optional_extras:
-            records[client].asked, records[client].was_asked_again = (
+            records[client].last_measured_round, records[client].was_measured_again = (
                 server_round,
-                records[client].asked is not None,
+                records[client].last_measured_round is not None,
             )
 
     def _is_due(self, record: ClientRecord, server_round: int) -> bool:
-        if record.asked is None or record.has_misfits:
+        if record.last_measured_round is None or record.has_misfits:
             return True
         every = self.diffusion.measure_every
-        wait = every if record.was_asked_again else min(SECOND_AFTER, every)
-        return server_round - record.asked >= wait
+        wait = every if record.was_measured_again else min(SECOND_AFTER, every)
+        return server_round - record.last_measured_round >= wait
 
     def extras(self, client: int) -> StateDict:
         """Return the members' mean, ``(d,)``, where it is measured what moves clients from it.
@@ -181,7 +182,7 @@ class PFedGPA(ClientwiseFedAvg):
         if client not in self.optional_extras:
             return {}
         is_known = self.aggregator.bank.knows(client)
-        return {COMMON: self.aggregator.expect() if is_known else torch.empty(0)}
+        return {COMMON: self.aggregator.default_model() if is_known else torch.empty(0)}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -194,7 +195,7 @@ class PFedGPA(ClientwiseFedAvg):
         """Tell whether a client is a member, as all of the first round are, and is not unusual."""
         return self.aggregator.is_member(client) and super().counts(client)
 
-    def judge(self, uploads: dict[int, Upload]) -> dict[int, str]:
+    def detect_outliers(self, uploads: dict[int, Upload]) -> dict[int, str]:
         """Return which clients moved, or told of halves, unlike the others.
 
         Of newcomers, from whom nobody learns, only what they told counts. Whose halves did not fit
@@ -207,7 +208,7 @@ class PFedGPA(ClientwiseFedAvg):
         moves = {c: Move.of(layout, each.sent, each.state) for c, each in members.items()}
         positions = bank.members | {c: each.vector for c, each in members.items()}
         initial, num_connected = self.aggregator.initial, len(self.roster.connected)
-        found = self.guard.unusual(moves, positions, initial, num_connected)
+        found = self.guard.find_outliers(moves, positions, initial, num_connected)
         if (num := self.guard.num_compared) < MIN_CLIENTS:
             log(INFO, "pFedGPA: %d clients are too few to tell who is unusual", num)
         told = {c: each for c, each in sorted(uploads.items()) if HALVES in each.extras}
@@ -224,10 +225,10 @@ class PFedGPA(ClientwiseFedAvg):
         """Put the uploads into the bank, train the diffusion model and denoise every client."""
         newcomers = [client for client in uploads if not self.aggregator.is_member(client)]
         for client, upload in uploads.items():
-            if HALVES in upload.extras and client not in self.unusual:
+            if HALVES in upload.extras and client not in self.outliers:
                 self.aggregator.compare(client, upload.extras[HALVES])
             if client not in newcomers:
-                is_outlier = client in self.unusual
+                is_outlier = client in self.outliers
                 self.aggregator.observe(client, upload.vector, is_outlier=is_outlier)
         try:
             self.aggregator.fit(server_round, self.global_model.vector(self.average))
@@ -296,7 +297,7 @@ class PFedGPA(ClientwiseFedAvg):
             if bank.knows(client):
                 yield self.client_momentum.ahead(client, next(generated))
             else:
-                yield self.aggregator.expect()
+                yield self.aggregator.default_model()
 
     def summary(self) -> None:
         """Log the settings."""

@@ -6,6 +6,6 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 
 
 class SharedPart(ClientwiseFedAvg):
-    """The server of FedPer, FedRep, Ditto and FedRoD, which differ in their clients alone."""
+    """The server of FedPer, FedRep, LG-FedAvg, Ditto and FedRoD; their clients differ."""
 
     clients_keep_parts: ClassVar[bool] = True
