@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,7 +76,9 @@ class PoolGrid:
                 'client after the other; right would be "loop"'
             )
         has_pool = num_processes and not self._is_batched
-        self._pool = context.Pool(num_processes, _begin_worker) if has_pool else None
+        # Forked: a ClientApp needs no name by which processes could import it.
+        begin = partial(_begin_worker, self.client_app)
+        self._pool = context.Pool(num_processes, begin) if has_pool else None
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the connected nodes, which are the numbers of their partitions."""
@@ -105,19 +108,11 @@ class PoolGrid:
         if self._is_batched and types == {MessageType.TRAIN}:
             answers = list(zip(train_messages(messages, contexts), contexts, strict=True))
         elif self._pool:
-            answers = self._pool.starmap(self._answer, tasks, chunksize=1)
+            answers = self._pool.starmap(_answer_in_worker, tasks, chunksize=1)
         else:
-            answers = [self._answer(*task) for task in tasks]
+            answers = [_answer(self.client_app, *task) for task in tasks]
         self.states |= {context.node_id: context.state for _, context in answers}
         return [reply for reply, _ in answers]
-
-    @classmethod
-    def _answer(cls, message: Message, context: Context) -> tuple[Message, Context]:
-        """Return a node's reply, and its context with what is kept for its next message."""
-        reply = cls.client_app(message, context)
-        if reply.has_error():
-            raise ClientError(f"client {context.node_id} failed: {reply.error.reason}")
-        return reply, context
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Let the nodes answer messages, and keep the replies until they are pulled."""
@@ -206,8 +201,24 @@ def _identify() -> None:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
 
 
-def _begin_worker() -> None:
+def _answer(app: ClientApp, message: Message, context: Context) -> tuple[Message, Context]:
+    """Return a node's reply, and its context with what is kept for its next message."""
+    reply = app(message, context)
+    if reply.has_error():
+        raise ClientError(f"client {context.node_id} failed: {reply.error.reason}")
+    return reply, context
+
+
+_apps_of_worker: list[ClientApp] = []
+
+
+def _answer_in_worker(message: Message, context: Context) -> tuple[Message, Context]:
+    return _answer(_apps_of_worker[0], message, context)
+
+
+def _begin_worker(app: ClientApp) -> None:
     """Prepare a process of the pool, which ends with its parent and by it alone."""
+    _apps_of_worker[:] = [app]
     _identify()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

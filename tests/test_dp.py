@@ -416,7 +416,9 @@ def test_nobody_learns_from_who_has_spent_its_budget():
 def test_evaluation_is_as_without_privacy(settings: dict):
     judged = evaluate_message(message(MessageType.EVALUATE), context(settings)).content
     plain = evaluate_message(message(MessageType.EVALUATE), context(SETTINGS)).content
-    assert dict(judged["metrics"]) == dict(plain["metrics"])
+    # Recalls say which classes a client has.
+    known = {k: v for k, v in plain["metrics"].items() if not k.startswith("recall-")}
+    assert dict(judged["metrics"]) == known
     assert not judged.array_records
 
 

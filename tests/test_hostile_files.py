@@ -15,7 +15,7 @@ from simulated_grid import weights
 from typer.testing import CliRunner, Result
 
 from client_app.app import app as client_app
-from pfedgpa_app import cli, data_section
+from pfedgpa_app import cli, section
 from pfedgpa_app.config import Config, ConfigError, DataConfig
 from pfedgpa_app.data.sites import site_data
 from pfedgpa_app.exported import MODEL_KIND, ExportedModel, ExportError
@@ -38,8 +38,8 @@ MANY = 60_000
 
 def test_many_class_names_are_split_once(monkeypatch: pytest.MonkeyPatch):
     calls = []
-    monkeypatch.setattr(data_section, "composed", lambda name: calls.append(name) or name)
-    data_section._composed_names.cache_clear()
+    monkeypatch.setattr(section, "composed", lambda name: calls.append(name) or name)
+    section.listed.cache_clear()
     names = ",".join(map(str, range(MANY)))
     config = Config.from_flat(
         {"data.dataset": "sites", "data.shape": "1x8x8", "data.class-names": names}
