@@ -177,12 +177,14 @@ def evaluate_message(message: Message, context: Context) -> Message:
     model = method.personal_model(task) if is_own else task.model
     labels, logits = task.data.test_labels, task.test_logits(model)
     metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: len(labels)}
-    if Floor.of(context).tells_metrics:
+    floor = Floor.of(context)
+    if floor.tells_metrics:
         result = Evaluation.of(logits, labels)
         metrics |= {protocol.ACCURACY: result.accuracy, protocol.LOSS: result.loss}
-        for name, score in scores_of(logits, labels).items():
-            # Those of classes say which a site has, where its uploads are made not to.
-            if not (task.config.privacy.is_on and name.startswith(protocol.RECALL)):
+        # Those of classes say which a site has, which private uploads hide.
+        withholds = task.config.privacy.is_on or bool(floor.mode)
+        for name, score in scores_of(logits, labels).items() if is_own else ():
+            if not (withholds and name.startswith(protocol.RECALL)):
                 metrics[name] = score
     return Message(RecordDict({protocol.METRICS: MetricRecord(metrics)}), reply_to=message)
 

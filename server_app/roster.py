@@ -71,6 +71,7 @@ class Roster:
     def __init__(self) -> None:
         self.clients: dict[int, int] = {}
         self.names: dict[int, str] = {}
+        self.shared_names: dict[int, str] = {}
         self.contested: set[int] = set()
         self.refused: set[int] = set()
         self.connected: set[int] = set()
@@ -120,12 +121,18 @@ class Roster:
         clients = [self.clients[node_id] for node_id in self.connected]
         return [each for each in patterns if not any(self.matches(c, [each]) for c in clients)]
 
-    def matches(self, client: int, patterns: Iterable[str]) -> bool:
+    def matches(
+        self, client: int, patterns: Iterable[str], *, by_shared_name: bool = False
+    ) -> bool:
         """Tell whether a client's number or name is one of, or fits one of, the patterns.
 
-        They are those of file names, such as ``site-*``.
+        They are those of file names, such as ``site-*``. A name that several have counts with
+        ``by_shared_name`` alone: whom it excludes, it excludes all of.
         """
-        name = self.names.get(self.node_id(client))
+        node_id = self.node_id(client)
+        name = self.names.get(node_id)
+        if name is None and by_shared_name:
+            name = self.shared_names.get(node_id)
         texts = [str(client)] if name is None else [str(client), name]
         return any(
             text == _shown(pattern) or fnmatchcase(text, pattern)
@@ -178,7 +185,7 @@ class Roster:
             If there is nobody but such as run other code.
         """
         asked = sorted(set(node_ids) - self.clients.keys())
-        if asked:
+        if asked or self._is_first:  # in a run that goes on, all may be known
             self._take_names(grid)
         wishes = self._wishes(grid, asked) if asked else {}
         new = [node_id for node_id in asked if node_id not in self.refused]
@@ -226,6 +233,7 @@ class Roster:
                     name,
                 )
         self.names = gone | {node: name for node, name in found.items() if counts[name] == 1}
+        self.shared_names = {node: name for node, name in found.items() if counts[name] > 1}
 
     def _leave_contested(self, wishes: dict[int, int]) -> None:
         """Take claims out of ``wishes`` that others have as well, and say so.

@@ -71,6 +71,8 @@ def test_a_site_does_not_train_below_its_floor_and_is_evaluated(caplog):
     )
     judged = evaluate_message(message(MessageType.EVALUATE), at("example epsilon=3")).content
     assert {"num-examples", "accuracy", "loss"} <= judged["metrics"].keys()
+    # They would say which classes it has.
+    assert not any(name.startswith("recall") for name in judged["metrics"])
 
 
 def test_a_site_keeps_its_metrics_and_its_normalization():

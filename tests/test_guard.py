@@ -435,6 +435,18 @@ def test_whose_halves_do_not_fit_is_not_learned_from_until_they_do():
     assert strategy.seen == (({6}, honest), ({6}, honest), (set(), honest | {6}))
 
 
+def test_where_rounds_are_too_small_clients_are_compared_once_enough_are_known():
+    grid = SimulatedGrid({node: learning_site(1 + node / 20) for node in range(12)})
+    strategy = Watched(
+        diffusion=DiffusionConfig(train_steps=5, sharing="kin"),
+        fraction_train=0.25,
+        fraction_evaluate=0.0,
+    )
+    strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=4)
+    outliers = [len(outliers) for outliers, _ in strategy.seen]
+    assert outliers == [3, 0, 0, 0]
+
+
 @pytest.mark.parametrize("num_sites", [3, 4])
 def test_a_round_that_is_too_small_to_compare_clients_says_so(num_sites: int, caplog):
     caplog.set_level("INFO")

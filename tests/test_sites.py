@@ -50,6 +50,19 @@ def test_a_name_that_two_nodes_share_names_neither(caplog):
     assert 'Nodes 10, 11 are all called "mercy", so the name is of none of them' in caplog.text
 
 
+def test_a_run_that_goes_on_knows_the_names_of_old_clients():
+    roster, grid = Roster(), named_grid("mercy", "st. james")
+    roster.resume({10: 0, 11: 1})
+    roster.assemble(grid, 2, 0.0, required=["mercy"])  # type: ignore[arg-type]
+    assert roster.client_names() == {0: "mercy", 1: "st. james"}
+
+
+def test_an_excluded_name_that_two_share_excludes_both():
+    grid = named_grid("mercy", "mercy", "st. james")
+    start(ClientwiseFedAvg(exclude=["mercy"]), grid, num_rounds=1)
+    assert [set(each) for each in received(grid, MessageType.TRAIN)] == [{12}]
+
+
 def test_rows_and_log_have_the_names(caplog):
     grid = named_grid("mercy", "", "broken")
     grid.nodes[12] = lambda message: RecordDict()

@@ -127,7 +127,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         What some clients may upload beside the parameters in this round, by client.
     sites : dict[int, StateDict]
         What each client last told of its data, by client, as `Upload.site` has it.
-    unusual : dict[int, str]
+    outliers : dict[int, str]
         From which clients of the current round the others do not learn, and why.
     record : RoundRecord
         What happened in the current round, client by client.
@@ -412,6 +412,8 @@ class ClientwiseFedAvg(Stateful, FedAvg):
             For each pair the numbers of both clients, ``model`` and ``site``, with ``accuracy``
             and ``num-test-examples``.
         """
+        # A run that goes on for no more rounds has not seen who is there.
+        self.roster.assemble(grid, self.min_available_nodes, self.join_timeout)
         asked = ConfigRecord({CROSS_SITE: True})
         questions = [
             Message(RecordDict({CONFIG: asked}), dst_node_id=node, message_type=MessageType.QUERY)
@@ -428,8 +430,9 @@ class ClientwiseFedAvg(Stateful, FedAvg):
                 try:
                     metrics = read_metrics(reply, self.weighted_by_key)
                     check_ranges(metrics, self.metric_ranges)
-                    accuracy = metrics[ACCURACY]
-                except (ReplyError, KeyError) as error:
+                    if (accuracy := metrics.get(ACCURACY)) is None:
+                        raise ReplyError("it reports no metrics")
+                except ReplyError as error:
                     called = self.roster.called(model)
                     log(WARNING, "%s did not evaluate %s: %s", self._called(site), called, error)
                     continue
@@ -504,7 +507,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
             client
             for client in clients
             if (not self.include or self.roster.matches(client, self.include))
-            and not self.roster.matches(client, self.exclude)
+            and not self.roster.matches(client, self.exclude, by_shared_name=True)
         ]
         if not chosen and clients and is_first:
             raise ValueError(

@@ -206,7 +206,8 @@ class PFedGPA(ClientwiseFedAvg):
         bank, layout = self.aggregator.bank, self.global_model.layout
         members = {c: uploads[c] for c in sorted(uploads) if self.aggregator.is_member(c)}
         moves = {c: Move.of(layout, each.sent, each.state) for c, each in members.items()}
-        positions = bank.members | {c: each.vector for c, each in members.items()}
+        known = bank.members | bank.non_members
+        positions = known | {c: each.vector for c, each in members.items()}
         initial, num_connected = self.aggregator.initial, len(self.roster.connected)
         found = self.guard.find_outliers(moves, positions, initial, num_connected)
         if (num := self.guard.num_compared) < MIN_CLIENTS:
@@ -216,7 +217,9 @@ class PFedGPA(ClientwiseFedAvg):
         odd = misfits([each.extras[HALVES] for each in told.values()], sketches)
         if len(told) >= MIN_CLIENTS:
             for row, client in enumerate(told):
-                bank.of(client).has_misfits = row in odd
+                said = bool(told[client].extras[HALVES].any())  # zeros fit everything
+                record = bank.of(client)
+                record.has_misfits = row in odd or (record.has_misfits and not said)
         reasons = {client: odd[row] for row, client in enumerate(told) if row in odd}
         earlier = {c: _EARLIER for c in uploads if bank.of(c).has_misfits}
         return earlier | reasons | found
