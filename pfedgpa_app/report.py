@@ -283,11 +283,11 @@ class Run:
         )
 
 
-def baselines_of(config: Config, folder: Path, num_clients: int) -> dict[str, Run]:
+def baselines_of(config: Config, folder: Path, num_clients: int | None) -> dict[str, Run]:
     """Return the last complete run of each of `BASELINES` below a folder, by its strategy.
 
     But for the strategy, a run has the settings and as many clients, and is not of that of
-    ``config`` itself.
+    ``config`` itself. Where it is not known how many there are, None, any number will do.
     """
     found = {}
     for path in run_folders(folder):
@@ -297,7 +297,8 @@ def baselines_of(config: Config, folder: Path, num_clients: int) -> dict[str, Ru
             continue
         strategy = run.config.strategy
         like = config.model_copy(update={"strategy": strategy})
-        if run.is_complete and run.is_of(like) and run.num_nodes == num_clients:
+        has_as_many = num_clients in (None, run.num_nodes)
+        if run.is_complete and run.is_of(like) and has_as_many:
             found[strategy] = run
     found.pop(config.strategy, None)
     return {name: found[name] for name in BASELINES if name in found}

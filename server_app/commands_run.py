@@ -89,7 +89,7 @@ def run(
         fail(f'data.dataset = "{SITES}" needs sites; right would be --superlink NAME')
     todo = [settings]
     if with_baselines:
-        done = baselines_of(settings, settings.output_path, clients or 0)
+        done = baselines_of(settings, settings.output_path, clients)
         todo = [
             *(
                 settings.model_copy(update={"strategy": name, "resume_from": ""})

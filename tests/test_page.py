@@ -26,7 +26,7 @@ from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Panel
 from pfedgpa_app.page.runs import grouped, page_of
 from pfedgpa_app.page.theme import COLOURS
-from pfedgpa_app.report import Run, RunFolder
+from pfedgpa_app.report import Run, RunFolder, baselines_of
 from pfedgpa_app.rounds import RoundRecord, summarize
 from pfedgpa_app.state import WriteError, write_text
 from pfedgpa_app.tables import INDEX_KIND
@@ -417,6 +417,9 @@ def test_a_page_compares_a_run_with_others_of_the_same_settings(tmp_path: Path):
     assert curves["local"] != curves["pfedgpa"]
     alone = make_run(tmp_path / "other" / "ours")
     assert "--with-baselines" in page_of([alone])
+    # On a network it is not known before a run how many clients there will be.
+    for number, found in ((None, {"local"}), (run.num_nodes, {"local"}), (99, set())):
+        assert baselines_of(run.config, tmp_path, number).keys() == found
 
 
 def test_a_page_leads_with_what_two_classes_need(tmp_path: Path):
