@@ -99,7 +99,7 @@ def draw_onboarding() -> None:
         "1 late client": "One late client",
         "4 late clients": "Four late clients, of four groups",
         "10 late clients": "Ten late clients, two of each group",
-        "1 without kin": "One late client, alone in its group",
+        "1 alone in its group": "One late client, alone in its group",
     }
     order = ["pfedgpa", "pfedgpa, from the start", "fedavg-ft", "nearest member"]
     order.append("local, from scratch")

@@ -29,7 +29,7 @@ from server_app.suites import Suite
 
 SUITE = Path("conf/suites/ablation.toml")
 CLIENTS = 20
-GENERATORS = ("diffusion", "mean")
+DENOISE = {"denoised": True, "mixture as it is": False}
 COLUMNS = ("distance to the nearest upload", "shared errors", "accuracy")
 
 Vectors = Mapping[int, Tensor]
@@ -66,8 +66,8 @@ def measure(seed: int, quick: bool) -> dict[str, list[float]]:
     }
     unit = sum(float((uploads[i] - uploads[j]).norm()) for i, j in nearest.items()) / CLIENTS
     rows = {"uploads among each other": _row(config, uploads, nearest, uploads, unit)}
-    for name in GENERATORS:
-        generated = _generate(name, config, strategy.aggregator)
+    for name, denoise in DENOISE.items():
+        generated = _generate(denoise, config, strategy.aggregator)
         nearest = {
             client: min(uploads, key=_distance_to(vector, uploads))
             for client, vector in generated.items()
@@ -76,9 +76,9 @@ def measure(seed: int, quick: bool) -> dict[str, list[float]]:
     return rows
 
 
-def _generate(name: str, config: Config, trained: GenerativeAggregator) -> Vectors:
-    """Return all models by another denoising method, from the same bank."""
-    settings = config.diffusion.model_copy(update={"generator": name})
+def _generate(denoise: bool, config: Config, trained: GenerativeAggregator) -> Vectors:
+    """Return all models from the same bank, denoised or not."""
+    settings = config.diffusion.model_copy(update={"denoise": denoise})
     aggregator = GenerativeAggregator(trained.initial, settings, seed=config.seed)
     for client, vector in trained.bank.members.items():
         aggregator.observe(client, vector)

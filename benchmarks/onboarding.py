@@ -43,7 +43,7 @@ CASES = {
     "1 late client": Case([19]),
     "4 late clients": Case(range(16, 20)),
     "10 late clients": Case(range(10, 20)),
-    "1 without kin": Case([19], never=[4, 9, 14]),
+    "1 alone in its group": Case([19], never=[4, 9, 14]),
 }
 
 

@@ -101,18 +101,21 @@ def main(
     torch.set_num_threads(1)
     sizes = GROUP_SIZES[: 1 if quick else None]
     rows = {
-        f"groups of {size}, min-kin = {min_kin}": (
+        f"groups of {size}, min-contributors = {min_contributors}": (
             run(config, config.data.num_groups)
             for config in configs(
                 file,
                 rounds,
                 seeds,
                 quick,
-                {"data.num-groups": CLIENTS // size, "diffusion.min-kin": min_kin},
+                {
+                    "data.num-groups": CLIENTS // size,
+                    "diffusion.min-contributors": min_contributors,
+                },
             )
         )
         for size in sizes
-        for min_kin in (1, 3)
+        for min_contributors in (1, 3)
     }
     note = (
         f"Accuracies are means over the last {EVALUATED_ROUNDS} rounds: "

@@ -199,9 +199,9 @@ class GenerativeAggregator(Stateful):
 
         That is the mean of the members' parameters. Where no distribution was learned it is the
         average that the last `fit` was given, and the initial model where so few are members that
-        the mean would tell too much of each (``min_kin``).
+        the mean would tell too much of each (``min_contributors``).
         """
-        if len(self.bank.members) < self.config.min_kin - 1:
+        if len(self.bank.members) < self.config.min_contributors - 1:
             return self.initial
         return self.average if self.model is None else self.model.space.mean
 
@@ -221,16 +221,16 @@ class GenerativeAggregator(Stateful):
     def alone(self, clients: Iterable[int]) -> list[int]:
         """Return which clients the last `fit` gave nothing of others, for the others' privacy.
 
-        That are members where there are fewer than ``min_kin``, or of a group that is as small, and
-        newcomers where there are too few members for a mean of them.
+        These are members where there are fewer than ``min_contributors``, or of a group that is as
+        small, and newcomers where there are too few members for a mean of them.
         """
-        members, min_kin = self.bank.members, self.config.min_kin
-        if len(members) < min_kin:
+        members, min_contributors = self.bank.members, self.config.min_contributors
+        if len(members) < min_contributors:
             alone = set(members)
         else:
-            reported = are_alone(self.mixing, min_kin).tolist()
+            reported = are_alone(self.mixing, min_contributors).tolist()
             alone = {client for client, is_alone in zip(members, reported, strict=True) if is_alone}
-        has_mean = len(members) >= min_kin - 1
+        has_mean = len(members) >= min_contributors - 1
         return [each for each in clients if each in alone or not (each in members or has_mean)]
 
     def describe(self) -> str:
@@ -380,7 +380,9 @@ class GenerativeAggregator(Stateful):
         if not rows:
             return given
         parts = torch.stack(list(rows.values()))
-        weights, own_parts, left = capped(parts, self.config.min_kin, [places.get(n) for n in rows])
+        weights, own_parts, left = capped(
+            parts, self.config.min_contributors, [places.get(n) for n in rows]
+        )
         mixtures = mix(weights, list(self.bank.members.values()))
         changes = self.model.changes.double()
         # One by one: a product of all is rounded otherwise with their number.

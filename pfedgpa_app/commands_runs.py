@@ -25,7 +25,7 @@ from pfedgpa_app.console import (
 )
 from pfedgpa_app.files import printable, printable_lines, text_of
 from pfedgpa_app.report import Run, read_runs
-from pfedgpa_app.rounds import JUDGED, SCORES, Row, called, has_failed, value_of
+from pfedgpa_app.rounds import EVALUATED, SCORES, Row, called, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT, began_at, run_folders
 from pfedgpa_app.sharing import alone_in
 
@@ -33,12 +33,12 @@ runs_app = make_app(invoke_without_command=True, help="List runs, look at one, r
 
 _NUM_WORST = 5
 _ACCURACIES = {
-    JUDGED: "personalized",
+    EVALUATED: "personalized",
     "personalized-accuracy-worst": "worst client",
     "personalized-accuracy-std": "deviation over clients",
     "received-accuracy": "as sent for training",
     "finetuned-accuracy": "after local training",
-    **{name: what for name, what in SCORES.items() if name != JUDGED},
+    **{name: what for name, what in SCORES.items() if name != EVALUATED},
     "epsilon": "epsilon spent",
 }
 
@@ -71,7 +71,7 @@ def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputD
             str(run.config.seed),
             _rounds(run),
             run.state,
-            _number(run.last(JUDGED)),
+            _number(run.last(EVALUATED)),
             _number(run.last("finetuned-accuracy")),
         )
     print(f"Runs in {printable(str(folder))}")
@@ -142,20 +142,20 @@ def _facts(run: Run) -> dict[str, Any]:
         "seed": run.config.seed,
         "rounds": len(run.metrics),
         "num-server-rounds": run.config.num_server_rounds,
-        JUDGED: run.last(JUDGED),
+        EVALUATED: run.last(EVALUATED),
         "finetuned-accuracy": run.last("finetuned-accuracy"),
     }
 
 
 def _worst(run: Run) -> list[Row]:
     """Return the clients with the lowest accuracies in the last round with an evaluation."""
-    judged = [row for row in run.clients if JUDGED in row]
-    last = max((row["round"] for row in judged), default=0)
+    evaluated = [row for row in run.clients if EVALUATED in row]
+    last = max((row["round"] for row in evaluated), default=0)
     rows = sorted(
-        (row for row in judged if row["round"] == last),
-        key=lambda row: (row[JUDGED], row["client"]),
+        (row for row in evaluated if row["round"] == last),
+        key=lambda row: (row[EVALUATED], row["client"]),
     )
-    names = ("client", "name", "round", JUDGED)
+    names = ("client", "name", "round", EVALUATED)
     return [{name: row[name] for name in names if name in row} for row in rows[:_NUM_WORST]]
 
 
@@ -231,7 +231,7 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
             if (value := facts["accuracies"][name]) is not None
         ],
         "Worst clients": [
-            f"{called(row)}: {row[JUDGED]:.4f} in round {row['round']}"
+            f"{called(row)}: {row[EVALUATED]:.4f} in round {row['round']}"
             for row in facts["worst-clients"]
         ],
         "Failures": list(_grouped(facts["failures"])),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfedgpa_app.config import Config, ServerConfig
-from pfedgpa_app.rounds import JUDGED, STANDARD_ERROR, Row, count_of_clients, value_of
+from pfedgpa_app.rounds import EVALUATED, STANDARD_ERROR, Row, count_of_clients, value_of
 from pfedgpa_app.runs import BEST, CHECKPOINT
 
 # A fall is one of more than so much, and of so many standard errors of the difference of two
@@ -45,15 +45,15 @@ def fall_in(rows: Sequence[Row]) -> Fall | None:
     best: Row | None = None
     below: list[Row] = []
     for row in rows:
-        if row.get(JUDGED) is None:
+        if row.get(EVALUATED) is None:
             continue
         if best is None or is_best(row, best):
             best = row
         below = [*below, row] if _is_below(row, best) else []
         if len(below) >= _ROUNDS:
-            lowest = min(each[JUDGED] for each in below)
+            lowest = min(each[EVALUATED] for each in below)
             first, last = below[0]["round"], below[-1]["round"]
-            latest = Fall(first, last, best["round"], best[JUDGED], lowest)
+            latest = Fall(first, last, best["round"], best[EVALUATED], lowest)
     return latest
 
 
@@ -62,7 +62,7 @@ def is_best(row: Row, best: Row | None) -> bool:
 
     With more clients than in that one the mean is another: it begins anew.
     """
-    if best is None or row[JUDGED] >= best[JUDGED]:
+    if best is None or row[EVALUATED] >= best[EVALUATED]:
         return True
     return value_of(row, "num-evaluated") > value_of(best, "num-evaluated")
 
@@ -71,7 +71,7 @@ def best_in(rows: Sequence[Row]) -> Row | None:
     """Return the row of a run's best evaluated round; None if none was evaluated."""
     best: Row | None = None
     for row in rows:
-        if row.get(JUDGED) is not None and is_best(row, best):
+        if row.get(EVALUATED) is not None and is_best(row, best):
             best = row
     return best
 
@@ -81,19 +81,19 @@ def reason_to_end(rows: Sequence[Row], server: ServerConfig, since: int = 0) -> 
 
     ``since`` is the round after which it went on from another run, whose patience is over.
     """
-    judged = [row for row in rows if row.get(JUDGED) is not None]
-    if not judged or judged[-1] is not rows[-1]:
+    evaluated = [row for row in rows if row.get(EVALUATED) is not None]
+    if not evaluated or evaluated[-1] is not rows[-1]:
         return ""
-    last, best = judged[-1], max(judged, key=lambda row: row[JUDGED])
-    if server.stop_at and last[JUDGED] >= server.stop_at:
+    last, best = evaluated[-1], max(evaluated, key=lambda row: row[EVALUATED])
+    if server.stop_at and last[EVALUATED] >= server.stop_at:
         return (
             f"Ended after round {last['round']}, with a personalized accuracy of "
-            f"{last[JUDGED]:.4f}: server.stop-at = {server.stop_at:g}"
+            f"{last[EVALUATED]:.4f}: server.stop-at = {server.stop_at:g}"
         )
     if server.patience and last["round"] - max(best["round"], since) >= server.patience:
         return (
             f"Ended after round {last['round']}, since the best personalized accuracy is that of "
-            f"round {best['round']}, {best[JUDGED]:.4f}: server.patience = {server.patience}"
+            f"round {best['round']}, {best[EVALUATED]:.4f}: server.patience = {server.patience}"
         )
     return ""
 
@@ -124,7 +124,7 @@ def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], st
 
 def _is_below(row: Row, best: Row) -> bool:
     error = math.hypot(value_of(row, STANDARD_ERROR), value_of(best, STANDARD_ERROR))
-    fall: float = best[JUDGED] - row[JUDGED]
+    fall: float = best[EVALUATED] - row[EVALUATED]
     return fall > max(MIN_FALL, _STANDARD_ERRORS * error)
 
 
@@ -143,6 +143,6 @@ def help_of(config: Config) -> str:
     steps = [f"a smaller client.learning-rate (here {rate:g}) or fewer client.local-epochs"]
     if config.server.momentum:
         steps.append(f"server.momentum = 0 (here {config.server.momentum:g})")
-    if config.strategy == "pfedgpa" and config.diffusion.generator == "diffusion":
-        steps.append('diffusion.generator = "mean"')
+    if config.strategy == "pfedgpa" and config.diffusion.denoise:
+        steps.append("diffusion.denoise = false")
     return f"What may help: {', '.join(steps)}"

@@ -14,8 +14,8 @@ from pfedgpa_app.files import parse_json
 
 Row = dict[str, Any]
 
-JUDGED = "personalized-accuracy"
-STANDARD_ERROR = f"{JUDGED}-error"
+EVALUATED = "personalized-accuracy"
+STANDARD_ERROR = f"{EVALUATED}-error"
 NO_REPLY = "no reply"
 CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
@@ -33,7 +33,7 @@ EVALUATION_METRICS = (protocol.ACCURACY, protocol.LOSS, *protocol.SCORES)
 RECALL = re.compile(rf"personalized-{protocol.RECALL}(\d{{1,6}})")
 """The column of a class, with its number."""
 SCORES = {
-    JUDGED: "accuracy",
+    EVALUATED: "accuracy",
     f"personalized-{protocol.BALANCED_ACCURACY}": "balanced accuracy",
     f"personalized-{protocol.MACRO_F1}": "macro F1",
     f"personalized-{protocol.AUROC}": "AUROC",
@@ -226,12 +226,13 @@ def standard_error(record: RoundRecord) -> float | None:
     Each accuracy is that of a finite test set, and where not all clients were evaluated the mean
     depends on who was: of ``k`` of ``N`` clients its variance is ``(1 - k / N) / k`` times theirs.
     """
-    rows = [row for row in record.clients.values() if JUDGED in row]
+    rows = [row for row in record.clients.values() if EVALUATED in row]
     if not rows:
         return None
-    accuracies = [row[JUDGED] for row in rows]
+    accuracies = [row[EVALUATED] for row in rows]
     sampling = sum(
-        row[JUDGED] * (1 - row[JUDGED]) / max(1, row.get("num-test-examples", 1)) for row in rows
+        row[EVALUATED] * (1 - row[EVALUATED]) / max(1, row.get("num-test-examples", 1))
+        for row in rows
     )
     left_out = max(0.0, 1 - len(rows) / max(1, record.num_nodes))
     between = left_out * statistics.pvariance(accuracies) / len(rows)
@@ -240,14 +241,14 @@ def standard_error(record: RoundRecord) -> float | None:
 
 def describe(row: Row, num_rounds: int) -> str:
     """Say in a line what a line of metrics.jsonl has of a round."""
-    judged, worst, received, trained = accuracies(row)
+    evaluated, worst, received, trained = accuracies(row)
     epsilon = "" if row.get("epsilon") is None else f"; epsilon {row['epsilon']:.3g}"
     num_alone = value_of(row, "num-alone")
     alone = f"; {num_alone} of them train alone" if num_alone else ""
     parts = ("seconds-round", "seconds-clients", "seconds-diffusion")
     whole, clients, diffusion = (f"{value_of(row, name):.1f}" for name in parts)
     return (
-        f"Round {row['round']}/{num_rounds}: personalized accuracy {judged} (worst client "
+        f"Round {row['round']}/{num_rounds}: personalized accuracy {evaluated} (worst client "
         f"{worst}), as sent {received}, after local training {trained}; "
         f"{value_of(row, 'num-clients')} clients, {whole} s (clients {clients}, diffusion "
         f"{diffusion}){epsilon}{alone}"
@@ -262,7 +263,7 @@ def value_of(row: Row, name: str) -> float:
 
 def accuracies(row: Row) -> list[str]:
     """Return personalized accuracy, worst client, as sent and after training; a dash for none."""
-    names = (JUDGED, f"{JUDGED}-worst", "received-accuracy", "finetuned-accuracy")
+    names = (EVALUATED, f"{EVALUATED}-worst", "received-accuracy", "finetuned-accuracy")
     return ["-" if row.get(name) is None else f"{row[name]:.4f}" for name in names]
 
 
@@ -293,7 +294,7 @@ def parse_rows(file: Path, lines: bytes) -> list[Row]:
                 f"{file} is damaged: {line[:60]!r}; right would be a JSON object with a round"
             )
         for name in row:
-            is_right, right = _KINDS.get(RECALL.sub(JUDGED, name), (lambda value: True, ""))
+            is_right, right = _KINDS.get(RECALL.sub(EVALUATED, name), (lambda value: True, ""))
             if row[name] is not None and not is_right(row[name]):
                 raise RowError(
                     f"{file} is damaged: {name} is {str(row[name])[:30]!r} in round "

@@ -91,14 +91,14 @@ class ServerConfig(Section):
 class DiffusionConfig(Section):
     """The diffusion model on the clients' parameters."""
 
-    generator: Literal["diffusion", "mean"] = "diffusion"
+    denoise: bool = True
     generated_layers: Annotated[str, Field(pattern=r"[^\s,]")] = "*"
     space: Literal["subspace", "raw"] = "subspace"
-    sharing: Literal["measured", "kin", "none"] = "measured"
+    sharing: Literal["measured", "affinity", "none"] = "measured"
     measure_every: Count = 20
     own_weight: UnitInterval = 0.5
     guard: bool = True
-    min_kin: Count = 3
+    min_contributors: Count = 3
     max_members: Annotated[int, Field(ge=2)] = 300
     rank: Count | Literal["auto"] = "auto"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000

@@ -1,7 +1,7 @@
 """What is said where clients receive nothing of others, for the others' privacy.
 
-Who knows its own part of a mixture of two models knows the other one, so ``diffusion.min-kin``
-keeps each client to its own where too few are there, or alike.
+Who knows its own part of a mixture of two models knows the other one, so
+``diffusion.min-contributors`` keeps each client to its own where too few are there, or alike.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,14 @@ from pfedgpa_app.sections import DiffusionConfig
 
 def too_few(num_clients: int, diffusion: DiffusionConfig) -> str:
     """Say what becomes of so few clients; nothing if they are enough."""
-    if num_clients >= diffusion.min_kin:
+    if num_clients >= diffusion.min_contributors:
         return ""
     share = "shares" if num_clients == 1 else "share"
+    fewest = diffusion.min_contributors
     return (
-        f"{count_of_clients(num_clients)} {share} nothing (diffusion.min-kin = "
-        f"{diffusion.min_kin}): until at least {diffusion.min_kin} have taken part, "
-        f"{_alone(diffusion)}. Right would be {diffusion.min_kin} clients or more. {_WITH_TWO}"
+        f"{count_of_clients(num_clients)} {share} nothing (diffusion.min-contributors = {fewest}): "
+        f"until at least {fewest} have taken part, {_alone(diffusion)}. Right would be {fewest} "
+        f"clients or more. {_WITH_TWO}"
     )
 
 
@@ -26,8 +27,8 @@ def alone_now(num_alone: int, num_clients: int, diffusion: DiffusionConfig) -> s
     """Say how many clients of a round receive nothing of others."""
     return (
         f"{num_alone} of this round's {num_clients} clients got nothing of the others: between "
-        f"fewer than {diffusion.min_kin} that took part, or are alike, nothing is shared "
-        "(diffusion.min-kin)"
+        f"fewer than {diffusion.min_contributors} that took part, or are alike, nothing is shared "
+        "(diffusion.min-contributors)"
     )
 
 
@@ -43,14 +44,14 @@ def alone_in(rows: Sequence[Row], diffusion: DiffusionConfig) -> str:
     who = "no client got anything" if whole else "some clients got nothing"
     return (
         f"In {len(whole or alone)} of {len(rows)} rounds {who} of the others: then "
-        f"{_alone(diffusion)}. Between fewer than {diffusion.min_kin} that took part, or are "
-        f"alike, nothing is shared (diffusion.min-kin). {_WITH_TWO}."
+        f"{_alone(diffusion)}. Between fewer than {diffusion.min_contributors} that took part, "
+        f"or are alike, nothing is shared (diffusion.min-contributors). {_WITH_TWO}."
     )
 
 
 _WITH_TWO = (
-    "With diffusion.min-kin=2 two share; then each can work out the other's model from what it "
-    "receives, which tells something of the data that the other trained on"
+    "With diffusion.min-contributors=2 two share; then each can work out the other's model from "
+    "what it receives, which tells something of the data that the other trained on"
 )
 
 

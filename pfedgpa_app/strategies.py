@@ -116,7 +116,7 @@ class FedPACConfig(Section):
     alignment: NonNegative = 1.0
     head_epochs: Count = 1
     head_learning_rate: Positive = 0.1
-    judged: Literal["trained", "sent"] = "trained"
+    evaluated: Literal["trained", "sent"] = "trained"
 
 
 class PFedHNConfig(Section):

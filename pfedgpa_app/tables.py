@@ -25,7 +25,7 @@ _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"':
 _LATEX |= {"[": "{[}", "*": "{*}", "]": "{]}", "`": r"\textasciigrave{}", "±": r"$\pm$"}
 
 Accuracies = Mapping[int, Mapping[int, float]]
-"""The judged number of each client, by seed."""
+"""The evaluated number of each client, by seed."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
         vectors = [members[client] for client in clients]
         spectrum = aggregator.spectrum or Spectrum.of(vectors)
         plane = Subspace.fit(vectors, 2, spectrum)
-        mixing = limited(aggregator.mixing, aggregator.config.min_kin)[:MAX_CLIENTS]
+        mixing = limited(aggregator.mixing, aggregator.config.min_contributors)[:MAX_CLIENTS]
         uploads, generated = _seen_in(plane, aggregator, vectors, mixing)
         total = float(spectrum.eigenvalues.sum())
         row: Row = {
@@ -70,7 +70,7 @@ def _seen_in(
     generated, model = mixing @ uploads, aggregator.model
     if model is not None:
         all_rows = aggregator.mixing
-        left = capped(all_rows, aggregator.config.min_kin, range(len(all_rows))).left
+        left = capped(all_rows, aggregator.config.min_contributors, range(len(all_rows))).left
         changes = [axes @ model.space.displacement(change) for change in model.changes]
         generated += (left[:, None] * (all_rows @ torch.stack(changes).double()))[: len(generated)]
     return uploads, generated

@@ -26,7 +26,7 @@ from pfedgpa_app.divergence import (
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
-from pfedgpa_app.rounds import JUDGED, NO_REPLY, RowError, causes_of, describe, summarize
+from pfedgpa_app.rounds import EVALUATED, NO_REPLY, RowError, causes_of, describe, summarize
 from pfedgpa_app.runs import BANK, BEST, CHECKPOINT
 from pfedgpa_app.section import listed
 from pfedgpa_app.state import WriteError, write_text
@@ -295,8 +295,8 @@ class RoundEnd:
     def _keep_if_best(self) -> None:
         """Keep the checkpoint that was written, if no round before was better."""
         last = self.rows[-1] if self.rows else {"round": 0}
-        is_judged = last["round"] == self.checkpointed and last.get(JUDGED) is not None
-        if is_judged and is_best(last, self.best):
+        is_evaluated = last["round"] == self.checkpointed and last.get(EVALUATED) is not None
+        if is_evaluated and is_best(last, self.best):
             self.best = last
             _keep_best(self.folder.path, self.folder.path)
 

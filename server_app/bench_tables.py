@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
-from pfedgpa_app.rounds import JUDGED, RECALL, SCORES, mean_and_spread
+from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, mean_and_spread
 from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
 from server_app.suites import BenchRun, Result, Suite
 
@@ -31,8 +31,8 @@ def tables(
     unused = f" ({failures} unusable replies)" if failures else ""
     source = command if len(found) == len(runs) else f"{len(found)} of {len(runs)} runs: {command}"
     made = []
-    for measure in suite.measures if JUDGED in suite.measures else [JUDGED, *suite.measures]:
-        is_first = measure == JUDGED
+    for measure in suite.measures if EVALUATED in suite.measures else [EVALUATED, *suite.measures]:
+        is_first = measure == EVALUATED
         what = _in_words(measure, runs)
         made.append(
             _table(
@@ -91,13 +91,13 @@ def _column(
     suite: Suite, results: dict[tuple[str, str], dict[int, Result]], measure: str, column: str
 ) -> dict[str, Cell]:
     """Return the cells of a measure in a column, compared if it is one of each client."""
-    case, judged = suite.columns[column]
+    case, evaluated = suite.columns[column]
     if measure in SCORES or RECALL.fullmatch(measure):
         by_row = {
             row: {
                 seed: values
                 for seed, result in results[case, row].items()
-                if (values := _per_client(_scores(result, measure)[judged]))
+                if (values := _per_client(_scores(result, measure)[evaluated]))
             }
             for row in suite.rows
         }
@@ -106,7 +106,7 @@ def _column(
     else:
         cells, digits = {}, 0 if measure.startswith("bytes") else 4
         for row in suite.rows:
-            rounds = [result["rounds"][judged] for result in results[case, row].values()]
+            rounds = [result["rounds"][evaluated] for result in results[case, row].values()]
             known = [[r[measure] for r in each if r.get(measure) is not None] for each in rounds]
             means = [fmean(each) for each in known if each]
             cell = Cell(mean_and_spread(means, digits), values=means)
@@ -126,18 +126,18 @@ def _in_words(measure: str, runs: list[BenchRun]) -> str:
     return f"recall of class {classes[number] if number < len(classes) else number}"
 
 
-def _note(suite: Suite, measure: str, what: str, judged: str) -> str:
+def _note(suite: Suite, measure: str, what: str, evaluated: str) -> str:
     """Say how the numbers of a measure came about."""
     if not what:
         sent = " Models that are sent to be evaluated are counted in."
-        return f"A round, {judged}.{sent if measure == 'bytes-down' else ''}"
-    left_out = "" if measure == JUDGED else " Clients for which it is not defined are left out."
+        return f"A round, {evaluated}.{sent if measure == 'bytes-down' else ''}"
+    left_out = "" if measure == EVALUATED else " Clients for which it is not defined are left out."
     seeds = ", ".join(map(str, suite.seeds))
     is_one = len(suite.seeds) == 1
     over = f"seed {seeds}" if is_one else f"mean ± standard deviation over seeds {seeds}"
     return (
         f"{what[0].upper()}{what[1:]} of everyone's personalized model on its own test set, "
-        f"{judged}; {over}.{left_out}"
+        f"{evaluated}; {over}.{left_out}"
     )
 
 
@@ -154,9 +154,9 @@ def _table(
 
 
 def _scores(result: Result, measure: str) -> list[dict[str, float]]:
-    """Return a measure of each client in the judged rounds; of older versions nothing."""
+    """Return a measure of each client in the evaluated rounds; of older versions nothing."""
     found: list[dict[str, float]] = (
-        result["accuracies"] if measure == JUDGED else result.get("scores", {}).get(measure, [])
+        result["accuracies"] if measure == EVALUATED else result.get("scores", {}).get(measure, [])
     )
     return found
 
@@ -169,7 +169,7 @@ def _per_client(rounds: list[dict[str, float]]) -> dict[int, float]:
 
 def _to_target(results: list[Result], target: float) -> str:
     reached = [list(_until(result["rounds"], target)) for result in results]
-    if not reached or any(rows[-1][JUDGED] < target for rows in reached):
+    if not reached or any(rows[-1][EVALUATED] < target for rows in reached):
         return "-"
     rounds = fmean(len(rows) for rows in reached)
     up_and_down = (sum(row["bytes-up"] + row["bytes-down"] for row in rows) for rows in reached)
@@ -180,7 +180,7 @@ def _to_target(results: list[Result], target: float) -> str:
 def _until(rows: list[dict[str, Any]], target: float) -> Iterator[dict[str, Any]]:
     for row in rows:
         yield row
-        if row[JUDGED] >= target:
+        if row[EVALUATED] >= target:
             return
 
 
@@ -209,6 +209,8 @@ def curves(suite: Suite, runs: list[BenchRun], folder: Path) -> dict[str, list[C
     """Return the accuracies over rounds of each row that has a result, by case."""
     found: dict[str, list[Curve]] = {case: [] for case in suite.cases}
     for (case, row), results in _results(runs, folder).items():
-        if repeats := [[each[JUDGED] for each in result["rounds"]] for result in results.values()]:
+        if repeats := [
+            [each[EVALUATED] for each in result["rounds"]] for result in results.values()
+        ]:
             found[case].append(Curve.over(row, range(1, len(repeats[0]) + 1), repeats))
     return found

@@ -160,8 +160,8 @@ def simulate(
     begins = [time.monotonic()]
 
     def end_round(server_round: int, arrays: ArrayRecord) -> None:
-        is_judged = server_round >= num_rounds - (evaluated_rounds or num_rounds)
-        strategy.fraction_evaluate = fraction_evaluate if is_judged else 0.0
+        is_evaluated = server_round >= num_rounds - (evaluated_rounds or num_rounds)
+        strategy.fraction_evaluate = fraction_evaluate if is_evaluated else 0.0
         grid.absent = absent(server_round + 1)
         if server_round:
             begins.append(time.monotonic())

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from pfedgpa_app.config import Config, ConfigError, flatten
 from pfedgpa_app.files import composed, native_path, quoted, read_json, read_toml
 from pfedgpa_app.preflight import preflight, preflight_key
-from pfedgpa_app.rounds import JUDGED, RECALL, SCORES, RoundRecord, Row, summarize
+from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, RoundRecord, Row, summarize
 from pfedgpa_app.section import Count, Section, Seed
 from pfedgpa_app.state import write_text, writing
 from server_app.simulation import simulate
@@ -354,7 +354,7 @@ class BenchRun:
                     found[row["round"] - first][row["client"]] = row[name]
             return found
 
-        evaluated = by_client(JUDGED)
+        evaluated = by_client(EVALUATED)
         scores = {
             name for row in clients for name in row if name in SCORES or RECALL.fullmatch(name)
         }
@@ -370,7 +370,7 @@ class BenchRun:
             "clients": self.clients,
             "rounds": rows,
             "accuracies": evaluated,
-            "scores": {name: by_client(name) for name in sorted(scores - {JUDGED})},
+            "scores": {name: by_client(name) for name in sorted(scores - {EVALUATED})},
             "seconds": round(seconds, 1),
             "versions": {
                 "python": platform.python_version(),

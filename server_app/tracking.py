@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 from flwr.common import log
 
 from pfedgpa_app.report import RunFolder
-from pfedgpa_app.rounds import JUDGED, Row
+from pfedgpa_app.rounds import EVALUATED, Row
 from pfedgpa_app.section import Scalar
 from server_app.replies import one_line
 
@@ -114,7 +114,7 @@ class TensorBoard:
 
         writer: Any = SummaryWriter(str(self.folder))
         # SummaryWriter.add_hparams would make a second run of them, with a point of its own.
-        for summary in hparams(self.settings, {JUDGED: 0.0}):
+        for summary in hparams(self.settings, {EVALUATED: 0.0}):
             writer.file_writer.add_summary(summary)
         return writer
 

@@ -23,7 +23,7 @@ from server_app.strategies import ClientwiseFedAvg
 CLIENTS = 8
 # Every message has a process of its own, and half of its time would be that of the packages that
 # share out a data set; so sites have their own data. Every tensor takes requests to two servers and
-# back; so the model has two. Nobody evaluates: what a client was sent is judged before it trains
+# back; so the model has two. Nobody evaluates: what a client was sent is evaluated before it trains
 # (accuracy-before) anyway.
 QUICK = {
     "model.name": "benchmarks.waiting_model:model",

@@ -72,7 +72,7 @@ def test_a_new_upload_takes_the_place_of_the_old_one(bank):
     assert torch.equal(aggregator.bank.members[3], uploads[4])
 
 
-def test_old_uploads_move_with_their_kin(bank):
+def test_old_uploads_move_with_those_alike(bank):
     """Groups 0 and 1 move apart; of each, members that were not in the round move along."""
     uploads, centres = bank
     uploads = centres + 0.3 * (uploads - centres)
@@ -87,7 +87,7 @@ def test_old_uploads_move_with_their_kin(bank):
         torch.testing.assert_close(moved, sign * direction, atol=0.02, rtol=0)
 
 
-def test_old_uploads_without_kin_in_the_round_move_with_everyone(bank):
+def test_old_uploads_without_anyone_alike_in_the_round_move_with_everyone(bank):
     """Only members of group 0 and 1 come again; those of group 2 go the mean of their ways."""
     uploads, centres = bank
     aggregator = fitted((centres + 0.3 * (uploads - centres))[: 2 * NUM_GROUPS], train_steps=1)
@@ -114,7 +114,7 @@ def test_where_clients_are_the_same_there_are_no_axes():
 
 
 def test_a_newcomers_start_is_the_average_where_nothing_was_learned(bank):
-    aggregator = GenerativeAggregator(torch.ones(5), DiffusionConfig(min_kin=1))
+    aggregator = GenerativeAggregator(torch.ones(5), DiffusionConfig(min_contributors=1))
     assert torch.equal(aggregator.default_model(), torch.ones(5))
     aggregator.observe(0, torch.zeros(5))
     aggregator.fit(1, average=torch.full((5,), 3.0))  # one client: nothing to learn
@@ -174,7 +174,7 @@ def test_a_state_of_another_denoiser_is_refused(bank):
     assert not other.bank.members
 
 
-def test_who_has_no_kin_keeps_what_lies_outside_of_the_subspace(bank):
+def test_who_is_like_nobody_keeps_what_lies_outside_of_the_subspace(bank):
     """Three groups and a client that is far from all: its noise is not averaged away."""
     uploads, _ = bank
     lonely = uploads[19] + 3 * torch.randn(DIM, generator=make_generator(9))
@@ -212,7 +212,7 @@ def test_a_newcomer_is_guided_to_its_group(bank):
         assert min(distances) == distances[newcomer % NUM_GROUPS]
         assert min(distances) < 0.6 * (current - centres[newcomer]).norm()
         assert newcomer not in aggregator.bank.members
-    # Later it moves with its kin, until it is a member with an upload of its own.
+    # Later it moves with those alike, until it is a member with an upload of its own.
     placed = aggregator.personalize(15)
     for member in (0, 5, 10):
         aggregator.observe(member, uploads[member] + 1.0)
@@ -280,7 +280,7 @@ def test_a_state_saved_before_the_first_fit_can_be_loaded(bank, tmp_path):
 
 def test_without_sharing_and_denoiser_everyone_is_given_its_upload(bank):
     uploads, _ = bank
-    aggregator = fitted(uploads, generator="mean", sharing="none")
+    aggregator = fitted(uploads, denoise=False, sharing="none")
     for client in range(NUM_CLIENTS):
         assert torch.equal(aggregator.personalize(client), uploads[client])
 
@@ -300,7 +300,7 @@ def test_without_sharing_a_newcomer_is_denoised_alone(bank):
 
 def test_without_a_denoiser_uploads_are_weighed_by_their_nearness(bank):
     uploads, _ = bank
-    aggregator = fitted(uploads, generator="mean", rank=4, start=300)
+    aggregator = fitted(uploads, denoise=False, rank=4, start=300)
     # Independently: whitened principal components of numpy's SVD, and a softmax of distances.
     centred = (uploads - uploads.mean(0)).double().numpy()
     left, singular, _ = np.linalg.svd(centred, full_matrices=False)
@@ -317,8 +317,8 @@ def test_without_a_denoiser_uploads_are_weighed_by_their_nearness(bank):
 
 def test_models_without_a_denoiser_are_kept_and_onboard_newcomers(bank):
     uploads, centres = bank
-    aggregator = fitted(uploads, generator="mean")
-    restored = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(generator="mean"), seed=1)
+    aggregator = fitted(uploads, denoise=False)
+    restored = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(denoise=False), seed=1)
     restored.restore(aggregator.state())
     for one in (aggregator, restored):
         one.onboard(99, uploads[0] + 0.1, uploads[0])

@@ -1,4 +1,4 @@
-"""Arrays of .npz files, which are judged before they are read."""
+"""Arrays of .npz files, which are checked before they are read."""
 
 import io
 import zipfile
@@ -198,7 +198,7 @@ def test_what_should_not_be_read_is_refused_by_its_header(
 def test_of_a_bomb_only_the_beginning_is_decompressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A header may be told to have 4 GB, which numpy reads whole before it judges them."""
+    """A header may claim 4 GB, which numpy reads whole before it checks them."""
     monkeypatch.setattr(arrays, "MAX_BYTES", 2**20)
     read: list[int] = []
     original = zipfile.ZipExtFile.read

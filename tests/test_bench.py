@@ -132,8 +132,8 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
     }
     for name in ("local", "ditto"):
         rounds = [found[f"{name}, seed {seed}"]["rounds"][-2:] for seed in (0, 1)]
-        judged = [[row["personalized-accuracy"] for row in each] for each in rounds]
-        assert personalized[name] == pytest.approx(np.mean(judged, axis=0))
+        evaluated = [[row["personalized-accuracy"] for row in each] for each in rounds]
+        assert personalized[name] == pytest.approx(np.mean(evaluated, axis=0))
 
 
 def test_what_is_finished_is_not_run_again(
@@ -457,14 +457,14 @@ def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):
         ]
         accuracies = [row for number in (1, 2, 3) for row in rows_of(number, number / 10)]
         run.write(tmp_path, rows, accuracies, 1.0)
-    judged, bytes_up = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
-    assert judged.columns == ["round 2", "round 3"]
-    assert [cell.values[0] for cell in judged.rows["local"]] == pytest.approx([0.15, 0.25])
+    evaluated, bytes_up = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
+    assert evaluated.columns == ["round 2", "round 3"]
+    assert [cell.values[0] for cell in evaluated.rows["local"]] == pytest.approx([0.15, 0.25])
     assert [cell.text for cell in bytes_up.rows["local"]] == ["15 ± 0", "25 ± 0"]
     assert [cell.values for cell in bytes_up.rows["local"]] == [[15, 15], [25, 25]]
     # The last run is missing.
     assert [cell.text for cell in bytes_up.rows["ditto"]] == ["15 (1 of 2)", "25 (1 of 2)"]
-    assert "mean of the last 2 rounds up to the column's" in judged.note
+    assert "mean of the last 2 rounds up to the column's" in evaluated.note
 
 
 def test_measures_of_clients_are_compared_and_lead_where_the_suite_says_so(

@@ -61,7 +61,7 @@ def test_right_settings_are_listed_where_they_differ_from_the_defaults(
 
 
 @pytest.mark.parametrize(
-    "setting", ["server.min-available-nodes=3", "diffusion.min-kin=2", 'strategy="fedavg"']
+    "setting", ["server.min-available-nodes=3", "diffusion.min-contributors=2", 'strategy="fedavg"']
 )
 def test_settings_with_which_all_share_are_not_warned_of(runner: CliRunner, setting: str):
     result = runner.invoke(cli.app, ["config", "check", "-c", setting])

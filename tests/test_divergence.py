@@ -90,11 +90,11 @@ def test_the_standard_error_counts_test_images_and_clients_that_were_left_out():
 def test_what_may_help_goes_with_the_settings():
     rows = rounds(0.9, 0.1, 0.1, 0.1)
     (text,) = warnings_in(rows, Config.from_flat({"server.momentum": 0.5})).values()
-    for part in ("learning-rate (here 0.03)", "server.momentum = 0", 'generator = "mean"'):
+    for part in ("learning-rate (here 0.03)", "server.momentum = 0", "denoise = false"):
         assert part in text
     (text,) = warnings_in(rows, Config(strategy="fedavg")).values()
     assert "momentum" not in text
-    assert "generator" not in text
+    assert "denoise" not in text
 
 
 def falling_grid() -> SimulatedGrid:

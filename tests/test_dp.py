@@ -343,8 +343,8 @@ def test_who_would_exceed_its_budget_does_not_train_and_is_judged_all_the_same()
             "epsilon": pytest.approx(after_two),
             "budget-spent": 1,
         }
-    judged = evaluate_message(message(MessageType.EVALUATE), at).content["metrics"]
-    assert 0 <= judged["accuracy"] <= 1
+    evaluated = evaluate_message(message(MessageType.EVALUATE), at).content["metrics"]
+    assert 0 <= evaluated["accuracy"] <= 1
 
 
 @pytest.mark.parametrize("strategy", ["pfedgpa", "local", "fedavg-ft"])
@@ -414,12 +414,12 @@ def test_nobody_learns_from_who_has_spent_its_budget():
 
 @pytest.mark.parametrize("settings", [UPDATE, EXAMPLE])
 def test_evaluation_is_as_without_privacy(settings: dict):
-    judged = evaluate_message(message(MessageType.EVALUATE), context(settings)).content
+    evaluated = evaluate_message(message(MessageType.EVALUATE), context(settings)).content
     plain = evaluate_message(message(MessageType.EVALUATE), context(SETTINGS)).content
     # Recalls say which classes a client has.
     known = {k: v for k, v in plain["metrics"].items() if not k.startswith("recall-")}
-    assert dict(judged["metrics"]) == known
-    assert not judged.array_records
+    assert dict(evaluated["metrics"]) == known
+    assert not evaluated.array_records
 
 
 @pytest.mark.parametrize("settings", [UPDATE, EXAMPLE])

@@ -69,18 +69,18 @@ def test_a_site_does_not_train_below_its_floor_and_is_evaluated(caplog):
         "This site does not train in round 2: the run's privacy is less than its privacy-floor "
         '(privacy.mode = "none")' in caplog.text
     )
-    judged = evaluate_message(message(MessageType.EVALUATE), at("example epsilon=3")).content
-    assert {"num-examples", "accuracy", "loss"} <= judged["metrics"].keys()
+    evaluated = evaluate_message(message(MessageType.EVALUATE), at("example epsilon=3")).content
+    assert {"num-examples", "accuracy", "loss"} <= evaluated["metrics"].keys()
     # They would say which classes it has.
-    assert not any(name.startswith("recall") for name in judged["metrics"])
+    assert not any(name.startswith("recall") for name in evaluated["metrics"])
 
 
 def test_a_site_keeps_its_metrics_and_its_normalization():
     node = at("no-metrics no-normalization")
     told = train_message(message(MessageType.TRAIN), node).content["metrics"]
     assert told.keys() == {"num-examples", "seconds", "partition"}
-    judged = evaluate_message(message(MessageType.EVALUATE), node).content["metrics"]
-    assert judged.keys() == {"num-examples"}
+    evaluated = evaluate_message(message(MessageType.EVALUATE), node).content["metrics"]
+    assert evaluated.keys() == {"num-examples"}
 
 
 def test_a_run_goes_on_without_a_site_that_demands_more(caplog):

@@ -224,7 +224,7 @@ def test_a_baseline_runs_on_the_same_settings_by_clients_that_share_a_gpu(
     settings = {**QUICK, "strategy": "fedavg-ft", "client.device": "auto"}
     log, rows, _ = superlink.run(3, workers=2, **settings | {"num-server-rounds": 1})
     assert [row["strategy"] for row in rows] == ["fedavg-ft"], log
-    for row in rows:  # judged by what came out of local training
+    for row in rows:  # evaluated by what came out of local training
         assert row["personalized-accuracy"] == pytest.approx(row["finetuned-accuracy"])
 
 

@@ -15,7 +15,7 @@ from server_app.simulation import simulate
 
 pytestmark = pytest.mark.cuda
 
-JUDGED = "personalized-accuracy"
+EVALUATED = "personalized-accuracy"
 RAW = {
     "diffusion.space": "raw",
     "diffusion.start": 200,
@@ -46,7 +46,7 @@ def run(device: str, **settings) -> list[dict]:
         *({"strategy": name} for name in STRATEGY_INFO),
         {"client.engine": "vmap"},
         {"client.precision": "bf16"},
-        {"model.name": "cnn-8x8", "diffusion.sharing": "kin"},
+        {"model.name": "cnn-8x8", "diffusion.sharing": "affinity"},
         {**RAW, "model.name": "own_models:smooth"},
         {"privacy.mode": "update", "privacy.epsilon": 100.0, "privacy.seeded-noise": True},
     ],
@@ -55,13 +55,13 @@ def run(device: str, **settings) -> list[dict]:
 def test_a_run_learns_as_on_a_cpu_and_the_same_twice(settings: dict):
     rows = run("cuda", **settings)
     assert run("cuda", **settings) == rows
-    assert rows[-1][JUDGED] == pytest.approx(run("cpu", **settings)[-1][JUDGED], abs=0.1)
+    assert rows[-1][EVALUATED] == pytest.approx(run("cpu", **settings)[-1][EVALUATED], abs=0.1)
 
 
 def test_dp_sgd_runs_on_a_gpu():
     pytest.importorskip("opacus")
     settings = {"privacy.mode": "example", "privacy.epsilon": 100.0}
-    assert 0 <= run("cuda", **settings)[-1][JUDGED] <= 1
+    assert 0 <= run("cuda", **settings)[-1][EVALUATED] <= 1
 
 
 def test_what_a_gpu_learned_is_read_where_there_is_none(tmp_path: Path):

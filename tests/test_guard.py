@@ -30,7 +30,7 @@ def honest_moves(num_clients: int, groups: Tensor, seed: int = 3) -> Tensor:
     return common + centres[groups] + torch.randn(num_clients, DIM, generator=generator)
 
 
-def judged(moves: Tensor) -> set[int]:
+def outliers_of(moves: Tensor) -> set[int]:
     """Return who is unusual in a first round."""
     return set(found(moves, moves))
 
@@ -49,7 +49,7 @@ def found(moves: Tensor, positions: Tensor) -> dict[int, str]:
 def test_honest_clients_are_usual_whatever_groups_they_are_in(sizes: list[int]):
     groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     for seed in range(10):
-        assert judged(honest_moves(20, groups, seed)) == set()
+        assert outliers_of(honest_moves(20, groups, seed)) == set()
 
 
 LIES = {
@@ -65,7 +65,7 @@ def test_less_than_half_are_found_that_move_unlike_the_others(lie, num_liars: in
     moves = honest_moves(20, torch.arange(20) % 5)
     for row in range(num_liars):
         moves[row] = lie(moves[row])
-    assert judged(moves) == set(range(num_liars))
+    assert outliers_of(moves) == set(range(num_liars))
 
 
 def test_who_went_far_step_by_step_is_found():
@@ -80,11 +80,11 @@ def test_who_went_far_step_by_step_is_found():
 def test_up_to_three_clients_are_not_judged():
     moves = honest_moves(3, torch.zeros(3, dtype=torch.int64))
     moves[0] *= 1000
-    assert judged(moves) == set()
+    assert outliers_of(moves) == set()
 
 
 def test_clients_that_do_not_move_are_usual():
-    assert judged(torch.zeros(10, DIM)) == set()
+    assert outliers_of(torch.zeros(10, DIM)) == set()
 
 
 @settings(max_examples=50)
@@ -93,7 +93,7 @@ def test_those_who_lie_cannot_make_others_unusual(seed: int, scale: float, num_l
     moves = honest_moves(20, torch.zeros(20, dtype=torch.int64), seed)
     generator = make_generator(seed, "liars")
     moves[:num_liars] = scale * torch.randn(num_liars, DIM, generator=generator)
-    assert judged(moves) <= set(range(num_liars))
+    assert outliers_of(moves) <= set(range(num_liars))
 
 
 def test_cosines_are_those_with_the_mean_direction_of_the_others():
@@ -438,7 +438,7 @@ def test_whose_halves_do_not_fit_is_not_learned_from_until_they_do():
 def test_where_rounds_are_too_small_clients_are_compared_once_enough_are_known():
     grid = SimulatedGrid({node: learning_site(1 + node / 20) for node in range(12)})
     strategy = Watched(
-        diffusion=DiffusionConfig(train_steps=5, sharing="kin"),
+        diffusion=DiffusionConfig(train_steps=5, sharing="affinity"),
         fraction_train=0.25,
         fraction_evaluate=0.0,
     )

@@ -30,7 +30,7 @@ def aggregator_of(space: str, generator: str, sharing: str, **others) -> Generat
         hidden_size=8,
         num_blocks=1,
         num_draws=1,
-        min_kin=1,
+        min_contributors=1,
         **others,
     )
     return GenerativeAggregator(torch.zeros(DIM), config, seed=1)
@@ -50,7 +50,7 @@ def halves_of(kind: str, client: int) -> Tensor | None:
 
 @given(
     kind=st.sampled_from(KINDS),
-    sharing=st.sampled_from(["measured", "kin", "none"]),
+    sharing=st.sampled_from(["measured", "affinity", "none"]),
     rank=st.sampled_from(["auto", 3]),
     value=st.sampled_from([0.0, 0.1, -1e-30, 1e6]),
     is_flat=st.booleans(),
@@ -82,7 +82,7 @@ def test_who_uploads_the_same_is_given_the_same(
 
 @given(
     kind=st.sampled_from(KINDS),
-    sharing=st.sampled_from(["measured", "kin", "none"]),
+    sharing=st.sampled_from(["measured", "affinity", "none"]),
     size=st.sampled_from([1e-30, 1.0, 1e6]),
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     halves=st.sampled_from(["none", "zero", "same", "drawn"]),

@@ -11,7 +11,7 @@ from pfedgpa_app.parameters import default_trained
 from server_app.momentum import ClientMomentum, Momentum
 from server_app.strategies import ClientwiseFedAvg, PFedGPA
 
-UPLOAD = DiffusionConfig(generator="mean", sharing="none", own_weight=0.0)
+UPLOAD = DiffusionConfig(denoise=False, sharing="none", own_weight=0.0)
 
 
 def test_the_average_goes_on_by_a_part_of_its_last_step():

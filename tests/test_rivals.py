@@ -238,7 +238,7 @@ class TestFedPAC:
         )
         # Judged by what it has after its training, or before it.
         assert float(strategy.evaluation_state(2)["head.weight"][0, 0]) == 9.0
-        strategy.judged = "sent"
+        strategy.evaluated = "sent"
         for key, tensor in strategy.training_state(2).items():
             assert torch.equal(strategy.evaluation_state(2)[key], tensor)
 

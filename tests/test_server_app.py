@@ -93,7 +93,7 @@ def test_a_run_leaves_a_page_and_what_the_server_learned(tmp_path: Path):
     for title in (
         "Accuracy over rounds",
         "Classes of each client",
-        "Kinship: whose uploads a model",
+        "Mixing weights: whose uploads a model",
     ):
         assert f"<h3>{title}" in page
 

@@ -190,7 +190,7 @@ def test_groups_are_given_what_their_members_have_in_common():
 @pytest.mark.parametrize("settings", [{}, {"rank": 3}, {"space": "raw", "start": 200}])
 def test_coordinates_as_uploaded_are_shrunk_by_the_square_of_their_signal(settings):
     uploads, halves = clients(groups(5), noise=1.0)
-    aggregator = fitted(uploads, halves, generator="mean", **settings)
+    aggregator = fitted(uploads, halves, denoise=False, **settings)
     axes = Spectrum.of(list(uploads)).eigenvectors
     moves = centred(torch.stack([normalized(sketches(each)) for each in halves]))
     kept = signal_parts(axes, moves) ** 2
@@ -250,11 +250,11 @@ def test_noise_does_not_lower_agreement_within_groups(noise: float):
     _, halves = clients(groups(5), noise)
     told = torch.stack([normalized(sketches(each)) for each in halves])
     found = torch.stack([agreement(each, told) for each in told])
-    is_kin = (torch.arange(NUM_CLIENTS)[:, None] - torch.arange(NUM_CLIENTS)) % 5 == 0
+    is_alike = (torch.arange(NUM_CLIENTS)[:, None] - torch.arange(NUM_CLIENTS)) % 5 == 0
     itself = torch.eye(NUM_CLIENTS, dtype=torch.bool)
-    assert float(found[is_kin & ~itself].mean()) > 0.9
-    assert float(found[is_kin & ~itself].min()) > 0.5
-    assert float(found[~is_kin].max()) < 0.4
+    assert float(found[is_alike & ~itself].mean()) > 0.9
+    assert float(found[is_alike & ~itself].min()) > 0.5
+    assert float(found[~is_alike].max()) < 0.4
 
 
 def newcomer(
@@ -278,8 +278,8 @@ def test_a_newcomer_is_given_what_those_are_given_that_ask_for_the_same():
     uploads, halves = clients(groups(5), noise=0.3)
     aggregator = fitted(uploads, halves)
     _, given = newcomer(groups(5)[3], aggregator, halves)
-    kin = torch.stack([aggregator.personalize(client) for client in range(3, NUM_CLIENTS, 5)])
-    assert (given - kin.mean(0)).norm() < 0.2 * (kin - kin.mean(0)).norm()
+    alike = torch.stack([aggregator.personalize(client) for client in range(3, NUM_CLIENTS, 5)])
+    assert (given - alike.mean(0)).norm() < 0.2 * (alike - alike.mean(0)).norm()
 
 
 def test_a_newcomer_that_is_like_nobody_keeps_its_own():
@@ -355,12 +355,12 @@ def test_a_run_goes_on_from_a_saved_state_as_without_a_break(tmp_path: Path):
     assert torch.equal(loaded.personalize(50), aggregator.personalize(50))
 
 
-@pytest.mark.parametrize(("sharing", "first"), [("measured", 10), ("kin", 0)])
+@pytest.mark.parametrize(("sharing", "first"), [("measured", 10), ("affinity", 0)])
 def test_where_most_do_not_tell_kin_share(sharing: str, first: int):
     uploads, halves = clients(groups(5), noise=0.7)
     plain, partly = (
         GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(train_steps=20, sharing=way), seed=1)
-        for way in ("kin", sharing)
+        for way in ("affinity", sharing)
     )
     for client, upload in enumerate(uploads):
         for each in (plain, partly):
@@ -457,7 +457,7 @@ def half(value: float, halves: Tensor | None) -> Answer:
 
 
 def asked(grid: SimulatedGrid) -> dict[int, set[int]]:
-    """Return which nodes were asked for halves, by round; nobody is when models are judged."""
+    """Return which nodes were asked for halves, by round; nobody is when models are evaluated."""
     nodes: dict[int, set[int]] = {}
     for message in grid.sent:
         if "extras" in message.content:
@@ -522,5 +522,5 @@ def test_clients_that_cannot_answer_are_used_as_they_are():
 
 def test_nobody_is_asked_where_kin_is_shared_with():
     grid = SimulatedGrid({1: site(1.0), 2: site(5.0)})
-    start(PFedGPA(diffusion=DiffusionConfig(sharing="kin", train_steps=20)), grid)
+    start(PFedGPA(diffusion=DiffusionConfig(sharing="affinity", train_steps=20)), grid)
     assert asked(grid) == {}

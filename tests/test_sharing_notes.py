@@ -26,7 +26,7 @@ DIM = 300
 def grouped(sizes: list[int], **settings) -> GenerativeAggregator:
     """Return what was learned from groups of clients, of so many each."""
     generator = make_generator(5)
-    settings = {"train_steps": 5, "sharing": "kin", **settings}
+    settings = {"train_steps": 5, "sharing": "affinity", **settings}
     aggregator = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(**settings))
     numbers = iter(range(100))
     for size in sizes:
@@ -48,7 +48,7 @@ def given_of_others(aggregator: GenerativeAggregator) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "min_kin", "alone"),
+    ("sizes", "min_contributors", "alone"),
     [
         ([1], 3, [0]),
         ([2], 3, [0, 1]),
@@ -61,8 +61,10 @@ def given_of_others(aggregator: GenerativeAggregator) -> dict[int, float]:
         ([4, 2, 2], 3, [4, 5, 6, 7]),
     ],
 )
-def test_those_are_alone_whose_upload_comes_back(sizes: list[int], min_kin: int, alone: list[int]):
-    aggregator = grouped(sizes, min_kin=min_kin)
+def test_those_are_alone_whose_upload_comes_back(
+    sizes: list[int], min_contributors: int, alone: list[int]
+):
+    aggregator = grouped(sizes, min_contributors=min_contributors)
     assert aggregator.alone(range(sum(sizes))) == alone
     moved = given_of_others(aggregator)
     assert all(moved[client] < 1e-3 for client in alone)
@@ -71,9 +73,9 @@ def test_those_are_alone_whose_upload_comes_back(sizes: list[int], min_kin: int,
 
 def test_a_newcomer_is_alone_where_there_is_no_mean_for_it():
     newcomer = 50
-    assert grouped([1], min_kin=3).alone([0, newcomer]) == [0, newcomer]
-    assert grouped([2], min_kin=3).alone([0, newcomer]) == [0]
-    assert grouped([3], min_kin=3).alone([0, newcomer]) == []
+    assert grouped([1], min_contributors=3).alone([0, newcomer]) == [0, newcomer]
+    assert grouped([2], min_contributors=3).alone([0, newcomer]) == [0]
+    assert grouped([3], min_contributors=3).alone([0, newcomer]) == []
 
 
 def run(path: Path, monkeypatch: pytest.MonkeyPatch, num_clients: int, **settings) -> Run:
@@ -98,8 +100,8 @@ def test_two_clients_are_told_at_the_start_in_each_round_and_on_the_page(
     alone = run(tmp_path, monkeypatch, 2)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     begin, *rounds = [text for text in warnings if text.startswith("pFedGPA")]
-    assert begin.startswith("pFedGPA: 2 clients share nothing (diffusion.min-kin = 3)")
-    assert "diffusion.min-kin=2" in begin
+    assert begin.startswith("pFedGPA: 2 clients share nothing (diffusion.min-contributors = 3)")
+    assert "diffusion.min-contributors=2" in begin
     assert rounds == [f"pFedGPA: {alone_now(2, 2, DiffusionConfig())}"] * 2
     assert "2 of them train alone" in caplog.text
     assert [row["num-alone"] for row in alone.metrics] == [2, 2]
@@ -113,7 +115,7 @@ def test_two_clients_are_told_at_the_start_in_each_round_and_on_the_page(
 
 @pytest.mark.parametrize(
     ("num_clients", "settings"),
-    [(4, {}), (2, {"diffusion.min-kin": 2}), (2, {"strategy": "local"})],
+    [(4, {}), (2, {"diffusion.min-contributors": 2}), (2, {"strategy": "local"})],
 )
 def test_nobody_is_told_where_clients_share_or_were_not_to(
     tmp_path: Path,

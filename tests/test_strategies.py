@@ -522,9 +522,11 @@ def judged_every(rounds: int) -> list[dict]:
 
 def test_models_are_judged_as_often_as_asked_for_and_in_the_last_round():
     plain, sometimes, once = map(judged_every, (1, 2, 0))
-    for rows, judged in ((plain, [1, 2, 3, 4, 5]), (sometimes, [2, 4, 5]), (once, [5])):
-        assert [row["round"] for row in rows if row["personalized-accuracy"] is not None] == judged
-        # Who trains judges what it is sent, which is what was generated in the round before.
+    for rows, evaluated in ((plain, [1, 2, 3, 4, 5]), (sometimes, [2, 4, 5]), (once, [5])):
+        assert [
+            row["round"] for row in rows if row["personalized-accuracy"] is not None
+        ] == evaluated
+        # Who trains evaluates what it is sent, which is what was generated in the round before.
         for before, row, each in zip(plain, rows[1:], plain[1:], strict=False):
             assert row["received-accuracy"] == before["personalized-accuracy"]
             assert row["finetuned-accuracy"] == each["finetuned-accuracy"]

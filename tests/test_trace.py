@@ -21,7 +21,7 @@ def fitted(num_clients: int = 12, **settings) -> GenerativeAggregator:
     """Return what was learned from two groups, the even and the odd clients."""
     generator = make_generator(5)
     centres = torch.randn(2, DIM, generator=generator)[torch.arange(num_clients) % 2]
-    config = DiffusionConfig(train_steps=20, **{"sharing": "kin", **settings})
+    config = DiffusionConfig(train_steps=20, **{"sharing": "affinity", **settings})
     aggregator = GenerativeAggregator(torch.zeros(DIM), config, seed=1)
     for client, centre in enumerate(centres):
         noise = 0.3 * torch.randn(DIM, generator=generator)
@@ -48,8 +48,8 @@ def principal(vectors: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         {},
         {"sharing": "measured"},
         {"space": "raw", "start": 200, "hidden_size": 8, "num_blocks": 1},
-        {"generator": "mean"},
-        {"min_kin": 7},
+        {"denoise": False},
+        {"min_contributors": 7},
     ],
     ids=str,
 )
@@ -70,7 +70,7 @@ def test_coordinates_are_those_of_the_vectors_themselves(settings: dict):
         np.testing.assert_allclose(found, right * signs, atol=2e-3)
 
 
-@pytest.mark.parametrize("sharing", ["kin", "measured"])
+@pytest.mark.parametrize("sharing", ["affinity", "measured"])
 def test_kinship_is_each_ones_part_and_larger_within_a_group(sharing: str):
     mixing_weights = np.array(trace_of(fitted(sharing=sharing))["mixing-weights"])
     np.testing.assert_allclose(mixing_weights.sum(axis=1), 1, atol=1e-2)
@@ -80,7 +80,7 @@ def test_kinship_is_each_ones_part_and_larger_within_a_group(sharing: str):
 
 def test_what_is_withheld_is_the_clients_own():
     """Of six in a group nobody may be given more than a tenth of another: it keeps its own."""
-    mixing_weights = np.array(trace_of(fitted(min_kin=11))["mixing-weights"])
+    mixing_weights = np.array(trace_of(fitted(min_contributors=11))["mixing-weights"])
     others = mixing_weights - np.diag(np.diag(mixing_weights))
     assert (np.diag(mixing_weights) > others.max(axis=1) + 0.1).all()
 

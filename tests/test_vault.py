@@ -121,7 +121,9 @@ def uploads() -> Tensor:
 
 def fitted(kept: Vault, rounds: int = 2, **settings: object) -> GenerativeAggregator:
     """Half of the clients in round 1, the others in round 2, and so on, with six members."""
-    config = DiffusionConfig(**{"train_steps": 5, "max_members": 6, "min_kin": 1} | settings)
+    config = DiffusionConfig(
+        **{"train_steps": 5, "max_members": 6, "min_contributors": 1} | settings
+    )
     aggregator = GenerativeAggregator(torch.zeros(DIM), config, seed=1, archived=kept)
     for server_round in range(1, rounds + 1):
         observe(aggregator, server_round)
@@ -187,12 +189,12 @@ def test_who_is_retired_and_like_nobody_has_its_own(kept: Vault):
         aggregator.compare(client, torch.stack([sketched(wish)] * 2))
     aggregator.fit(3)
     assert torch.equal(aggregator.personalize(0), uploads()[0])
-    by_uploads = fitted(MemoryVault(), sharing="kin")
+    by_uploads = fitted(MemoryVault(), sharing="affinity")
     assert torch.equal(by_uploads.personalize(0), uploads()[0])
 
 
 def test_a_damaged_file_costs_its_client_what_is_in_it(tmp_path: Path):
-    aggregator = fitted(DiskVault(tmp_path), sharing="kin")
+    aggregator = fitted(DiskVault(tmp_path), sharing="affinity")
     for client in range(6):
         aggregator.bank.archived.file(client).write_bytes(b"nothing")
     expected = aggregator.default_model()
@@ -244,7 +246,7 @@ def test_memory_and_disk_give_the_same_and_go_on_as_without_a_break(tmp_path: Pa
             assert all(torch.equal(one.personalize(client), expected) for one in (disk, *resumed))
 
 
-@pytest.mark.parametrize("sharing", ["measured", "kin"])
+@pytest.mark.parametrize("sharing", ["measured", "affinity"])
 def test_models_made_in_one_pass_are_those_made_one_by_one(
     kept: Vault, monkeypatch: pytest.MonkeyPatch, sharing: str
 ):

@@ -62,23 +62,23 @@ def share_of(mixing: Tensor, spectrum: Spectrum) -> float:
     return float((kept_of(mixing, spectrum) * variances).sum() / (variances.sum() or 1.0))
 
 
-def excess_weights(weights: Tensor, min_kin: int, own: int | None = None) -> Tensor:
+def excess_weights(weights: Tensor, min_contributors: int, own: int | None = None) -> Tensor:
     """Return what of weights ``(num_clients,)`` is too much for the privacy of others, 0 for most.
 
     Who knows its own part of a mixture knows the rest of it. So none of the others may have more
-    than ``1 / (min_kin - 1)`` of their weight. Where one has, the largest are cut down to the
-    ``(min_kin - 1)``-th largest, so that as many others have the largest part; 1 or 2 cuts nothing.
-    ``own`` is the place of who gets the mixture, if it is one of the clients.
+    than ``1 / (min_contributors - 1)`` of their weight. Where one has, the largest are cut down to
+    the ``(min_contributors - 1)``-th largest, so that as many others have the largest part; 1 or 2
+    cuts nothing. ``own`` is the place of who gets the mixture, if it is one of the clients.
     """
-    if min_kin < 3:
+    if min_contributors < 3:
         return torch.zeros_like(weights)
     sizes = weights.abs()
     if own is not None:
         sizes[own] = 0
     ordered = sizes.sort(descending=True).values
-    if ordered[0] * (min_kin - 1) <= ordered.sum():
+    if ordered[0] * (min_contributors - 1) <= ordered.sum():
         return torch.zeros_like(weights)
-    cap = float(ordered[min_kin - 2]) if min_kin - 2 < len(ordered) else 0.0
+    cap = float(ordered[min_contributors - 2]) if min_contributors - 2 < len(ordered) else 0.0
     return weights.sign() * (sizes - cap).clamp(min=0)
 
 
@@ -101,13 +101,13 @@ class Capped(NamedTuple):
     left: Tensor
 
 
-def capped(rows: Tensor, min_kin: int, own: Sequence[int | None]) -> Capped:
+def capped(rows: Tensor, min_contributors: int, own: Sequence[int | None]) -> Capped:
     """Return rows ``(n, num_clients)`` without `excess_weights`.
 
     ``own`` has the place of who gets each mixture, None for those who are not among the clients.
     """
     excess = torch.stack(
-        [excess_weights(row, min_kin, place) for row, place in zip(rows, own, strict=True)]
+        [excess_weights(row, min_contributors, place) for row, place in zip(rows, own, strict=True)]
     )
     sizes = rows.abs()
     totals = sizes.sum(dim=1)
@@ -120,19 +120,19 @@ def capped(rows: Tensor, min_kin: int, own: Sequence[int | None]) -> Capped:
     return Capped(rows - excess, excess.sum(dim=1), 1 - taken)
 
 
-def limited(mixing: Tensor, min_kin: int) -> Tensor:
+def limited(mixing: Tensor, min_contributors: int) -> Tensor:
     """Return the matrix with each client's own upload in place of its `excess_weights`."""
-    rows = capped(mixing, min_kin, range(len(mixing)))
+    rows = capped(mixing, min_contributors, range(len(mixing)))
     return rows.weights + torch.diag(rows.own)
 
 
-def are_alone(mixing: Tensor, min_kin: int) -> Tensor:
+def are_alone(mixing: Tensor, min_contributors: int) -> Tensor:
     """Tell who is given nothing of others since that would tell too much, ``(num_clients,)``.
 
     Nothing is less than a hundredth of all.
     """
     before, after = (
         (rows - torch.diag(rows.diagonal())).abs().sum(dim=1)
-        for rows in (mixing, limited(mixing, min_kin))
+        for rows in (mixing, limited(mixing, min_contributors))
     )
     return (before >= _NEGLIGIBLE) & (after < _NEGLIGIBLE)

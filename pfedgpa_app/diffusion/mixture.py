@@ -18,7 +18,7 @@ def mix(weights: Tensor, vectors: Sequence[Tensor]) -> Tensor:
     in float64: rounded to float32, a mixture hardly ever depends on the others of its pass.
     """
     weights = weights.double()
-    # Most are 0 where clients have few kin, which spares the pass over the others' vectors.
+    # Most are 0 where few clients are alike, which spares the pass over the others' vectors.
     used = weights.reshape(-1, len(vectors)).any(dim=0).nonzero()[:, 0].tolist()
     mixtures = vectors[0].new_zeros(*weights.shape[:-1], len(vectors[0]))
     parts, weights = [vectors[place] for place in used], weights[..., used]

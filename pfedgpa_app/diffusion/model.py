@@ -80,7 +80,7 @@ class ParameterDiffusion:
         noise_to_signal = (1 - alpha_bar) / alpha_bar
         weights: StateDict = {}
         changes = torch.zeros_like(coordinates)
-        if space.dim and config.generator == "diffusion":
+        if space.dim and config.denoise:
             weights, changes = _train(config, start, coordinates, device, make_generator)
         return cls(space, weights, start, noise_to_signal, coordinates, changes)
 
@@ -160,7 +160,7 @@ def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
 
 
 def _new_denoiser(config: DiffusionConfig, dim: int) -> nn.Module:
-    if not dim or config.generator != "diffusion":
+    if not dim or not config.denoise:
         return nn.Identity()
     if config.space == "raw":
         return UNetDenoiser(config.hidden_size, config.num_blocks)

@@ -17,7 +17,7 @@ from pfedgpa_app.page.html import Page, Panel, numbers, slider, table, table_of,
 from pfedgpa_app.protocol import RECALL
 from pfedgpa_app.report import Run, baselines_of
 from pfedgpa_app.rounds import (
-    JUDGED,
+    EVALUATED,
     SCORES,
     STANDARD_ERROR,
     Row,
@@ -175,7 +175,7 @@ def _facts(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> st
     last = [row["num-test-examples"] for row in tests if row["round"] == tests[-1]["round"]]
     shown = [
         *((what, score) for what, score in scores.items() if score != "-" or what == "accuracy"),
-        *((f"accuracy, {name}", _score(each, JUDGED)) for name, each in baselines.items()),
+        *((f"accuracy, {name}", _score(each, EVALUATED)) for name, each in baselines.items()),
         ("accuracy, worst client", _score(run, "personalized-accuracy-worst")),
         ("test examples", f"{sum(last):,}" if last else "-"),
         ("rounds", f"{len(run.metrics)} of {config.num_server_rounds}"),
@@ -194,7 +194,7 @@ def _facts(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> st
 
 def _score(run: Run, name: str) -> str:
     """Write the last value of a score, of the accuracy with its interval."""
-    value, error = run.last(name), run.last(STANDARD_ERROR) if name == JUDGED else None
+    value, error = run.last(name), run.last(STANDARD_ERROR) if name == EVALUATED else None
     if value is None:
         return "-"
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {1.96 * error:.4f}"
@@ -218,12 +218,14 @@ def _accuracies(
     if run.config.server.evaluate_every == 1:
         del names["received-accuracy"]  # what was evaluated in the round before
     curves = {
-        strategy if name == JUDGED else f"{strategy}, {label}": figures.curve_of(
+        strategy if name == EVALUATED else f"{strategy}, {label}": figures.curve_of(
             [run.metrics], name
         )
         for name, label in names.items()
     }
-    curves |= {name: figures.curve_of([each.metrics], JUDGED) for name, each in baselines.items()}
+    curves |= {
+        name: figures.curve_of([each.metrics], EVALUATED) for name, each in baselines.items()
+    }
     compared = ", ".join(f"{name} is {each.name}" for name, each in baselines.items())
     caption = (
         f"{_OWN_ACCURACY} With the same settings: {compared}."
@@ -239,13 +241,15 @@ def _accuracies(
             "Open: what the client made of the model it received, by local training."
         )
         mean = fmean(personalized for personalized, _ in accuracies.values())
-        tests = {row["client"]: row.get("num-test-examples", 0) for row in clients if JUDGED in row}
+        tests = {
+            row["client"]: row.get("num-test-examples", 0) for row in clients if EVALUATED in row
+        }
         drawn = figures.clients(_first(accuracies), mean, tests, names_in(clients))
         shown.append(Panel("Accuracy of each client", caption + _left_out(accuracies), drawn))
     others = {
         what: figures.curve_of([run.metrics], name)
         for name, what in SCORES.items()
-        if name != JUDGED and run.last(name) is not None
+        if name != EVALUATED and run.last(name) is not None
     }
     if others:
         caption = (
@@ -332,7 +336,7 @@ def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[P
             "Clients of a group stand together, or those that share most. A client without a row "
             "was no member of the bank in that round."
         )
-        shown.append(Panel("Kinship: whose uploads a model is made of", caption, heat))
+        shown.append(Panel("Mixing weights: whose uploads a model is made of", caption, heat))
     caption = (
         "Variance of the uploads along each principal axis. Axes above the floor tell clients "
         "apart; in the denoised ones the diffusion model works, after noise of the dotted line's "

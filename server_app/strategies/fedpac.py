@@ -31,7 +31,7 @@ class FedPAC(FedAvgFT):
 
     Parameters
     ----------
-    judged : str (default: "trained")
+    evaluated : str (default: "trained")
         Which model is evaluated: ``"trained"``, after training, or ``"sent"``, before it.
     **kwargs : Any
         The arguments of `ClientwiseFedAvg`.
@@ -41,8 +41,8 @@ class FedPAC(FedAvgFT):
     head_momentum: Kept[Momentum]
     means: Kept[StateDict]
 
-    def __init__(self, *, judged: str = "trained", **kwargs: Any) -> None:
-        self.judged = judged
+    def __init__(self, *, evaluated: str = "trained", **kwargs: Any) -> None:
+        self.evaluated = evaluated
         self.heads = {}
         self.means = {}
         super().__init__(**kwargs)
@@ -50,7 +50,7 @@ class FedPAC(FedAvgFT):
     @classmethod
     def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
         """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
-        return super().of(config, spec, judged=config.fedpac.judged, **kwargs)
+        return super().of(config, spec, evaluated=config.fedpac.evaluated, **kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
         """Set up the head's names and the layout of extras."""
@@ -128,7 +128,7 @@ class FedPAC(FedAvgFT):
 
     def evaluation_state(self, client: int) -> StateDict:
         """Return the client's upload or, by the setting, the model that is sent."""
-        trained = self.fine_tuned.get(client) if self.judged == "trained" else None
+        trained = self.fine_tuned.get(client) if self.evaluated == "trained" else None
         return trained or self.training_state(client)
 
 

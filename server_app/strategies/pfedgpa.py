@@ -93,7 +93,7 @@ class PFedGPA(ClientwiseFedAvg):
     ) -> None:
         diffusion = diffusion or DiffusionConfig()
         if noised:
-            sharing = "none" if diffusion.sharing == "none" else "kin"
+            sharing = "none" if diffusion.sharing == "none" else "affinity"
             diffusion = diffusion.model_copy(update={"sharing": sharing, "own_weight": 0.0})
         onboarding = onboarding or OnboardingConfig()
         self.diffusion = diffusion
@@ -148,7 +148,7 @@ class PFedGPA(ClientwiseFedAvg):
         if is_first and (warning := too_few(num_known, self.diffusion)):
             log(WARNING, "pFedGPA: %s", warning)
         # Members are sent the mean for it, which would tell two of them too much of each other.
-        may_tell = not bank.has_members or len(bank.members) >= self.diffusion.min_kin
+        may_tell = not bank.has_members or len(bank.members) >= self.diffusion.min_contributors
         self.optional_extras = {}
         if self.diffusion.sharing != "measured" or not may_tell:
             return
