@@ -18,11 +18,11 @@ from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
 from pfedgpa_app.stateful import Kept, Stateful, Vector
 from pfedgpa_app.vault import Vault
 
-# Of all that a client is like, the part that must have been in the round to speak for it.
+# Least mixing weight of the clients of a round, in all, for an absent client to move with them.
 MIN_CO_MOVEMENT = 0.01
-# Divergence from the initial model up to which clients are alike.
+# Largest `dispersion_ratio` at which clients without principal axes of signal count as alike.
 MAX_DISPERSION = 0.5
-# Agreement of those who ask for the same: members of one group have 1, of others less than 0.4.
+# Least `agreement` of clients of one distribution: 1 within a group, below 0.4 between groups.
 MIN_AGREEMENT = 0.5
 # Models made in one pass over the bank: more take more memory, and are little faster.
 MODELS_PER_PASS = 32
@@ -36,14 +36,14 @@ class GenerativeAggregator(Stateful):
 
     That is the server's part of a round of Algorithm 1: the uploads go into the bank, the denoiser
     learns the bank (`train_denoiser`), every upload is inverted to its latent code (`invert`) and
-    denoised (`generate`). Everyone is given a mixture of the denoised uploads of all: a row of the
-    `mixing` matrix times them. The algorithm's second branch is `onboard`, with guided denoising
+    denoised (`generate`). Each member's generated model is a row of the `mixing` matrix times the
+    denoised uploads of all. The algorithm's second branch is `onboard`, with guided denoising
     (`guide`).
 
     Parameters
     ----------
     initial
-        What all clients start from, ``(d,)``.
+        The parameters with which all clients begin, ``(d,)``.
     config
         The settings of the diffusion model.
     onboarding
@@ -51,25 +51,26 @@ class GenerativeAggregator(Stateful):
     seed
         Fixes, with the round, all that is drawn at random.
     is_noised
-        Whether clients add independent noise to all that they upload, as for their privacy.
+        Whether clients add independent noise to their uploads, for differential privacy.
     archived
-        Where the models of clients are that are neither in the bank nor non_members.
+        Storage of the models that are not kept in memory; in memory by default.
 
     Attributes
     ----------
     bank
-        What is known of each client.
+        The records and models of all clients.
     average
-        That of the last `fit`, ``(d,)``.
+        The average of the uploads that the last `fit` was given, ``(d,)``.
     mixing
-        Whose parameters are in what each member is given, ``(num_members, num_members)``, float64;
-        before any is cut for privacy.
+        Row i has the weights of the members' uploads in the model of member i, before `capped`:
+        ``(num_members, num_members)``, float64.
     model
-        The diffusion model of the members' parameters; None where nobody is like anybody else.
+        The diffusion model of the members' parameters; None where nothing is shared.
     spectrum
-        That of the bank of the last `fit`; None where it had one client, and after `restore`.
+        The principal components of the bank in the last `fit`; None with one client, and after
+        `restore`.
     alike
-        Whether clients went together so far.
+        Whether no round found all clients different so far.
     """
 
     initial: Kept[Vector]
@@ -113,7 +114,7 @@ class GenerativeAggregator(Stateful):
     def observe(self, client: int, vector: Tensor, *, is_outlier: bool = False) -> None:
         """Take in the parameters ``(d,)`` that a client uploaded in this round.
 
-        From an outlier nobody else is to learn: they are its model as they are.
+        An outlier keeps its upload as its model, and nobody learns from it.
         """
         standing = Standing.QUARANTINED if is_outlier else Standing.MEMBER
         self.bank.uploads[client] = vector.detach().cpu(), standing
@@ -121,7 +122,8 @@ class GenerativeAggregator(Stateful):
     def is_member(self, client: int) -> bool:
         """Tell whether what a client uploads in this round is a member's, not a newcomer's.
 
-        All of the first round are members, and those who were newcomers for long enough.
+        All of the first round are members; later, a client is a newcomer for as many rounds as
+        `OnboardingConfig` says.
         """
         record = self.bank.of(client)
         was_onboarded = record.rounds_onboarded >= self.onboarding.rounds
@@ -129,11 +131,11 @@ class GenerativeAggregator(Stateful):
         return not is_newcomer or not self.bank.has_members
 
     def compare(self, client: int, halves: Tensor) -> None:
-        """Take in how training on each half of a client's images moved what all have in common.
+        """Take in the updates of the common parameters on each half of a client's examples.
 
-        ``halves`` are `sketched` moves, ``(2, SKETCH)``, all of a round from the same parameters.
-        With ``sharing = "measured"``, once most members reported, everyone keeps of its
-        deviations from the mean what is signal.
+        ``halves`` are `sketched` updates, ``(2, SKETCH)``, of all clients of a round from the same
+        parameters. With ``sharing = "measured"``, once most members reported theirs, they decide
+        how much of a client's deviation from the mean is signal, and kept.
         """
         with repeatable(num_threads=1):
             self._reports[client] = normalized(halves.detach().cpu())
@@ -141,7 +143,7 @@ class GenerativeAggregator(Stateful):
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Train the diffusion model on the bank and denoise the code of every client in it.
 
-        ``average`` ``(d,)`` is that of the round's uploads; without it, it stays what it was.
+        ``average`` is that of the round's uploads, ``(d,)``; by default that of the last call.
 
         Raises
         ------
@@ -171,8 +173,8 @@ class GenerativeAggregator(Stateful):
     def personalize_each(self, clients: Sequence[int]) -> Iterator[Tensor]:
         """Yield what `personalize` returns of each client, by few passes over the bank.
 
-        A round makes them twice, for training and for evaluation: for 100 clients and 117,000
-        parameters that takes 0.25 s, less than is worth another 47 MB, as much as the bank has.
+        A round calls it twice, for training and for evaluation. For 100 clients and 117,000
+        parameters that takes 0.25 s; keeping the models would take another 47 MB.
 
         Raises
         ------
@@ -187,19 +189,20 @@ class GenerativeAggregator(Stateful):
     def supplied_by_others(self, client: int) -> float:
         """Return how much of what sets a member apart others supply to its model, 0 .. 1.
 
-        Of its deviation from the mean `share` is kept, ``W_ii`` of it by its own upload. In a group
-        others supply nearly all of it; where each is different, or all are alike, nothing.
+        Of its deviation from the mean, `share` is kept, and ``W_ii`` of that is from its own
+        upload. In a group others supply nearly all of it; where each client is different, or all
+        are alike, nothing.
         """
         row = list(self.bank.members).index(client)
         own = float(self.mixing[row, row])
         return min(max(self.share - own, 0.0), 1.0)
 
     def default_model(self) -> Tensor:
-        """Return what a client may expect of which nothing is known, ``(d,)``.
+        """Return the model for clients of which nothing is known, ``(d,)``.
 
-        That is the mean of the members' parameters. Where no distribution was learned it is the
-        average that the last `fit` was given, and the initial model where so few are members that
-        the mean would tell too much of each (``min_contributors``).
+        It is the mean of the members' parameters. Where no distribution was learned it is the
+        average that the last `fit` was given; with so few members that the mean would reveal too
+        much of each (``min_contributors``), the initial model.
         """
         if len(self.bank.members) < self.config.min_contributors - 1:
             return self.initial
@@ -208,10 +211,10 @@ class GenerativeAggregator(Stateful):
     def onboard(self, client: int, current: Tensor, previous: Tensor) -> None:
         """Generate the parameters of a newcomer.
 
-        With measured sharing it is given what those members are given that ask for the same, and
-        where none does it keeps as much of its own as the members do. Otherwise it goes through
-        guided denoising, which tells whom it is like; without sharing that is all. Its local
-        training took it from ``previous`` to ``current``, both ``(d,)``; they do not get into the
+        With measured sharing it is the mean of the models of those members whose halves agree with
+        its own; without any, it keeps as much of its own as the members do. Otherwise guided
+        denoising finds which members are near; without sharing its result is the model. Local
+        training went from ``previous`` to ``current``, both ``(d,)``, which do not get into the
         bank.
         """
         with repeatable(num_threads=1):
@@ -219,7 +222,7 @@ class GenerativeAggregator(Stateful):
         self.bank.put(client, generated, self._round)
 
     def alone(self, clients: Iterable[int]) -> list[int]:
-        """Return which clients the last `fit` gave nothing of others, for the others' privacy.
+        """Return which clients receive nothing of others, for the others' privacy.
 
         These are members where there are fewer than ``min_contributors``, or of a group that is as
         small, and newcomers where there are too few members for a mean of them.
@@ -242,15 +245,15 @@ class GenerativeAggregator(Stateful):
                 f"{self.share:.0%} of the deviations kept"
             )
         if self.config.sharing == "measured" and self._reported() is None:
-            num_told = sum(each is not None for each in self._halves())
-            return f"{found}; sharing is not measured: only {num_told} members told of their halves"
+            num_reports = sum(each is not None for each in self._halves())
+            return f"{found}; sharing is not measured: only {num_reports} members reported halves"
         return found
 
     def _centre_reports(self) -> None:
-        """Hold the halves of this round against each other.
+        """Centre the halves that were reported in this round.
 
-        They began at the same parameters, those of other rounds at others. Of a single client
-        nothing can be told from what all did.
+        They began at the same parameters, those of other rounds at others. A single client's own
+        update cannot be separated from the common one.
         """
         if len(self._reports) > 1:
             clients = sorted(self._reports)
@@ -262,10 +265,9 @@ class GenerativeAggregator(Stateful):
     def _learn(self, server_round: int) -> None:
         """Make the mixing matrix and the diffusion model of the bank.
 
-        With one client there is nothing to learn. Where it is not known what is signal, clients
-        without any principal axis that stands out are alike, or each is different from all others.
-        Once different, they stay so: whoever is not in a round goes the way of the others, and what
-        all have in common grows.
+        With one client there is nothing to learn. Without halves, clients without a principal axis
+        of signal are all alike or all different, by their `dispersion_ratio`. Once different, they
+        stay so: absent clients move with the others, which makes the ratio smaller.
         """
         vectors, config = list(self.bank.members.values()), self.config
         if len(vectors) < 2:
@@ -277,7 +279,6 @@ class GenerativeAggregator(Stateful):
             self.alike = self.alike and dispersion_ratio(vectors, self.initial) <= MAX_DISPERSION
             if not self.alike:
                 return
-        # The 0 has no meaning any more, and gives a seed the digits that it always gave.
         streams = partial(make_generator, self.seed, server_round, 0)
         model = ParameterDiffusion.fit(config, vectors, spectrum, self.device, streams)
         if reported is not None:
@@ -303,24 +304,24 @@ class GenerativeAggregator(Stateful):
         return self._mixed({0: row}, [current], {})[0]
 
     def _halves(self) -> list[Tensor | None]:
-        """Return both halves of each member, ``(2, SKETCH)``; None of those that told nothing."""
+        """Return both halves of each member, ``(2, SKETCH)``; None without a report."""
         return [self.bank.clients[client].halves for client in self.bank.members]
 
     def _reported(self) -> Tensor | None:
-        """Return both halves of the members, ``(num_members, 2, SKETCH)``; 0 of silent ones.
+        """Return both halves of the members, ``(num_members, 2, SKETCH)``; 0 without a report.
 
-        None unless most members told.
+        None unless most members reported.
         """
         halves = self._halves()
-        num_told = sum(each is not None for each in halves)
-        if self.config.sharing != "measured" or 2 * num_told <= len(halves):
+        num_reports = sum(each is not None for each in halves)
+        if self.config.sharing != "measured" or 2 * num_reports <= len(halves):
             return None
         return torch.stack([torch.zeros(2, SKETCH) if each is None else each for each in halves])
 
     def _affinity(self, client: int, reported: Tensor | None) -> Tensor | None:
-        """Return how far the members ask for the same as a client, ``(num_members,)``, if known.
+        """Return how far the members' halves agree with a client's, ``(num_members,)``, if known.
 
-        ``told`` is what `_reported` returns, which is as large as the bank is.
+        ``reported`` is what `_reported` returns.
         """
         halves = self.bank.of(client).halves
         if halves is None or reported is None:
@@ -328,10 +329,10 @@ class GenerativeAggregator(Stateful):
         return (agreement(halves, reported) - MIN_AGREEMENT).clamp(min=0)
 
     def _personalized(self, clients: Sequence[int]) -> list[Tensor]:
-        """Return what clients are given, ``(d,)``: mixtures, or their own where there are none.
+        """Return the models of clients, ``(d,)``: mixtures, or their own where there are none.
 
-        The models of those who are archived are of long ago: each receives what those members do
-        that ask for the same. Where nobody does, or it is not known, it receives its own.
+        An archived model is old: its client is given a mixture of the members whose halves agree
+        with its own. Without any it keeps its own.
         """
         given = [self._own(client) for client in clients]
         if self.model is None:
@@ -372,8 +373,8 @@ class GenerativeAggregator(Stateful):
     ) -> list[Tensor]:
         """Return mixtures of the denoised vectors of the bank in place of some of ``own`` ``(d,)``.
 
-        ``rows`` has each member's part in them, ``(num_members,)``. Where one would tell too much,
-        the own parameters of who gets it take its place; ``places`` are theirs in the bank.
+        ``rows`` has the members' weights in them, ``(num_members,)``. What `capped` takes from a
+        weight goes to the receiver's own parameters; ``places`` are the receivers' in the bank.
         """
         assert self.model is not None
         given = list(own)
@@ -396,10 +397,10 @@ class GenerativeAggregator(Stateful):
         return given
 
     def _bring_up_to_date(self) -> None:
-        """Move who was not in the round by how far others have come since it was.
+        """Move the models of absent clients as the clients of the round moved.
 
-        That is as far as those members of the round came that the diffusion model takes for its
-        like, or as all of them on average if none is.
+        Each moves by the mean update of those that its mixing weights name, or of all if these
+        were absent too.
         """
         records, members = self.bank.clients, self.bank.members
         away = {
@@ -415,7 +416,7 @@ class GenerativeAggregator(Stateful):
         }
         if not away or not moves:
             return
-        # Without those of whom they are given the opposite.
+        # Negative weights name clients that move otherwise.
         mixing_weights = torch.zeros(len(away), len(members))
         if self.model is not None:
             mixing_weights = self.model.affinities(self.model.space.project(list(away.values())))

@@ -1,4 +1,4 @@
-"""What the server knows of each client, and whose models the others learn from."""
+"""The server's records of the clients, and the bank of models that the others learn from."""
 
 import contextlib
 import statistics
@@ -12,14 +12,14 @@ from pfedgpa_app.state import WriteError
 from pfedgpa_app.stateful import Kept, Stateful, Vector
 from pfedgpa_app.vault import MemoryVault, Vault
 
-# Rounds after which others do not learn from a client's last upload any more. Where clients take
-# part seldom it is as many times the median member's rounds between its last two uploads.
+# Largest age, in rounds, of an upload that the others learn from. Where clients take part seldom,
+# it is `_MAX_INTERVALS` times the median member's rounds between its last two uploads.
 MAX_AGE = 20
 _MAX_INTERVALS = 5
 
 
 class Standing(IntEnum):
-    """What a client is to the others, which `Bank.take_in` alone changes."""
+    """A client's part in the models of others; `Bank.take_in` alone changes it."""
 
     NEWCOMER = 0
     """No upload of it is in the bank yet."""
@@ -33,26 +33,26 @@ class Standing(IntEnum):
 
 @dataclass
 class ClientRecord:
-    """What the server knows of a client.
+    """The server's record of a client.
 
     Attributes
     ----------
     standing
-        What it is to the others.
+        Its part in the models of others.
     model
         Its parameters, ``(d,)``, brought up to date: the last upload of a member, what was
         generated for a newcomer. None where there are none, or they are `Bank.archived`.
     halves
-        How two halves of its images moved what all have in common apart, as it told last:
-        `normalized` sketches ``(2, size)``, `centred` among all that told in the same round.
+        Its last report of the updates on each half of its examples: `normalized` sketches
+        ``(2, size)``, `centred` among the reports of the same round.
     seen
-        The round in which something came from it last.
+        The round of its last upload.
     interval
         The rounds between its last two uploads, once it is no newcomer.
     last_measured_round
-        The round in which it was last asked for its halves.
+        The round in which its halves were last requested.
     was_measured_again
-        Whether it was asked before that.
+        Whether they were requested before that as well.
     has_misfits
         Whether the halves that it reported last contradict each other or its own update.
     rounds_onboarded
@@ -76,17 +76,16 @@ class Bank(Stateful):
     Parameters
     ----------
     max_members
-        At most so many models, those of the latest uploads, are in the bank, and as many of others
-        in memory.
+        At most so many models of members, those of the latest uploads, are in memory, and as many
+        of others.
     archived
-        Where the models of the rest are, ``(d,)``. Nothing is done with one until it is asked
-        for. In memory by default.
+        Storage of the other models, ``(d,)``, which are read when they are needed; in memory by
+        default.
 
     Attributes
     ----------
     uploads
-        What clients uploaded in this round, ``(d,)``, and what they are to be by it, until
-        `take_in`.
+        The uploads of this round, ``(d,)``, and the standing that they give, until `take_in`.
     """
 
     archived: Kept[Vault]
@@ -123,17 +122,17 @@ class Bank(Stateful):
         return (record is not None and record.model is not None) or client in self.archived
 
     def put(self, client: int, model: Tensor, server_round: int) -> None:
-        """Take in what was generated for a newcomer, ``(d,)``."""
+        """Store the model ``(d,)`` that was generated for a newcomer."""
         self._forget_archived(client)
         record = self.of(client)
         record.model, record.seen = model, server_round
         record.rounds_onboarded += 1
 
     def take_in(self, server_round: int) -> None:
-        """Take in the uploads of a round, and settle what everyone is to the others.
+        """Take in the uploads of a round, and update the standing of every client.
 
-        A member without an upload for more than `MAX_AGE` rounds, or where there are more than
-        ``max_members`` later ones, is archived.
+        A member whose last upload is older than `MAX_AGE` rounds, or than ``max_members`` others,
+        is archived.
         """
         num_uploads = len(self.uploads)
         for client, (upload, standing) in self.uploads.items():
@@ -167,7 +166,8 @@ class Bank(Stateful):
     def _max_age(self, server_round: int) -> float:
         """Return how many rounds a member's last upload may be old for others to learn from it."""
         records = [each for each in self.clients.values() if each.standing is not Standing.NEWCOMER]
-        # Ages would let nobody go where most are gone; they are all there is at first.
+        # Without intervals, in the first rounds, ages stand in. Where most clients are gone, ages
+        # would archive nobody.
         intervals = [each.interval for each in records if each.interval is not None] or [
             server_round - each.seen for each in records
         ]

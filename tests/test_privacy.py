@@ -6,7 +6,7 @@ from flwr.app import MessageType
 from hypothesis import given
 from hypothesis import strategies as st
 from simulated_grid import SimulatedGrid, learning_site, start
-from told_halves import DIM, fitted, sketches
+from reported_halves import DIM, fitted, sketches
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator

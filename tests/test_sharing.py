@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from simulated_grid import Answer, SimulatedGrid, received, site, start, weights
 from small_task import EPOCHS, IMAGES, LABELS, PLAIN_SGD, RATE, small_task
-from told_halves import DIM, NUM_CLIENTS, clients, fitted, generated, groups, sketches
+from reported_halves import DIM, NUM_CLIENTS, clients, fitted, generated, groups, sketches
 from torch import Tensor
 
 from client_app.methods import METHODS, Method, Task
@@ -52,11 +52,11 @@ def test_signal_parts_are_those_of_the_formula():
     np.testing.assert_allclose(found, np.clip(expected, 0, 1), atol=1e-10)
 
 
-def told_by_groups() -> tuple[Spectrum, Tensor]:
+def reports_of_groups() -> tuple[Spectrum, Tensor]:
     """Return the spectrum of uploads of five groups, and the centred halves of their clients."""
     uploads, halves = clients(groups(5), noise=0.7)
-    told = centred(torch.stack([normalized(sketches(each)) for each in halves]))
-    return Spectrum.of(list(uploads)), told
+    reports = centred(torch.stack([normalized(sketches(each)) for each in halves]))
+    return Spectrum.of(list(uploads)), reports
 
 
 UNRELATED = torch.randn(2, SKETCH, generator=make_generator(7)) / SKETCH**0.5
@@ -71,20 +71,20 @@ HALF_LIES = {
 
 
 def test_who_contradicts_itself_counts_as_silent():
-    spectrum, told = told_by_groups()
-    silent = told.clone()
+    spectrum, reports = reports_of_groups()
+    silent = reports.clone()
     silent[4] = 0
-    told[4] = HALF_LIES["opposed"](told[4])
+    reports[4] = HALF_LIES["opposed"](reports[4])
     axes = spectrum.eigenvectors
-    torch.testing.assert_close(signal_parts(axes, told), signal_parts(axes, silent))
+    torch.testing.assert_close(signal_parts(axes, reports), signal_parts(axes, silent))
 
 
 @pytest.mark.parametrize("lie", HALF_LIES.values(), ids=HALF_LIES.keys())
 def test_one_clients_halves_move_what_is_kept_by_a_tenth_at_most(lie):
-    spectrum, told = told_by_groups()
-    before = share_of(mixing_from_halves(spectrum, told), spectrum)
-    told[4] = lie(told[4])
-    assert abs(share_of(mixing_from_halves(spectrum, told), spectrum) - before) < 0.1
+    spectrum, reports = reports_of_groups()
+    before = share_of(mixing_from_halves(spectrum, reports), spectrum)
+    reports[4] = lie(reports[4])
+    assert abs(share_of(mixing_from_halves(spectrum, reports), spectrum) - before) < 0.1
 
 
 def test_nobody_makes_of_any_axis_more_noise_than_its_own():
@@ -92,12 +92,12 @@ def test_nobody_makes_of_any_axis_more_noise_than_its_own():
     generator = make_generator(0)
     axis = torch.zeros(16, 1, dtype=torch.float64)
     axis[:4] = 0.5
-    told = torch.randn(SKETCH, generator=generator) + torch.zeros(16, 2, SKETCH)
+    reports = torch.randn(SKETCH, generator=generator) + torch.zeros(16, 2, SKETCH)
     apart = 2 * torch.randn(4, SKETCH, generator=generator)
-    told[:4, 0] += apart
-    told[:4, 1] -= apart[[1, 0, 3, 2]]
-    told[4:] += 0.2 * torch.randn(12, 2, SKETCH, generator=generator)
-    a, b = told.double().numpy().transpose(1, 0, 2)
+    reports[:4, 0] += apart
+    reports[:4, 1] -= apart[[1, 0, 3, 2]]
+    reports[4:] += 0.2 * torch.randn(12, 2, SKETCH, generator=generator)
+    a, b = reports.double().numpy().transpose(1, 0, 2)
     lengths = np.sqrt((np.square(a) + np.square(b)).sum(axis=1) / 2)
     scales = np.minimum(1, np.sort(lengths)[7] / lengths)[:, None]  # torch's median of sixteen
     a, b = scales * a, scales * b
@@ -105,7 +105,7 @@ def test_nobody_makes_of_any_axis_more_noise_than_its_own():
     total = np.square((a + b)[:4].sum(axis=0) / 4).sum()
     least = 1 - np.minimum(noise, 4 * np.sort(noise)[7])[:4].sum() / 2 / total
     assert a[:4].sum(axis=0) @ b[:4].sum(axis=0) / 4 / total < 0.1 < least
-    assert float(signal_parts(axis, told)) == pytest.approx(least)
+    assert float(signal_parts(axis, reports)) == pytest.approx(least)
 
 
 def test_halves_that_hardly_agree_make_nobody_like_anybody():
@@ -248,8 +248,8 @@ def test_agreement_is_that_of_the_formula():
 @pytest.mark.parametrize("noise", [0.5, 2.0])
 def test_noise_does_not_lower_agreement_within_groups(noise: float):
     _, halves = clients(groups(5), noise)
-    told = torch.stack([normalized(sketches(each)) for each in halves])
-    found = torch.stack([agreement(each, told) for each in told])
+    reports = torch.stack([normalized(sketches(each)) for each in halves])
+    found = torch.stack([agreement(each, reports) for each in reports])
     is_alike = (torch.arange(NUM_CLIENTS)[:, None] - torch.arange(NUM_CLIENTS)) % 5 == 0
     itself = torch.eye(NUM_CLIENTS, dtype=torch.bool)
     assert float(found[is_alike & ~itself].mean()) > 0.9
@@ -267,8 +267,8 @@ def newcomer(
     generator = make_generator(9)
     first, second = (own + 0.3 * torch.randn(DIM, generator=generator) for _ in range(2))
     upload = (first + second) / 2
-    for client, told in {**dict(enumerate(halves)), 50: torch.stack([first, second])}.items():
-        aggregator.compare(client, sketches(told))
+    for client, reports in {**dict(enumerate(halves)), 50: torch.stack([first, second])}.items():
+        aggregator.compare(client, sketches(reports))
     aggregator.fit(2)
     aggregator.onboard(50, upload, torch.zeros(DIM))
     return upload, aggregator.personalize(50)
@@ -356,7 +356,7 @@ def test_a_run_goes_on_from_a_saved_state_as_without_a_break(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("sharing", "first"), [("measured", 10), ("affinity", 0)])
-def test_where_most_do_not_tell_kin_share(sharing: str, first: int):
+def test_without_reports_of_most_affinities_decide(sharing: str, first: int):
     uploads, halves = clients(groups(5), noise=0.7)
     plain, partly = (
         GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(train_steps=20, sharing=way), seed=1)
@@ -370,7 +370,7 @@ def test_where_most_do_not_tell_kin_share(sharing: str, first: int):
     plain.fit(1)
     partly.fit(1)
     assert torch.equal(generated(partly), generated(plain))
-    assert ("only 10 members told" in partly.describe()) == (sharing == "measured")
+    assert ("only 10 members reported" in partly.describe()) == (sharing == "measured")
 
 
 def test_a_few_that_do_not_tell_count_as_those_that_tell_nothing():
@@ -479,8 +479,10 @@ def test_the_server_asks_every_client_again_when_it_is_time():
     # Also those that never tell what can be used: nobody has others measure all the time.
     assert asked(grid) == {1: set(range(6)), 4: set(range(6))}
     assert set(strategy.aggregator.bank.members) == set(range(6))
-    told = [client for client in range(6) if strategy.aggregator.bank.of(client).halves is not None]
-    assert told == [0, 1, 2, 3]
+    reports = [
+        client for client in range(6) if strategy.aggregator.bank.of(client).halves is not None
+    ]
+    assert reports == [0, 1, 2, 3]
     assert len(received(grid, "train")) == 5
 
 
@@ -517,7 +519,7 @@ def test_clients_that_cannot_answer_are_used_as_they_are():
     strategy = PFedGPA()
     start(strategy, grid, num_rounds=2)
     assert set(strategy.aggregator.bank.members) == {0, 1, 2}
-    assert "only 0 members told" in strategy.aggregator.describe()
+    assert "only 0 members reported" in strategy.aggregator.describe()
 
 
 def test_nobody_is_asked_where_kin_is_shared_with():

@@ -1,7 +1,7 @@
-"""The mixing matrix: whose parameters are in what each client is given.
+"""The mixing matrix: the weights of all uploads in each client's model.
 
-Everyone's model is a row of the matrix times the uploads of all. A row sums to 1; entries may be
-negative. It is made from halves that the clients reported, or from how near their uploads are.
+A client's model is its row of the matrix times the uploads of all. Rows sum to 1; entries may be
+negative. The matrix is made from halves that the clients reported, or from distances of uploads.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from torch import Tensor
 from pfedgpa_app.diffusion.signal import signal_parts
 from pfedgpa_app.diffusion.subspace import Spectrum
 
-# What is kept of an axis is the square of its part of signal: a model gains more from what
-# clients share than the best estimate of its parameters would. Tuned on the digits, seeds 100, 101.
+# What is kept of an axis is the square of its part of signal: accuracy gains more from sharing
+# than the mean squared error of parameters does. Tuned on the digits, seeds 100 and 101.
 _CAUTION = 2
-# Of a row, the part that is too small to tell anything.
+# Weights of others, in all, that are too small to reveal anything, as a part of the row.
 _NEGLIGIBLE = 0.01
 
 
 def mixing_from_halves(spectrum: Spectrum, halves: Tensor) -> Tensor:
-    """Return the matrix that keeps of what sets clients apart what both halves agree on.
+    """Return the matrix that keeps of the deviations from the mean what both halves agree on.
 
     With the principal axes q of the uploads as unit vectors over the clients, it is
     ``1/n + sum_q kept_q q q^T``, ``(num_clients, num_clients)``, float64, where ``kept`` is the
-    square of `signal_parts`. Of silent clients the halves are 0.
+    square of `signal_parts`. Halves of clients without a report are 0.
     """
     axes = spectrum.eigenvectors
     kept = signal_parts(axes, halves) ** _CAUTION
@@ -35,10 +35,10 @@ def mixing_from_halves(spectrum: Spectrum, halves: Tensor) -> Tensor:
 
 
 def affinities(here: Tensor, there: Tensor, noise_to_signal: float) -> Tensor:
-    """Return how near points ``(n, dim)`` are to others ``(m, dim)``.
+    """Return the affinity of points ``(n, dim)`` with others ``(m, dim)``.
 
     ``softmax(-|c_i - c_j|^2 / 2 noise_to_signal)``, the weights of the optimal denoiser of a finite
-    set of points, as rows ``(n, m)``, float64, that sum to 1. Without any dimension all are alike.
+    set of points, as rows ``(n, m)``, float64, that sum to 1. In zero dimensions they are equal.
     """
     left, right = here.double(), there.double()
     # |c_i - c_j|^2 without |c_i|^2, which the softmax does not see.
@@ -63,12 +63,12 @@ def share_of(mixing: Tensor, spectrum: Spectrum) -> float:
 
 
 def excess_weights(weights: Tensor, min_contributors: int, own: int | None = None) -> Tensor:
-    """Return what of weights ``(num_clients,)`` is too much for the privacy of others, 0 for most.
+    """Return by how much weights ``(num_clients,)`` exceed the cap for the privacy of others.
 
-    Who knows its own part of a mixture knows the rest of it. So none of the others may have more
-    than ``1 / (min_contributors - 1)`` of their weight. Where one has, the largest are cut down to
-    the ``(min_contributors - 1)``-th largest, so that as many others have the largest part; 1 or 2
-    cuts nothing. ``own`` is the place of who gets the mixture, if it is one of the clients.
+    A client that subtracts its own part from a mixture knows the rest of it. So none of the others
+    may have more than ``1 / (min_contributors - 1)`` of their total weight. Where one has, the
+    largest are cut down to the ``(min_contributors - 1)``-th largest; 1 or 2 cuts nothing.
+    ``own`` is the place of the receiver, if it is one of the clients.
     """
     if min_contributors < 3:
         return torch.zeros_like(weights)
@@ -90,10 +90,10 @@ class Capped(NamedTuple):
     weights
         What is left of the rows, ``(n, num_clients)``.
     own
-        What was taken, ``(n,)``: the part of who gets the mixture, in place of it.
+        What was taken, ``(n,)``: it goes to the receiver's own upload.
     left
-        How much of the others' part is left, ``(n,)``, 0 .. 1. What a denoiser changes is learned
-        from the others too, and no more of it may be given.
+        How much of the others' part is left, ``(n,)``, 0 .. 1. The denoiser's changes are learned
+        from the others too, and are scaled by it.
     """
 
     weights: Tensor
@@ -104,7 +104,7 @@ class Capped(NamedTuple):
 def capped(rows: Tensor, min_contributors: int, own: Sequence[int | None]) -> Capped:
     """Return rows ``(n, num_clients)`` without `excess_weights`.
 
-    ``own`` has the place of who gets each mixture, None for those who are not among the clients.
+    ``own`` has the receivers' places among the clients, None for those that are not among them.
     """
     excess = torch.stack(
         [excess_weights(row, min_contributors, place) for row, place in zip(rows, own, strict=True)]
@@ -115,7 +115,7 @@ def capped(rows: Tensor, min_contributors: int, own: Sequence[int | None]) -> Ca
     for number, place in enumerate(own):
         if place is not None:
             others[number] -= sizes[number, place]
-    # Whose others have next to nothing is not told of that either.
+    # Without a noticeable part of others, their changes are left out too.
     taken = excess.abs().sum(dim=1) / torch.maximum(others, _NEGLIGIBLE * totals)
     return Capped(rows - excess, excess.sum(dim=1), 1 - taken)
 
@@ -127,9 +127,9 @@ def limited(mixing: Tensor, min_contributors: int) -> Tensor:
 
 
 def are_alone(mixing: Tensor, min_contributors: int) -> Tensor:
-    """Tell who is given nothing of others since that would tell too much, ``(num_clients,)``.
+    """Return which clients the cap leaves without any part of others, ``(num_clients,)``, bool.
 
-    Nothing is less than a hundredth of all.
+    Less than a hundredth of all counts as none.
     """
     before, after = (
         (rows - torch.diag(rows.diagonal())).abs().sum(dim=1)

@@ -21,8 +21,8 @@ _MIN_GAP = 3
 # were no other; without any it is below half of the median.
 _FLAT = 0.9
 _MIN_AXES = 4
-# Mean variance of the axes above such noise in units of its own, for them to tell who is alike.
-# With less, whole groups were mixed up in runs with the seed 100.
+# Least mean variance of the axes above such noise, in units of its own, for affinities to follow
+# from them. With less, groups were mixed up in runs with the seed 100.
 _MIN_ABOVE = 1.5
 
 
@@ -97,11 +97,11 @@ class Spectrum:
         Twice the median eigenvalue is the hard threshold of Gavish and Donoho (arXiv 1305.5870)
         for an unknown noise level, in the limit of far fewer vectors than dimensions. If the
         eigenvalues have no gap, each vector is different from all others: what is above the
-        threshold then tells no groups apart, and there is none.
+        threshold then separates no groups, and the rank is 0.
 
         Noise that was added has no eigenvalues above the edge of its known distribution, which is
-        much nearer, and what is above it is signal. It tells who is alike if it is, on average, at
-        least half as strong as the noise.
+        much nearer, and what is above it is signal. It counts if it is, on average, at least half
+        as strong as the noise.
         """
         if self.noise_dominated:
             edge = self.floor * (1 + self._noise_width) ** 2
