@@ -5,8 +5,8 @@ import torch
 from flwr.app import MessageType
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated_grid import SimulatedGrid, learning_site, start
 from reported_halves import DIM, fitted, sketches
+from simulated_grid import SimulatedGrid, learning_site, start
 from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator

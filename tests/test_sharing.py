@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from reported_halves import DIM, NUM_CLIENTS, clients, fitted, generated, groups, sketches
 from simulated_grid import Answer, SimulatedGrid, received, site, start, weights
 from small_task import EPOCHS, IMAGES, LABELS, PLAIN_SGD, RATE, small_task
-from reported_halves import DIM, NUM_CLIENTS, clients, fitted, generated, groups, sketches
 from torch import Tensor
 
 from client_app.methods import METHODS, Method, Task
