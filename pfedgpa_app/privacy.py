@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pfedgpa_app.config import ClientConfig, ConfigError, DatasetInfo, PrivacyConfig
-from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.model_spec import ModelSpec, gradients_of
 from pfedgpa_app.models import mixing_layers
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
@@ -26,6 +26,7 @@ Uniform = Callable[[int], Tensor]
 
 # One less than float64 has, so that adding a half never rounds to 1.
 _RANDOM_BITS = 52
+_COLUMNS = ("noise-multipliers", "sample-rates", "steps")
 # Tolerance for gradients in another batch, relative to the largest entry.
 _ROUNDING = 1e-4
 
@@ -122,29 +123,22 @@ class Ledger:
     @classmethod
     def of(cls, columns: Mapping[str, Sequence[float]]) -> "Ledger":
         """Return the ledger of the result of `columns`; an empty one if that is empty."""
-        rows = zip(
-            columns.get("noise-multipliers", ()),
-            columns.get("sample-rates", ()),
-            columns.get("steps", ()),
-            strict=True,
-        )
+        rows = zip(*(columns.get(name, ()) for name in _COLUMNS), strict=True)
         return cls(tuple((float(noise), float(rate), int(steps)) for noise, rate, steps in rows))
 
     def columns(self) -> dict[str, list[float]]:
         """Return the entries as lists by name, for a MetricRecord."""
-        names = ("noise-multipliers", "sample-rates", "steps")
         return {
             name: [float(entry[column]) for entry in self.entries]
-            for column, name in enumerate(names)
+            for column, name in enumerate(_COLUMNS)
         }
 
     def after(self, noise_multiplier: float, sample_rate: float, steps: int = 1) -> "Ledger":
         """Return the ledger after some more steps."""
-        last = self.entries[-1:]
-        if last and last[0][:2] == (noise_multiplier, sample_rate):
-            merged = (noise_multiplier, sample_rate, last[0][2] + steps)
-            return Ledger((*self.entries[:-1], merged))
-        return Ledger((*self.entries, (noise_multiplier, sample_rate, steps)))
+        entries = list(self.entries)
+        if entries and entries[-1][:2] == (noise_multiplier, sample_rate):
+            steps += entries.pop()[2]
+        return Ledger((*entries, (noise_multiplier, sample_rate, steps)))
 
     def epsilon(self, delta: float) -> float:
         """Return the epsilon of all steps together, by Rényi differential privacy (Opacus)."""
@@ -221,7 +215,7 @@ def unfit_layers(
     """
     if mixing := mixing_layers(build()):
         return [
-            f"layers with batch statistics are not supported: {', '.join(mixing)}; "
+            f"layers with batch statistics are not supported: {mixing}; "
             "right would be torch.nn.GroupNorm or LayerNorm"
         ]
     if config.mode != "example":
@@ -231,14 +225,12 @@ def unfit_layers(
             "buffers that training changes are not supported, since they depend on the examples "
             f"without noise: {', '.join(sorted(changed))}; right would be a model without them"
         ]
-    return _refused_by_opacus(build()) or _unfit_gradients(build(), info)
-
-
-def _refused_by_opacus(model: nn.Module) -> list[str]:
     from opacus.validators import ModuleValidator
 
-    errors = ModuleValidator.validate(model.train())
-    return list(dict.fromkeys(f"Opacus cannot train it: {error}" for error in errors))
+    errors = [
+        f"Opacus cannot train it: {each}" for each in ModuleValidator.validate(build().train())
+    ]
+    return list(dict.fromkeys(errors)) or _unfit_gradients(build(), info)
 
 
 def _unfit_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
@@ -270,17 +262,14 @@ def _unfit_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
             changing = _differing(in_batch, _gradients(model, first))
     except Exception as error:  # user code may raise anything
         return [f"Opacus cannot train it: {error}"]
+    names = ", ".join(list(dict.fromkeys(changing))[:5])
     if not changing:
         return []
-    names = ", ".join(list(dict.fromkeys(changing))[:5])
     return [
         "the gradient of an example must not depend on the rest of its batch, but does: "
         f"{names}. Right would be a forward without statistics over the batch, such as "
         "torch.nn.GroupNorm or LayerNorm in place of batch normalization"
     ]
-
-
-_LOGITS = "the logits"
 
 
 def _gradients_by_opacus(model: nn.Module, batch: Tensor) -> dict[str, Tensor | None]:
@@ -291,37 +280,35 @@ def _gradients_by_opacus(model: nn.Module, batch: Tensor) -> dict[str, Tensor | 
         wrapped = GradSampleModule(model)
         labels = torch.zeros(len(batch), dtype=torch.long)
         functional.cross_entropy(wrapped(batch), labels).backward()
-    found: dict[str, Tensor | None] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            gradients = getattr(parameter, "grad_sample", None)
-            found[name] = None if gradients is None else gradients[0].clone()
+    samples = {
+        name: getattr(parameter, "grad_sample", None)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    found = {name: None if each is None else each[0].clone() for name, each in samples.items()}
     wrapped.to_standard_module()
     return found
 
 
 def _gradients(model: nn.Module, batch: Tensor, seed: int = 0) -> dict[str, Tensor | None]:
     """Return the logits of the first example of a batch, and its gradient by parameter."""
-    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     with initialized_by(make_generator(seed, "trial")):
         logits = model(batch)[:1]
         loss = functional.cross_entropy(logits, torch.zeros(1, dtype=torch.long))
-        gradients = torch.autograd.grad(loss, [each for _, each in named], allow_unused=True)
-    found = {name: each for (name, _), each in zip(named, gradients, strict=True)}
-    return {_LOGITS: logits.detach(), **found}
+        return {"the logits": logits.detach(), **gradients_of(loss, model)}
 
 
 def _differing(left: Mapping[str, Tensor | None], right: Mapping[str, Tensor | None]) -> list[str]:
     """Return the names of common tensors that differ beyond rounding."""
-    differing = []
-    for name, one in left.items():
-        other = right.get(name)
-        if one is None or other is None:
-            continue
-        atol = _ROUNDING * float(one.abs().max())
-        if not torch.allclose(one, other, rtol=0.0, atol=atol, equal_nan=True):
-            differing.append(name)
-    return differing
+    return [
+        name
+        for name, one in left.items()
+        if one is not None
+        and (other := right.get(name)) is not None
+        and not torch.allclose(
+            one, other, rtol=0.0, atol=_ROUNDING * float(one.abs().max()), equal_nan=True
+        )
+    ]
 
 
 def _between(bits: Tensor) -> Tensor:
