@@ -54,19 +54,12 @@ def check_regular(file: Path) -> None:
 
 
 def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> Tensor:
-    """Return a NumPy array or tensor of any byte order as a tensor for models.
+    """Return examples ``(n, *shape)``, a NumPy array or tensor, as a tensor for models.
 
-    Tables become float32, but uint8 stays. Images and signals are uint8, uint16 (which becomes
-    `LEVELS`) or floats (which become float32); other integers have no known range.
-
-    Parameters
-    ----------
-    values
-        Examples, ``(n, *shape)``; tables are ``(n, features)``.
-    shape
-        Of an example; a name in place of a number allows any size.
-    to_train
-        Whether to refuse table features that float32 cannot resolve.
+    Tables ``(n, features)`` become float32, but uint8 stays. Images and signals are uint8, uint16
+    (which becomes `LEVELS`) or floats (which become float32); other integers have no known range.
+    In ``shape``, a name in place of a number allows any size. ``to_train`` refuses table features
+    that float32 cannot resolve.
 
     Raises
     ------
@@ -194,16 +187,7 @@ def _lost_features(table: Array, floats: Array) -> list[int]:
 
 
 def read_examples(file: Path, shape: Sequence[int | str], *, to_train: bool = False) -> Tensor:
-    """Return the array x of an .npz file, ``(n, *shape)``, converted by `as_examples`.
-
-    Parameters
-    ----------
-    file
-        Written by numpy's savez or savez_compressed.
-    shape
-        Of an example; a name in place of a number allows any size.
-    to_train
-        As in `as_examples`.
+    """Return the array x of an .npz file of NumPy, ``(n, *shape)``, converted by `as_examples`.
 
     Raises
     ------

@@ -160,11 +160,8 @@ class ExportedModel:
     def predict(self, images: Tensor) -> Tensor:
         """Return the probabilities of the classes, ``(num_examples, num_classes)``.
 
-        Parameters
-        ----------
-        images
-            ``(num_examples, *shape)``, uint8, int32 (16 bits) or float32 like the training data;
-            tables of any of these.
+        Images ``(num_examples, *shape)`` are uint8, int32 (16 bits) or float32 like the training
+        data; tables are any of these.
 
         Raises
         ------

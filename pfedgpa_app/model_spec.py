@@ -44,59 +44,39 @@ def check_logits(output: object, number: int, num_classes: int) -> None:
 
 
 class Head(NamedTuple):
-    """The layer of a model that computes the logits.
-
-    Attributes
-    ----------
-    layer
-        Its name, "" for the model itself.
-    names
-        Its entries of the state_dict, aliases of tied tensors included.
-    size
-        Numbers of classes and features of a linear layer; (0, 0) for others.
-    weights
-        All names of its weight if that can be replaced: float32, trained, not parametrized.
-    """
+    """The layer of a model that computes the logits."""
 
     layer: str
+    """Its name, "" for the model itself."""
     names: tuple[str, ...]
+    """Its entries of the state_dict, aliases of tied tensors included."""
     size: tuple[int, int] = (0, 0)
+    """Numbers of classes and features of a linear layer; (0, 0) for others."""
     weights: tuple[str, ...] = ()
+    """All names of its weight if that can be replaced: float32, trained, not parametrized."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """What the server must know of the clients' model.
-
-    Attributes
-    ----------
-    initial
-        The state_dict before the first round.
-    trained
-        Names of the trained parameters.
-    aliases
-        The other names of tied tensors, with the first name of each.
-    fixed
-        Names of the tensors that never change: frozen weights, and infinite buffers such as masks,
-        except those that a trial of the training changes, such as a momentum encoder.
-    head
-        Its head; None if it was not searched or not found.
-    sends_fixed
-        Whether messages contain the fixed tensors. Otherwise clients use their own.
-    idle
-        Names of the parameters without gradient in a trial.
-    singular_vectors
-        The buffers of spectral normalization, if the model has any.
-    """
+    """What the server must know of the clients' model."""
 
     initial: StateDict
+    """The state_dict before the first round."""
     trained: frozenset[str]
+    """Names of the trained parameters."""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    """The other names of tied tensors, with the first name of each."""
     fixed: frozenset[str] = frozenset()
+    """Names of the tensors that never change: frozen weights, and infinite buffers such as masks,
+    except those that a trial of the training changes, such as a momentum encoder."""
     head: Head | None = None
+    """Its head; None if it was not searched or not found."""
     sends_fixed: bool = True
+    """Whether messages contain the fixed tensors. Otherwise clients use their own."""
     idle: tuple[str, ...] = ()
+    """Names of the parameters without gradient in a trial."""
     singular_vectors: "SingularVectors | None" = None
+    """The buffers of spectral normalization, if the model has any."""
 
     @classmethod
     def of_state(cls, state: StateDict) -> "ModelSpec":
@@ -112,10 +92,7 @@ class ModelSpec:
     def of(cls, model: nn.Module, initial: StateDict | None = None) -> "ModelSpec":
         """Return the structure of a model without running it: its head is not searched.
 
-        Parameters
-        ----------
-        initial
-            The state_dict before the first round, the model's own by default.
+        ``initial`` is the state_dict before the first round, by default the model's own.
         """
         state = copy_of(model.state_dict()) if initial is None else initial
         parameters = dict(model.named_parameters(remove_duplicate=False))

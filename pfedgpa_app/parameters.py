@@ -117,12 +117,8 @@ class ParameterLayout:
     ) -> "ParameterLayout":
         """Return the layout of a state_dict.
 
-        Parameters
-        ----------
-        trained
-            Names of the tensors that train; by default `default_trained`.
-        aliases, fixed, sends_fixed
-            As the attributes; ``fixed`` has names only.
+        ``trained`` has the names of the tensors that train (by default `default_trained`), and
+        ``fixed`` the names of those that never change.
 
         Raises
         ------

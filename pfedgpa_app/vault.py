@@ -88,13 +88,7 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
                     file.unlink()
 
     def __setitem__(self, client: int, vector: Tensor) -> None:
-        """Write a vector.
-
-        Raises
-        ------
-        WriteError
-            If that fails; the client keeps its previous vector.
-        """
+        """Write a vector; if a `WriteError` is raised, the client keeps its previous one."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         save_state(self._file(client, self._next), VECTOR_KIND, {"vector": vector})
@@ -102,15 +96,7 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
         self._next += 1
 
     def __getitem__(self, client: int) -> Tensor:
-        """Read a vector.
-
-        Raises
-        ------
-        KeyError
-            If the client has none.
-        ValueError
-            If its file is missing or damaged.
-        """
+        """Read a vector; a `ValueError` says that its file is missing or damaged."""
         return load_state(self.file(client), VECTOR_KIND)[0]["vector"]
 
     def __delitem__(self, client: int) -> None:

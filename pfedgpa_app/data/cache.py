@@ -22,6 +22,7 @@ SPLIT_KIND = "pfedgpa-split-2"
 _PACKAGES = ("flwr-datasets", "numpy", "scikit-learn", "seglearn")
 _MODULES = ("dataset.py", "partitions.py", "smartwatch.py", "sources.py")
 
+_OF_DATASET, _POOLS = ("images", "labels", "is_test"), ("train", "test")
 # Larger data sets are not cached: they are files already.
 _MAX_ENTRIES = 2**22
 
@@ -53,12 +54,9 @@ class SplitFile:
         tensors = self._tensors()
         if tensors is None:
             return None
-        dataset = None
-        if "images" in tensors:
-            dataset = Dataset(tensors["images"], tensors["labels"], tensors["is_test"].bool())
-        parts = [
-            tensors[name].split(tensors[f"{name}_sizes"].tolist()) for name in ("train", "test")
-        ]
+        small = "images" in tensors
+        dataset = Dataset(*(tensors[name] for name in _OF_DATASET)) if small else None
+        parts = [tensors[name].split(tensors[f"{name}_sizes"].tolist()) for name in _POOLS]
         return dataset, list(zip(*parts, strict=True))
 
     def class_counts(self) -> Tensor | None:
@@ -73,14 +71,12 @@ class SplitFile:
         """Cache the indices, and a small data set; do nothing if that is not possible."""
         if self.path is None:
             return
-        is_small = dataset.images.numel() <= _MAX_ENTRIES
-        tensors: dict[str, Tensor] = {}
-        if is_small:  # without owners: the indices contain the partition
-            tensors = {name: getattr(dataset, name) for name in ("images", "labels", "is_test")}
-        for name, part in zip(("train", "test"), zip(*indices, strict=True), strict=True):
+        tensors = {"class_counts": counted(dataset, indices)}
+        if dataset.images.numel() <= _MAX_ENTRIES:  # without owners: the indices say enough
+            tensors |= {name: getattr(dataset, name) for name in _OF_DATASET}
+        for name, part in zip(_POOLS, zip(*indices, strict=True), strict=True):
             tensors[name] = torch.cat(part)
             tensors[f"{name}_sizes"] = torch.tensor([len(one) for one in part])
-        tensors["class_counts"] = counted(dataset, indices)
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_state(self.path, SPLIT_KIND, tensors)

@@ -62,15 +62,10 @@ def client_data(
 
 
 def class_counts(config: DataConfig, seed: int, num_partitions: int) -> Tensor | None:
-    """Return the clients' numbers of training examples of each class, after any label shift.
+    """Return the clients' training examples of each class, ``(num_partitions, num_classes)``.
 
-    Nothing is downloaded and no own function is called.
-
-    Returns
-    -------
-    Tensor | None
-        ``(num_partitions, num_classes)``, int64. None if the partition is neither cached nor of an
-        embedded data set.
+    They are counted after any label shift. Nothing is downloaded and no own function is called;
+    None if the partition is neither cached nor of an embedded data set.
 
     Raises
     ------

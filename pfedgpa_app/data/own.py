@@ -52,19 +52,10 @@ def load_part(config: DataConfig, seed: int) -> Part:
 def own_shares(
     name: str, labels: NDArray[np.int64], num_clients: int, seed: int
 ) -> list[NDArray[np.int64]]:
-    """Call the function of ``data.partition`` with ``(labels, num_clients, seed)``.
+    """Return the result of the function of ``data.partition``: each client's indices, ascending.
 
-    Global random generators are seeded during the call.
-
-    Parameters
-    ----------
-    labels
-        Of the training pool, ``(n,)``; the function gets a copy.
-
-    Returns
-    -------
-    list[NDArray[np.int64]]
-        Each client's indices into ``labels``, ascending.
+    It is called with a copy of the training pool's labels ``(n,)``, ``num_clients`` and ``seed``,
+    with seeded global random generators.
 
     Raises
     ------

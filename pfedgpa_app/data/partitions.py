@@ -63,14 +63,8 @@ def partition(
     With ``natural``, client i has the examples of owner i, at most ``train_samples`` and
     ``test_samples``, drawn by the seed. Owners beyond the number of clients are left out.
 
-    Parameters
-    ----------
-    labels : Tensor
-        ``(n,)``, int64.
-    is_test : Tensor
-        Mask of the test pool, ``(n,)``, bool.
-    owners : Tensor | None
-        The owner of each example, ``(n,)``, int64, from 0; for ``natural`` alone.
+    ``labels`` and ``is_test``, the mask of the test pool, are ``(n,)``, as are ``owners``, numbered
+    from 0, for ``natural`` alone.
 
     Raises
     ------
