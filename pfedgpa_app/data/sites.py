@@ -49,9 +49,9 @@ def site_data(
     except (FileError, OSError) as error:
         raise DataError(str(error)) from error
     dataset = assemble(parts, config, seed, str(path))
-    pools = (~dataset.is_test, dataset.is_test)
-    tensors = (each[pool] for pool in pools for each in (dataset.images, dataset.labels))
-    return ClientData(*tensors, image_stats(dataset), config.info)
+    (images, labels, is_test, _), stats = dataset, image_stats(dataset)
+    train, test = (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    return ClientData(*train, *test, stats, config.info)
 
 
 def _read_folder(path: Path, config: DataConfig, note: Note) -> list[Part]:
