@@ -233,18 +233,19 @@ class ExportedModel:
 
     def _client_data(self) -> ClientData:
         """Load the partition of the run's data that the client had."""
+        data = self.config.data
         if self.partition is None:
             raise ExportError(
                 f"client {self.client} did not report its partition, or has its own data; right "
                 "would be its examples and their classes"
             )
-        self._trust(f'data.dataset = "{self.config.data.dataset}"')
-        if self.config.data.root and not self.trusted:
+        self._trust(f'data.dataset = "{data.dataset}"')
+        if data.root and not self.trusted:
             raise ExportError(
-                f'data.root = "{self.config.data.root}" is a folder named by the file, where data '
-                "may be written; if you trust the file, allow it (--trust)"
+                f'data.root = "{data.root}" is a folder named by the file, where data may be '
+                "written; if you trust the file, allow it (--trust)"
             )
-        return client_data(self.config.data, self.config.seed, *self.partition)
+        return client_data(data, self.config.seed, *self.partition)
 
     @cached_property
     def module(self) -> nn.Module:

@@ -105,14 +105,34 @@ def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
         If the function cannot be imported or fails, does not return a module, or the module does
         not map examples of ``info.shape`` to ``info.num_classes`` logits.
     """
+    named, make = f'model.name = "{name}"', MODELS.get(name)
     with initialized_by(make_generator(seed, "model")):
         try:
-            model = (MODELS.get(name) or _function(name))(info)
-        except ModelError:
-            raise
+            make = make or own_function(name)
+        except UntrustedError as error:
+            raise ModelError(f"{named}: {error}") from error
+        except (ImportError, AttributeError) as error:
+            raise ModelError(
+                f"{named}: {error}; right would be package.module:function with a module that the "
+                "app can import"
+            ) from error
         except Exception as error:  # user code may raise anything
-            raise ModelError(f'model.name = "{name}": building it failed with {error!r}') from error
-        _check_fit(name, model, info)
+            raise ModelError(f"{named}: importing it failed with {error!r}") from error
+        try:
+            model = make(info)
+        except Exception as error:
+            raise ModelError(f"{named}: building it failed with {error!r}") from error
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{named}: returned {type(model).__name__}, not a torch.nn.Module")
+        try:
+            with evaluating(model), torch.no_grad():
+                check_logits(model(torch.zeros(2, *info.shape)), 2, info.num_classes)
+        except ModelError as error:
+            raise ModelError(f"{named}: of shape {info.shape}, {error}") from error
+        except Exception as error:
+            raise ModelError(
+                f"{named}: failed on examples of shape {info.shape}: {error}"
+            ) from error
     return model
 
 
@@ -129,35 +149,6 @@ def _chain(convolutions: list[nn.Conv2d], linears: list[nn.Linear]) -> nn.Module
             layers[f"fc_activation{number - 1}"] = nn.LeakyReLU()
         layers[f"fc{number}"] = linear
     return nn.Sequential(OrderedDict(layers))
-
-
-def _function(name: str) -> Callable[[DatasetInfo], nn.Module]:
-    try:
-        return own_function(name)
-    except UntrustedError as error:
-        raise ModelError(f'model.name = "{name}": {error}') from error
-    except (ImportError, AttributeError) as error:
-        raise ModelError(
-            f'model.name = "{name}": {error}; right would be package.module:function with a module '
-            "that the app can import"
-        ) from error
-
-
-def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
-    """Check the logits of a model on two blank examples."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f'model.name = "{name}": returned {type(model).__name__}, not a torch.nn.Module'
-        )
-    try:
-        with evaluating(model), torch.no_grad():
-            check_logits(model(torch.zeros(2, *info.shape)), 2, info.num_classes)
-    except ModelError as error:
-        raise ModelError(f'model.name = "{name}": of shape {info.shape}, {error}') from error
-    except Exception as error:  # user code may raise anything
-        raise ModelError(
-            f'model.name = "{name}": failed on examples of shape {info.shape}: {error}'
-        ) from error
 
 
 def mixing_layers(model: nn.Module) -> str:

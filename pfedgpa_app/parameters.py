@@ -174,11 +174,9 @@ class ParameterLayout:
     def merge(self, vector: Tensor, rest: Mapping[str, Tensor]) -> StateDict:
         """Return the state_dict of a vector ``(dim,)`` and a rest, the inverse of `split`."""
         pieces = torch.split(vector, [entry.numel for entry in self.generated])
-        generated = {
-            entry.name: piece.reshape(entry.shape).to(entry.dtype)
-            for entry, piece in zip(self.generated, pieces, strict=True)
-        }
-        merged = {**rest, **generated}
+        merged = dict(rest)
+        for entry, piece in zip(self.generated, pieces, strict=True):
+            merged[entry.name] = piece.reshape(entry.shape).to(entry.dtype)
         return {e.name: merged[self.aliases.get(e.name, e.name)] for e in self.entries}
 
     def rest(self, state: Mapping[str, Tensor]) -> StateDict:

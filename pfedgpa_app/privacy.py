@@ -109,16 +109,11 @@ def cost_of_round(
 
 @dataclass(frozen=True)
 class Ledger:
-    """A client's privacy spending so far, as steps of the sampled Gaussian mechanism.
-
-    Attributes
-    ----------
-    entries
-        Runs of equal steps: noise multiplier (standard deviation by sensitivity), sample rate and
-        number of steps.
-    """
+    """A client's privacy spending so far, as steps of the sampled Gaussian mechanism."""
 
     entries: tuple[tuple[float, float, int], ...] = ()
+    """Runs of equal steps: noise multiplier (standard deviation by sensitivity), sample rate and
+    number of steps."""
 
     @classmethod
     def of(cls, columns: Mapping[str, Sequence[float]]) -> "Ledger":
@@ -148,13 +143,10 @@ class Ledger:
 
         if not self.entries:
             return 0.0
-        divergences = np.sum(
-            [steps * _divergences(noise, rate) for noise, rate, steps in self.entries], axis=0
-        )
+        orders = RDPAccountant.DEFAULT_ALPHAS
+        each = [steps * _divergences(noise, rate) for noise, rate, steps in self.entries]
         with quiet_opacus():
-            epsilon, _ = get_privacy_spent(
-                orders=RDPAccountant.DEFAULT_ALPHAS, rdp=divergences, delta=delta
-            )
+            epsilon, _ = get_privacy_spent(orders=orders, rdp=np.sum(each, axis=0), delta=delta)
         return float(epsilon)
 
 
@@ -164,13 +156,9 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> NDArray[np.floa
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import compute_rdp
 
+    orders = RDPAccountant.DEFAULT_ALPHAS
     return np.asarray(
-        compute_rdp(
-            q=sample_rate,
-            noise_multiplier=noise_multiplier,
-            steps=1,
-            orders=RDPAccountant.DEFAULT_ALPHAS,
-        )
+        compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders)
     )
 
 
@@ -187,20 +175,10 @@ def quiet_opacus() -> Iterator[None]:
 
 
 def require_opacus(config: PrivacyConfig) -> None:
-    """Check that Opacus is installed if it is needed.
-
-    Raises
-    ------
-    ConfigError
-        If it is not.
-    """
+    """Raise a `ConfigError` if Opacus is needed and not installed."""
     if config.is_on and importlib.util.find_spec("opacus") is None:
-        raise ConfigError(
-            [
-                f'privacy.mode = "{config.mode}": the package opacus is not installed; right would '
-                'be pip install ".[privacy]"'
-            ]
-        )
+        problem = f'privacy.mode = "{config.mode}": the package opacus is not installed'
+        raise ConfigError([f'{problem}; right would be pip install ".[privacy]"'])
 
 
 def unfit_layers(
