@@ -1,9 +1,10 @@
 """The structure of a model: trained, tied and fixed tensors, and its head."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -243,17 +244,14 @@ def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
     """Return a model's output, and the calls of its layers in the order of their ends."""
     calls: list[Call] = []
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        def hook(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            if isinstance(output, Tensor):
-                first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-                calls.append(Call(name, first, output))
-
-        return hook
+    def keep(name: str, layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if isinstance(output, Tensor):
+            first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+            calls.append(Call(name, first, output))
 
     # The model itself counts as a layer only if it has no submodules.
     handles = [
-        layer.register_forward_hook(keep(name))
+        layer.register_forward_hook(partial(keep, name))
         for name, layer in model.named_modules()
         if name or not any(model.children())
     ]

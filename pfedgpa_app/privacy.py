@@ -72,18 +72,18 @@ def private_update(
     `update_deviation` is added. An update that is not finite counts as 0. Frozen weights, buffers
     and counters stay as received. A tied tensor is noised once, since two noises would average out.
     """
-    moves = {
+    updates = {
         name: tensor.double() - received[name].double()
         for name, tensor in state.items()
         if name in spec.trained and name not in spec.aliases
     }
-    norm = math.hypot(*(float(move.norm()) for move in moves.values()))
+    norm = math.hypot(*(float(update.norm()) for update in updates.values()))
     deviation = update_deviation(config)
     private = dict(received)
-    for name, move in moves.items():
-        kept = move * min(1.0, config.clip_norm / max(norm, 1e-300))
-        kept = kept if math.isfinite(norm) else torch.zeros_like(move)
-        noised = received[name].double() + kept + deviation * gaussian(move, uniform)
+    for name, update in updates.items():
+        clipped = update * min(1.0, config.clip_norm / max(norm, 1e-300))
+        clipped = clipped if math.isfinite(norm) else torch.zeros_like(update)
+        noised = received[name].double() + clipped + deviation * gaussian(update, uniform)
         private |= dict.fromkeys(spec.with_aliases([name]), noised.to(state[name].dtype))
     return private
 

@@ -49,23 +49,18 @@ class SplitFile:
         folder = xdg_folder("XDG_CACHE_HOME", ".cache")
         self.path = folder / "splits" / f"{digest.hexdigest()[:32]}.safetensors"
 
-    def read(self) -> tuple[Dataset | None, Indices] | None:
-        """Return the indices, with the data set if it is small; None if they are not cached."""
-        tensors = self._tensors()
-        if tensors is None:
+    def read(self) -> tuple[Dataset | None, Indices, Tensor] | None:
+        """Return the data set if it is small, the indices and `counted`; None if not cached."""
+        if self.path is None:
             return None
-        small = "images" in tensors
-        dataset = Dataset(*(tensors[name] for name in _OF_DATASET)) if small else None
+        try:
+            tensors, _ = load_state(self.path, SPLIT_KIND)
+        except ValueError:  # missing or damaged
+            return None
+        is_small = "images" in tensors
+        dataset = Dataset(*(tensors[name] for name in _OF_DATASET)) if is_small else None
         parts = [tensors[name].split(tensors[f"{name}_sizes"].tolist()) for name in _POOLS]
-        return dataset, list(zip(*parts, strict=True))
-
-    def class_counts(self) -> Tensor | None:
-        """Return the clients' training examples of each class, ``(num_clients, num_classes)``.
-
-        They are counted before any shift. None if they are not cached.
-        """
-        tensors = self._tensors()
-        return None if tensors is None else tensors["class_counts"]
+        return dataset, list(zip(*parts, strict=True)), tensors["class_counts"]
 
     def write(self, dataset: Dataset, indices: Indices) -> None:
         """Cache the indices, and a small data set; do nothing if that is not possible."""
@@ -80,14 +75,6 @@ class SplitFile:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_state(self.path, SPLIT_KIND, tensors)
-
-    def _tensors(self) -> dict[str, Tensor] | None:
-        if self.path is None:
-            return None
-        try:
-            return load_state(self.path, SPLIT_KIND)[0]
-        except ValueError:  # missing or damaged
-            return None
 
 
 def _version(name: str) -> str:
