@@ -48,7 +48,7 @@ def alone_in(rows: Sequence[Row], diffusion: DiffusionConfig) -> str:
 
 _WITH_TWO = (
     "With diffusion.min-contributors=2 two share; then each can work out the other's model from "
-    "what it receives, which tells something of the data that the other trained on"
+    "what it receives, which reveals something of the data that the other trained on"
 )
 
 
