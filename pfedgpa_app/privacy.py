@@ -240,9 +240,9 @@ def _unfit_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
             changing = _differing(in_batch, _gradients(model, first))
     except Exception as error:  # user code may raise anything
         return [f"Opacus cannot train it: {error}"]
-    names = ", ".join(list(dict.fromkeys(changing))[:5])
     if not changing:
         return []
+    names = ", ".join(list(dict.fromkeys(changing))[:5])
     return [
         "the gradient of an example must not depend on the rest of its batch, but does: "
         f"{names}. Right would be a forward without statistics over the batch, such as "

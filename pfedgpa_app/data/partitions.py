@@ -12,11 +12,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from datasets.arrow_dataset import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-)
+from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner
 from numpy.typing import NDArray
 from torch import Tensor
 
