@@ -2,11 +2,10 @@
 
 import io
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,19 +54,12 @@ def check_regular(file: Path) -> None:
 
 
 def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> Tensor:
-    """Return a NumPy array or tensor of any byte order as a tensor for models.
+    """Return examples ``(n, *shape)``, a NumPy array or tensor, as a tensor for models.
 
-    Tables become float32, but uint8 stays. Images and signals are uint8, uint16 (which becomes
-    `LEVELS`) or floats (which become float32); other integers have no known range.
-
-    Parameters
-    ----------
-    values
-        Examples, ``(n, *shape)``; tables are ``(n, features)``.
-    shape
-        Of an example; a name in place of a number allows any size.
-    to_train
-        Whether to refuse table features that float32 cannot resolve.
+    Tables ``(n, features)`` become float32, but uint8 stays. Images and signals are uint8, uint16
+    (which becomes `LEVELS`) or floats (which become float32); other integers have no known range.
+    In ``shape``, a name in place of a number allows any size. ``to_train`` refuses table features
+    that float32 cannot resolve.
 
     Raises
     ------
@@ -78,7 +70,7 @@ def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> T
     if not _fits(array.shape, shape):
         given = by_x(array.shape) or "a number"
         raise ArrayError(f"{given}, right would be {by_x(('n', *shape))}")
-    _check_type(array, *_example_kinds(is_table))
+    _check_type(array, _TABLES if is_table else _IMAGES)
     if array.dtype == np.uint8:
         return _as_tensor(array, np.uint8)
     if array.dtype == np.uint16 and not is_table:
@@ -110,7 +102,7 @@ def as_labels(values: Any) -> Tensor:
         If they have another dtype (floats included), or do not fit into int64.
     """
     array = _as_array(values)
-    _check_type(array, _LABEL_KINDS, "whole numbers (int64)")
+    _check_type(array, _LABELS)
     if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
         raise ArrayError(f"up to {array.max()}, right would be 0 to data.num-classes - 1")
     return _as_tensor(array, np.int64)
@@ -123,23 +115,24 @@ def common_dtype(images: Sequence[Tensor]) -> list[Tensor]:
     return [e.to(LEVELS) * 257 if e.dtype == torch.uint8 else e for e in images]
 
 
-_LABEL_KINDS = (np.integer,)
+class _Kinds(NamedTuple):
+    """Allowed dtypes, and their description for messages."""
+
+    types: tuple[type, ...]
+    right: str
+
+    def has(self, dtype: np.dtype[Any]) -> bool:
+        return any(np.issubdtype(dtype, each) for each in self.types)
 
 
-def _example_kinds(is_table: bool) -> tuple[tuple[type, ...], str]:
-    """Return the allowed dtypes of examples, and their description for messages."""
-    if is_table:
-        return (np.integer, np.floating), "whole numbers or floats"
-    return (np.uint8, np.uint16, np.floating), "uint8, uint16 or floats"
+_LABELS = _Kinds((np.integer,), "whole numbers")
+_TABLES = _Kinds((np.integer, np.floating), "whole numbers or floats")
+_IMAGES = _Kinds((np.uint8, np.uint16, np.floating), "uint8, uint16 or floats")
 
 
-def _is_one_of(dtype: np.dtype[Any], kinds: tuple[type, ...]) -> bool:
-    return any(np.issubdtype(dtype, kind) for kind in kinds)
-
-
-def _check_type(array: Array, kinds: tuple[type, ...], right: str) -> None:
-    if not _is_one_of(array.dtype, kinds):
-        raise ArrayError(f"a {type(array).__name__} of {array.dtype}, right would be {right}")
+def _check_type(array: Array, kinds: _Kinds) -> None:
+    if not kinds.has(array.dtype):
+        raise ArrayError(f"a {type(array).__name__} of {array.dtype}, right would be {kinds.right}")
 
 
 def _fits(given: Sequence[int], shape: Sequence[int | str]) -> bool:
@@ -194,25 +187,18 @@ def _lost_features(table: Array, floats: Array) -> list[int]:
 
 
 def read_examples(file: Path, shape: Sequence[int | str], *, to_train: bool = False) -> Tensor:
-    """Return the array x of an .npz file, ``(n, *shape)``, converted by `as_examples`.
-
-    Parameters
-    ----------
-    file
-        Written by numpy's savez or savez_compressed.
-    shape
-        Of an example; a name in place of a number allows any size.
-    to_train
-        As in `as_examples`.
+    """Return the array x of an .npz file of NumPy, ``(n, *shape)``, converted by `as_examples`.
 
     Raises
     ------
     FileError
         If there is no such array, it has more than `MAX_BYTES`, or `as_examples` refuses it.
     """
-    array = _read_array(file, "x", shape, *_example_kinds(len(shape) == 1))
-    with _named(f"{file}: x"):
+    array = _read_array(file, "x", shape, _TABLES if len(shape) == 1 else _IMAGES)
+    try:
         return as_examples(array, shape, to_train=to_train)
+    except ArrayError as error:
+        raise FileError(f"{file}: x is {error}") from error
 
 
 def read_labels(file: Path) -> Tensor:
@@ -223,18 +209,11 @@ def read_labels(file: Path) -> Tensor:
     FileError
         If there is no such array, it has more than `MAX_BYTES`, or `as_labels` refuses it.
     """
-    array = _read_array(file, "y", (), _LABEL_KINDS, "whole numbers")
-    with _named(f"{file}: y"):
-        return as_labels(array)
-
-
-@contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Turn an `ArrayError` into a `FileError` that names the file and its array."""
+    array = _read_array(file, "y", (), _LABELS)
     try:
-        yield
+        return as_labels(array)
     except ArrayError as error:
-        raise FileError(f"{what} is {error}") from error
+        raise FileError(f"{file}: y is {error}") from error
 
 
 def read_header(beginning: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -245,20 +224,14 @@ def read_header(beginning: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
     ValueError
         If there is no header of at most `MAX_HEADER_BYTES`.
     """
-    file = io.BytesIO(beginning)
-    version = np.lib.format.read_magic(file)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
+    file, formats = io.BytesIO(beginning), np.lib.format
+    is_first = formats.read_magic(file) == (1, 0)
+    read = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
     shape, _, dtype = read(file, max_header_size=MAX_HEADER_BYTES)
     return tuple(shape), dtype
 
 
-def _read_array(
-    file: Path, name: str, wanted: Sequence[int | str], kinds: tuple[type, ...], right: str
-) -> Array:
+def _read_array(file: Path, name: str, wanted: Sequence[int | str], kinds: _Kinds) -> Array:
     """Read an array of an .npz file, if shape, dtype and size in its header are right."""
     check_regular(file)
     try:
@@ -266,34 +239,24 @@ def _read_array(
             member = archive.getinfo(f"{name}.npy")
             with archive.open(member) as stream:
                 shape, dtype = read_header(stream.read(MAX_HEADER_BYTES))
-            problem = _problem(shape, dtype, member.file_size, wanted, kinds, right)
-            if problem is None:
+            num_bytes = prod(shape) * dtype.itemsize
+            if not _fits(shape, wanted) or not kinds.has(dtype):
+                right = f"{kinds.right} of shape {_with_n(wanted)}"
+                problem = f"is {dtype} of shape {shape}; right would be {right}"
+            elif num_bytes > MAX_BYTES:
+                problem = f"has {num_bytes:,} bytes; right would be {MAX_BYTES:,} or less"
+            elif num_bytes > member.file_size:
+                problem = (
+                    f"should have {num_bytes:,} bytes and the file has {member.file_size:,}; it is "
+                    "cut off"
+                )
+            else:
                 with archive.open(member) as stream:
                     array: Array = np.lib.format.read_array(stream)
+                return array
     except Exception as error:  # numpy, zipfile and zlib have no common base
         raise FileError(f"{file}: its array {name} cannot be read ({error})") from error
-    if problem is not None:
-        raise FileError(f"{file}: {name} {problem}")
-    return array
-
-
-def _problem(
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    file_size: int,
-    wanted: Sequence[int | str],
-    kinds: tuple[type, ...],
-    right: str,
-) -> str | None:
-    """Return what is wrong with the header of an array; None if nothing is."""
-    if not _fits(shape, wanted) or not _is_one_of(dtype, kinds):
-        return f"is {dtype} of shape {shape}; right would be {right} of shape {_with_n(wanted)}"
-    num_bytes = prod(shape) * dtype.itemsize
-    if num_bytes > MAX_BYTES:
-        return f"has {num_bytes:,} bytes; right would be {MAX_BYTES:,} or less"
-    if num_bytes > file_size:
-        return f"should have {num_bytes:,} bytes and the file has {file_size:,}; it is cut off"
-    return None
+    raise FileError(f"{file}: {name} {problem}")
 
 
 def _with_n(shape: Sequence[int | str]) -> str:

@@ -119,27 +119,26 @@ class DataConfig(Section):
     def contradictions(self) -> Iterator[Contradiction]:
         """Yield contradictions between valid settings."""
         own_data = self.dataset not in DATASETS
-        names, num_classes = self.named_classes, self.num_classes
+        dataset, names = f'data.dataset = "{self.dataset}"', self.named_classes
+        num_classes = self.num_classes if own_data else DATASETS[self.dataset].num_classes
+        of_classes = {"data.dataset", "data.num-classes", "data.class-names"}
+        is_sized = not own_data or (bool(self.shape) and (num_classes or len(names)) >= 2)
         if own_data and not self.shape:
             yield (
                 {"data.dataset", "data.shape"},
-                f'data.shape = "": data.dataset = "{self.dataset}" is an own data set, say how '
-                'large its examples are, for example "1x28x28" (channels x height x width) or "30" '
-                "(features of a table)",
+                f'data.shape = "": {dataset} is an own data set, say how large its examples are, '
+                'for example "1x28x28" (channels x height x width) or "30" (features of a table)',
             )
         if own_data and (num_classes or len(names)) < 2:
             yield (
-                {"data.dataset", "data.num-classes", "data.class-names"},
-                f'data.num-classes = {num_classes}: data.dataset = "{self.dataset}" is an own '
-                "data set, say how many classes it has (2 or more), or what they are called "
-                "(data.class-names)",
+                of_classes,
+                f"data.num-classes = {num_classes}: {dataset} is an own data set, say how many "
+                "classes it has (2 or more), or what they are called (data.class-names)",
             )
-        if not own_data:
-            num_classes = DATASETS[self.dataset].num_classes
         shown = self.class_names[:_MAX_SHOWN] + "…" * (len(self.class_names) > _MAX_SHOWN)
         if names and num_classes not in (0, len(names)):
             yield (
-                {"data.dataset", "data.num-classes", "data.class-names"},
+                of_classes,
                 f'data.class-names = "{shown}": has {len(names)} names for {num_classes} classes; '
                 "right would be one each",
             )
@@ -149,7 +148,8 @@ class DataConfig(Section):
                 f'data.class-names = "{shown}": has {", ".join(map(quoted, repeated[:5]))} more '
                 "than once; right would be each once",
             )
-        if self.partition == "natural" and not own_data and self.dataset not in WITH_OWNERS:
+        is_natural = self.partition == "natural"
+        if is_natural and not own_data and self.dataset not in WITH_OWNERS:
             yield (
                 {"data.partition", "data.dataset"},
                 f'data.partition = "natural": the examples of {self.dataset} have no owners; '
@@ -157,7 +157,7 @@ class DataConfig(Section):
                 "your own",
             )
         uniform = f"data.test-uniform-fraction = {self.test_uniform_fraction}"
-        if self.partition == "natural" and self.test_uniform_fraction:
+        if is_natural and self.test_uniform_fraction:
             yield (
                 {"data.partition", "data.test-uniform-fraction"},
                 f'{uniform}: with data.partition = "natural" each owner\'s test examples are its '
@@ -166,35 +166,30 @@ class DataConfig(Section):
         if self.dataset == SITES and self.test_uniform_fraction:
             yield (
                 {"data.dataset", "data.test-uniform-fraction"},
-                f"{uniform}: is for data that is partitioned; with data.dataset = "
-                f'"{SITES}" right would be 0.0',
+                f"{uniform}: is for data that is partitioned; with {dataset} right would be 0.0",
             )
+        shift = f'data.shift = "{self.shift}"'
         if self.dataset == SITES and self.shift != "none":
             yield (
                 {"data.dataset", "data.shift"},
-                f'data.shift = "{self.shift}": is for data that is partitioned; with data.dataset '
-                f'= "{SITES}" right would be "none"',
+                f'{shift}: is for data that is partitioned; with {dataset} right would be "none"',
             )
-        if not own_data or (self.shape and (num_classes or len(names)) >= 2):
-            yield from self._size_contradictions()
-
-    def _size_contradictions(self) -> Iterator[Contradiction]:
-        most, shape = self.info.num_classes, self.info.shape
-        settings = {
+        limited = {
             "dominant-classes": ("data.dominant-classes", self.dominant_classes),
             "pathological": ("data.classes-per-client", self.classes_per_client),
         }
-        key, number = settings.get(self.partition, ("", 0))
-        if number > most and self.dataset != SITES:
+        key, number = limited.get(self.partition, ("", 0))
+        if is_sized and self.dataset != SITES and number > (most := self.info.num_classes):
             yield (
                 {"data.partition", key, "data.dataset", "data.num-classes"},
                 f"{key} = {number}: {self.dataset} has only {most} classes, so at most {most}",
             )
-        if self.shift in ("rotation", "contrast") and not self.info.is_image:
+        is_of_images = self.shift in ("rotation", "contrast")
+        if is_sized and is_of_images and not self.info.is_image:
             yield (
                 {"data.shift", "data.dataset", "data.shape"},
-                f'data.shift = "{self.shift}": is for images, and {self.dataset} has the shape '
-                f'{by_x(shape)}; right would be "none" or "permuted-labels"',
+                f"{shift}: is for images, and {self.dataset} has the shape "
+                f'{by_x(self.info.shape)}; right would be "none" or "permuted-labels"',
             )
 
 

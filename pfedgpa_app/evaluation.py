@@ -1,4 +1,4 @@
-"""Judging a model on images that it was not trained on."""
+"""Evaluation of a model on examples that it was not trained on."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Evaluation(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> "Evaluation":
-        """Return that of logits ``(num_examples, num_classes)`` and labels ``(num_examples,)``."""
+        """Evaluate logits ``(num_examples, num_classes)`` by labels ``(num_examples,)``."""
         correct = int((logits.argmax(dim=1) == labels).sum())
         return cls(correct / len(labels), float(functional.cross_entropy(logits, labels)))
 
@@ -29,18 +29,12 @@ _NUM_BINS = 15
 
 
 def scores_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return what accuracy hides, each in 0 .. 1, by its name in `protocol`.
+    """Return further metrics of logits ``(n, num_classes)`` and labels ``(n,)``, each in 0 .. 1.
 
-    The recall of each class that the test set has, and their mean, the balanced accuracy. The F1
-    score of each class that the test set has or that was predicted, of which the mean is the macro
-    F1. The area under the ROC curve, of two classes that the test set both has. The expected
-    calibration error of the largest probability, in 15 bins of equal width. Of logits that are not
-    finite, there is none of it.
-
-    Parameters
-    ----------
-    logits, labels
-        ``(num_examples, num_classes)`` and ``(num_examples,)``.
+    By their names in `protocol`: the recall of each class in the test set, and their mean, the
+    balanced accuracy; macro F1, the mean over classes in the test set or predicted; with two
+    classes, both in the test set, the area under the ROC curve; the expected calibration error of
+    the largest probability, in 15 bins of equal width. None if a logit is not finite.
     """
     if not bool(logits.isfinite().all()):
         return {}
@@ -64,7 +58,7 @@ def scores_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def _auroc(scores: Tensor, is_positive: Tensor) -> Tensor:
-    """Return how often a positive has a higher score than a negative, of the same one half."""
+    """Return how often a positive has a higher score than a negative; ties count one half."""
     _, place, counts = scores.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
     num, num_others = is_positive.sum(), (~is_positive).sum()
@@ -96,21 +90,11 @@ def logits_of(
 ) -> Tensor:
     """Return a model's logits, ``(num_examples, num_classes)``, float32.
 
-    Parameters
-    ----------
-    model
-        On the device of the images; it is left in evaluation mode.
-    images
-        As the data set has them, ``(num_examples, *shape)``; they are normalized with ``stats``.
-    stats
-        Mean and deviation of each channel or feature.
-    precision
-        As `autocast` takes it.
-    batch_size
-        Images that are in the model at a time.
+    ``images``, ``(num_examples, *shape)``, on the model's device, are normalized with ``stats``,
+    ``batch_size`` at a time. The model is left in evaluation mode.
     """
     model.eval()
-    # So that what draws at random in evaluation too gives the same each time.
+    # Own models may draw at random in evaluation too.
     generator = make_generator(0, "evaluation")
     with drawing_from(generator, images.device), autocast(images.device, precision):
         logits = [model(normalize(batch, stats)) for batch in images.split(batch_size)]
@@ -118,7 +102,7 @@ def logits_of(
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return a block in which models compute in ``bf16`` where that is enough, or in ``fp32``."""
+    """Return a context in which models compute in ``bf16`` where that is enough, or ``fp32``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -131,9 +115,6 @@ def evaluate(
     *,
     offset: Tensor | None = None,
 ) -> Evaluation:
-    """Return a model's accuracy and loss on images and their labels, ``(num_examples,)``.
-
-    ``offset`` ``(num_classes,)`` is added to the logits, as `class_prior` has it.
-    """
+    """Return a model's accuracy and loss; ``offset`` ``(num_classes,)`` is added to the logits."""
     logits = logits_of(model, images, stats, precision)
     return Evaluation.of(logits if offset is None else logits + offset, labels)

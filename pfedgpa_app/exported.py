@@ -48,13 +48,7 @@ class _Metadata(Section, extra="ignore"):
 
 
 def _read(file: Path, raw: dict[str, Any]) -> tuple[_Metadata, Config]:
-    """Return the metadata of a file, and the settings of its run.
-
-    Raises
-    ------
-    ExportError
-        If they are damaged.
-    """
+    """Return the metadata of a file, and the settings of its run."""
     try:
         metadata = _Metadata.model_validate(raw)
         return metadata, Config.from_flat(metadata.config)
@@ -70,11 +64,6 @@ def _check_shapes(file: Path, config: Config, shapes: Shapes) -> None:
 
     The model is built on the meta device, since a damaged file may describe one of any size. Own
     models are not checked here: they are only built if they are trusted.
-
-    Raises
-    ------
-    ExportError
-        If shapes differ, or examples are too large.
     """
     info, make = config.data.info, MODELS.get(config.model.name)
     if math.prod(info.shape) > _MAX_NUMBERS:
@@ -96,42 +85,27 @@ def _check_shapes(file: Path, config: Config, shapes: Shapes) -> None:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A personalized model and its origin.
-
-    Attributes
-    ----------
-    state
-        The state_dict.
-    config
-        The settings of its run.
-    client
-        The number of its client in the run.
-    server_round
-        The round after which it was exported.
-    stats
-        Normalization statistics of the client's data. None if the client did not report them.
-    partition
-        The client's partition and their number. None if the client did not report it.
-    class_counts
-        The client's training examples of each class, which predictions with
-        ``client.class-prior`` need. They are not reported to the server; `with_class_counts` counts
-        them if the data is available.
-    trusted
-        Whether own functions in the settings may be imported and called. They are code of the
-        file's author.
-    run
-        The id of its run; empty if unknown, as in files of older versions.
-    """
+    """A personalized model and its origin."""
 
     state: StateDict
+    """The state_dict."""
     config: Config
+    """The settings of its run."""
     client: int
+    """The number of its client in the run."""
     server_round: int
+    """The round after which it was exported."""
     stats: ImageStats | None = None
+    """Normalization statistics of the client's data; None if the client did not report them."""
     partition: tuple[int, int] | None = None
+    """The client's partition and their number; None if the client did not report it."""
     class_counts: tuple[int, ...] | None = None
+    """The client's training examples of each class, which predictions with ``client.class-prior``
+    need. The server does not know them; `with_class_counts` counts them if it has the data."""
     trusted: bool = False
+    """Whether own functions in the settings, code of the file's author, may be called."""
     run: str = ""
+    """The id of its run; empty if unknown, as in files of older versions."""
 
     @classmethod
     def load(cls, file: Path, *, trusted: bool = False) -> "ExportedModel":
@@ -186,11 +160,8 @@ class ExportedModel:
     def predict(self, images: Tensor) -> Tensor:
         """Return the probabilities of the classes, ``(num_examples, num_classes)``.
 
-        Parameters
-        ----------
-        images
-            ``(num_examples, *shape)``, uint8, int32 (16 bits) or float32 like the training data;
-            tables of any of these.
+        Images ``(num_examples, *shape)`` are uint8, int32 (16 bits) or float32 like the training
+        data; tables are any of these.
 
         Raises
         ------
@@ -204,15 +175,14 @@ class ExportedModel:
             raise ExportError(f"examples of shape {tuple(images.shape)}; right would be ({right})")
         stats = self._known_stats
         # Only float data has trivial statistics.
-        is_float = not bool(stats.mean.any()) and bool((stats.std == 1).all())
+        is_float = bool((stats.mean == 0).all() and (stats.std == 1).all())
         dtypes = [torch.float32] if is_float else [torch.uint8, LEVELS]
         if len(shape) > 1 and images.dtype not in dtypes:
             raise ExportError(
                 f"examples of {images.dtype}; right would be {dtypes[0]}, in the units of the data "
                 "that the model was trained on (an .npz file can hold both)"
             )
-        offset = self._offset
-        module = self.module
+        offset, module = self._offset, self.module
         with self._named():
             logits = logits_of(module, images, stats, self.config.client.precision)
         return (logits if offset is None else logits + offset).softmax(dim=1)
@@ -227,16 +197,11 @@ class ExportedModel:
         """
         data = self._client_data()
         prior = class_prior(data.train_labels, self.config.data.info.num_classes)
-        module, stats = self.module, self._known_stats
+        offset = prior if self.config.client.class_prior else None
+        module, stats, precision = self.module, self._known_stats, self.config.client.precision
         with self._named():
-            result = evaluate(
-                module,
-                data.test_inputs,
-                data.test_labels,
-                stats,
-                self.config.client.precision,
-                offset=prior if self.config.client.class_prior else None,
-            )
+            test_set = (data.test_inputs, data.test_labels)
+            result = evaluate(module, *test_set, stats, precision, offset=offset)
         return result, len(data.test_labels)
 
     def with_class_counts(self, counts: Sequence[int] | None = None) -> "ExportedModel":
@@ -249,17 +214,16 @@ class ExportedModel:
         ValueError
             If there is not one count per class, or one is negative.
         """
+        uses_counts, num_classes = self.config.client.class_prior, self.config.data.info.num_classes
         if counts is None:
-            if not self.config.client.class_prior or self.partition is None:
+            if not uses_counts or self.partition is None:
                 return self
-            labels = self._client_data().train_labels
-            counts = torch.bincount(labels, minlength=self.config.data.info.num_classes).tolist()
-        if not self.config.client.class_prior:
+            counts = self._client_data().train_labels.bincount(minlength=num_classes).tolist()
+        if not uses_counts:
             raise ExportError(
                 "class counts: the model was trained without client.class-prior and predicts "
                 "without them; right would be to leave them out"
             )
-        num_classes = self.config.data.info.num_classes
         if len(counts) != num_classes or min(counts) < 0:
             raise ExportError(
                 f"class counts {','.join(map(str, counts))}: right would be {num_classes} numbers "
@@ -269,18 +233,19 @@ class ExportedModel:
 
     def _client_data(self) -> ClientData:
         """Load the partition of the run's data that the client had."""
+        data = self.config.data
         if self.partition is None:
             raise ExportError(
                 f"client {self.client} did not report its partition, or has its own data; right "
                 "would be its examples and their classes"
             )
-        self._trust(f'data.dataset = "{self.config.data.dataset}"')
-        if self.config.data.root and not self.trusted:
+        self._trust(f'data.dataset = "{data.dataset}"')
+        if data.root and not self.trusted:
             raise ExportError(
-                f'data.root = "{self.config.data.root}" is a folder named by the file, where data '
-                "may be written; if you trust the file, allow it (--trust)"
+                f'data.root = "{data.root}" is a folder named by the file, where data may be '
+                "written; if you trust the file, allow it (--trust)"
             )
-        return client_data(self.config.data, self.config.seed, *self.partition)
+        return client_data(data, self.config.seed, *self.partition)
 
     @cached_property
     def module(self) -> nn.Module:

@@ -5,13 +5,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pfedgpa_app.arrays import FileError, check_regular, read_examples
+from pfedgpa_app.data_section import by_x
 from pfedgpa_app.files import composed, is_hidden
 
 if TYPE_CHECKING:
@@ -36,16 +37,14 @@ class Found(NamedTuple):
 
 def sort_out(paths: Iterable[Path]) -> Found:
     """Separate the images among the entries of a folder from all others."""
-    pictures, others = [], Counter[str]()
+    found = Found([], Counter())
     for path in sorted(path for path in paths if not is_hidden(path.name)):
         kind = path.suffix.lower()
-        if path.is_dir():
-            others["folder"] += 1
-        elif kind in PICTURES:
-            pictures.append(path)
+        if kind in PICTURES and not path.is_dir():
+            found.pictures.append(path)
         else:
-            others[kind or "without a suffix"] += 1
-    return Found(pictures, others)
+            found.others["folder" if path.is_dir() else kind or "without a suffix"] += 1
+    return found
 
 
 def counted(others: Counter[str]) -> str:
@@ -89,13 +88,8 @@ def find_labelled(
 ) -> tuple[list[Path], dict[Path, int]]:
     """Return pictures in folders that are named after classes, with their labels.
 
-    Such a folder is in one of the paths, and may have folders in turn. ``note`` is told what else
-    is beside it.
-
-    Returns
-    -------
-    tuple[list[Path], dict[Path, int]]
-        What else there is for `find_files`, and the pictures.
+    Such a folder is in one of the paths, and may have folders in turn. ``note`` is called with what
+    else is beside it. The first result is what remains for `find_files`.
 
     Raises
     ------
@@ -106,20 +100,24 @@ def find_labelled(
     others, found = [], dict[Path, int]()
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else []
-        folders = [each for each in inside if each.is_dir() and composed(each.name) in labels]
+        label_of = {
+            each: labels[composed(each.name)]
+            for each in inside
+            if each.is_dir() and composed(each.name) in labels
+        }
         pictures = {
-            picture: labels[composed(folder.name)]
-            for folder in folders
+            picture: label
+            for folder, label in label_of.items()
             for picture in find_pictures(folder).pictures
         }
         if not pictures:
             others.append(path)
             continue
         found |= pictures
-        beside = sort_out(set(inside) - set(folders))
+        beside = sort_out(set(inside) - label_of.keys())
         others += beside.pictures
         if beside.others:
-            note(f"{path}: passed over: {counted(beside.others)}")
+            note(f"{path}: skipped: {counted(beside.others)}")
     return others, found
 
 
@@ -168,40 +166,32 @@ def read_images(
     FileError
         If a file cannot be read or converted to ``shape``.
     """
-    is_image = len(shape) == 3
-    size = list(shape[1:])
-    is_noted = False
-    for name, image in _read_all(files, (shape[0], "height", "width") if is_image else shape):
+    size, is_noted = list(shape[1:]), False
+    for name, image in _read_all(files, shape):
         given = list(image.shape[1:])
-        if given != size and not is_noted:
-            is_noted = True
-            note(f"{name} is {_by(given)}; images are resized to {_by(size)}")
-        yield name, image if given == size else _resize(image, size)
+        if given != size:
+            from torchvision.transforms.functional import resize
+
+            if not is_noted:
+                is_noted = True
+                note(f"{name} is {by_x(given)}; images are resized to {by_x(size)}")
+            image = resize(image, size, antialias=True)
+        yield name, image
 
 
-def _read_all(files: Iterable[Path], shape: tuple[int | str, ...]) -> Iterator[tuple[str, Tensor]]:
+def _read_all(files: Iterable[Path], shape: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+    is_image = len(shape) == 3
     for file in files:
         if file.suffix.lower() == ".npz":
-            images = read_examples(file, shape)
+            images = read_examples(file, (shape[0], "height", "width") if is_image else shape)
             yield from ((f"{file}[{row}]", image) for row, image in enumerate(images))
-        elif len(shape) == 3:
-            yield str(file), read_picture(file, int(shape[0]))
+        elif is_image:
+            yield str(file), read_picture(file, shape[0])
         else:
             raise FileError(
                 f"{file}: is an image, and the model takes examples of shape {shape}; right would "
                 "be an .npz file with an array x of them"
             )
-
-
-def _resize(image: Tensor, size: list[int]) -> Tensor:
-    from torchvision.transforms.functional import resize
-
-    resized: Tensor = resize(image, size, antialias=True)
-    return resized
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -> Tensor:
@@ -230,9 +220,8 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
             opened = Image.open(file, formats=("PNG", "JPEG"))
         with opened:
             picture: Image.Image = opened
-            if size is not None and {*picture.size} != {
-                *size
-            }:  # in any order: it may have to be rotated
+            # In any order: it may have to be rotated.
+            if size is not None and sorted(picture.size) != sorted(size):
                 raise _size_error(file, picture.size, size)
             if picture.width * picture.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -244,8 +233,10 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
             if size is not None and picture.size != (size[1], size[0]):
                 raise _size_error(file, picture.size, size)
             if has_levels:
-                grey = _read_levels(np.asarray(picture).astype(np.int32))
-                return grey.expand(channels, *grey.shape).contiguous()
+                grey = np.asarray(picture).astype(np.int32)
+                eight, rest = np.divmod(grey, 257)
+                exact = torch.from_numpy(grey if rest.any() else eight.astype(np.uint8))
+                return exact.expand(channels, *exact.shape).contiguous()
             pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
     except FileError:
         raise
@@ -256,12 +247,6 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
     except (OSError, ValueError, SyntaxError) as error:
         raise FileError(f"{file}: cannot be read ({error})") from error
     return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
-
-
-def _read_levels(grey: "np.ndarray[Any, Any]") -> Tensor:
-    """Return 16-bit grey values ``(height, width)``, as 8 bits if that is exact."""
-    eight, rest = np.divmod(grey, 257)
-    return torch.from_numpy(grey if rest.any() else eight.astype(np.uint8))
 
 
 def _what_is_lost(file: Path, picture: "Image.Image", has_levels: bool) -> str | None:
@@ -277,12 +262,11 @@ def _what_is_lost(file: Path, picture: "Image.Image", has_levels: bool) -> str |
                 "would be 16 bits of grey, 8 bits a channel, or an .npz file of uint16"
             )
     hidden = picture.info.get("transparency")
-    if has_levels:
-        is_opaque = hidden is None or not bool((np.asarray(picture) == hidden).any())
-    elif hidden is not None or "A" in picture.getbands():
+    is_opaque = hidden is None and "A" not in picture.getbands()
+    if has_levels and hidden is not None:
+        is_opaque = not bool((np.asarray(picture) == hidden).any())
+    elif not is_opaque:
         is_opaque = picture.convert("RGBA").getchannel("A").getextrema()[0] == 255
-    else:
-        is_opaque = True
     if not is_opaque:
         return "has transparent pixels; right would be an image without transparency"
     return None
@@ -291,5 +275,5 @@ def _what_is_lost(file: Path, picture: "Image.Image", has_levels: bool) -> str |
 def _size_error(file: Path, given: tuple[int, int], size: Sequence[int]) -> FileError:
     width, height = given
     return FileError(
-        f"{file}: is {_by([height, width])}; right would be {_by(size)} (height x width)"
+        f"{file}: is {by_x([height, width])}; right would be {by_x(size)} (height x width)"
     )

@@ -1,9 +1,10 @@
 """The structure of a model: trained, tied and fixed tensors, and its head."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -44,59 +45,39 @@ def check_logits(output: object, number: int, num_classes: int) -> None:
 
 
 class Head(NamedTuple):
-    """The layer of a model that computes the logits.
-
-    Attributes
-    ----------
-    layer
-        Its name, "" for the model itself.
-    names
-        Its entries of the state_dict, aliases of tied tensors included.
-    size
-        Numbers of classes and features of a linear layer; (0, 0) for others.
-    weights
-        All names of its weight if that can be replaced: float32, trained, not parametrized.
-    """
+    """The layer of a model that computes the logits."""
 
     layer: str
+    """Its name, "" for the model itself."""
     names: tuple[str, ...]
+    """Its entries of the state_dict, aliases of tied tensors included."""
     size: tuple[int, int] = (0, 0)
+    """Numbers of classes and features of a linear layer; (0, 0) for others."""
     weights: tuple[str, ...] = ()
+    """All names of its weight if that can be replaced: float32, trained, not parametrized."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """What the server must know of the clients' model.
-
-    Attributes
-    ----------
-    initial
-        The state_dict before the first round.
-    trained
-        Names of the trained parameters.
-    aliases
-        The other names of tied tensors, with the first name of each.
-    fixed
-        Names of the tensors that never change: frozen weights, and infinite buffers such as masks,
-        except those that a trial of the training changes, such as a momentum encoder.
-    head
-        Its head; None if it was not searched or not found.
-    sends_fixed
-        Whether messages contain the fixed tensors. Otherwise clients use their own.
-    idle
-        Names of the parameters without gradient in a trial.
-    singular_vectors
-        The buffers of spectral normalization, if the model has any.
-    """
+    """What the server must know of the clients' model."""
 
     initial: StateDict
+    """The state_dict before the first round."""
     trained: frozenset[str]
+    """Names of the trained parameters."""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    """The other names of tied tensors, with the first name of each."""
     fixed: frozenset[str] = frozenset()
+    """Names of the tensors that never change: frozen weights, and infinite buffers such as masks,
+    except those that a trial of the training changes, such as a momentum encoder."""
     head: Head | None = None
+    """Its head; None if it was not searched or not found."""
     sends_fixed: bool = True
+    """Whether messages contain the fixed tensors. Otherwise clients use their own."""
     idle: tuple[str, ...] = ()
+    """Names of the parameters without gradient in a trial."""
     singular_vectors: "SingularVectors | None" = None
+    """The buffers of spectral normalization, if the model has any."""
 
     @classmethod
     def of_state(cls, state: StateDict) -> "ModelSpec":
@@ -112,33 +93,23 @@ class ModelSpec:
     def of(cls, model: nn.Module, initial: StateDict | None = None) -> "ModelSpec":
         """Return the structure of a model without running it: its head is not searched.
 
-        Parameters
-        ----------
-        initial
-            The state_dict before the first round, the model's own by default.
+        ``initial`` is the state_dict before the first round, by default the model's own.
         """
         state = copy_of(model.state_dict()) if initial is None else initial
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tensors = parameters | dict(model.named_buffers(remove_duplicate=False))
-        unknown = state.keys() - tensors.keys()
         trained = {name for name, each in parameters.items() if each.requires_grad}
-        trained |= unknown & default_trained(state)
+        trained |= default_trained(state) - tensors.keys()
         first: dict[int, str] = {}
-        aliases = {}
-        for name in state:
-            if name in tensors:
-                original = first.setdefault(id(tensors[name]), name)
-                if original != name:
-                    aliases[name] = original
-        frozen = {name for name, each in parameters.items() if not each.requires_grad}
-        unbounded = {
-            name for name in state.keys() - parameters.keys() if not is_bounded(state[name])
-        }
+        firsts = {n: first.setdefault(id(tensors[n]), n) for n in state if n in tensors}
+        aliases = {name: original for name, original in firsts.items() if original != name}
+        fixed = {name for name, each in parameters.items() if not each.requires_grad}
+        fixed |= {name for name in state.keys() - parameters.keys() if not is_bounded(state[name])}
         return cls(
             state,
             frozenset(trained & state.keys()),
             aliases,
-            frozenset((frozen | unbounded) & state.keys()),
+            frozenset(fixed & state.keys()),
             singular_vectors=SingularVectors.of(model),
         )
 
@@ -201,8 +172,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call of a layer in a forward pass, with its first input and its output."""
 
     name: str
@@ -219,41 +189,42 @@ def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
     belong to it. None if there is no such layer, or a parallel branch bypasses it.
     """
     examples = torch.zeros(2, *info.shape)
-    with _evaluating(model), torch.enable_grad():
+    after = set[str]()
+    with evaluating(model), torch.enable_grad():
         logits, calls = _calls(model, examples)
-        direct = [call for call in calls if call.output is logits]
-        found = next((call for call in direct if _has_weight(model, call.name)), None)
-        after: frozenset[str] = frozenset()
+        layers = {call.name: model.get_submodule(call.name) for call in calls}
+        makers = (
+            call
+            for call in calls
+            if call.output is logits and any(p.ndim > 1 for p in layers[call.name].parameters())
+        )
+        classifiers = (
+            call for call in reversed(calls) if _is_classifier(layers[call.name], call, info)
+        )
+        found = next(makers, None)
         if found is None:
-            found = next(
-                (call for call in reversed(calls) if _is_classifier(model, call, info)), None
-            )
+            found = next(classifiers, None)
             if found is None:
                 return None
-            bypassing = _trained_after(model, found.name, examples)
-            before = _with_gradient(found.output.sum(), model)
-            if bypassing is None or bypassing & before:
+            bypassing = _trained_after(layers[found.name], model, examples)
+            if bypassing is None or bypassing & _with_gradient(found.output.sum(), model):
                 return None
             after = bypassing
-    spec = ModelSpec.of(model)
-    owners = {layer_of(name) for name in after}
+    spec, layer = ModelSpec.of(model), layers[found.name]
+    owners = {layer_of(name) for name in after} - {""}
     prefix = f"{found.name}." if found.name else ""
     own = [
         name
         for name in spec.initial
-        if name.startswith(prefix) or name in after or (layer_of(name) in owners - {""})
+        if name.startswith(prefix) or name in after or layer_of(name) in owners
     ]
     head = Head(found.name, spec.with_aliases(own))
-    num_calls = sum(call.name == found.name for call in calls)
-    layer = model.get_submodule(found.name)
-    size = (info.num_classes, found.inputs.shape[-1]) if found.inputs is not None else (0, 0)
-    features = (len(examples), size[1])
     if (
-        num_calls > 1
+        sum(call.name == found.name for call in calls) > 1
         or not isinstance(layer, nn.Linear)
         or found.inputs is None
-        or found.inputs.shape != features
-        or found.output.shape != (len(examples), info.num_classes)
+        or found.inputs.shape[:-1] != (2,)
+        or found.output.shape != (2, info.num_classes)
     ):
         return head
     weight = f"{prefix}weight"
@@ -263,24 +234,24 @@ def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
         and weight in spec.trained
         and spec.initial[weight].dtype == torch.float32
     )
-    return head._replace(size=size, weights=spec.with_aliases([weight]) if is_plain else ())
+    return head._replace(
+        size=(info.num_classes, found.inputs.shape[-1]),
+        weights=spec.with_aliases([weight]) if is_plain else (),
+    )
 
 
 def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
     """Return a model's output, and the calls of its layers in the order of their ends."""
     calls: list[Call] = []
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        def hook(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            if isinstance(output, Tensor):
-                first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-                calls.append(Call(name, first, output))
-
-        return hook
+    def keep(name: str, layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if isinstance(output, Tensor):
+            first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+            calls.append(Call(name, first, output))
 
     # The model itself counts as a layer only if it has no submodules.
     handles = [
-        layer.register_forward_hook(keep(name))
+        layer.register_forward_hook(partial(keep, name))
         for name, layer in model.named_modules()
         if name or not any(model.children())
     ]
@@ -291,21 +262,15 @@ def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
             handle.remove()
 
 
-def _has_weight(model: nn.Module, name: str) -> bool:
-    """Return whether a layer has a weight of two or more dimensions."""
-    return any(parameter.ndim > 1 for parameter in model.get_submodule(name).parameters())
-
-
-def _is_classifier(model: nn.Module, call: Call, info: DatasetInfo) -> bool:
+def _is_classifier(layer: nn.Module, call: Call, info: DatasetInfo) -> bool:
     """Return whether a layer is linear or a convolution, with one output per class."""
-    layer, shape = model.get_submodule(call.name), call.output.shape
     if isinstance(layer, nn.Linear):
-        return shape[-1] == info.num_classes
+        return call.output.shape[-1] == info.num_classes
     is_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return is_convolution and shape[1] == info.num_classes
+    return is_convolution and call.output.shape[1] == info.num_classes
 
 
-def _trained_after(model: nn.Module, name: str, examples: Tensor) -> frozenset[str] | None:
+def _trained_after(layer: nn.Module, model: nn.Module, examples: Tensor) -> set[str] | None:
     """Return the parameters that affect the logits other than through a layer's output.
 
     None if this layer does not affect the logits.
@@ -316,7 +281,7 @@ def _trained_after(model: nn.Module, name: str, examples: Tensor) -> frozenset[s
         cut.append(output.detach().requires_grad_())
         return cut[-1]
 
-    handle = model.get_submodule(name).register_forward_hook(detach)
+    handle = layer.register_forward_hook(detach)
     try:
         total = model(examples).sum()
     finally:
@@ -325,53 +290,53 @@ def _trained_after(model: nn.Module, name: str, examples: Tensor) -> frozenset[s
     return None if all(part is None for part in parts) else _with_gradient(total, model)
 
 
-def _with_gradient(total: Tensor, model: nn.Module) -> frozenset[str]:
+def _with_gradient(total: Tensor, model: nn.Module) -> set[str]:
     """Return the names of the parameters with a gradient of ``total``."""
+    if not total.requires_grad:
+        return set()
+    return {name for name, each in gradients_of(total, model).items() if each is not None}
+
+
+def gradients_of(total: Tensor, model: nn.Module) -> dict[str, Tensor | None]:
+    """Return the gradient of ``total`` by each trained parameter, None where there is none.
+
+    The graph is retained.
+    """
     named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-    if not named or not total.requires_grad:
-        return frozenset()
-    gradients = torch.autograd.grad(
-        total, [each for _, each in named], allow_unused=True, retain_graph=True
-    )
-    return frozenset(
-        name for (name, _), each in zip(named, gradients, strict=True) if each is not None
-    )
+    if not named:
+        return {}
+    names, parameters = zip(*named, strict=True)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
+    return dict(zip(names, gradients, strict=True))
 
 
-@dataclass(frozen=True, eq=False)
-class SingularVectors:
+class SingularVectors(NamedTuple):
     """The buffers of spectral normalization: the first singular vectors of a layer's weight.
 
-    They depend on the weight, so they are recomputed where it is averaged, generated or noised.
-
-    Parameters
-    ----------
-    model
-        Scratch model for the computation.
-    layers
-        Names of the spectrally normalized layers.
-    names
-        Of the buffers.
+    They depend on the weight, so they are recomputed where it is averaged, generated or noised, in
+    ``model``, a scratch copy. ``names`` are those of the buffers.
     """
 
     model: nn.Module
-    layers: tuple[str, ...]
     names: frozenset[str]
 
     @classmethod
     def of(cls, model: nn.Module) -> "SingularVectors | None":
         """Find those of both implementations in torch; None if there are none."""
-        found = {name: list(_spectral(layer)) for name, layer in model.named_modules()}
-        layers = tuple(name for name, parts in found.items() if parts)
-        vectors = {id(each) for parts in found.values() for _, *both in parts for each in both}
+        vectors = {
+            id(vector)
+            for layer in model.modules()
+            for _, *both in _spectral(layer)
+            for vector in both
+        }
         names = frozenset(name for name, each in model.named_buffers() if id(each) in vectors)
-        return cls(model, layers, names) if layers else None
+        return cls(model, names) if names else None
 
     def refreshed(self, state: StateDict) -> StateDict:
         """Return a state_dict with the singular vectors of its weights."""
         self.model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
-        for name in self.layers:
-            for weight, left, right in _spectral(self.model.get_submodule(name)):
+        for layer in self.model.modules():
+            for weight, left, right in _spectral(layer):
                 # The smaller Gram matrix, in float64, is precise enough.
                 matrix = weight.detach().double()
                 wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -403,7 +368,8 @@ def _spectral(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep a model in evaluation mode in the block."""
     was_training = model.training
     model.eval()
     try:

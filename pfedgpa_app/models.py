@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from pfedgpa_app.config import DatasetInfo
-from pfedgpa_app.model_spec import ModelError, check_logits
+from pfedgpa_app.model_spec import ModelError, check_logits, evaluating
 from pfedgpa_app.own_functions import UntrustedError, own_function
 from pfedgpa_app.randomness import drawing_from, global_draws, initialized_by, make_generator
 
@@ -20,18 +20,15 @@ _MLP_WIDTH = 64
 def small_cnn(info: DatasetInfo) -> nn.Module:
     """Two 3x3 convolutions and two linear layers for 8x8 images; 13,706 parameters on digits."""
     channels, _, _ = info.shape
-    convolutions = [
-        nn.Conv2d(channels, 16, 3, padding=1),
-        nn.Conv2d(16, 32, 3, padding=1),
-    ]
-    return _cnn(convolutions, [nn.Linear(32 * 2 * 2, 64), nn.Linear(64, info.num_classes)])
+    convolutions = [nn.Conv2d(channels, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)]
+    return _chain(convolutions, [nn.Linear(32 * 2 * 2, 64), nn.Linear(64, info.num_classes)])
 
 
 def cnn(info: DatasetInfo) -> nn.Module:
     """Return the CNN of the FedPAC line of work for 28x28 images; 117,066 parameters on MNIST."""
     channels, _, _ = info.shape
     convolutions = [nn.Conv2d(channels, 16, 5), nn.Conv2d(16, 32, 5, padding=1)]
-    return _cnn(convolutions, [nn.Linear(32 * 5 * 5, 128), nn.Linear(128, info.num_classes)])
+    return _chain(convolutions, [nn.Linear(32 * 5 * 5, 128), nn.Linear(128, info.num_classes)])
 
 
 def cifar_cnn(info: DatasetInfo) -> nn.Module:
@@ -42,7 +39,7 @@ def cifar_cnn(info: DatasetInfo) -> nn.Module:
         nn.Conv2d(16, 32, 3, padding=1),
         nn.Conv2d(32, 64, 3, padding=1),
     ]
-    return _cnn(convolutions, [nn.Linear(64 * 4 * 4, 128), nn.Linear(128, info.num_classes)])
+    return _chain(convolutions, [nn.Linear(64 * 4 * 4, 128), nn.Linear(128, info.num_classes)])
 
 
 def resnet18(info: DatasetInfo) -> nn.Module:
@@ -62,15 +59,12 @@ def resnet18(info: DatasetInfo) -> nn.Module:
 def mlp(info: DatasetInfo) -> nn.Module:
     """Two hidden layers of 64 for the rows of a table; 6,274 parameters for 30 features."""
     (features,) = info.shape
-    return nn.Sequential(
-        OrderedDict(
-            fc1=nn.Linear(features, _MLP_WIDTH),
-            activation1=nn.LeakyReLU(),
-            fc2=nn.Linear(_MLP_WIDTH, _MLP_WIDTH),
-            activation2=nn.LeakyReLU(),
-            fc3=nn.Linear(_MLP_WIDTH, info.num_classes),
-        )
-    )
+    linears = [
+        nn.Linear(features, _MLP_WIDTH),
+        nn.Linear(_MLP_WIDTH, _MLP_WIDTH),
+        nn.Linear(_MLP_WIDTH, info.num_classes),
+    ]
+    return _chain([], linears)
 
 
 def signal_cnn(info: DatasetInfo) -> nn.Module:
@@ -111,18 +105,38 @@ def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
         If the function cannot be imported or fails, does not return a module, or the module does
         not map examples of ``info.shape`` to ``info.num_classes`` logits.
     """
+    named, make = f'model.name = "{name}"', MODELS.get(name)
     with initialized_by(make_generator(seed, "model")):
         try:
-            model = (MODELS.get(name) or _function(name))(info)
-        except ModelError:
-            raise
+            make = make or own_function(name)
+        except UntrustedError as error:
+            raise ModelError(f"{named}: {error}") from error
+        except (ImportError, AttributeError) as error:
+            raise ModelError(
+                f"{named}: {error}; right would be package.module:function with a module that the "
+                "app can import"
+            ) from error
         except Exception as error:  # user code may raise anything
-            raise ModelError(f'model.name = "{name}": building it failed with {error!r}') from error
-        _check_fit(name, model, info)
+            raise ModelError(f"{named}: importing it failed with {error!r}") from error
+        try:
+            model = make(info)
+        except Exception as error:
+            raise ModelError(f"{named}: building it failed with {error!r}") from error
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{named}: returned {type(model).__name__}, not a torch.nn.Module")
+        try:
+            with evaluating(model), torch.no_grad():
+                check_logits(model(torch.zeros(2, *info.shape)), 2, info.num_classes)
+        except ModelError as error:
+            raise ModelError(f"{named}: of shape {info.shape}, {error}") from error
+        except Exception as error:
+            raise ModelError(
+                f"{named}: failed on examples of shape {info.shape}: {error}"
+            ) from error
     return model
 
 
-def _cnn(convolutions: list[nn.Conv2d], linears: list[nn.Linear]) -> nn.Module:
+def _chain(convolutions: list[nn.Conv2d], linears: list[nn.Linear]) -> nn.Module:
     """Chain the layers with leaky ReLU and pooling; their names are conv1, ..., fc1, ..."""
     layers: dict[str, nn.Module] = {}
     for number, convolution in enumerate(convolutions, start=1):
@@ -137,45 +151,12 @@ def _cnn(convolutions: list[nn.Conv2d], linears: list[nn.Linear]) -> nn.Module:
     return nn.Sequential(OrderedDict(layers))
 
 
-def _function(name: str) -> Callable[[DatasetInfo], nn.Module]:
-    try:
-        return own_function(name)
-    except UntrustedError as error:
-        raise ModelError(f'model.name = "{name}": {error}') from error
-    except (ImportError, AttributeError) as error:
-        raise ModelError(
-            f'model.name = "{name}": {error}; right would be package.module:function with a module '
-            "that the app can import"
-        ) from error
-
-
-def _check_fit(name: str, model: object, info: DatasetInfo) -> None:
-    """Check the logits of a model on two blank examples."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f'model.name = "{name}": returned {type(model).__name__}, not a torch.nn.Module'
-        )
-    was_training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            check_logits(model(torch.zeros(2, *info.shape)), 2, info.num_classes)
-    except ModelError as error:
-        raise ModelError(f'model.name = "{name}": of shape {info.shape}, {error}') from error
-    except Exception as error:  # user code may raise anything
-        raise ModelError(
-            f'model.name = "{name}": failed on examples of shape {info.shape}: {error}'
-        ) from error
-    model.train(was_training)
-
-
-def mixing_layers(model: nn.Module) -> list[str]:
+def mixing_layers(model: nn.Module) -> str:
     """Return the layers that compute or keep statistics over a batch, with their types."""
-    return [
-        _named(name, layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) or getattr(layer, "track_running_stats", False)
-    ]
+    return _listed(
+        model,
+        lambda each: isinstance(each, _BatchNorm) or getattr(each, "track_running_stats", False),
+    )
 
 
 def unfit_for_vmap(build: Callable[[], nn.Module], info: DatasetInfo) -> list[str]:
@@ -186,14 +167,9 @@ def unfit_for_vmap(build: Callable[[], nn.Module], info: DatasetInfo) -> list[st
     trials = [build().train() for _ in range(2)]
     model = trials[0]
     if mixing := mixing_layers(model):
-        return [f"layers with batch statistics are not supported: {', '.join(mixing)}"]
-    drawing = [
-        _named(name, layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, _DropoutNd) and layer.p > 0
-    ]
-    if drawing:
-        return [f"random layers are not supported: {', '.join(drawing)}"]
+        return [f"layers with batch statistics are not supported: {mixing}"]
+    if drawing := _listed(model, lambda each: isinstance(each, _DropoutNd) and each.p > 0):
+        return [f"random layers are not supported: {drawing}"]
     images = torch.zeros(2, 2, *info.shape)
     parameters, buffers = stack_module_state(trials)
 
@@ -217,5 +193,10 @@ def unfit_for_vmap(build: Callable[[], nn.Module], info: DatasetInfo) -> list[st
     return []
 
 
-def _named(name: str, layer: nn.Module) -> str:
-    return f"{name or 'the model'} ({type(layer).__name__})"
+def _listed(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> str:
+    """Return the names and types of some layers; "" if there are none."""
+    return ", ".join(
+        f"{name or 'the model'} ({type(layer).__name__})"
+        for name, layer in model.named_modules()
+        if is_wanted(layer)
+    )

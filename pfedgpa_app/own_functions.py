@@ -4,13 +4,13 @@ Settings may come from others: in a suite, in a model's file, in a submitted run
 they could call any function of Python.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,32 +79,21 @@ def _is_trusted(package: str) -> bool:
         return False
     if spec is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    folders = list(_folders(spec))
-    return bool(folders) and all(map(_is_own, folders))
-
-
-def _folders(spec: ModuleSpec) -> Iterator[Path]:
-    """Yield the folders of a module or (namespace) package; none if built in."""
-    if spec.submodule_search_locations is not None:
-        yield from (Path(each).resolve().parent for each in spec.submodule_search_locations)
+    folders: list[Path] = []
+    if spec.submodule_search_locations is not None:  # several of a namespace package
+        folders = [Path(each).resolve().parent for each in spec.submodule_search_locations]
     elif spec.has_location and spec.origin is not None:
-        yield Path(spec.origin).parent.resolve()
+        folders = [Path(spec.origin).parent.resolve()]
+    return bool(folders) and all(map(_is_own, folders))
 
 
 def _is_own(folder: Path) -> bool:
     installed = [Path(sysconfig.get_path(kind)).resolve() for kind in _KINDS]
     if set(folder.parts) & set(_INSTALLED) or any(map(folder.is_relative_to, installed)):
         return False
-    return any(map(folder.is_relative_to, _own_folders()))
-
-
-def _own_folders() -> Iterator[Path]:
-    yield _APP.resolve()
-    try:
+    own = [_APP.resolve()]
+    with contextlib.suppress(OSError):  # the current folder was removed
         here = Path.cwd()
-    except OSError:  # it was removed
-        return
-    if here != Path(
-        here.anchor
-    ):  # services may be started in the root folder, which contains everything
-        yield here.resolve()
+        # Services may be started in the root folder, which contains everything.
+        own += [here.resolve()] if here != Path(here.anchor) else []
+    return any(map(folder.is_relative_to, own))

@@ -1,9 +1,11 @@
 """A model's state_dict as one vector of generated parameters and a rest that is averaged."""
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,25 +66,19 @@ class UnboundedError(ParameterError):
     """Parameters that are NaN, infinite or huge."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a state_dict.
-
-    Attributes
-    ----------
-    trains
-        Whether it is a trained parameter, and not a frozen weight or a buffer.
-    """
+class Entry(NamedTuple):
+    """One tensor of a state_dict."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     trains: bool = True
+    """Whether it is a trained parameter, and not a frozen weight or a buffer."""
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -92,30 +88,21 @@ class ParameterLayout:
     A tensor is generated if it trains, matches a pattern (``fnmatch`` on its name) and is exact in
     float32. All others are averaged: integers, float64, buffers and frozen weights. A tied tensor
     is in the vector once.
-
-    Attributes
-    ----------
-    entries
-        All tensors, in the order of the state_dict.
-    generated
-        Those in the vector, in its order.
-    aliases
-        The other names of tied tensors, with the first name of each.
-    fixed
-        Tensors that never change, by name. Uploads must not change them.
-    unbounded
-        Buffers with infinite or huge initial values, such as masks. Where they differ from these
-        values they must be bounded.
-    sends_fixed
-        Whether messages contain the fixed tensors.
     """
 
     entries: tuple[Entry, ...]
+    """All tensors, in the order of the state_dict."""
     generated: tuple[Entry, ...]
+    """Those in the vector, in its order."""
     aliases: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The other names of tied tensors, with the first name of each."""
     fixed: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Tensors that never change, by name. Uploads must not change them."""
     unbounded: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Buffers with infinite or huge initial values, such as masks. Where they differ from these
+    values they must be bounded."""
     sends_fixed: bool = True
+    """Whether messages contain the fixed tensors."""
 
     @classmethod
     def of(
@@ -130,12 +117,8 @@ class ParameterLayout:
     ) -> "ParameterLayout":
         """Return the layout of a state_dict.
 
-        Parameters
-        ----------
-        trained
-            Names of the tensors that train; by default `default_trained`.
-        aliases, fixed, sends_fixed
-            As the attributes; ``fixed`` has names only.
+        ``trained`` has the names of the tensors that train (by default `default_trained`), and
+        ``fixed`` the names of those that never change.
 
         Raises
         ------
@@ -144,19 +127,17 @@ class ParameterLayout:
         """
         trained = default_trained(state) if trained is None else trained
         aliases = aliases or {}
-        entries = tuple(
-            Entry(name, tuple(t.shape), t.dtype, name in trained) for name, t in state.items()
-        )
+        matched = set[str]()
         for pattern in patterns:
-            if not any(fnmatchcase(entry.name, pattern) for entry in entries):
+            names = [name for name in state if fnmatchcase(name, pattern)]
+            if not names:
                 raise ParameterError(
                     f'no tensor of the model matches the pattern "{pattern}": {", ".join(state)}'
                 )
-        matched = {
-            aliases.get(name, name)
-            for name in state
-            if any(fnmatchcase(name, pattern) for pattern in patterns)
-        }
+            matched.update(aliases.get(name, name) for name in names)
+        entries = tuple(
+            Entry(name, tuple(t.shape), t.dtype, name in trained) for name, t in state.items()
+        )
         generated = tuple(
             entry
             for entry in entries
@@ -168,18 +149,12 @@ class ParameterLayout:
                 "parameter of the model that trains"
             )
         unbounded = {
-            entry.name: state[entry.name]
-            for entry in entries
-            if not entry.trains and not is_bounded(state[entry.name])
+            name: tensor
+            for name, tensor in state.items()
+            if name not in trained and not is_bounded(tensor)
         }
-        return cls(
-            entries,
-            generated,
-            aliases,
-            {name: state[name] for name in fixed},
-            unbounded,
-            sends_fixed,
-        )
+        kept = {name: state[name] for name in fixed}
+        return cls(entries, generated, aliases, kept, unbounded, sends_fixed)
 
     @property
     def dim(self) -> int:
@@ -199,21 +174,16 @@ class ParameterLayout:
     def merge(self, vector: Tensor, rest: Mapping[str, Tensor]) -> StateDict:
         """Return the state_dict of a vector ``(dim,)`` and a rest, the inverse of `split`."""
         pieces = torch.split(vector, [entry.numel for entry in self.generated])
-        generated = {
-            entry.name: piece.reshape(entry.shape).to(entry.dtype)
-            for entry, piece in zip(self.generated, pieces, strict=True)
-        }
-        merged = {**rest, **generated}
+        merged = dict(rest)
+        for entry, piece in zip(self.generated, pieces, strict=True):
+            merged[entry.name] = piece.reshape(entry.shape).to(entry.dtype)
         return {e.name: merged[self.aliases.get(e.name, e.name)] for e in self.entries}
 
     def rest(self, state: Mapping[str, Tensor]) -> StateDict:
         """Return the averaged entries of a state_dict."""
-        names = {entry.name for entry in self.generated}
-        return {
-            entry.name: state[entry.name]
-            for entry in self.entries
-            if self.aliases.get(entry.name, entry.name) not in names
-        }
+        generated = {entry.name for entry in self.generated}
+        names = (entry.name for entry in self.entries)
+        return {n: state[n] for n in names if self.aliases.get(n, n) not in generated}
 
     def to_send(self, state: StateDict) -> StateDict:
         """Return the entries that a message contains; the same object if these are all."""
@@ -237,8 +207,7 @@ class ParameterLayout:
         ParameterError
             Naming missing or unknown tensors.
         """
-        given = set(state)
-        names = {entry.name for entry in self.sent}
+        given, names = set(state), {entry.name for entry in self.sent}
         if missing := names - given:
             raise ParameterError(f"no tensor {', '.join(sorted(missing))}")
         if unknown := given - names:
@@ -267,7 +236,7 @@ class ParameterLayout:
             if not same(tensor, self.fixed[entry.name]):
                 raise ParameterError(f"{entry.name} does not train, and was changed")
             return
-        bounded = (tensor > -MAX_ABSOLUTE) & (tensor < MAX_ABSOLUTE)
+        bounded = _bounded(tensor)
         if entry.name in self.unbounded:
             bounded |= _equal(tensor, self.unbounded[entry.name])
         if not bool(bounded.all()):
@@ -281,7 +250,11 @@ class ParameterLayout:
 
 def is_bounded(tensor: Tensor) -> bool:
     """Return whether all absolute values are below `MAX_ABSOLUTE`."""
-    return bool(((tensor > -MAX_ABSOLUTE) & (tensor < MAX_ABSOLUTE)).all())
+    return bool(_bounded(tensor).all())
+
+
+def _bounded(tensor: Tensor) -> Tensor:
+    return (tensor > -MAX_ABSOLUTE) & (tensor < MAX_ABSOLUTE)
 
 
 def same(left: Tensor, right: Tensor) -> bool:

@@ -1,14 +1,13 @@
 """Checks before a run that need more than the settings: model, layers, devices, packages."""
 
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
-from torch import nn
-
 from pfedgpa_app.config import Config, ConfigError
-from pfedgpa_app.model_spec import Head, ModelError, ModelSpec, find_head
+from pfedgpa_app.model_spec import ModelError, ModelSpec, find_head
 from pfedgpa_app.models import build_model, unfit_for_vmap
 from pfedgpa_app.parameters import ParameterError
 from pfedgpa_app.privacy import require_opacus, unfit_layers
@@ -64,17 +63,11 @@ def preflight_key(config: Config) -> Hashable:
 
 
 def _checked_model(config: Config) -> ModelSpec:
-    """Return the checked model's structure.
-
-    Raises
-    ------
-    ConfigError
-        If it does not fit the settings.
-    """
+    """Return the checked model's structure; raise a `ConfigError` if it does not fit."""
     info, named = config.data.info, f'model.name = "{config.model.name}"'
     build = partial(build_model, config.model.name, info, config.seed)
 
-    def refuse_if(problems: list[str]) -> None:
+    def refuse_if(*problems: str) -> None:
         if problems:
             raise ConfigError([f"{named}: {problem}" for problem in problems])
 
@@ -82,18 +75,23 @@ def _checked_model(config: Config) -> ModelSpec:
         first, second = build(), build()
     except ModelError as error:
         raise ConfigError([str(error)]) from error
-    refuse_if(unfit_entries(first))
-    refuse_if(differences_of_builds(first, second))
-    if not ModelSpec.of(first).trained:
-        refuse_if(["none of its parameters requires a gradient: there is nothing to train"])
-    tried = try_training(build, config)
-    refuse_if([tried.problem] if tried.problem else [])
+    refuse_if(*unfit_entries(first))
+    refuse_if(*differences_of_builds(first, second))
     spec = ModelSpec.of(first)
+    if not spec.trained:
+        refuse_if("none of its parameters requires a gradient: there is nothing to train")
+    tried = try_training(build, config)
+    if tried.problem:
+        refuse_if(tried.problem)
+    head = None
+    if STRATEGY_INFO[config.strategy].head:
+        with suppress(Exception):  # user code may raise anything
+            head = find_head(second, info)
     spec = replace(
         spec,
         fixed=spec.fixed - tried.changed,
         idle=tried.idle,
-        head=_head(second, config),
+        head=head,
         sends_fixed=config.model.send_frozen,
     )
     problems = unfit_heads(spec, config.strategy)
@@ -108,7 +106,7 @@ def _checked_model(config: Config) -> ModelSpec:
             f'with privacy.mode = "{config.privacy.mode}", {problem}'
             for problem in unfit_layers(build, info, config.privacy, tried.changed - spec.trained)
         ]
-    refuse_if(problems)
+    refuse_if(*problems)
     try:
         layout = spec.layout(config.diffusion.patterns)
     except ParameterError as error:
@@ -117,37 +115,28 @@ def _checked_model(config: Config) -> ModelSpec:
     try:
         layout.check(layout.to_send(spec.initial))
     except ParameterError as error:
-        refuse_if([f"its initial parameters are wrong: {error}"])
+        refuse_if(f"its initial parameters are wrong: {error}")
     return spec
-
-
-def _head(model: nn.Module, config: Config) -> Head | None:
-    """Return the head of a model if the strategy needs it."""
-    if not STRATEGY_INFO[config.strategy].head:
-        return None
-    try:
-        return find_head(model, config.data.info)
-    except Exception:  # user code may raise anything
-        return None
 
 
 def unfit_heads(spec: ModelSpec, strategy: str) -> list[str]:
     """Return why a strategy cannot find or replace the head that it needs; empty if it can."""
     needs, head = STRATEGY_INFO[strategy].head, spec.head
+    layer = head and (head.layer or "the model itself")
     if not needs:
         return []
-    with_strategy = f'with strategy = "{strategy}", '
     if head is None:
-        return [f"{with_strategy}one layer alone should compute the logits, and none was found"]
-    layer = head.layer or "the model itself"
-    if needs != "any" and head.size == (0, 0):
-        return [
-            f"{with_strategy}the layer that computes the logits, {layer}, should be a "
-            "torch.nn.Linear that is called once, with one row of features per example"
-        ]
-    if needs == "plain" and not head.weights:
-        return [
-            f"{with_strategy}the output of the layer that computes the logits, {layer}, should be "
-            "the logits themselves, and its weight a trained float32 parameter, not parametrized"
-        ]
-    return []
+        problem = "one layer alone should compute the logits, and none was found"
+    elif needs != "any" and head.size == (0, 0):
+        problem = (
+            f"the layer that computes the logits, {layer}, should be a torch.nn.Linear that is "
+            "called once, with one row of features per example"
+        )
+    elif needs == "plain" and not head.weights:
+        problem = (
+            f"the output of the layer that computes the logits, {layer}, should be the logits "
+            "themselves, and its weight a trained float32 parameter, not parametrized"
+        )
+    else:
+        return []
+    return [f'with strategy = "{strategy}", {problem}']

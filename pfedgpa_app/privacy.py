@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pfedgpa_app.config import ClientConfig, ConfigError, DatasetInfo, PrivacyConfig
-from pfedgpa_app.model_spec import ModelSpec
+from pfedgpa_app.model_spec import ModelSpec, gradients_of
 from pfedgpa_app.models import mixing_layers
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import initialized_by, make_generator
@@ -26,6 +26,7 @@ Uniform = Callable[[int], Tensor]
 
 # One less than float64 has, so that adding a half never rounds to 1.
 _RANDOM_BITS = 52
+_COLUMNS = ("noise-multipliers", "sample-rates", "steps")
 # Tolerance for gradients in another batch, relative to the largest entry.
 _ROUNDING = 1e-4
 
@@ -71,18 +72,18 @@ def private_update(
     `update_deviation` is added. An update that is not finite counts as 0. Frozen weights, buffers
     and counters stay as received. A tied tensor is noised once, since two noises would average out.
     """
-    moves = {
+    updates = {
         name: tensor.double() - received[name].double()
         for name, tensor in state.items()
         if name in spec.trained and name not in spec.aliases
     }
-    norm = math.hypot(*(float(move.norm()) for move in moves.values()))
+    norm = math.hypot(*(float(update.norm()) for update in updates.values()))
     deviation = update_deviation(config)
     private = dict(received)
-    for name, move in moves.items():
-        kept = move * min(1.0, config.clip_norm / max(norm, 1e-300))
-        kept = kept if math.isfinite(norm) else torch.zeros_like(move)
-        noised = received[name].double() + kept + deviation * gaussian(move, uniform)
+    for name, update in updates.items():
+        clipped = update * min(1.0, config.clip_norm / max(norm, 1e-300))
+        clipped = clipped if math.isfinite(norm) else torch.zeros_like(update)
+        noised = received[name].double() + clipped + deviation * gaussian(update, uniform)
         private |= dict.fromkeys(spec.with_aliases([name]), noised.to(state[name].dtype))
     return private
 
@@ -108,43 +109,31 @@ def cost_of_round(
 
 @dataclass(frozen=True)
 class Ledger:
-    """A client's privacy spending so far, as steps of the sampled Gaussian mechanism.
-
-    Attributes
-    ----------
-    entries
-        Runs of equal steps: noise multiplier (standard deviation by sensitivity), sample rate and
-        number of steps.
-    """
+    """A client's privacy spending so far, as steps of the sampled Gaussian mechanism."""
 
     entries: tuple[tuple[float, float, int], ...] = ()
+    """Runs of equal steps: noise multiplier (standard deviation by sensitivity), sample rate and
+    number of steps."""
 
     @classmethod
     def of(cls, columns: Mapping[str, Sequence[float]]) -> "Ledger":
         """Return the ledger of the result of `columns`; an empty one if that is empty."""
-        rows = zip(
-            columns.get("noise-multipliers", ()),
-            columns.get("sample-rates", ()),
-            columns.get("steps", ()),
-            strict=True,
-        )
+        rows = zip(*(columns.get(name, ()) for name in _COLUMNS), strict=True)
         return cls(tuple((float(noise), float(rate), int(steps)) for noise, rate, steps in rows))
 
     def columns(self) -> dict[str, list[float]]:
         """Return the entries as lists by name, for a MetricRecord."""
-        names = ("noise-multipliers", "sample-rates", "steps")
         return {
             name: [float(entry[column]) for entry in self.entries]
-            for column, name in enumerate(names)
+            for column, name in enumerate(_COLUMNS)
         }
 
     def after(self, noise_multiplier: float, sample_rate: float, steps: int = 1) -> "Ledger":
         """Return the ledger after some more steps."""
-        last = self.entries[-1:]
-        if last and last[0][:2] == (noise_multiplier, sample_rate):
-            merged = (noise_multiplier, sample_rate, last[0][2] + steps)
-            return Ledger((*self.entries[:-1], merged))
-        return Ledger((*self.entries, (noise_multiplier, sample_rate, steps)))
+        entries = list(self.entries)
+        if entries and entries[-1][:2] == (noise_multiplier, sample_rate):
+            steps += entries.pop()[2]
+        return Ledger((*entries, (noise_multiplier, sample_rate, steps)))
 
     def epsilon(self, delta: float) -> float:
         """Return the epsilon of all steps together, by Rényi differential privacy (Opacus)."""
@@ -154,13 +143,10 @@ class Ledger:
 
         if not self.entries:
             return 0.0
-        divergences = np.sum(
-            [steps * _divergences(noise, rate) for noise, rate, steps in self.entries], axis=0
-        )
+        orders = RDPAccountant.DEFAULT_ALPHAS
+        each = [steps * _divergences(noise, rate) for noise, rate, steps in self.entries]
         with quiet_opacus():
-            epsilon, _ = get_privacy_spent(
-                orders=RDPAccountant.DEFAULT_ALPHAS, rdp=divergences, delta=delta
-            )
+            epsilon, _ = get_privacy_spent(orders=orders, rdp=np.sum(each, axis=0), delta=delta)
         return float(epsilon)
 
 
@@ -170,13 +156,9 @@ def _divergences(noise_multiplier: float, sample_rate: float) -> NDArray[np.floa
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import compute_rdp
 
+    orders = RDPAccountant.DEFAULT_ALPHAS
     return np.asarray(
-        compute_rdp(
-            q=sample_rate,
-            noise_multiplier=noise_multiplier,
-            steps=1,
-            orders=RDPAccountant.DEFAULT_ALPHAS,
-        )
+        compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders)
     )
 
 
@@ -193,20 +175,10 @@ def quiet_opacus() -> Iterator[None]:
 
 
 def require_opacus(config: PrivacyConfig) -> None:
-    """Check that Opacus is installed if it is needed.
-
-    Raises
-    ------
-    ConfigError
-        If it is not.
-    """
+    """Raise a `ConfigError` if Opacus is needed and not installed."""
     if config.is_on and importlib.util.find_spec("opacus") is None:
-        raise ConfigError(
-            [
-                f'privacy.mode = "{config.mode}": the package opacus is not installed; right would '
-                'be pip install ".[privacy]"'
-            ]
-        )
+        problem = f'privacy.mode = "{config.mode}": the package opacus is not installed'
+        raise ConfigError([f'{problem}; right would be pip install ".[privacy]"'])
 
 
 def unfit_layers(
@@ -221,7 +193,7 @@ def unfit_layers(
     """
     if mixing := mixing_layers(build()):
         return [
-            f"layers with batch statistics are not supported: {', '.join(mixing)}; "
+            f"layers with batch statistics are not supported: {mixing}; "
             "right would be torch.nn.GroupNorm or LayerNorm"
         ]
     if config.mode != "example":
@@ -231,14 +203,12 @@ def unfit_layers(
             "buffers that training changes are not supported, since they depend on the examples "
             f"without noise: {', '.join(sorted(changed))}; right would be a model without them"
         ]
-    return _refused_by_opacus(build()) or _unfit_gradients(build(), info)
-
-
-def _refused_by_opacus(model: nn.Module) -> list[str]:
     from opacus.validators import ModuleValidator
 
-    errors = ModuleValidator.validate(model.train())
-    return list(dict.fromkeys(f"Opacus cannot train it: {error}" for error in errors))
+    errors = [
+        f"Opacus cannot train it: {each}" for each in ModuleValidator.validate(build().train())
+    ]
+    return list(dict.fromkeys(errors)) or _unfit_gradients(build(), info)
 
 
 def _unfit_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
@@ -280,9 +250,6 @@ def _unfit_gradients(model: nn.Module, info: DatasetInfo) -> list[str]:
     ]
 
 
-_LOGITS = "the logits"
-
-
 def _gradients_by_opacus(model: nn.Module, batch: Tensor) -> dict[str, Tensor | None]:
     """Return Opacus' gradient of the first example of a batch, by parameter."""
     from opacus import GradSampleModule
@@ -291,37 +258,35 @@ def _gradients_by_opacus(model: nn.Module, batch: Tensor) -> dict[str, Tensor | 
         wrapped = GradSampleModule(model)
         labels = torch.zeros(len(batch), dtype=torch.long)
         functional.cross_entropy(wrapped(batch), labels).backward()
-    found: dict[str, Tensor | None] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            gradients = getattr(parameter, "grad_sample", None)
-            found[name] = None if gradients is None else gradients[0].clone()
+    samples = {
+        name: getattr(parameter, "grad_sample", None)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    found = {name: None if each is None else each[0].clone() for name, each in samples.items()}
     wrapped.to_standard_module()
     return found
 
 
 def _gradients(model: nn.Module, batch: Tensor, seed: int = 0) -> dict[str, Tensor | None]:
     """Return the logits of the first example of a batch, and its gradient by parameter."""
-    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     with initialized_by(make_generator(seed, "trial")):
         logits = model(batch)[:1]
         loss = functional.cross_entropy(logits, torch.zeros(1, dtype=torch.long))
-        gradients = torch.autograd.grad(loss, [each for _, each in named], allow_unused=True)
-    found = {name: each for (name, _), each in zip(named, gradients, strict=True)}
-    return {_LOGITS: logits.detach(), **found}
+        return {"the logits": logits.detach(), **gradients_of(loss, model)}
 
 
 def _differing(left: Mapping[str, Tensor | None], right: Mapping[str, Tensor | None]) -> list[str]:
     """Return the names of common tensors that differ beyond rounding."""
-    differing = []
-    for name, one in left.items():
-        other = right.get(name)
-        if one is None or other is None:
-            continue
-        atol = _ROUNDING * float(one.abs().max())
-        if not torch.allclose(one, other, rtol=0.0, atol=atol, equal_nan=True):
-            differing.append(name)
-    return differing
+    return [
+        name
+        for name, one in left.items()
+        if one is not None
+        and (other := right.get(name)) is not None
+        and not torch.allclose(
+            one, other, rtol=0.0, atol=_ROUNDING * float(one.abs().max()), equal_nan=True
+        )
+    ]
 
 
 def _between(bits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What is said where clients receive nothing of others, for the others' privacy.
+"""Messages about clients that receive nothing of others, for the others' privacy.
 
-Who knows its own part of a mixture of two models knows the other one, so
-``diffusion.min-contributors`` keeps each client to its own where too few are there, or alike.
+A client that knows its own part of a mixture of two models knows the other one. So with fewer than
+``diffusion.min-contributors`` participants, or similar ones, each client keeps its own model.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pfedgpa_app.sections import DiffusionConfig
 
 
 def too_few(num_clients: int, diffusion: DiffusionConfig) -> str:
-    """Say what becomes of so few clients; nothing if they are enough."""
+    """Return a warning of too few clients; "" if they are enough."""
     if num_clients >= diffusion.min_contributors:
         return ""
     share = "shares" if num_clients == 1 else "share"
@@ -24,7 +24,7 @@ def too_few(num_clients: int, diffusion: DiffusionConfig) -> str:
 
 
 def alone_now(num_alone: int, num_clients: int, diffusion: DiffusionConfig) -> str:
-    """Say how many clients of a round receive nothing of others."""
+    """Return a message with the number of a round's clients that receive nothing of others."""
     return (
         f"{num_alone} of this round's {num_clients} clients got nothing of the others: between "
         f"fewer than {diffusion.min_contributors} that took part, or are alike, nothing is shared "
@@ -33,10 +33,7 @@ def alone_now(num_alone: int, num_clients: int, diffusion: DiffusionConfig) -> s
 
 
 def alone_in(rows: Sequence[Row], diffusion: DiffusionConfig) -> str:
-    """Say in how many rounds, as metrics.jsonl has them, clients received nothing of others.
-
-    It is nothing where none did.
-    """
+    """Return a message with the number of rounds in which clients received nothing; "" if none."""
     alone = [row for row in rows if value_of(row, "num-alone")]
     whole = [row for row in alone if value_of(row, "num-alone") >= value_of(row, "num-clients")]
     if not alone:
@@ -51,7 +48,7 @@ def alone_in(rows: Sequence[Row], diffusion: DiffusionConfig) -> str:
 
 _WITH_TWO = (
     "With diffusion.min-contributors=2 two share; then each can work out the other's model from "
-    "what it receives, which tells something of the data that the other trained on"
+    "what it receives, which reveals something of the data that the other trained on"
 )
 
 

@@ -58,26 +58,11 @@ def train(
     *,
     loss: Loss = PLAIN,
 ) -> None:
-    """Train a model in place for ``local_epochs`` of SGD.
+    """Train a model in place, on its device, for ``local_epochs`` of SGD.
 
-    Parameters
-    ----------
-    model
-        On the device of the images.
-    images
-        Unnormalized, ``(num_examples, *shape)``; every batch is normalized with ``stats``.
-    labels
-        ``(num_examples,)``.
-    stats
-        Mean and deviation of each channel or feature.
-    config
-        Epochs, batch size, precision and the optimizer's settings.
-    generator
-        On the CPU; draws the order of the examples.
-    loss
-        What is minimized. Parameters without ``requires_grad`` stay fixed.
-
-    A step whose loss depends on no trained parameter is skipped.
+    ``images``, ``(num_examples, *shape)``, are not normalized: every batch is, with ``stats``.
+    ``labels`` are ``(num_examples,)``. ``generator``, on the CPU, draws the order of the examples.
+    A step whose ``loss`` depends on no trained parameter is skipped.
     """
     _prefer_channels_last(model, images, stats, config.precision)
     momenta: Momenta = {}

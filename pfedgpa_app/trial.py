@@ -12,10 +12,10 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import ImageStats
 from pfedgpa_app.errors import described
 from pfedgpa_app.evaluation import logits_of
-from pfedgpa_app.model_spec import ModelError, check_logits
+from pfedgpa_app.model_spec import ModelError, check_logits, gradients_of
 from pfedgpa_app.parameters import copy_of, same
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.training import Loss, train
+from pfedgpa_app.training import train
 
 # Larger batches would show no other errors.
 _MAX_BATCH_SIZE = 4
@@ -44,10 +44,7 @@ def unfit_entries(model: nn.Module) -> list[str]:
 def _unfit(value: object) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with an entry of a state_dict, and what would be right."""
     if not isinstance(value, Tensor):
-        yield (
-            f"of type {type(value).__name__}",
-            "tensors alone, without get_extra_state",
-        )
+        yield f"of type {type(value).__name__}", "tensors alone, without get_extra_state"
     elif is_lazy(value):
         yield "not initialized", "a layer of a given size, without Lazy"
     elif value.layout != torch.strided or value.is_quantized:
@@ -57,6 +54,15 @@ def _unfit(value: object) -> Iterator[tuple[str, str]]:
         yield "without values (on the device meta)", "a model that is built with its parameters"
     elif value.dtype.is_complex or not _has_numpy(value.dtype):
         yield f"{value.dtype}", "torch.float32 or torch.float16"
+
+
+def _has_numpy(dtype: torch.dtype) -> bool:
+    """Return whether NumPy, and so Flower's arrays, has a dtype."""
+    try:
+        torch.empty(0, dtype=dtype).numpy()
+    except TypeError:
+        return False
+    return True
 
 
 def differences_of_builds(first: nn.Module, second: nn.Module) -> list[str]:
@@ -78,82 +84,71 @@ def differences_of_builds(first: nn.Module, second: nn.Module) -> list[str]:
 
 
 class Trial(NamedTuple):
-    """The result of a trial.
-
-    Attributes
-    ----------
-    problem
-        What failed, in one line; "" if nothing did.
-    changed
-        Names of the entries of the state_dict that changed.
-    idle
-        Names of the parameters that require a gradient and have none.
-    """
+    """The result of a trial."""
 
     problem: str
+    """What failed, in one line; "" if nothing did."""
     changed: frozenset[str] = frozenset()
+    """Names of the entries of the state_dict that changed."""
     idle: tuple[str, ...] = ()
+    """Names of the parameters that require a gradient and have none."""
 
 
 def try_training(build: Callable[[], nn.Module], config: Config) -> Trial:
     """Train a model as clients do, load its parameters into another one and evaluate that.
 
     Training has the configured precision, batches of several sizes, and memory format; evaluation
-    has two examples, then one.
-
-    Parameters
-    ----------
-    build
-        Builds the model.
+    has two examples, then one. ``build`` builds the model.
     """
-    tried = _try(build, config)
-    problem, precision = tried.problem, config.client.precision
+    client = config.client
+    # The smallest batch that is sure to occur.
+    smallest = min(2, client.batch_size, config.data.train_samples or client.batch_size)
+    tried = _try(build, config, smallest, client.precision)
+    problem = tried.problem
     if not problem:
         return tried
-    if precision != "fp32" and not _try(build, config, precision="fp32").problem:
-        return Trial(f'with client.precision = "{precision}", {problem}; right would be "fp32"')
-    if _smallest(config) == 1 and not _try(build, config, smallest=2).problem:
-        where = (
-            "client.batch-size = 1" if config.client.batch_size == 1 else "data.train-samples = 1"
+    if client.precision != "fp32" and not _try(build, config, smallest, "fp32").problem:
+        return Trial(
+            f'with client.precision = "{client.precision}", {problem}; right would be "fp32"'
         )
-        return Trial(f"with {where}, {problem}; right would be 2 or more")
+    if smallest == 1 and not _try(build, config, 2, client.precision).problem:
+        where = "client.batch-size" if client.batch_size == 1 else "data.train-samples"
+        return Trial(f"with {where} = 1, {problem}; right would be 2 or more")
     return tried
 
 
-def _smallest(config: Config) -> int:
-    """Return the size of the smallest batch that is sure to occur."""
-    samples = config.data.train_samples or config.client.batch_size
-    return min(2, config.client.batch_size, samples)
-
-
-def _try(
-    build: Callable[[], nn.Module],
-    config: Config,
-    precision: str | None = None,
-    smallest: int | None = None,
-) -> Trial:
+def _try(build: Callable[[], nn.Module], config: Config, smallest: int, precision: str) -> Trial:
     info = config.data.info
-    smallest = smallest or _smallest(config)
     size = max(smallest, min(config.client.batch_size, _MAX_BATCH_SIZE))
-    precision = precision or config.client.precision
     changed = {"local_epochs": _EPOCHS, "batch_size": size, "precision": precision}
     client = config.client.model_copy(update=changed)
     stats = ImageStats(torch.zeros(info.shape[0]), torch.ones(info.shape[0]))
     model, other = build(), build()
-    before, idle = copy_of(model.state_dict()), set(dict(model.named_parameters()))
-    loss, generator = _loss(info.num_classes, idle), make_generator(0, "trial")
+    before = copy_of(model.state_dict())
+    used, generator = set[str](), make_generator(0, "trial")
+
+    def loss(model: nn.Module, examples: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy, and take note of the parameters with a gradient."""
+        logits = model(examples)
+        check_logits(logits, len(examples), info.num_classes)
+        value = functional.cross_entropy(logits.float(), labels)
+        if value.requires_grad:
+            used.update(n for n, each in gradients_of(value, model).items() if each is not None)
+        return value
+
     try:
         # One batch of the smallest size; then two equal batches and a larger one.
         for number in (smallest, 3 * size + 1):
             examples, labels = torch.zeros(number, *info.shape), torch.zeros(number).long()
             train(model, examples, labels, stats, client, generator, loss=loss)
     except Exception as error:  # user code may raise anything
-        if sparse := [n for n, p in model.named_parameters() if _is_sparse(p.grad)]:
+        named = model.named_parameters()
+        if sparse := [n for n, p in named if p.grad is not None and p.grad.is_sparse]:
             return Trial(f"{', '.join(sparse)} has a sparse gradient; right would be sparse=False")
         return Trial(f"training it fails: {_one_line(error)}")
     after = copy_of(model.state_dict())
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
-    if trained <= idle:
+    if not trained & used:
         return Trial("the loss depends on no trained parameter: nothing would be learned")
     try:
         other.load_state_dict(after)
@@ -163,44 +158,9 @@ def _try(
     except Exception as error:
         return Trial(f"evaluating it fails: {_one_line(error)}")
     moved = frozenset(name for name, tensor in before.items() if not same(tensor, after[name]))
-    return Trial("", moved, tuple(sorted(trained & idle)))
-
-
-def _loss(num_classes: int, idle: set[str]) -> Loss:
-    """Return a cross-entropy that checks the model's output.
-
-    It removes parameters with a gradient from ``idle``.
-    """
-
-    def loss(model: nn.Module, examples: Tensor, labels: Tensor) -> Tensor:
-        logits = model(examples)
-        check_logits(logits, len(examples), num_classes)
-        value = functional.cross_entropy(logits.float(), labels)
-        if value.requires_grad:
-            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            parts = torch.autograd.grad(
-                value, [p for _, p in named], retain_graph=True, allow_unused=True
-            )
-            used = (n for (n, _), part in zip(named, parts, strict=True) if part is not None)
-            idle.difference_update(used)
-        return value
-
-    return loss
+    return Trial("", moved, tuple(sorted(trained - used)))
 
 
 def _one_line(error: Exception) -> str:
     """Return the message of an error in one line."""
     return str(error) if isinstance(error, ModelError) else described(error)
-
-
-def _is_sparse(gradient: Tensor | None) -> bool:
-    return gradient is not None and gradient.is_sparse
-
-
-def _has_numpy(dtype: torch.dtype) -> bool:
-    """Return whether NumPy, and so Flower's arrays, has a dtype."""
-    try:
-        torch.empty(0, dtype=dtype).numpy()
-    except TypeError:
-        return False
-    return True

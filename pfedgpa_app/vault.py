@@ -33,14 +33,10 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
         Of the files ``<client>-<version>.safetensors``. It is created with the first one.
     earlier
         Where the files of a restored state are; ``folder`` by default.
-
-    Attributes
-    ----------
-    versions
-        The number of each client's file.
     """
 
     versions: Kept[dict[int, int]]
+    """The number of each client's file."""
 
     def __init__(self, folder: Path, earlier: Path | None = None) -> None:
         self.folder, self.earlier = folder, earlier or folder
@@ -49,7 +45,10 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
 
     def file(self, client: int) -> Path:
         """Return the file of a client's vector."""
-        return self.folder / f"{client}-{self.versions[client]}.safetensors"
+        return self._file(client, self.versions[client])
+
+    def _file(self, client: int, version: int) -> Path:
+        return self.folder / f"{client}-{version}.safetensors"
 
     def complete_restored(self) -> None:
         """Link or copy the files of a restored state from ``earlier``.
@@ -57,16 +56,19 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
         Raises
         ------
         ValueError
-            If one is missing or damaged.
+            If one is missing or damaged, or cannot be linked or copied.
         """
-        for client in self:
-            file = self.earlier / self.file(client).name
+        files = {self.earlier / self.file(client).name: self.file(client) for client in self}
+        for file in files:
             vector = load_state(file, VECTOR_KIND)[0].get("vector")
             if vector is None or not bool(vector.isfinite().all()):
                 raise ValueError(f"{file} is damaged: its vector is missing or not finite")
-        if self.versions and self.earlier != self.folder:
+        if files and self.earlier != self.folder:
             try:
-                self._link_files()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for file, target in files.items():
+                    link_or_copy(file, target)
+                sync_to_disk(self.folder)
             except OSError as error:
                 raise ValueError(str(error)) from error
         self._next = max(self.versions.values(), default=0) + 1
@@ -85,43 +87,16 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
                 if file.name not in current:
                     file.unlink()
 
-    def _link_files(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for client in self:
-            link_or_copy(self.earlier / self.file(client).name, self.file(client))
-        sync_to_disk(self.folder)
-
     def __setitem__(self, client: int, vector: Tensor) -> None:
-        """Write a vector.
-
-        Raises
-        ------
-        WriteError
-            If that fails; the client keeps its previous vector.
-        """
-        before = self.versions.get(client)
+        """Write a vector; if a `WriteError` is raised, the client keeps its previous one."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        save_state(self._file(client, self._next), VECTOR_KIND, {"vector": vector})
         self.versions[client] = self._next
-        try:
-            with writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            save_state(self.file(client), VECTOR_KIND, {"vector": vector})
-        except OSError:
-            del self.versions[client]
-            if before is not None:
-                self.versions[client] = before
-            raise
         self._next += 1
 
     def __getitem__(self, client: int) -> Tensor:
-        """Read a vector.
-
-        Raises
-        ------
-        KeyError
-            If the client has none.
-        ValueError
-            If its file is missing or damaged.
-        """
+        """Read a vector; a `ValueError` says that its file is missing or damaged."""
         return load_state(self.file(client), VECTOR_KIND)[0]["vector"]
 
     def __delitem__(self, client: int) -> None:

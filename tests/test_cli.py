@@ -343,7 +343,7 @@ def test_of_folders_named_after_classes_accuracy_and_confusions_are_printed(
     (pictures / "unknown").mkdir()
     result = runner.invoke(cli.app, ["predict", str(model_file), str(pictures)])
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == f"{pictures}: passed over: 1 folder\n"
+    assert result.stderr == f"{pictures}: skipped: 1 folder\n"
     lines = result.stdout.splitlines()
     assert lines[3] == "accuracy 0.6667 on 3 examples"
     seen = sorted({*true, *predicted})

@@ -204,8 +204,10 @@ def test_a_link_to_a_picture_is_read(tmp_path: Path):
 
 
 # Pillow has limits of its own, of 89 and 179 million pixels.
-@pytest.mark.parametrize("size", [(7100, 7100), (13300, 13300), (20000, 10000)])
-@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("a.jpg", (7100, 7100)), ("a.png", (13300, 13300)), ("a.png", (20000, 10000))],
+)
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: tuple[int, int]
 ):

@@ -250,11 +250,10 @@ def test_the_head_is_the_same_wherever_it_was_registered(run, strategy: str):
         "data.shift": "permuted-labels",
         "data.shift-by": "client",
     }
-    accuracies = {
-        model.__name__: run(model, strategy, **settings)[1][-1]["finetuned-accuracy"]
-        for model in (Net, HeadFirst, Unused)
-    }
-    assert min(accuracies.values()) > accuracies["Net"] - 0.1, accuracies
+    last, first = (
+        run(model, strategy, **settings)[1][-1]["finetuned-accuracy"] for model in (Net, HeadFirst)
+    )
+    assert first > last - 0.1
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,12 @@ HIDDEN = [".ipynb_checkpoints", ".thumbnails", "@eaDir", ".Trash-1000", "__MACOS
 
 
 @pytest.mark.parametrize("below", [".", "benign", "benign/2024"])
-@pytest.mark.parametrize("hidden", HIDDEN)
-def test_what_is_hidden_is_no_data_at_any_depth(together: Path, below: str, hidden: str):
+def test_what_is_hidden_is_no_data_at_any_depth(together: Path, below: str):
     """Copies of pictures, which would otherwise be both trained on and tested with."""
     (together / below).mkdir(exist_ok=True)
-    shutil.copytree(together / "malignant", together / below / hidden / "malignant")
-    shutil.copy(together / "malignant/100.png", together / below / hidden)
+    for hidden in HIDDEN:
+        shutil.copytree(together / "malignant", together / below / hidden / "malignant")
+        shutil.copy(together / "malignant/100.png", together / below / hidden)
     for name in ("._000.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
         (together / below / name).write_bytes(b"x")
     notes: list[str] = []

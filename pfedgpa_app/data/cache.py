@@ -22,6 +22,7 @@ SPLIT_KIND = "pfedgpa-split-2"
 _PACKAGES = ("flwr-datasets", "numpy", "scikit-learn", "seglearn")
 _MODULES = ("dataset.py", "partitions.py", "smartwatch.py", "sources.py")
 
+_OF_DATASET, _POOLS = ("images", "labels", "is_test"), ("train", "test")
 # Larger data sets are not cached: they are files already.
 _MAX_ENTRIES = 2**22
 
@@ -48,50 +49,32 @@ class SplitFile:
         folder = xdg_folder("XDG_CACHE_HOME", ".cache")
         self.path = folder / "splits" / f"{digest.hexdigest()[:32]}.safetensors"
 
-    def read(self) -> tuple[Dataset | None, Indices] | None:
-        """Return the indices, with the data set if it is small; None if they are not cached."""
-        tensors = self._tensors()
-        if tensors is None:
+    def read(self) -> tuple[Dataset | None, Indices, Tensor] | None:
+        """Return the data set if it is small, the indices and `counted`; None if not cached."""
+        if self.path is None:
             return None
-        dataset = None
-        if "images" in tensors:
-            dataset = Dataset(tensors["images"], tensors["labels"], tensors["is_test"].bool())
-        parts = [
-            tensors[name].split(tensors[f"{name}_sizes"].tolist()) for name in ("train", "test")
-        ]
-        return dataset, list(zip(*parts, strict=True))
-
-    def class_counts(self) -> Tensor | None:
-        """Return the clients' training examples of each class, ``(num_clients, num_classes)``.
-
-        They are counted before any shift. None if they are not cached.
-        """
-        tensors = self._tensors()
-        return None if tensors is None else tensors["class_counts"]
+        try:
+            tensors, _ = load_state(self.path, SPLIT_KIND)
+        except ValueError:  # missing or damaged
+            return None
+        is_small = "images" in tensors
+        dataset = Dataset(*(tensors[name] for name in _OF_DATASET)) if is_small else None
+        parts = [tensors[name].split(tensors[f"{name}_sizes"].tolist()) for name in _POOLS]
+        return dataset, list(zip(*parts, strict=True)), tensors["class_counts"]
 
     def write(self, dataset: Dataset, indices: Indices) -> None:
         """Cache the indices, and a small data set; do nothing if that is not possible."""
         if self.path is None:
             return
-        is_small = dataset.images.numel() <= _MAX_ENTRIES
-        tensors: dict[str, Tensor] = {}
-        if is_small:  # without owners: the indices contain the partition
-            tensors = {name: getattr(dataset, name) for name in ("images", "labels", "is_test")}
-        for name, part in zip(("train", "test"), zip(*indices, strict=True), strict=True):
+        tensors = {"class_counts": counted(dataset, indices)}
+        if dataset.images.numel() <= _MAX_ENTRIES:  # without owners: the indices say enough
+            tensors |= {name: getattr(dataset, name) for name in _OF_DATASET}
+        for name, part in zip(_POOLS, zip(*indices, strict=True), strict=True):
             tensors[name] = torch.cat(part)
             tensors[f"{name}_sizes"] = torch.tensor([len(one) for one in part])
-        tensors["class_counts"] = counted(dataset, indices)
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_state(self.path, SPLIT_KIND, tensors)
-
-    def _tensors(self) -> dict[str, Tensor] | None:
-        if self.path is None:
-            return None
-        try:
-            return load_state(self.path, SPLIT_KIND)[0]
-        except ValueError:  # missing or damaged
-            return None
 
 
 def _version(name: str) -> str:

@@ -62,15 +62,10 @@ def client_data(
 
 
 def class_counts(config: DataConfig, seed: int, num_partitions: int) -> Tensor | None:
-    """Return the clients' numbers of training examples of each class, after any label shift.
+    """Return the clients' training examples of each class, ``(num_partitions, num_classes)``.
 
-    Nothing is downloaded and no own function is called.
-
-    Returns
-    -------
-    Tensor | None
-        ``(num_partitions, num_classes)``, int64. None if the partition is neither cached nor of an
-        embedded data set.
+    They are counted after any label shift. Nothing is downloaded and no own function is called;
+    None if the partition is neither cached nor of an embedded data set.
 
     Raises
     ------
@@ -81,7 +76,8 @@ def class_counts(config: DataConfig, seed: int, num_partitions: int) -> Tensor |
         dataset, _, indices = _partitioned(config, seed, num_partitions)
         counts: Tensor | None = counted(dataset, indices)
     else:
-        counts = SplitFile(config, seed, num_partitions).class_counts()
+        kept = SplitFile(config, seed, num_partitions).read()
+        counts = None if kept is None else kept[2]
     if counts is None or config.shift != "permuted-labels":
         return counts
     labels, nothing = torch.arange(counts.shape[1]), torch.empty(0)
@@ -98,7 +94,7 @@ def _partitioned(
     file = SplitFile(config, seed, num_partitions)
     kept = file.read()
     if kept is not None:
-        small, indices = kept
+        small, indices, _ = kept
         dataset = load_dataset(config, seed) if small is None else small
         return dataset, image_stats(dataset), indices
     # Imported here: the partitioners take seconds to import.

@@ -29,13 +29,8 @@ def load_part(config: DataConfig, seed: int) -> Part:
         If there is no such function, it fails, or it does not return a data set.
     """
     name = config.dataset
-    function = _function("data.dataset", name)
-    try:
-        # Every client calls it, and must get the same data.
-        with initialized_by(make_generator(seed, "dataset")):
-            given = function(config.root_path)
-    except Exception as error:  # user code may raise anything
-        raise DataError(f"{name}: failed with {described(error)}") from error
+    # Every client calls it, and must get the same data.
+    given = _called("dataset", name, seed, lambda function: function(config.root_path))
     if not isinstance(given, tuple | list) or not 2 <= len(given) <= 4:
         count = f" of {len(given)}" if isinstance(given, tuple | list) else ""
         raise DataError(f"{name}: returns {type(given).__name__}{count}, right would be {_RETURNS}")
@@ -57,32 +52,20 @@ def load_part(config: DataConfig, seed: int) -> Part:
 def own_shares(
     name: str, labels: NDArray[np.int64], num_clients: int, seed: int
 ) -> list[NDArray[np.int64]]:
-    """Call the function of ``data.partition`` with ``(labels, num_clients, seed)``.
+    """Return the result of the function of ``data.partition``: each client's indices, ascending.
 
-    Global random generators are seeded during the call.
-
-    Parameters
-    ----------
-    labels
-        Of the training pool, ``(n,)``; the function gets a copy.
-
-    Returns
-    -------
-    list[NDArray[np.int64]]
-        Each client's indices into ``labels``, ascending.
+    It is called with a copy of the training pool's labels ``(n,)``, ``num_clients`` and ``seed``,
+    with seeded global random generators.
 
     Raises
     ------
     DataError
         If there is no such function, it fails, or it does not return a partition.
     """
-    function = _function("data.partition", name)
-    try:
-        with initialized_by(make_generator(seed, "partition")):
-            # list(), since it may be a generator function.
-            given = list(function(labels.copy(), num_clients, seed))
-    except Exception as error:  # user code may raise anything
-        raise DataError(f"{name}: failed with {described(error)}") from error
+    # list(), since it may be a generator function.
+    given = _called(
+        "partition", name, seed, lambda function: list(function(labels.copy(), num_clients, seed))
+    )
     if len(given) != num_clients:
         raise DataError(
             f"{name}: returns the indices of {len(given)} clients, right would be {num_clients}"
@@ -93,16 +76,22 @@ def own_shares(
     ]
 
 
-def _function(setting: str, name: str) -> Callable[..., Any]:
+def _called(setting: str, name: str, seed: int, call: Callable[[Callable[..., Any]], Any]) -> Any:
+    """Return the result of the function that a setting names, with seeded global generators."""
     try:
-        return own_function(name)
+        function = own_function(name)
     except (ImportError, AttributeError) as error:
         raise DataError(
-            f"{name}: cannot be imported ({error}). {setting} names a function as "
+            f"{name}: cannot be imported ({error}). data.{setting} names a function as "
             '"package.module:function", of a module that clients can import'
         ) from error
     except Exception as error:  # user code may raise anything
         raise DataError(f"{name}: importing it failed with {described(error)}") from error
+    try:
+        with initialized_by(make_generator(seed, setting)):
+            return call(function)
+    except Exception as error:
+        raise DataError(f"{name}: failed with {described(error)}") from error
 
 
 def _as_owners(values: Any, number: int) -> NDArray[Any]:
@@ -110,11 +99,10 @@ def _as_owners(values: Any, number: int) -> NDArray[Any]:
     array = _as_array(values, number)
     if array.dtype == object:  # as pandas has strings
         kinds = {type(each) for each in array.tolist()}
-        if kinds in ({str}, {int}):
-            array = np.array(array.tolist())
-        else:
+        if kinds not in ({str}, {int}):
             found = " and ".join(sorted(kind.__name__ for kind in kinds))
             raise ArrayError(f"objects of {found}, right would be integers, or strings")
+        array = np.array(array.tolist())
     if array.dtype.kind not in "iuU":
         raise ArrayError(f"of {array.dtype}, right would be integers or strings")
     return array
@@ -143,14 +131,12 @@ def _as_array(values: Any, number: int) -> NDArray[Any]:
 
 def _as_share(values: Any, size: int, whose: str) -> NDArray[np.int64]:
     """Return the indices of one client's examples, ascending."""
+    if isinstance(values, list | tuple) and not values:  # would become an array of floats
+        values = np.empty(0, dtype=np.int64)
     try:
         share = as_labels(values if isinstance(values, Tensor) else np.asarray(values)).numpy()
     except (ArrayError, TypeError, ValueError, OverflowError) as error:
-        # An empty list becomes an array of floats.
-        if isinstance(values, list | tuple) and len(values) == 0:
-            share = np.empty(0, dtype=np.int64)
-        else:
-            raise DataError(f"{whose} has {error}, as indices") from error
+        raise DataError(f"{whose} has {error}, as indices") from error
     if share.ndim != 1 or len(share) == 0:
         raise DataError(
             f"{whose} has indices of shape {share.shape}; right would be (n,), with n of 1 or more"

@@ -27,13 +27,7 @@ def shifted(
     - ``permuted-labels`` keeps the labels of group 0, and permutes those of each other group.
 
     By client, angle, contrast (1/4 to 1, either sign) and permutation are drawn from the seed.
-
-    Parameters
-    ----------
-    images : Tensor
-        ``(n, channels, height, width)``, as in `Dataset`; for ``permuted-labels`` of any shape.
-    labels : Tensor
-        ``(n,)``, int64.
+    Images are ``(n, channels, height, width)``, but for ``permuted-labels`` of any shape.
     """
     group = None if config.shift_by == "client" else client % config.num_groups
     generator = make_generator(seed, "shift", client if group is None else group)

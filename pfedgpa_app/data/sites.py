@@ -1,7 +1,7 @@
 """A site's own data: a folder of images, or an .npz file of examples of any shape."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -49,15 +49,9 @@ def site_data(
     except (FileError, OSError) as error:
         raise DataError(str(error)) from error
     dataset = assemble(parts, config, seed, str(path))
-    train, test = ~dataset.is_test, dataset.is_test
-    return ClientData(
-        dataset.images[train],
-        dataset.labels[train],
-        dataset.images[test],
-        dataset.labels[test],
-        image_stats(dataset),
-        config.info,
-    )
+    (images, labels, is_test, _), stats = dataset, image_stats(dataset)
+    train, test = (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    return ClientData(*train, *test, stats, config.info)
 
 
 def _read_folder(path: Path, config: DataConfig, note: Note) -> list[Part]:
@@ -71,19 +65,20 @@ def _read_folder(path: Path, config: DataConfig, note: Note) -> list[Part]:
         raise DataError(f"{path}: has {given[0]}/ alone; right would be train/ and test/")
     parts = [_read_classes(path / name, config, note) for name in given or ["."]]
     if given:
-        _note_others(path, [entry for entry in path.iterdir() if entry.name not in given], note)
+        _note_others(path, set(path.iterdir()) - {path / name for name in given}, note)
     return parts
 
 
 def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
     """Return the images and labels of a folder with one folder per class."""
     entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
-    folders = _class_folders(folder, [entry for entry in entries if entry.is_dir()], config.classes)
-    _note_others(folder, [entry for entry in entries if not entry.is_dir()], note)
+    folders = [entry for entry in entries if entry.is_dir()]
+    class_folders = _class_folders(folder, folders, config.classes)
+    _note_others(folder, set(entries) - set(folders), note)
     channels, *size = config.info.shape
     label_of = {name: label for label, name in enumerate(config.classes)}
     images, labels = [], []
-    for name, class_folder in sorted(folders.items()):
+    for name, class_folder in sorted(class_folders.items()):
         found = find_pictures(class_folder)
         if found.others and not found.pictures:
             raise DataError(
@@ -117,24 +112,19 @@ def _class_folders(folder: Path, entries: list[Path], classes: Sequence[str]) ->
                 "right would be one"
             )
         found[name] = entry
-    if not found or found.keys() - set(classes):
+    unknown = sorted(found.keys() - set(classes))
+    if unknown or not found:
+        with_comma = [name for name in unknown if "," in name]
+        hint = "; a name with a comma needs double quotes: " if with_comma else ""
         raise DataError(
             f"{folder}: has the folders {_list(sorted(found))}; right would be folders named after "
             f"the classes (data.class-names), which are {_list(classes)}"
-            + _comma_hint(found.keys() - set(classes))
+            f"{hint}{', '.join(map(quoted, with_comma[:1]))}"
         )
     return found
 
 
-def _comma_hint(names: set[str]) -> str:
-    """Return a hint about class names with a comma, "" if there are none."""
-    with_comma = sorted(name for name in names if "," in name)
-    if not with_comma:
-        return ""
-    return f"; a name with a comma needs double quotes: {quoted(with_comma[0])}"
-
-
-def _note_others(folder: Path, entries: list[Path], note: Note) -> None:
+def _note_others(folder: Path, entries: Iterable[Path], note: Note) -> None:
     """Note the entries beside the folders that are read."""
     found = sort_out(entries)
     others = found.others + Counter({"image outside of class folders": len(found.pictures)})

@@ -14,19 +14,12 @@ _TRAIN_FRACTION = 0.6
 
 
 def load_windows() -> Part:
-    """Return the windows of all recordings, each in order of time.
-
-    The first 60 % of each recording is for training and the rest, after a gap of one window, for
-    testing. Windows do not overlap.
+    """Return the windows of all recordings, ``(n, 6, 100)``, each recording in order of time.
 
     The channels are acceleration along x, y and z, and angular velocity about them, standardized
-    over the training windows of all people.
-
-    Returns
-    -------
-    Part
-        Examples ``(n, 6, 100)``, float32; labels 0 to 6, the exercises; owners 1 to 10, the
-        people; and the mask of test windows.
+    over the training windows of all people. Labels are the exercises, 0 to 6; owners are the
+    people, 1 to 10. The first 60 % of each recording is for training and the rest, after a gap of
+    one window, for testing. Windows do not overlap.
 
     Raises
     ------

@@ -92,19 +92,17 @@ def image_stats(dataset: Dataset) -> ImageStats:
 
 def _feature_stats(table: Tensor) -> ImageStats:
     """Return the statistics of a table's features, ``(n, features)``; constant ones become 0."""
-    blocks = [  # by blocks, since a float64 copy of the table would be large
-        _feature_block(block.double()) for block in table.split(max(1, PIECE // len(table)), dim=1)
-    ]
-    mean, std = (torch.cat(each) for each in zip(*blocks, strict=True))
-    return ImageStats(mean, std)
-
-
-def _feature_block(values: Tensor) -> tuple[Tensor, Tensor]:
-    # By rounding, the deviation of equal values may be just above 0.
-    is_constant = values.amax(0) == values.amin(0)
-    std = torch.where(is_constant, 1.0, values.std(0, correction=0)).float()
-    # The deviation of very small numbers may underflow in float32.
-    return values.mean(0).float(), torch.where(std > 0, std, 1.0)
+    means, deviations = [], []
+    # By blocks, since a float64 copy of the table would be large.
+    for block in table.split(max(1, PIECE // len(table)), dim=1):
+        values = block.double()
+        # By rounding, the deviation of equal values may be just above 0; that of very small numbers
+        # may underflow in float32.
+        is_constant = values.amax(0) == values.amin(0)
+        std = torch.where(is_constant, 1.0, values.std(0, correction=0)).float()
+        means.append(values.mean(0).float())
+        deviations.append(torch.where(std > 0, std, 1.0))
+    return ImageStats(torch.cat(means), torch.cat(deviations))
 
 
 def normalize(images: Tensor, stats: ImageStats) -> Tensor:
@@ -148,10 +146,14 @@ def _torchvision(name: str, root: Path) -> list[Part]:
         "cifar10": datasets.CIFAR10,
     }
     try:
-        if name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir() and not _has_fashion(root):
+        if name == "fashion-mnist" and not _has_fashion(root) and DEBIAN_FASHION_MNIST.is_dir():
             sets = _debian_fashion_mnist()
         else:
-            sets = _read_or_download(readers[name], root)
+            root.mkdir(parents=True, exist_ok=True)
+            # Locked, so that no process reads what another is unpacking. A read-only folder needs
+            # no lock.
+            with FileLock(root / ".lock") if os.access(root, os.W_OK) else nullcontext():
+                sets = [readers[name](root, train=each, download=True) for each in (True, False)]
     except Exception as error:  # torchvision, urllib and archives have no common base
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
@@ -159,14 +161,6 @@ def _torchvision(name: str, root: Path) -> list[Part]:
             f"network connection, or set data.root to a folder where torchvision finds it"
         ) from error
     return [Part(_upright(torch.as_tensor(s.data), name), torch.as_tensor(s.targets)) for s in sets]
-
-
-def _read_or_download(reader: Callable[..., Any], root: Path) -> list[Any]:
-    root.mkdir(parents=True, exist_ok=True)
-    # Locked, so that no process reads what another is unpacking. A read-only folder needs no lock.
-    lock = FileLock(root / ".lock") if os.access(root, os.W_OK) else nullcontext()
-    with lock:
-        return [reader(root, train=train, download=True) for train in (True, False)]
 
 
 def _has_fashion(root: Path) -> bool:
