@@ -32,20 +32,20 @@ def num_processes() -> int:
 def execute(
     runs: list[BenchRun], folder: Path, processes: int, advance: Callable[[BenchRun], None]
 ) -> dict[str, str]:
-    """Run what has no result yet, each in a process of its own, and return why runs failed.
+    """Do runs, each in a process of its own, and return the reasons of those that failed.
 
-    Without processes they run here, one after the other, and an error is raised as it is.
+    With 0 processes they run here, one after the other, and an error is raised as it is.
     ``advance`` is called after each run.
     """
-    failed: dict[str, str] = {}
     if not processes:
         for run in runs:
             run.execute(folder)
             advance(run)
-        return failed
+        return {}
+    failed: dict[str, str] = {}
+    waiting = list(reversed(runs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["server_app.suites", "client_app.messages"])
-    waiting = list(reversed(runs))
     alive: dict[int, tuple[Any, BenchRun]] = {}
     try:
         while waiting or alive:
@@ -69,9 +69,8 @@ def execute(
 
 
 def _execute(run: BenchRun, folder: Path) -> None:
-    if multiprocessing.parent_process():
-        end_with_parent()  # which may be killed even while it starts this one
-        os.dup2(sys.stderr.fileno(), 1)  # what own modules print is no part of the bench's output
+    end_with_parent()  # which may be killed even while it starts this one
+    os.dup2(sys.stderr.fileno(), 1)  # what own modules print is no part of the bench's output
     file = run.traceback_file(folder)
     file.unlink(missing_ok=True)
     try:

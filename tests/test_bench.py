@@ -374,7 +374,7 @@ def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: 
             '[rows."\u00e9"]\n[rows."e\u0301"]\n[rows.ditto]',
             'rows has "\u00e9" twice, in two forms of Unicode; right would be two names',
         ),
-        ("[settings]", "[settings]\nseed = 1", "settings must not have any of"),
+        ("[settings]", "[settings]\nseed = 1", "settings must not set seed"),
         ("[settings]", "[settings]\nserver.fraction-evaluate = 0.5", "right would be 1.0"),
         ("[settings]", "[settings]\ntracking = 'mlflow'", "tracking"),
         ("[settings]", "[cases.a]\nclients = 'x'\n[settings]", "clients = x; right would be"),
