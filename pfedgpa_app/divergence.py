@@ -71,7 +71,7 @@ def best_in(rows: Sequence[Row]) -> Row | None:
 
 
 def reason_to_end(rows: Sequence[Row], server: ServerConfig, since: int = 0) -> str:
-    """Say why a run ends after its last row, by ``stop-at`` or ``patience``; empty if it goes on.
+    """Return why a run ends now, by ``stop-at`` or ``patience``; empty if it goes on.
 
     ``since`` is the round after which it went on from another run, whose patience is over.
     """
@@ -93,7 +93,7 @@ def reason_to_end(rows: Sequence[Row], server: ServerConfig, since: int = 0) -> 
 
 
 def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], str]:
-    """Say what goes wrong in a run, by its rows in metrics.jsonl, and what may help.
+    """Return what goes wrong in a run, by its rows in metrics.jsonl, and what may help.
 
     Returns
     -------
@@ -117,7 +117,7 @@ def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], st
 
 
 def best_kept(path: Path, name: str) -> str:
-    """Say how to go on from the checkpoint of a run's best round; nothing if there is none."""
+    """Return how to go on from the checkpoint of a run's best round; nothing if there is none."""
     if not (path / BEST / CHECKPOINT).exists():
         return ""
     return (
@@ -126,7 +126,7 @@ def best_kept(path: Path, name: str) -> str:
 
 
 def help_of(config: Config) -> str:
-    """Say what may help where training diverges."""
+    """Return what may help where training diverges."""
     rate = config.client.learning_rate
     steps = [f"a smaller client.learning-rate (here {rate:g}) or fewer client.local-epochs"]
     if config.server.momentum:

@@ -1,4 +1,4 @@
-"""How figures look that are printed: colours, names at the ends of curves, PNG and SVG.
+"""Printed figures: colours, names at the ends of curves, PNG and SVG.
 
 Colours have a contrast of three to white, and a strategy has the same in all figures. Colour is
 never the only difference: curves have names at their ends, dashes and marks.

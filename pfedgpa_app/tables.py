@@ -1,4 +1,4 @@
-"""Tables of comparisons: means over seeds, and which of them a paired test can tell apart."""
+"""Tables of comparisons: means over seeds, and paired tests of their differences."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from pfedgpa_app.rounds import mean_and_spread
 
 SIGNIFICANCE = 0.05
 INDEX_KIND = "pfedgpa-bench-1"
-"""What a file of JSON says that has a bench's tables, and where its results are."""
+"""The kind of the JSON file that lists a bench's tables and result files."""
 # What spreadsheets calculate begins so.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 CSV_HEAD = "table,row,column,text,mark,seeds,mean,std,values\n"
@@ -32,7 +32,7 @@ Accuracies = Mapping[int, Mapping[int, float]]
 class Cell:
     """A number over seeds, as ``mean ± standard deviation``, and how it stands in its column.
 
-    ``mark`` is ``"best"``, ``"tied"`` for one that the test cannot tell from the best, or empty;
+    ``mark`` is ``"best"``, ``"tied"`` if not significantly different from the best, or empty;
     ``values`` are those of the seeds.
     """
 
@@ -67,14 +67,14 @@ class Table:
         )
 
     def text(self) -> str:
-        """Return the table as text: ``*`` is the best, ``=`` what cannot be told from it."""
+        """Return the table as text, with ``*`` at the best and ``=`` at what is tied."""
         grid = self._grid({"best": "{} *", "tied": "{} =", "": "{}  "}, str)
         widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
         lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in grid)
         return "\n".join([self.title, "", *lines, "", self._note("*", "="), ""])
 
     def markdown(self) -> str:
-        """Return the table in Markdown: the best is bold, what cannot be told from it italic."""
+        """Return the table in Markdown, with the best in bold and what is tied in italics."""
 
         def escaped(text: str) -> str:
             return _one_line(text).replace("\\", r"\\").replace("|", r"\|")
@@ -85,7 +85,7 @@ class Table:
         return f"**{_one_line(self.title)}**\n\n{body}\n\n{_one_line(self._note())}\n"
 
     def latex(self) -> str:
-        """Return the table in LaTeX: the best is bold, what cannot be told from it italic.
+        """Return the table in LaTeX, with the best in bold and what is tied in italics.
 
         It needs the package booktabs. Where it comes from is a comment.
         """
@@ -164,10 +164,10 @@ def compare(
 ) -> dict[str, Cell]:
     """Return the cells of a column: means over clients, their mean and deviation over seeds.
 
-    A cell without all of ``num_seeds`` says so, and is not compared. The best mean is marked, and
-    whatever a two-sided paired t-test over seeds and clients does not tell from it at the level of
-    5 %. Clients of one seed are not independent of each other, so the test tells more apart than
-    other seeds would confirm: read a mark as "no evidence against".
+    A cell without all of ``num_seeds`` is not compared, and has their number. The best mean is
+    marked, and those that a two-sided paired t-test over seeds and clients finds no different at
+    5 %. Clients of one seed are not independent, so the test finds more differences than other
+    seeds would confirm: a mark is no evidence of equality.
     """
     means, cells = {}, {}
     for name, seeds in column.items():
@@ -187,7 +187,7 @@ def compare(
 
 
 def partial_cell(cell: Cell, num_seeds: int) -> Cell:
-    """Return a cell that says so if it lacks some of ``num_seeds``, or all."""
+    """Return a cell with the number of its seeds, if it lacks some of ``num_seeds``."""
     found = len(cell.values)
     if found == num_seeds:
         return cell

@@ -21,10 +21,9 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.figures import COLOURS
-from pfedgpa_app.page import figures, method, runs
+from pfedgpa_app.page import figures, html, method, runs
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.page.holdings import Holdings
-from pfedgpa_app.page.html import Page, Panel
 from pfedgpa_app.page.runs import grouped, page_of
 from pfedgpa_app.report import Run, RunFolder, baselines_of
 from pfedgpa_app.rounds import RoundRecord, summarize
@@ -108,8 +107,8 @@ class Content(HTMLParser):
 
 def drawn(page: str) -> list[dict]:
     """Return the figures of a page."""
-    (data,) = re.findall(r'<script type="application/json" id="figures">(.+?)</script>', page)
-    return json.loads(data)
+    found = re.findall(r'<script type="application/json">(.+?)</script>', page)
+    return [json.loads(data) for data in found]
 
 
 def test_curves_are_the_metrics_of_the_run(tmp_path: Path):
@@ -352,7 +351,7 @@ def test_what_a_client_says_is_text(tmp_path: Path):
     page = page_of([make_run(tmp_path / "run", reason=EVIL)])
     content = Content(page)
     assert any(EVIL in text for text in content.texts)
-    assert [tag for tag, _ in content.tags].count("script") == 3
+    assert [tag for tag, _ in content.tags].count("script") == len(drawn(page)) + 2
     assert not [tag for tag, _ in content.tags if tag == "img"]
     assert "2-3" in content.texts
 
@@ -366,11 +365,10 @@ def test_names_of_classes_and_groups_have_no_tags(tmp_path: Path):
 def test_data_in_the_page_cannot_end_its_script():
     figure = figures.lines({EVIL: {1: [0.1], 2: [0.2]}})
     figure.add_scatter(customdata=[EVIL])
-    page = Page()
-    html = page.whole(EVIL, page.figures([Panel(EVIL, EVIL, figure)]))
-    content = Content(html)
+    page = html.whole(EVIL, html.figures([html.Panel(EVIL, EVIL, figure)]))
+    content = Content(page)
     assert len(content.scripts) == 3
-    line, other = drawn(html)[0]["data"]
+    line, other = drawn(page)[0]["data"]
     assert "<" not in line["name"]
     assert other["customdata"] == [EVIL]
     assert EVIL in content.texts

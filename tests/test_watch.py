@@ -76,7 +76,7 @@ def test_in_a_pipe_a_run_has_a_line_a_round_until_it_is_complete(
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])
-def test_a_run_that_dies_is_told_with_what_would_be_right(
+def test_a_run_that_dies_is_reported_with_what_would_be_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder, has_checkpoint: bool
 ):
     if has_checkpoint:
@@ -91,7 +91,7 @@ def test_a_run_that_dies_is_told_with_what_would_be_right(
     assert result.stderr == expected + "\n"
 
 
-def test_a_run_that_is_over_is_told_at_once(
+def test_a_run_that_is_over_is_reported_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder
 ):
     for number in (1, 2, 3):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.files import is_hidden, read_json, text_of
-from pfedgpa_app.page.html import Page, sections, table_of
+from pfedgpa_app.page.html import sections, table_of, whole
 from pfedgpa_app.page.runs import compared
 from pfedgpa_app.rounds import Row
 from pfedgpa_app.tables import INDEX_KIND
@@ -28,14 +28,14 @@ def page_of_bench(folder: Path) -> str:
         If an index of its results is damaged.
     """
     indices = _indices(folder)
-    page, body = Page(), ""
+    body = ""
     for name, index in indices.items():
         try:
-            body += _index(page, folder, index)
+            body += _index(folder, index)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             right = "right would be as pfedgpa bench writes it"
             raise ValueError(f"{folder / name}.json is damaged: {error!r}; {right}") from error
-    return page.whole(next(iter(indices.values()))["title"], body)
+    return whole(next(iter(indices.values()))["title"], body)
 
 
 def _indices(folder: Path) -> dict[str, dict[str, Any]]:
@@ -50,7 +50,7 @@ def _indices(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _index(page: Page, folder: Path, index: Mapping[str, Any]) -> str:
+def _index(folder: Path, index: Mapping[str, Any]) -> str:
     cases: dict[str, dict[str, list[list[Row]]]] = {}
     for run in index["runs"]:
         finished = cases.setdefault(run["case"], {}).setdefault(run["row"], [])
@@ -58,7 +58,7 @@ def _index(page: Page, folder: Path, index: Mapping[str, Any]) -> str:
             finished.append(read_json(folder / run["file"])["rounds"])
         except (OSError, ValueError, KeyError):  # it is not finished
             continue
-    panels = [(case or "all", compared(page, rows)) for case, rows in cases.items()]
+    panels = [(case or "all", compared(rows)) for case, rows in cases.items()]
     curves = sections(panels) if any(body for _, body in panels) else ""
     tables = "".join(map(_table, index["tables"]))
     return f"<h1>{escape(index['title'])}</h1>{curves}<h2>Results</h2>{tables}"

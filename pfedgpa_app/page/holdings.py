@@ -40,7 +40,7 @@ class Holdings:
                 missing="no model of the run says which partition its client has; models are "
                 "written after the last round, by strategies whose clients keep no part of theirs"
             )
-        # Data sets take seconds to import, and not every run can tell.
+        # Data sets take seconds to import, and not every run needs them.
         from pfedgpa_app.data import class_counts
 
         groups: dict[int, str] = {}

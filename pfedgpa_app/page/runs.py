@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.cross_site import read_matrix
-from pfedgpa_app.page import figures, method
+from pfedgpa_app.page import figures, html, method
 from pfedgpa_app.page.holdings import Holdings
-from pfedgpa_app.page.html import Page, Panel, numbers, sections, slider, table, table_of
+from pfedgpa_app.page.html import Panel, numbers, sections, slider, table, table_of
 from pfedgpa_app.protocol import RECALL
 from pfedgpa_app.report import Run, baselines_of
 from pfedgpa_app.rounds import (
@@ -34,7 +34,7 @@ Of = TypeVar("Of")
 
 # Clients that a figure shows.
 _MAX_CLIENTS = 300
-# Of failures a page has so many, and so much of what a client says.
+# So many failures are on a page, and so many letters of each reason.
 _MAX_FAILURES = 200
 _MAX_REASON = 300
 _MEANS = (
@@ -46,18 +46,17 @@ _SEEDS = "Where runs differ in the seed alone, the line is their mean and the ba
 
 def page_of(runs: Sequence[Run]) -> str:
     """Return the HTML of a page of one run, or of several with a comparison on top."""
-    page = Page()
-    parts = sections([(run.name, _run(page, run, number)) for number, run in enumerate(runs)])
+    parts = sections([(run.name, _run(run, number)) for number, run in enumerate(runs)])
     if len(runs) == 1:
         run = runs[0]
         title = f"Run {run.name}: {run.config.strategy} on {run.config.data.dataset}"
-        return page.whole(title, f"<h1>{escape(title)}</h1>{parts}")
+        return html.whole(title, f"<h1>{escape(title)}</h1>{parts}")
     title = f"{len(runs)} runs"
-    body = f"<section>{_comparison(page, runs)}</section><h2>Run by run</h2>{parts}"
-    return page.whole(title, f"<h1>{title}</h1>{body}")
+    body = f"<section>{_comparison(runs)}</section><h2>Run by run</h2>{parts}"
+    return html.whole(title, f"<h1>{title}</h1>{body}")
 
 
-def compared(page: Page, groups: Mapping[str, Sequence[Sequence[Row]]]) -> str:
+def compared(groups: Mapping[str, Sequence[Sequence[Row]]]) -> str:
     """Return accuracies over rounds, personalized and after local training; one round has none.
 
     ``groups`` has the rounds of runs that differ in the seed alone, by the name of their curve.
@@ -68,7 +67,7 @@ def compared(page: Page, groups: Mapping[str, Sequence[Sequence[Row]]]) -> str:
         if any(len(curve) > 1 for curve in curves.values()):
             drawn = figures.lines(curves)
             shown.append(Panel(f"Accuracy, {title}", f"{_MEANS} {_SEEDS}", drawn, is_wide=True))
-    return page.figures(shown) if shown else ""
+    return html.figures(shown) if shown else ""
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -93,9 +92,9 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return named
 
 
-def _comparison(page: Page, runs: Sequence[Run]) -> str:
+def _comparison(runs: Sequence[Run]) -> str:
     groups = grouped(runs)
-    curves = compared(page, {label: [r.metrics for r in each] for label, each in groups.items()})
+    curves = compared({label: [r.metrics for r in each] for label, each in groups.items()})
     lines = []
     for label, each in groups.items():
         cells = [label, ", ".join(str(run.config.seed) for run in each)]
@@ -112,7 +111,7 @@ def _comparison(page: Page, runs: Sequence[Run]) -> str:
     return f'{curves}<h2>Last round</h2><p class="quiet">{note}</p>{table(head, lines)}'
 
 
-def _run(page: Page, run: Run, number: int) -> str:
+def _run(run: Run, number: int) -> str:
     clients, learned = run.clients, run.method
     rows = method.thinned(learned)
     holdings = Holdings.of(run)
@@ -121,16 +120,16 @@ def _run(page: Page, run: Run, number: int) -> str:
     body = _head(run, clients, baselines)
     body += "".join(f'<p class="note">{escape(note)}</p>' for note in notes if note)
     if run.metrics:
-        body += page.figures(_accuracies(run, clients, holdings, baselines))
+        body += html.figures(_accuracies(run, clients, holdings, baselines))
     if not holdings.counts:
         missing = escape(holdings.missing)
         body += f'<p class="quiet">Classes of clients are left out: {missing}.</p>'
     if rows:
-        found = page.figures(_method(rows, holdings, len(rows) < len(learned)))
+        found = html.figures(_method(rows, holdings, len(rows) < len(learned)))
         bar = slider([row["round"] for row in rows], f"rounds-{number}")
         body += f'<h2>What the server found</h2><div class="moved">{bar}{found}</div>'
     if run.metrics:
-        costs = page.figures(
+        costs = html.figures(
             [
                 Panel(
                     "Seconds of each round",
@@ -304,11 +303,12 @@ def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[P
         shown.append(Panel("Mixing weights: whose uploads a model is made of", caption, drawn))
     size = max((row.get("parameters", 0) for row in rows), default=0)
     caption = (
-        "Variance of the uploads along each principal axis. Axes above the floor tell clients "
-        "apart; in the denoised ones the diffusion model works, after noise of the dotted line's "
-        f"variance. Below, how much of each axis everyone keeps. Of {size:,} parameters."
+        "Variance of the uploads along each principal axis. On axes above the floor clients "
+        "differ; the diffusion model denoises some, after noise of the dotted line's variance. "
+        f"Below, how much of each axis all clients keep. Of {size:,} parameters."
     )
-    return [*shown, Panel("Spectrum, floor and noise", caption, method.spectrum(rows))]
+    drawn = method.spectrum(rows)
+    return [*shown, Panel("Spectrum, floor and noise", caption, drawn, is_wide=True)]
 
 
 def _failures(clients: Sequence[Row]) -> str:
@@ -325,7 +325,7 @@ def _failures(clients: Sequence[Row]) -> str:
                 why = f"{what}: {row[key]}"[:_MAX_REASON]
                 failed.setdefault((why, row["client"]), []).append(row["round"])
     if not failed:
-        return "<p>None: every client that was asked gave an upload that could be used.</p>"
+        return "<p>None: every training message got a usable reply.</p>"
     # Those that failed alike stand in a line.
     alike: dict[tuple[str, str], list[int]] = {}
     for (why, client), rounds in sorted(failed.items(), key=lambda each: -len(each[1])):

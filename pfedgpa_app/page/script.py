@@ -2,11 +2,11 @@
 
 SCRIPT = r"""
 "use strict";
-const figures = JSON.parse(document.getElementById("figures").textContent);
 const plots = [...document.querySelectorAll(".plot")];
+const figures = new Map(plots.map((p) => [p, JSON.parse(p.nextElementSibling.textContent)]));
 
 function draw(plot) {
-  const figure = figures[plot.dataset.figure];
+  const figure = figures.get(plot);
   const slider = plot.closest(".moved")?.querySelector("input");
   const frame = figure.frames && slider ? figure.frames[Number(slider.value)] : figure;
   const layout = { ...figure.layout, width: plot.clientWidth };
