@@ -355,7 +355,3 @@ class BenchRun:
             return f"{self.name}: failed"
         accuracy = fmean(result["accuracies"][-1].values())
         return f"{self.name}: {accuracy:.4f} in the last round, {result['seconds']:.0f} s"
-
-    def traceback_file(self, folder: Path) -> Path:
-        """Return the path of the traceback of a failed run."""
-        return self.file(folder).with_suffix(".txt")

@@ -212,9 +212,9 @@ def heat(
     )
 
 
-def matrix(x: str, y: str, trace: go.Heatmap, height: int = 0) -> go.Figure:
+def matrix(x: str, y: str, trace: go.Heatmap) -> go.Figure:
     """Return a figure of a `heat`, the first row on top, as high as its rows need."""
-    fig = figure(x, y, height=height or max(280, min(900, 110 + 22 * len(trace.y))))
+    fig = figure(x, y, height=max(280, min(900, 110 + 22 * len(trace.y))))
     fig.add_trace(trace)
     fig.update_xaxes(type="category")
     fig.update_yaxes(type="category", autorange="reversed")

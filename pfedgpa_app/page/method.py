@@ -135,7 +135,7 @@ def mixing_weights(rows: Sequence[Row], groups: Mapping[int, str]) -> go.Figure 
         z = [[of_pair.get((one, other)) for other in order] for one in order]
         trace = heat(names, names, z, "part", hover, zmin=low, zmax=high)
         frames.append(go.Frame(name=str(row["round"]), data=[trace]))
-    fig = matrix("client who uploaded", "client who receives", frames[-1].data[0], height=460)
+    fig = matrix("client who uploaded", "client who receives", frames[-1].data[0])
     fig.frames = frames
     return fig
 

@@ -316,7 +316,7 @@ def _failures(clients: Sequence[Row]) -> str:
     failed: dict[tuple[str, int], list[int]] = {}
     for row in clients:
         if (status := row.get("status", "ok")) != "ok":
-            failed.setdefault((status[:_MAX_REASON], row["client"]), []).append(row["round"])
+            failed.setdefault((str(status)[:_MAX_REASON], row["client"]), []).append(row["round"])
         for key, what in (
             ("unusual", "others did not learn from it"),
             ("not-evaluated", "its evaluation cannot be used"),
