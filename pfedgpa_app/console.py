@@ -44,13 +44,14 @@ _WIDER_THAN_ANY = 10_000
 _REPLACED = "pfedgpa-replaced"
 _PLAIN = {"±": b"+-", "–": b"-", "—": b"-", "…": b"...", "×": b"x"}  # noqa: RUF001
 
+_PERMITTED = "one that you may read, and write where something is written"
 # What would be right, by the system's error code.
 _RIGHT = {
     errno.ENOENT: "one that exists",
     errno.ENOSPC: "free space on its disk",
     errno.EDQUOT: "free space in your quota",
-    errno.EACCES: "one that you may read, and write where something is written",
-    errno.EPERM: "one that you may read, and write where something is written",
+    errno.EACCES: _PERMITTED,
+    errno.EPERM: _PERMITTED,
     errno.ENOTDIR: "a folder",
     errno.EISDIR: "a file",
     errno.EROFS: "one on a disk that may be written",
@@ -93,10 +94,10 @@ class OneLineErrors(TyperGroup):
         # Regular ends of a command, and a closed pipe.
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
-        except OSError as error:
-            fail(explain(error))
         except RowError as error:
             fail(str(error))
+        except OSError as error:
+            fail(explain(error))
         except Exception as error:
             fail(f"{described(error)}; {DEBUG}=1 shows its traceback")
 

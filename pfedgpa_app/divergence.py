@@ -1,9 +1,9 @@
-"""What is said of a run that goes wrong while it goes on: accuracy that falls, losses of NaN."""
+"""Warnings of a run that diverges: accuracy that falls, losses that are not finite."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pfedgpa_app.config import Config, ServerConfig
 from pfedgpa_app.rounds import EVALUATED, STANDARD_ERROR, Row, count_of_clients, value_of
@@ -11,25 +11,17 @@ from pfedgpa_app.runs import BEST, CHECKPOINT
 
 # A fall is one of more than so much, and of so many standard errors of the difference of two
 # rounds, in so many evaluated rounds in a row.
-MIN_FALL = 0.05
+_MIN_FALL = 0.05
 _STANDARD_ERRORS = 4.0
 _ROUNDS = 3
 
 DIVERGED = "Training diverged, or data have such values"
 
 
-@dataclass(frozen=True)
-class Fall:
-    """Evaluated rounds in a row in which personalized accuracy was well below its best before.
+class Fall(NamedTuple):
+    """Rounds ``first`` to ``last``, whose accuracies are well below ``before`` in round ``best``.
 
-    Attributes
-    ----------
-    first, last
-        The first and the last of these rounds.
-    best
-        The round of the best accuracy before.
-    before, lowest
-        Accuracy in that round, and the lowest of these rounds.
+    ``lowest`` is the lowest of them.
     """
 
     first: int
@@ -47,9 +39,11 @@ def fall_in(rows: Sequence[Row]) -> Fall | None:
     for row in rows:
         if row.get(EVALUATED) is None:
             continue
-        if best is None or is_best(row, best):
-            best = row
-        below = [*below, row] if _is_below(row, best) else []
+        best = row if is_best(row, best) else best
+        assert best is not None
+        error = math.hypot(value_of(row, STANDARD_ERROR), value_of(best, STANDARD_ERROR))
+        is_below = best[EVALUATED] - row[EVALUATED] > max(_MIN_FALL, _STANDARD_ERRORS * error)
+        below = [*below, row] if is_below else []
         if len(below) >= _ROUNDS:
             lowest = min(each[EVALUATED] for each in below)
             first, last = below[0]["round"], below[-1]["round"]
@@ -58,7 +52,7 @@ def fall_in(rows: Sequence[Row]) -> Fall | None:
 
 
 def is_best(row: Row, best: Row | None) -> bool:
-    """Tell whether an evaluated round is at least as good as the best one before.
+    """Return whether an evaluated round is at least as good as the best one before.
 
     With more clients than in that one the mean is another: it begins anew.
     """
@@ -77,7 +71,7 @@ def best_in(rows: Sequence[Row]) -> Row | None:
 
 
 def reason_to_end(rows: Sequence[Row], server: ServerConfig, since: int = 0) -> str:
-    """Say why a run ends after its last row, by ``stop-at`` or ``patience``; empty if it goes on.
+    """Return why a run ends now, by ``stop-at`` or ``patience``; empty if it goes on.
 
     ``since`` is the round after which it went on from another run, whose patience is over.
     """
@@ -99,7 +93,7 @@ def reason_to_end(rows: Sequence[Row], server: ServerConfig, since: int = 0) -> 
 
 
 def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], str]:
-    """Say what goes wrong in a run, by its rows in metrics.jsonl, and what may help.
+    """Return what goes wrong in a run, by its rows in metrics.jsonl, and what may help.
 
     Returns
     -------
@@ -122,14 +116,8 @@ def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], st
     return warnings
 
 
-def _is_below(row: Row, best: Row) -> bool:
-    error = math.hypot(value_of(row, STANDARD_ERROR), value_of(best, STANDARD_ERROR))
-    fall: float = best[EVALUATED] - row[EVALUATED]
-    return fall > max(MIN_FALL, _STANDARD_ERRORS * error)
-
-
 def best_kept(path: Path, name: str) -> str:
-    """Say how to go on from the checkpoint of a run's best round; nothing if there is none."""
+    """Return how to go on from the checkpoint of a run's best round; nothing if there is none."""
     if not (path / BEST / CHECKPOINT).exists():
         return ""
     return (
@@ -138,7 +126,7 @@ def best_kept(path: Path, name: str) -> str:
 
 
 def help_of(config: Config) -> str:
-    """Say what may help where training diverges."""
+    """Return what may help where training diverges."""
     rate = config.client.learning_rate
     steps = [f"a smaller client.learning-rate (here {rate:g}) or fewer client.local-epochs"]
     if config.server.momentum:

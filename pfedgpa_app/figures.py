@@ -1,8 +1,7 @@
-"""How figures look that are printed: colours, names at the ends of curves, PNG and SVG.
+"""Printed figures: colours, names at the ends of curves, PNG and SVG.
 
-Colours have a contrast of three to white and to the dark ground of a page, and a strategy has the
-same in all figures. Nothing is told by colour alone: curves have names at their ends, dashes and
-marks.
+Colours have a contrast of three to white, and a strategy has the same in all figures. Colour is
+never the only difference: curves have names at their ends, dashes and marks.
 """
 
 import math
@@ -23,14 +22,8 @@ if TYPE_CHECKING:
 
 ACCURACY = "accuracy on own test sets"
 COLOURS = (
-    "#2f7fc1",
-    "#d1603d",
-    "#2b9a6b",
-    "#a062c0",
-    "#ab8000",
-    "#1898a5",
-    "#c2508c",
-    "#7d7d7d",
+    *("#2f7fc1", "#d1603d", "#2b9a6b", "#a062c0"),
+    *("#ab8000", "#1898a5", "#c2508c", "#7d7d7d"),
 )
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 MARKS = "osD^v"
@@ -64,7 +57,6 @@ _LOOK: Any = {
 # Points from one name to the next, and from a curve's end to its name.
 _LINE = 9.5
 _BESIDE = 7
-_MAX_MARKS = 10
 _MAX_TICKS = 6
 _BOLD_AN_INCH, _SMALL_AN_INCH = 12, 17
 # Letters of panels' titles that fit beside each other.
@@ -84,13 +76,8 @@ class Curve(NamedTuple):
     def over(cls, name: str, x: Sequence[float], repeats: Sequence[Sequence[float]]) -> Self:
         """Return mean and range of repeats, such as seeds, each as long as x."""
         columns = list(zip(*repeats, strict=True))
-        return cls(
-            name,
-            x,
-            [fmean(column) for column in columns],
-            [min(column) for column in columns],
-            [max(column) for column in columns],
-        )
+        low, high = list(map(min, columns)), list(map(max, columns))
+        return cls(name, x, list(map(fmean, columns)), low, high)
 
 
 @contextmanager
@@ -149,13 +136,32 @@ def draw_curves(
     OSError
         If the figure cannot be written.
     """
+    from matplotlib.ticker import MaxNLocator
+
     columns = min(len(panels), 2)
     height = max(2.5, 0.8 + max(map(len, panels.values())) * _LINE / 72)
     size = (7.0 if columns > 1 else 4.6, 0.5 + height * math.ceil(len(panels) / columns))
     with drawing(file, size, title, note) as figure:
         for name, axes in _panels(figure, panels, columns):
             for number, curve in enumerate(panels[name]):
-                _draw_curve(axes, curve, number)
+                colour = colour_of(curve.name, number)
+                axes.plot(
+                    curve.x,
+                    curve.mean,
+                    color=colour,
+                    linestyle=DASHES[number % len(DASHES)],
+                    marker=MARKS[number % len(MARKS)],
+                    markevery=max(1, len(curve.x) // 10),
+                    label=curve.name,
+                    zorder=3 - number / 100,
+                )
+                if curve.low != curve.high:
+                    ends = (curve.low, curve.high)
+                    axes.fill_between(curve.x, *ends, color=colour, alpha=0.13, linewidth=0)
+                if len(curve.x) <= _MAX_TICKS:
+                    axes.set_xticks(curve.x)
+                else:
+                    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_xlabel(x)
             axes.set_ylim(bottom=low)
         figure.supylabel(ACCURACY)
@@ -192,8 +198,19 @@ def draw_dots(
             low = (lows or {}).get(name, 0.0)
             best = max((fmean(values) for values in panels[name].values() if values), default=0.0)
             for place, (row, values) in enumerate(panels[name].items()):
-                if values:
-                    _draw_row(axes, place, row, values, low, best)
+                if not values:
+                    continue
+                mean, colour = fmean(values), colour_of(row, place)
+                shown = [value for value in values if value >= low]
+                face = colour if row.startswith("pfedgpa") else "white"
+                axes.plot(shown, [place] * len(shown), "o", color=colour, markerfacecolor=face)
+                if len(shown) < len(values):
+                    axes.plot(low, place, "<", color=colour, markerfacecolor=face, clip_on=False)
+                if mean >= low:
+                    axes.plot(mean, place, "|", color="black", markersize=10, markeredgewidth=1.5)
+                weight = "bold" if mean == best else "normal"
+                beside = axes.get_yaxis_transform()
+                axes.text(1.03, place, f"{mean:.3f}", transform=beside, va="center", weight=weight)
             axes.set_yticks(range(len(panels[name])), list(panels[name]))
             axes.set_ylim(len(panels[name]) - 0.4, -0.6)
             if low:
@@ -227,56 +244,11 @@ def _panels(figure: "Figure", names: Iterable[str], columns: int) -> Iterator[tu
     names = list(names)
     lines = math.ceil(len(names) / columns)
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
-    for number, axes in enumerate(grid):
-        if number < len(names):
-            axes.set_title(fill(names[number], _TITLES // columns))
-            yield names[number], axes
-        else:
-            axes.remove()
-
-
-def _draw_curve(axes: "Axes", curve: Curve, number: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    colour = colour_of(curve.name, number)
-    axes.plot(
-        curve.x,
-        curve.mean,
-        color=colour,
-        linestyle=DASHES[number % len(DASHES)],
-        marker=MARKS[number % len(MARKS)],
-        markevery=max(1, len(curve.x) // _MAX_MARKS),
-        label=curve.name,
-        zorder=3 - number / 100,
-    )
-    if curve.low != curve.high:
-        axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
-    if len(curve.x) <= _MAX_TICKS:
-        axes.set_xticks(curve.x)
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _draw_row(
-    axes: "Axes", place: int, row: str, values: Sequence[float], low: float, best: float
-) -> None:
-    ours, mean = row.startswith("pfedgpa"), fmean(values)
-    colour = colour_of(row, place)
-    shown = [value for value in values if value >= low]
-    face = colour if ours else "white"
-    axes.plot(shown, [place] * len(shown), "o", color=colour, markerfacecolor=face)
-    if len(shown) < len(values):
-        axes.plot(low, place, "<", color=colour, markerfacecolor=face, clip_on=False)
-    if mean >= low:
-        axes.plot(mean, place, "|", color="black", markersize=10, markeredgewidth=1.5)
-    axes.text(
-        1.03,
-        place,
-        f"{mean:.3f}",
-        transform=axes.get_yaxis_transform(),
-        va="center",
-        weight="bold" if mean == best else "normal",
-    )
+    for axes in grid[len(names) :]:
+        axes.remove()
+    for name, axes in zip(names, grid, strict=False):
+        axes.set_title(fill(name, _TITLES // columns))
+        yield name, axes
 
 
 def _name_at_ends(axes: "Axes") -> None:

@@ -78,8 +78,8 @@ class RunFolder:
     def add_round(self, row: Row, clients: Iterable[Row], method: Row | None = None) -> None:
         """Append a round to metrics.jsonl and its clients to clients.jsonl.
 
-        ``method`` is what the server learned, for method.jsonl, where there is something to tell.
-        What cannot be written is kept, and written with the next round.
+        ``method`` is what the server learned, if anything, for method.jsonl. What cannot be written
+        is kept, and written with the next round.
 
         Raises
         ------
@@ -116,7 +116,7 @@ class RunFolder:
             note_end(self.path, self._lock, key, reason)
 
     def go_on_from(self, run: "Run", completed_rounds: int) -> None:
-        """Begin with the rows of an earlier run, as far as its checkpoint knows of them."""
+        """Begin with an earlier run's rows, as far as its checkpoint has their rounds."""
         for name in ROWS:
             rows = _read_rows(run.path / name)
             _append(self.path / name, [row for row in rows if row["round"] <= completed_rounds])
@@ -126,20 +126,18 @@ class RunFolder:
     ) -> None:
         """Write a client's personalized model, ``models/client-<number>.safetensors``.
 
-        ``site`` is what the client told of its data, if anything: ``image-stats``, ``(2,
-        channels)``, mean and standard deviation; ``partition``, ``(2,)``, its number and that of
-        all.
+        ``site`` is what the client reported of its data, if anything: ``image-stats``, ``(2,
+        channels)``, mean and standard deviation; ``partition``, ``(2,)``, its number of how many.
         """
         # Partitioners take seconds to import, and only the end of a run needs models.
         from pfedgpa_app.data import ImageStats
         from pfedgpa_app.exported import ExportedModel
 
-        stats = partition = None
-        if "image-stats" in site:
-            stats = ImageStats(*site["image-stats"])
+        stats = ImageStats(*site["image-stats"]) if "image-stats" in site else None
+        partition = None
         if "partition" in site:
-            partition_id, num_partitions = site["partition"].tolist()
-            partition = (partition_id, num_partitions)
+            number, total = site["partition"].tolist()
+            partition = (number, total)
         folder = self.path / "models"
         with writing(folder):
             folder.mkdir(exist_ok=True)
@@ -151,7 +149,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it."""
+    """A run, as its folder has it."""
 
     path: Path
     config: Config
@@ -182,7 +180,7 @@ class Run:
 
     @property
     def error(self) -> str:
-        """Why it ended before its last round; empty if it did not, or could not tell."""
+        """Why it ended before its last round; empty if it did not, or was killed."""
         return end_of(self.path, "error")
 
     @property
@@ -210,7 +208,7 @@ class Run:
 
     @property
     def method(self) -> list[Row]:
-        """What the server learned, by round; not every strategy tells."""
+        """What the server learned, by round; few strategies have such rows."""
         return _read_rows(self.path / "method.jsonl")
 
     def client_called(self, client: str) -> int:
@@ -245,21 +243,20 @@ class Run:
             If there is none, with the clients that have one.
         """
         folder = self.path / "models"
-        numbers = [
-            file.stem.removeprefix("client-") for file in folder.glob("client-*.safetensors")
-        ]
+        files = folder.glob("client-*.safetensors")
+        numbers = [file.stem.removeprefix("client-") for file in files]
         clients = sorted(int(number) for number in numbers if number.isdecimal())
-        if not clients:
+        if client in clients:
+            return folder / f"client-{client}.safetensors"
+        if clients:
+            there = ", ".join(map(str, clients))
             raise ValueError(
-                f"{self.path} has no models: they are written after the last round, and "
-                f"{len(self.metrics)} of {self.config.num_server_rounds} are complete"
+                f"{self.path} has no model of client {client}; there are those of {there}"
             )
-        if client not in clients:
-            raise ValueError(
-                f"{self.path} has no model of client {client}; there are those of "
-                f"{', '.join(map(str, clients))}"
-            )
-        return folder / f"client-{client}.safetensors"
+        raise ValueError(
+            f"{self.path} has no models: they are written after the last round, and "
+            f"{len(self.metrics)} of {self.config.num_server_rounds} are complete"
+        )
 
     @property
     def num_nodes(self) -> int:
@@ -278,30 +275,24 @@ class Run:
 
     def last(self, name: str) -> float | None:
         """Return a metric of the last round that has it, None if none has."""
-        return next(
-            (row[name] for row in reversed(self.metrics) if row.get(name) is not None), None
-        )
+        known = (row[name] for row in reversed(self.metrics) if row.get(name) is not None)
+        return next(known, None)
 
 
 def baselines_of(config: Config, folder: Path, num_clients: int | None) -> dict[str, Run]:
     """Return the last complete run of each of `BASELINES` below a folder, by its strategy.
 
-    But for the strategy, a run has the settings and as many clients, and is not of that of
-    ``config`` itself. Where it is not known how many there are, None, any number will do.
+    They have the settings of ``config``, but for its strategy, and as many clients; any number if
+    that is None.
     """
+    runs, _ = read_runs(folder)
     found = {}
-    for path in run_folders(folder):
-        try:
-            run = Run.read(path)
-        except ValueError:
-            continue
-        strategy = run.config.strategy
-        like = config.model_copy(update={"strategy": strategy})
-        has_as_many = num_clients in (None, run.num_nodes)
-        if run.is_complete and run.is_of(like) and has_as_many:
-            found[strategy] = run
-    found.pop(config.strategy, None)
-    return {name: found[name] for name in BASELINES if name in found}
+    for name in BASELINES:
+        like = config.model_copy(update={"strategy": name})
+        for run in runs if name != config.strategy else ():
+            if run.is_complete and run.is_of(like) and num_clients in (None, run.num_nodes):
+                found[name] = run
+    return found
 
 
 def read_runs(folder: Path) -> tuple[list[Run], list[str]]:

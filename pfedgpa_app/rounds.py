@@ -52,22 +52,17 @@ class RoundRecord:
 
     Attributes
     ----------
-    server_round
-        The round, from 1.
     clients
         A row a client.
-    seconds_waiting
-        Seconds until enough clients were connected and had said who they are.
-    seconds_clients
-        Wall-clock seconds from sending the training messages to the last reply.
-    seconds_diffusion
-        Seconds the server spent on learning from the uploads.
+    seconds_waiting, seconds_clients, seconds_diffusion
+        Wall-clock seconds until enough clients were connected and known, from the first training
+        message to the last reply, and of learning from the uploads.
     num_nodes
         Clients that were connected when the round began.
     bytes_down, bytes_up
         Parameters sent to and received from clients.
     names
-        What clients are called that have a name.
+        The names of clients that have one.
     """
 
     server_round: int
@@ -81,12 +76,12 @@ class RoundRecord:
     names: Mapping[int, str] = field(default_factory=dict)
 
     def default_model(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
-        """Note who was asked to train."""
+        """Note to whom training messages were sent."""
         for client, node_id in zip(clients, node_ids, strict=True):
             self._row(client).update({"node-id": str(node_id), "status": NO_REPLY})
 
     def trained(self, client: int, metrics: Mapping[str, float], num_bytes: int) -> None:
-        """Note the metrics of an upload; of what a client sends, only those we know."""
+        """Note the metrics of an upload that are among `TRAINING_METRICS`."""
         known = {name: metrics[name] for name in TRAINING_METRICS if name in metrics}
         self._row(client).update({"status": "ok", **known})
         self.bytes_up += num_bytes
@@ -121,15 +116,12 @@ class RoundRecord:
 
     def evaluated(self, client: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of a client's personalized model."""
-        self._row(client).update(
-            {
-                f"personalized-{name}": metrics[name]
-                for name in metrics
-                if name in EVALUATION_METRICS or name.startswith(protocol.RECALL)
-            }
-        )
+        row = self._row(client)
+        for name, value in metrics.items():
+            if name in EVALUATION_METRICS or name.startswith(protocol.RECALL):
+                row[f"personalized-{name}"] = value
         if protocol.NUM_EXAMPLES in metrics:
-            self._row(client)["num-test-examples"] = int(metrics[protocol.NUM_EXAMPLES])
+            row["num-test-examples"] = int(metrics[protocol.NUM_EXAMPLES])
 
     @property
     def num_trained(self) -> int:
@@ -138,25 +130,23 @@ class RoundRecord:
 
     @property
     def num_failures(self) -> int:
-        """Number of clients that were asked to train and sent no usable reply."""
+        """Number of clients that sent no usable reply to their training message."""
         return sum(map(has_failed, self.clients.values()))
 
     def column(self, name: str) -> list[float]:
-        """Return what the clients have under a name, by client."""
+        """Return the values of a column, by client, of those that have one."""
         return [row[name] for _, row in sorted(self.clients.items()) if name in row]
 
     def _row(self, client: int) -> Row:
-        named = {"name": self.names[client]} if client in self.names else {}
-        return self.clients.setdefault(
-            client, {"round": self.server_round, "client": client, **named}
-        )
+        if client not in self.clients:
+            named = {"name": self.names[client]} if client in self.names else {}
+            self.clients[client] = {"round": self.server_round, "client": client, **named}
+        return self.clients[client]
 
 
 def called(row: Row) -> str:
     """Return the number of a row's client and, if it has one, its name."""
-    return (
-        f"client {row['client']} ({row['name']})" if row.get("name") else f"client {row['client']}"
-    )
+    return f"client {row['client']}" + (f" ({row['name']})" if row.get("name") else "")
 
 
 def names_in(rows: Iterable[Row]) -> dict[int, str]:
@@ -165,7 +155,7 @@ def names_in(rows: Iterable[Row]) -> dict[int, str]:
 
 
 def has_failed(row: Row) -> bool:
-    """Tell whether a client was asked to train and sent no usable reply."""
+    """Return whether a client sent no usable reply to its training message."""
     return row.get("status", "ok") not in ("ok", BUDGET_SPENT, BELOW_FLOOR)
 
 
@@ -188,18 +178,18 @@ def count_of_clients(number: int) -> str:
 
 def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
     """Return the line of a round in metrics.jsonl; a mean of no client is None."""
-    accuracies = record.column("personalized-accuracy")
+    accuracies = record.column(EVALUATED)
     means = [f"personalized-{name}" for name in EVALUATION_METRICS]
     recalls = {name for row in record.clients.values() for name in row if RECALL.fullmatch(name)}
     means += sorted(recalls, key=lambda name: (len(name), name))
-    # What clients keep to themselves travels as Flower's messages do, but nobody needs it to.
+    # Local training sends models only since Flower's messages need some.
     is_charged = strategy != "local"
     return {
         "round": record.server_round,
         "strategy": strategy,
         **{name: _mean(record.column(name)) for name in means},
-        "personalized-accuracy-worst": min(accuracies, default=None),
-        "personalized-accuracy-std": statistics.pstdev(accuracies) if accuracies else None,
+        f"{EVALUATED}-worst": min(accuracies, default=None),
+        f"{EVALUATED}-std": statistics.pstdev(accuracies) if accuracies else None,
         STANDARD_ERROR: standard_error(record),
         "received-accuracy": _mean(record.column("accuracy-before")),
         "finetuned-accuracy": _mean(record.column("accuracy-after")),
@@ -229,24 +219,26 @@ def standard_error(record: RoundRecord) -> float | None:
     rows = [row for row in record.clients.values() if EVALUATED in row]
     if not rows:
         return None
-    accuracies = [row[EVALUATED] for row in rows]
     sampling = sum(
         row[EVALUATED] * (1 - row[EVALUATED]) / max(1, row.get("num-test-examples", 1))
         for row in rows
     )
     left_out = max(0.0, 1 - len(rows) / max(1, record.num_nodes))
-    between = left_out * statistics.pvariance(accuracies) / len(rows)
+    between = left_out * statistics.pvariance(row[EVALUATED] for row in rows) / len(rows)
     return math.sqrt(max(0.0, sampling) / len(rows) ** 2 + between)
 
 
 def describe(row: Row, num_rounds: int) -> str:
-    """Say in a line what a line of metrics.jsonl has of a round."""
-    evaluated, worst, received, trained = accuracies(row)
+    """Return a line of what a line of metrics.jsonl has of a round; a dash is no number."""
+    names = (EVALUATED, f"{EVALUATED}-worst", "received-accuracy", "finetuned-accuracy")
+    evaluated, worst, received, trained = (
+        "-" if row.get(name) is None else f"{row[name]:.4f}" for name in names
+    )
+    parts = ("seconds-round", "seconds-clients", "seconds-diffusion")
+    whole, clients, diffusion = (f"{value_of(row, name):.1f}" for name in parts)
     epsilon = "" if row.get("epsilon") is None else f"; epsilon {row['epsilon']:.3g}"
     num_alone = value_of(row, "num-alone")
     alone = f"; {num_alone} of them train alone" if num_alone else ""
-    parts = ("seconds-round", "seconds-clients", "seconds-diffusion")
-    whole, clients, diffusion = (f"{value_of(row, name):.1f}" for name in parts)
     return (
         f"Round {row['round']}/{num_rounds}: personalized accuracy {evaluated} (worst client "
         f"{worst}), as sent {received}, after local training {trained}; "
@@ -259,12 +251,6 @@ def value_of(row: Row, name: str) -> float:
     """Return a number of a round, 0 where it is not known, as in files of older versions."""
     value: float = row.get(name) or 0
     return value
-
-
-def accuracies(row: Row) -> list[str]:
-    """Return personalized accuracy, worst client, as sent and after training; a dash for none."""
-    names = (EVALUATED, f"{EVALUATED}-worst", "received-accuracy", "finetuned-accuracy")
-    return ["-" if row.get(name) is None else f"{row[name]:.4f}" for name in names]
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
@@ -281,7 +267,7 @@ def parse_rows(file: Path, lines: bytes) -> list[Row]:
     Raises
     ------
     RowError
-        If a line is not a JSON object with a round.
+        If a line is not a JSON object with a round, or a value is not of the kind of its column.
     """
     rows = []
     for line in lines.splitlines():
@@ -293,12 +279,12 @@ def parse_rows(file: Path, lines: bytes) -> list[Row]:
             raise RowError(
                 f"{file} is damaged: {line[:60]!r}; right would be a JSON object with a round"
             )
-        for name in row:
-            is_right, right = _KINDS.get(RECALL.sub(EVALUATED, name), (lambda value: True, ""))
-            if row[name] is not None and not is_right(row[name]):
+        for name, value in row.items():
+            is_right, right = _KINDS.get(RECALL.sub(EVALUATED, name), _ANY)
+            if value is not None and not is_right(value):
                 raise RowError(
-                    f"{file} is damaged: {name} is {str(row[name])[:30]!r} in round "
-                    f"{row['round']}; right would be {right}"
+                    f"{file} is damaged: {name} is {str(value)[:30]!r} in round {row['round']}; "
+                    f"right would be {right}"
                 )
         rows.append(row)
     return rows
@@ -313,20 +299,17 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < _MOST  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) < 1e18  # type: ignore[arg-type]
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-_MOST = 1e18
+_Kind = tuple[Callable[[object], bool], str]
+_ANY: _Kind = (lambda value: True, "")
+_TEXT: _Kind = (lambda value: isinstance(value, str), "a text")
+_NUMBER: _Kind = (_is_number, "a number")
 _TEXTS = ("strategy", "node-id", "name", "status", "unusual", "not-evaluated")
-_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    **dict.fromkeys(
-        (*summarize(RoundRecord(0), "", 0.0), *TRAINING_METRICS), (_is_number, "a number")
-    ),
+# What readers of rows rely on, by column: a check of its values, and what would be right.
+_KINDS: dict[str, _Kind] = {
+    **dict.fromkeys((*summarize(RoundRecord(0), "", 0.0), *TRAINING_METRICS), _NUMBER),
     "client": (_is_count, "a whole number from 0"),
-    **dict.fromkeys(_TEXTS, (_is_text, "a text")),
+    **dict.fromkeys(_TEXTS, _TEXT),
 }
-"""What whoever shows rows counts on, by name: how a value is checked, and what would be right."""

@@ -1,10 +1,10 @@
-"""Tables of comparisons: means over seeds, and which of them a paired test can tell apart."""
+"""Tables of comparisons: means over seeds, and paired tests of their differences."""
 
 import csv
 import io
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from pfedgpa_app.rounds import mean_and_spread
 
 SIGNIFICANCE = 0.05
 INDEX_KIND = "pfedgpa-bench-1"
-"""What a file of JSON says that has a bench's tables, and where its results are."""
+"""The kind of the JSON file that lists a bench's tables and result files."""
 # What spreadsheets calculate begins so.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 CSV_HEAD = "table,row,column,text,mark,seeds,mean,std,values\n"
@@ -32,7 +32,7 @@ Accuracies = Mapping[int, Mapping[int, float]]
 class Cell:
     """A number over seeds, as ``mean ± standard deviation``, and how it stands in its column.
 
-    ``mark`` is ``"best"``, ``"tied"`` for one that the test cannot tell from the best, or empty;
+    ``mark`` is ``"best"``, ``"tied"`` if not significantly different from the best, or empty;
     ``values`` are those of the seeds.
     """
 
@@ -67,82 +67,63 @@ class Table:
         )
 
     def text(self) -> str:
-        """Return the table as text: ``*`` is the best, ``=`` what cannot be told from it."""
-        marks = {"best": " *", "tied": " =", "": "  "}
-        grid = [["", *self.columns]]
-        grid += [[name, *(c.text + marks[c.mark] for c in row)] for name, row in self.rows.items()]
-        widths = [max(len(line[number]) for line in grid) for number in range(len(grid[0]))]
-        lines = [
-            "  ".join(
-                entry.ljust(width) for entry, width in zip(line, widths, strict=True)
-            ).rstrip()
-            for line in grid
-        ]
-        return "\n".join(
-            [self.title, "", *lines, "", f"{self.caption('*', '=')} {self.source}".strip(), ""]
-        )
+        """Return the table as text, with ``*`` at the best and ``=`` at what is tied."""
+        grid = self._grid({"best": "{} *", "tied": "{} =", "": "{}  "}, str)
+        widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+        lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in grid)
+        return "\n".join([self.title, "", *lines, "", self._note("*", "="), ""])
 
     def markdown(self) -> str:
-        """Return the table in Markdown: the best is bold, what cannot be told from it italic."""
-        marks = {"best": "**{}**", "tied": "*{}*", "": "{}"}
-        lines = [["", *self.columns], ["---"] * (1 + len(self.columns))]
-        lines += [
-            [name, *(marks[cell.mark].format(cell.text) for cell in row)]
-            for name, row in self.rows.items()
-        ]
-        escaped = (
-            [_one_line(entry).replace("\\", r"\\").replace("|", r"\|") for entry in line]
-            for line in lines
-        )
-        body = "\n".join("| " + " | ".join(line) + " |" for line in escaped)
-        note = _one_line(f"{self.caption()} {self.source}")
-        return f"**{_one_line(self.title)}**\n\n{body}\n\n{note}\n"
+        """Return the table in Markdown, with the best in bold and what is tied in italics."""
+
+        def escaped(text: str) -> str:
+            return _one_line(text).replace("\\", r"\\").replace("|", r"\|")
+
+        head, *rows = self._grid({"best": "**{}**", "tied": "*{}*", "": "{}"}, escaped)
+        lines = [head, ["---"] * len(head), *rows]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"**{_one_line(self.title)}**\n\n{body}\n\n{_one_line(self._note())}\n"
 
     def latex(self) -> str:
-        """Return the table in LaTeX: the best is bold, what cannot be told from it italic.
+        """Return the table in LaTeX, with the best in bold and what is tied in italics.
 
         It needs the package booktabs. Where it comes from is a comment.
         """
-        marks = {"best": r"\textbf{%s}", "tied": r"\textit{%s}", "": "%s"}
 
         def escaped(text: str) -> str:
             text = "".join(_LATEX.get(character, character) for character in _one_line(text))
             return re.sub("-(?=-)", "-{}", text)  # or two of them would be a dash
 
-        lines = [["", *map(escaped, self.columns)]]
-        lines += [
-            [escaped(name), *(marks[cell.mark] % escaped(cell.text) for cell in row)]
-            for name, row in self.rows.items()
+        marks = {"best": r"\textbf{{{}}}", "tied": r"\textit{{{}}}", "": "{}"}
+        head, *body = (" & ".join(line) + r" \\" for line in self._grid(marks, escaped))
+        # Nothing that LaTeX reads as a command, or other packages.
+        label = re.sub("[^A-Za-z0-9.]+", "-", self.name).strip("-")
+        lines = [
+            r"% \usepackage{booktabs}",
+            f"% {_one_line(self.source)}" if self.source else "",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{escaped(self.title)}. {escaped(self.caption())}}}",
+            rf"\label{{tab:{label}}}" if self.name else "",
+            rf"\begin{{tabular}}{{l{'r' * len(self.columns)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
         ]
-        head, *body = (" & ".join(line) + r" \\" for line in lines)
-        return "\n".join(
-            [
-                r"% \usepackage{booktabs}",
-                *([f"% {_one_line(self.source)}"] if self.source else []),
-                r"\begin{table}",
-                r"\centering",
-                rf"\caption{{{escaped(self.title)}. {escaped(self.caption())}}}",
-                *([rf"\label{{tab:{_label(self.name)}}}"] if self.name else []),
-                rf"\begin{{tabular}}{{l{'r' * len(self.columns)}}}",
-                r"\toprule",
-                head,
-                r"\midrule",
-                *body,
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
-        )
+        return "".join(f"{line}\n" for line in lines if line)
 
-    def facts(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Return the table as what JSON takes, each cell as its text and its mark."""
         rows = {name: [(cell.text, cell.mark) for cell in row] for name, row in self.rows.items()}
         return {
             "title": self.title,
             "columns": list(self.columns),
             "rows": rows,
-            "note": f"{self.caption()} {self.source}".strip(),
+            "note": self._note(),
         }
 
     def csv(self) -> str:
@@ -155,24 +136,27 @@ class Table:
                 mean = f"{statistics.fmean(values):.6f}" if values else ""
                 std = f"{statistics.stdev(values):.6f}" if len(values) > 1 else ""
                 each = " ".join(f"{value:.6f}" for value in values)
-                facts = [cell.text, cell.mark, len(values), mean, std, each]
-                texts = map(_no_formula, (self.title, name, column))
-                writer.writerow([*texts, *facts])
+                # After an apostrophe, no spreadsheet takes a text for a formula.
+                texts = (
+                    f"'{text}" if text.startswith(_FORMULAS) else text
+                    for text in (self.title, name, column)
+                )
+                writer.writerow([*texts, cell.text, cell.mark, len(values), mean, std, each])
         return stream.getvalue()
+
+    def _note(self, best: str = "Bold", tied: str = "italic") -> str:
+        return f"{self.caption(best, tied)} {self.source}".strip()
+
+    def _grid(self, marks: Mapping[str, str], escaped: Callable[[str], str]) -> list[list[str]]:
+        """Return the names of columns, then the rows, with each cell in the form of its mark."""
+        return [["", *map(escaped, self.columns)]] + [
+            [escaped(name), *(marks[cell.mark].format(escaped(cell.text)) for cell in row)]
+            for name, row in self.rows.items()
+        ]
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _no_formula(text: str) -> str:
-    """Return a text that no spreadsheet takes for a formula, with an apostrophe if it would."""
-    return f"'{text}" if text.startswith(_FORMULAS) else text
-
-
-def _label(name: str) -> str:
-    """Return a name without anything that LaTeX reads as a command, or other packages."""
-    return re.sub("[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
 def compare(
@@ -180,21 +164,20 @@ def compare(
 ) -> dict[str, Cell]:
     """Return the cells of a column: means over clients, their mean and deviation over seeds.
 
-    A cell without all of ``num_seeds`` says so, and is not compared. The best mean is marked, and
-    whatever a two-sided paired t-test over seeds and clients does not tell from it at the level of
-    5 %. Clients of one seed are not independent of each other, so the test tells more apart than
-    other seeds would confirm: read a mark as "no evidence against".
+    A cell without all of ``num_seeds`` is not compared, and has their number. The best mean is
+    marked, and those that a two-sided paired t-test over seeds and clients finds no different at
+    5 %. Clients of one seed are not independent, so the test finds more differences than other
+    seeds would confirm: a mark is no evidence of equality.
     """
     means, cells = {}, {}
     for name, seeds in column.items():
         values = [sum(each.values()) / len(each) for each in seeds.values()]
         cells[name] = partial_cell(Cell(mean_and_spread(values), values=values), num_seeds)
         if len(values) == num_seeds:
-            means[name] = values
+            means[name] = sum(values) / num_seeds
     if len(means) < 2:
         return cells
-    choose = min if is_lower_better else max
-    best = choose(means, key=lambda name: sum(means[name]) / len(means[name]))
+    best = (min if is_lower_better else max)(means, key=means.__getitem__)
     for name in means:
         if name == best:
             cells[name] = replace(cells[name], mark="best")
@@ -204,7 +187,7 @@ def compare(
 
 
 def partial_cell(cell: Cell, num_seeds: int) -> Cell:
-    """Return a cell that says so if it lacks some of ``num_seeds``, or all."""
+    """Return a cell with the number of its seeds, if it lacks some of ``num_seeds``."""
     found = len(cell.values)
     if found == num_seeds:
         return cell

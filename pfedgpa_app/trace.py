@@ -1,7 +1,4 @@
-"""What the server learned in a round, in few enough numbers to write them down every time.
-
-All of them are the server's own: nothing that a client says is among them.
-"""
+"""What the server learned in a round, in few enough numbers to write them down every time."""
 
 import torch
 from torch import Tensor
@@ -54,10 +51,9 @@ def trace_of(aggregator: GenerativeAggregator) -> Row:
             "explained": _shorts(spectrum.eigenvalues[:2] / (total or 1.0)),
         }
         if len(clients) <= MAX_CLIENTS:
-            row["mixing-weights"] = [
-                [round(part, 4) + 0.0 for part in each] for each in mixing.tolist()
-            ]
-        return row | _found(aggregator, len(vectors[0]))
+            # Without -0.0.
+            row["mixing-weights"] = [[round(w, 4) + 0.0 for w in each] for each in mixing.tolist()]
+        return row | _spectrum_of(aggregator, len(vectors[0]))
 
 
 def _seen_in(
@@ -76,7 +72,7 @@ def _seen_in(
     return uploads, generated
 
 
-def _found(aggregator: GenerativeAggregator, num_parameters: int) -> Row:
+def _spectrum_of(aggregator: GenerativeAggregator, num_parameters: int) -> Row:
     spectrum, model = aggregator.spectrum, aggregator.model
     if spectrum is None:
         return {}
@@ -88,8 +84,7 @@ def _found(aggregator: GenerativeAggregator, num_parameters: int) -> Row:
     if model is None:
         return row
     if isinstance(model.space, Subspace):
-        noise = _short(model.noise_to_signal * model.space.scale**2)
-        rank = model.space.dim
+        rank, noise = model.space.dim, _short(model.noise_to_signal * model.space.scale**2)
         row |= {"rank": rank, "start": model.start, "noise": noise if rank else None}
     return row | {"kept": _shorts(kept_of(aggregator.mixing, spectrum)[:MAX_AXES])}
 

@@ -3,12 +3,12 @@
 import multiprocessing
 import os
 import sys
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.errors import described
 from pfedgpa_app.files import read_text
 from server_app.simulation import end_with_parent
 from server_app.suites import BenchRun
@@ -32,64 +32,55 @@ def num_processes() -> int:
 def execute(
     runs: list[BenchRun], folder: Path, processes: int, advance: Callable[[BenchRun], None]
 ) -> dict[str, str]:
-    """Run what has no result yet, each in a process of its own, and return why runs failed.
+    """Do runs, each in a process of its own, and return the reasons of those that failed.
 
-    Without processes they run here, one after the other, and an error is raised as it is.
+    With 0 processes they run here, one after the other, and an error is raised as it is.
     ``advance`` is called after each run.
     """
-    failed: dict[str, str] = {}
     if not processes:
         for run in runs:
             run.execute(folder)
             advance(run)
-        return failed
+        return {}
+    failed: dict[str, str] = {}
+    waiting = list(reversed(runs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["server_app.suites", "client_app.messages"])
-    waiting = list(reversed(runs))
-    alive: dict[int, tuple[Any, BenchRun]] = {}
+    alive: dict[int, tuple[Any, BenchRun, Connection]] = {}
     try:
         while waiting or alive:
             while waiting and len(alive) < processes:
                 run = waiting.pop()
-                process = context.Process(target=_execute, args=(run, folder))
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_execute, args=(run, folder, sender))
                 process.start()
-                alive[process.sentinel] = (process, run)
+                sender.close()
+                alive[process.sentinel] = (process, run, receiver)
             for sentinel in wait(list(alive)):
                 assert isinstance(sentinel, int)
-                process, run = alive.pop(sentinel)
+                process, run, receiver = alive.pop(sentinel)
                 process.join()
                 if process.exitcode:
-                    failed[run.name] = _why(process.exitcode, run.traceback_file(folder))
+                    try:
+                        failed[run.name] = receiver.recv()
+                    except EOFError:
+                        failed[run.name] = (
+                            f"its process ended with {process.exitcode}; -9 may be a lack of memory"
+                        )
+                receiver.close()
                 advance(run)
     finally:
-        for process, _ in alive.values():
+        for process, _, _ in alive.values():
             process.terminate()
             process.join()
     return failed
 
 
-def _execute(run: BenchRun, folder: Path) -> None:
-    if multiprocessing.parent_process():
-        end_with_parent()  # which may be killed even while it starts this one
-        os.dup2(sys.stderr.fileno(), 1)  # what own modules print is no part of the bench's output
-    file = run.traceback_file(folder)
-    file.unlink(missing_ok=True)
+def _execute(run: BenchRun, folder: Path, reasons: Connection) -> None:
+    end_with_parent()  # which may be killed even while it starts this one
+    os.dup2(sys.stderr.fileno(), 1)  # what own modules print is no part of the bench's output
     try:
         run.execute(folder)
     except Exception as error:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            text = traceback.format_exc()
-            file.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError:  # as on a full disk
-            file.unlink(missing_ok=True)
-            print(f"{run.name}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-
-
-def _why(exit_code: int, file: Path) -> str:
-    if exit_code < 0:
-        return f"its process ended with {exit_code}; -9 may be a lack of memory"
-    if not file.exists():
-        return "see its error above; its traceback could not be written"
-    return f"{read_text(file).strip().splitlines()[-1]}\n    (traceback: {file})"
+        reasons.send(described(error))
+        raise  # multiprocessing prints the traceback

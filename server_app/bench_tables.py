@@ -1,6 +1,5 @@
 """The results of a bench: tables, their index and the figure."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,6 +8,9 @@ from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
 from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, mean_and_spread
 from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
 from server_app.suites import BenchRun, Result, Suite
+
+Results = dict[tuple[str, str], dict[int, Result]]
+"""The finished results, by case and row and then by seed."""
 
 
 def tables(
@@ -30,35 +32,34 @@ def tables(
     failures = sum(row["num-failures"] for each in found for row in each["rounds"])
     unused = f" ({failures} unusable replies)" if failures else ""
     source = command if len(found) == len(runs) else f"{len(found)} of {len(runs)} runs: {command}"
+
+    def table(what: str, columns: dict[str, dict[str, Cell]], note: str, suffix: str) -> Table:
+        rows = {row: [cells[row] for cells in columns.values()] for row in suite.rows}
+        titles = [column or "all" for column in columns]
+        title = f"{suite.title}: {what}" if what else suite.title
+        called = f"{name}-{suffix}" if suffix else name
+        return Table(title, titles, rows, note, called, source)
+
     made = []
     for measure in suite.measures if EVALUATED in suite.measures else [EVALUATED, *suite.measures]:
-        is_first = measure == EVALUATED
+        columns = {column: _column(suite, results, measure, column) for column in suite.columns}
         what = _in_words(measure, runs)
-        made.append(
-            _table(
-                suite,
-                suite.title if is_first else f"{suite.title}: {what or measure}",
-                {name: _column(suite, results, measure, name) for name in suite.columns},
-                _note(suite, measure, what, period) + (unused if is_first else ""),
-                name if is_first else f"{name}-{measure}",
-                source,
-            )
-        )
+        note = _note(suite, measure, what, period)
+        if measure == EVALUATED:
+            made.append(table("", columns, note + unused, ""))
+        else:
+            made.append(table(what or measure, columns, note, measure))
+    note = (
+        "Rounds / megabytes up and down, models sent for evaluation included / server seconds of "
+        "learning until the mean accuracy is reached, mean over seeds; a dash if a seed never "
+        "reaches it."
+    )
     for target in suite.targets:
-
-        def reached(case: str, row: str, target: float = target) -> Cell:
-            if len(results[case, row]) < len(suite.seeds):
-                return Cell("failed")
-            return Cell(_to_target(list(results[case, row].values()), target))
-
-        cells = {case: {row: reached(case, row) for row in suite.rows} for case in suite.cases}
-        note = (
-            "Rounds / megabytes up and down, models sent for evaluation included / server seconds "
-            "of learning until the mean accuracy is reached, mean over seeds; a dash if a seed "
-            "never reaches it."
-        )
-        title, called = f"{suite.title}: until {target}", f"{name}-until-{target}"
-        made.append(_table(suite, title, cells, note, called, source))
+        columns = {
+            case: {row: _to_target(suite, results[case, row], target) for row in suite.rows}
+            for case in suite.cases
+        }
+        made.append(table(f"until {target}", columns, note, f"until-{target}"))
     return made
 
 
@@ -73,13 +74,12 @@ def index_of(suite: Suite, runs: list[BenchRun], folder: Path, found: list[Table
         }
         for run in runs
     ]
-    tables = [table.facts() for table in found]
+    tables = [table.as_json() for table in found]
     return {"kind": INDEX_KIND, "title": suite.title, "tables": tables, "runs": files}
 
 
-def _results(runs: list[BenchRun], folder: Path) -> dict[tuple[str, str], dict[int, Result]]:
-    """Return the finished results, by case and row and then by seed."""
-    results: dict[tuple[str, str], dict[int, Result]] = {}
+def _results(runs: list[BenchRun], folder: Path) -> Results:
+    results: Results = {}
     for run in runs:
         seeds = results.setdefault((run.case, run.row), {})
         if (result := run.result(folder)) is not None:
@@ -87,20 +87,17 @@ def _results(runs: list[BenchRun], folder: Path) -> dict[tuple[str, str], dict[i
     return results
 
 
-def _column(
-    suite: Suite, results: dict[tuple[str, str], dict[int, Result]], measure: str, column: str
-) -> dict[str, Cell]:
+def _column(suite: Suite, results: Results, measure: str, column: str) -> dict[str, Cell]:
     """Return the cells of a measure in a column, compared if it is one of each client."""
     case, evaluated = suite.columns[column]
     if measure in SCORES or RECALL.fullmatch(measure):
-        by_row = {
-            row: {
-                seed: values
+        by_row = {}
+        for row in suite.rows:
+            seeds = {
+                seed: _per_client(_scores(result, measure)[evaluated])
                 for seed, result in results[case, row].items()
-                if (values := _per_client(_scores(result, measure)[evaluated]))
             }
-            for row in suite.rows
-        }
+            by_row[row] = {seed: values for seed, values in seeds.items() if values}
         is_error = measure.endswith("-error")
         cells = compare(by_row, len(suite.seeds), is_lower_better=is_error)
     else:
@@ -126,31 +123,19 @@ def _in_words(measure: str, runs: list[BenchRun]) -> str:
     return f"recall of class {classes[number] if number < len(classes) else number}"
 
 
-def _note(suite: Suite, measure: str, what: str, evaluated: str) -> str:
-    """Say how the numbers of a measure came about."""
+def _note(suite: Suite, measure: str, what: str, period: str) -> str:
+    """Return what the numbers of a measure are."""
     if not what:
         sent = " Models that are sent to be evaluated are counted in."
-        return f"A round, {evaluated}.{sent if measure == 'bytes-down' else ''}"
+        return f"A round, {period}.{sent if measure == 'bytes-down' else ''}"
     left_out = "" if measure == EVALUATED else " Clients for which it is not defined are left out."
     seeds = ", ".join(map(str, suite.seeds))
     is_one = len(suite.seeds) == 1
     over = f"seed {seeds}" if is_one else f"mean ± standard deviation over seeds {seeds}"
     return (
         f"{what[0].upper()}{what[1:]} of everyone's personalized model on its own test set, "
-        f"{evaluated}; {over}.{left_out}"
+        f"{period}; {over}.{left_out}"
     )
-
-
-def _table(
-    suite: Suite,
-    title: str,
-    columns: dict[str, dict[str, Cell]],
-    note: str,
-    name: str,
-    source: str,
-) -> Table:
-    rows = {row: [cells[row] for cells in columns.values()] for row in suite.rows}
-    return Table(title, [column or "all" for column in columns], rows, note, name, source)
 
 
 def _scores(result: Result, measure: str) -> list[dict[str, float]]:
@@ -167,21 +152,20 @@ def _per_client(rounds: list[dict[str, float]]) -> dict[int, float]:
     return {int(c): fmean(each[c] for each in rounds) for c in sorted(both, key=int)}
 
 
-def _to_target(results: list[Result], target: float) -> str:
-    reached = [list(_until(result["rounds"], target)) for result in results]
-    if not reached or any(rows[-1][EVALUATED] < target for rows in reached):
-        return "-"
-    rounds = fmean(len(rows) for rows in reached)
+def _to_target(suite: Suite, results: dict[int, Result], target: float) -> Cell:
+    if len(results) < len(suite.seeds):
+        return Cell("failed")
+    reached: list[list[dict[str, Any]]] = []
+    for result in results.values():
+        rows = result["rounds"]
+        ends = [number for number, row in enumerate(rows, 1) if row[EVALUATED] >= target]
+        if not ends:
+            return Cell("-")
+        reached.append(rows[: ends[0]])
+    rounds = fmean(map(len, reached))
     up_and_down = (sum(row["bytes-up"] + row["bytes-down"] for row in rows) for rows in reached)
     seconds = (sum(row["seconds-diffusion"] for row in rows) for rows in reached)
-    return f"{rounds:.1f} / {fmean(up_and_down) / 1e6:.1f} / {fmean(seconds):.1f}"
-
-
-def _until(rows: list[dict[str, Any]], target: float) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        yield row
-        if row[EVALUATED] >= target:
-            return
+    return Cell(f"{rounds:.1f} / {fmean(up_and_down) / 1e6:.1f} / {fmean(seconds):.1f}")
 
 
 def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
@@ -195,13 +179,10 @@ def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
     if suite.curve:
         draw_curves(file, curves(suite, runs, folder), suite.title, BANDS)
         return
-    results, last = _results(runs, folder), slice(-suite.evaluated_rounds, None)
-
-    def over_seeds(case: str, row: str) -> list[float]:
-        found = results[case, row].values()
-        return [fmean(_per_client(each["accuracies"][last]).values()) for each in found]
-
-    panels = {case: {row: over_seeds(case, row) for row in suite.rows} for case in suite.cases}
+    panels: dict[str, dict[str, list[float]]] = {case: {} for case in suite.cases}
+    for (case, row), results in _results(runs, folder).items():
+        evaluated = [each["accuracies"][-suite.evaluated_rounds :] for each in results.values()]
+        panels[case][row] = [fmean(_per_client(rounds).values()) for rounds in evaluated]
     draw_dots(file, panels, suite.title)
 
 

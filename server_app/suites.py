@@ -8,6 +8,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -27,16 +28,19 @@ from server_app.simulation import simulate
 Settings = dict[str, Any]
 Result = dict[str, Any]
 Seeds = Annotated[list[Seed], Field(min_length=1)]
-
 Names = Annotated[list[str], Field(min_length=1)]
-
-
-def _one_case() -> dict[str, Settings]:
-    return {"": {}}
-
 
 # Settings that the bench sets itself.
 RESERVED = {"seed", "resume-from", "output-dir"}
+# Settings that it needs, and why.
+_OF_A_BENCH: tuple[tuple[str, object, str], ...] = (
+    ("server.fraction-evaluate", 1.0, "a bench evaluates all clients"),
+    ("server.evaluate-every", 1, "a bench evaluates the last rounds"),
+    ("server.stop-at", 0, "all runs of a bench have the same length"),
+    ("server.patience", 0, "all runs of a bench have the same length"),
+    ("server.bank", "memory", "a bench has no folders for it"),
+    ("tracking", "", "the results of a bench are its tables"),
+)
 
 
 class SuiteError(ValueError):
@@ -60,8 +64,6 @@ class Suite(Section):
 
     Attributes
     ----------
-    title
-        Of the table.
     base
         A file of settings, relative to the suite's; without one, the defaults.
     clients
@@ -69,18 +71,13 @@ class Suite(Section):
     evaluated_rounds
         The tables have the mean accuracy of this many last rounds.
     measures
-        Columns of metrics.jsonl to tabulate, such as ``bytes-up``, a table each, beside the
-        accuracy. That comes first, if it is not among them.
+        Columns of metrics.jsonl, a table each; accuracy comes first, if it is not among them.
     curve
         Whether every round is evaluated, and drawn in the figure.
-    horizons
-        Rounds after which accuracies are tabulated, one column each; they need ``curve``.
-    targets
-        Accuracies whose rounds, bytes and server seconds are tabulated; they need ``curve``.
-    settings
-        Of all runs, on top of ``base``.
-    cases, rows
-        Settings of each column and each row of the table, by name.
+    horizons, targets
+        Rounds that have a column each, and accuracies to reach; both need ``curve``.
+    settings, cases, rows
+        Settings of all runs, on top of ``base``, and of each column and row by name.
     """
 
     title: str
@@ -93,7 +90,7 @@ class Suite(Section):
     horizons: list[Count] = Field(default_factory=list)
     targets: list[float] = Field(default_factory=list)
     settings: Settings = Field(default_factory=dict)
-    cases: dict[str, Settings] = Field(default_factory=_one_case)
+    cases: dict[str, Settings] = Field(default={"": {}})
     rows: dict[str, Settings]
     quick: Quick = Quick()
 
@@ -123,20 +120,19 @@ class Suite(Section):
         if unknown := [name for name in measures if name not in known]:
             right = ", ".join([*sorted(known), "personalized-recall-0"])
             raise SuiteError(f"{file}: measures has {unknown}; right would be some of {right}")
+        settings = dict(flatten(base)) | dict(flatten(suite.settings))
+        sections = {"settings": settings}
         for name, each in (("cases", suite.cases), ("rows", suite.rows)):
-            look_alike = [key for key, n in Counter(map(composed, each)).items() if n > 1]
-            if look_alike:
+            for look_alike in [key for key, n in Counter(map(composed, each)).items() if n > 1]:
                 raise SuiteError(
-                    f"{file}: {name} has {quoted(look_alike[0])} twice, in two forms of Unicode; "
+                    f"{file}: {name} has {quoted(look_alike)} twice, in two forms of Unicode; "
                     "right would be two names"
                 )
-            for key, of_key in each.items():
-                for setting in RESERVED | ({"clients"} if name == "rows" else set()):
-                    if setting in dict(flatten(of_key)):
-                        raise SuiteError(f"{file}: {name}.{key} must not set {setting}")
-        settings = dict(flatten(base)) | dict(flatten(suite.settings))
-        if RESERVED & settings.keys():
-            raise SuiteError(f"{file}: settings must not have any of {sorted(RESERVED)}")
+            sections |= {f"{name}.{key}": dict(flatten(of_key)) for key, of_key in each.items()}
+        for where, section in sections.items():
+            reserved = RESERVED | ({"clients"} if where.startswith("rows.") else set())
+            if wrong := sorted(reserved & section.keys()):
+                raise SuiteError(f"{file}: {where} must not set {', '.join(wrong)}")
         suite = suite.model_copy(update={"settings": settings})
         return suite._quick(file) if quick else suite
 
@@ -147,28 +143,18 @@ class Suite(Section):
                 f"{file}: has no [quick] section for --quick; right would be, for example,\n"
                 "[quick]\nseeds = [0]\nsettings = { num-server-rounds = 2 }"
             )
-        for name, known in (("rows", self.rows), ("cases", self.cases)):
-            if unknown := set(getattr(quick, name) or ()) - known.keys():
-                raise SuiteError(f"{file}: quick.{name} has unknown {sorted(unknown)}")
-        changed: dict[str, Any] = {
-            "rows": {name: self.rows[name] for name in quick.rows or self.rows},
-            "cases": {name: self.cases[name] for name in quick.cases or self.cases},
-            "seeds": quick.seeds or self.seeds,
-            "clients": quick.clients or self.clients,
-            "evaluated_rounds": quick.evaluated_rounds or self.evaluated_rounds,
-            "horizons": self.horizons if quick.horizons is None else quick.horizons,
-            "title": f"{self.title} (quick)",
-        }
         over = dict(flatten(quick.settings))
-        for name in ("rows", "cases"):
+        changed = quick.model_dump(exclude_none=True)
+        changed |= {"title": f"{self.title} (quick)", "settings": self.settings | over}
+        hidden = over.keys() | ({"clients"} if quick.clients else set())
+        for name, known in (("rows", self.rows), ("cases", self.cases)):
+            chosen = changed.get(name, known)
+            if unknown := set(chosen) - known.keys():
+                raise SuiteError(f"{file}: quick.{name} has unknown {sorted(unknown)}")
             changed[name] = {
-                key: {k: v for k, v in flatten(each) if k not in over}
-                for key, each in changed[name].items()
+                key: {k: v for k, v in flatten(known[key]) if k not in hidden} for key in chosen
             }
-        if quick.clients:
-            for case in changed["cases"].values():
-                case.pop("clients", None)
-        return self.model_copy(update={**changed, "settings": self.settings | over})
+        return self.model_copy(update=changed)
 
     def runs(self) -> list["BenchRun"]:
         """Return all runs, seed by seed.
@@ -182,58 +168,46 @@ class Suite(Section):
             raise SuiteError(f"seeds = {self.seeds}; right would be each once")
         runs, problems = [], []
         tried: set[Hashable] = set()
-        for seed in self.seeds:
-            for case, in_case in self.cases.items():
-                for row, in_row in self.rows.items():
-                    flat = self.settings | dict(flatten(in_case)) | dict(flatten(in_row))
-                    clients = flat.pop("clients", self.clients)
-                    name = " / ".join(filter(None, (case, row)))
-                    if type(clients) is not int or clients < 2:
-                        problems.append(f"{name}: clients = {clients}; right would be 2 or more")
-                        continue
-                    flat |= {"seed": seed, "server.min-available-nodes": clients}
-                    try:
-                        config = Config.from_flat(flat)
-                        if seed == self.seeds[0]:
-                            if (what := preflight_key(config)) not in tried:
-                                preflight(config, one_process=True)
-                                tried.add(what)
-                            problems += [f"{name}: {each}" for each in self._contradictions(config)]
-                        runs.append(BenchRun(case, row, config, clients, self._evaluated(config)))
-                    except ConfigError as error:
-                        problems.append(f"{name}: {error}")
+        cells = product(self.seeds, self.cases.items(), self.rows.items())
+        for seed, (case, in_case), (row, in_row) in cells:
+            flat = self.settings | dict(flatten(in_case)) | dict(flatten(in_row))
+            clients = flat.pop("clients", self.clients)
+            name = " / ".join(filter(None, (case, row)))
+            if type(clients) is not int or clients < 2:
+                problems.append(f"{name}: clients = {clients}; right would be 2 or more")
+                continue
+            flat |= {"seed": seed, "server.min-available-nodes": clients}
+            try:
+                config = Config.from_flat(flat)
+                if seed == self.seeds[0]:
+                    if (what := preflight_key(config)) not in tried:
+                        preflight(config, one_process=True)
+                        tried.add(what)
+                    problems += [f"{name}: {each}" for each in self._contradictions(config)]
+                evaluated = config.num_server_rounds if self.curve else self.evaluated_rounds
+                runs.append(BenchRun(case, row, config, clients, evaluated))
+            except ConfigError as error:
+                problems.append(f"{name}: {error}")
         if problems:
             raise SuiteError("\n".join(dict.fromkeys(problems)))
         return runs
 
     def _contradictions(self, config: Config) -> Iterator[str]:
-        if self.evaluated_rounds > config.num_server_rounds:
+        last, rounds = self.evaluated_rounds, config.num_server_rounds
+        if last > rounds:
             yield (
-                f"evaluated-rounds = {self.evaluated_rounds}: more than num-server-rounds = "
-                f"{config.num_server_rounds}; right would be as many or less"
+                f"evaluated-rounds = {last}: more than num-server-rounds = {rounds}; right would "
+                "be as many or less"
             )
-        if wrong := [
-            horizon
-            for horizon in self.horizons
-            if not self.evaluated_rounds <= horizon <= config.num_server_rounds
-        ]:
+        if wrong := [horizon for horizon in self.horizons if not last <= horizon <= rounds]:
             yield (
-                f"horizons has {wrong}; right would be evaluated-rounds = {self.evaluated_rounds} "
-                f"to num-server-rounds = {config.num_server_rounds}"
+                f"horizons has {wrong}; right would be evaluated-rounds = {last} to "
+                f"num-server-rounds = {rounds}"
             )
-        if config.server.fraction_evaluate < 1:
-            yield "server.fraction-evaluate: a bench evaluates all clients; right would be 1.0"
-        if config.server.evaluate_every != 1:
-            yield "server.evaluate-every: a bench evaluates the last rounds; right would be 1"
-        if config.server.stop_at or config.server.patience:
-            yield "server.stop-at, server.patience: runs of a bench are as long; right would be 0"
-        if config.server.bank != "memory":
-            yield 'server.bank: a bench has no folders for it; right would be "memory"'
-        if config.tracking:
-            yield 'tracking: the results of a bench are its tables; right would be ""'
-
-    def _evaluated(self, config: Config) -> int:
-        return config.num_server_rounds if self.curve else self.evaluated_rounds
+        flat = config.to_flat()
+        for name, right, why in _OF_A_BENCH:
+            if flat[name] != right:
+                yield f"{name}: {why}; right would be {json.dumps(right)}"
 
     @property
     def columns(self) -> dict[str, tuple[str, slice]]:
@@ -321,16 +295,10 @@ class BenchRun:
         )
         self.write(folder, rows, clients, time.monotonic() - begin)
 
-    def write(
-        self,
-        folder: Path,
-        rows: list[Row],
-        clients: Sequence[Row],
-        seconds: float,
-    ) -> None:
+    def write(self, folder: Path, rows: list[Row], clients: Sequence[Row], seconds: float) -> None:
         """Write a result atomically: the rows of all rounds, and each client's accuracies.
 
-        ``clients`` are the rows of all clients in all rounds.
+        ``clients`` are the rows of all clients in all rounds, ``seconds`` what the run took.
 
         Raises
         ------
@@ -344,8 +312,7 @@ class BenchRun:
         for row in rows:
             if not row["num-clients"]:
                 raise RuntimeError(f"round {row['round']}: no client could train")
-        end = self.config.num_server_rounds + 1
-        first = end - self.evaluated_rounds
+        first = self.config.num_server_rounds + 1 - self.evaluated_rounds
 
         def by_client(name: str) -> list[dict[int, float]]:
             found: list[dict[int, float]] = [{} for _ in range(self.evaluated_rounds)]
@@ -355,15 +322,14 @@ class BenchRun:
             return found
 
         evaluated = by_client(EVALUATED)
+        if missing := self.clients - min(map(len, evaluated)):
+            raise FloatingPointError(
+                f"{missing} of {self.clients} clients have no accuracy in an evaluated "
+                "round: their losses may not be finite; their messages are in the log"
+            )
         scores = {
             name for row in clients for name in row if name in SCORES or RECALL.fullmatch(name)
         }
-        missing = [self.clients - len(each) for each in evaluated]
-        if any(missing):
-            raise FloatingPointError(
-                f"{max(missing)} of {self.clients} clients have no accuracy in an evaluated "
-                "round: their losses may not be finite; their messages are in the log"
-            )
         result = {
             "name": self.name,
             "config": self.config.to_flat(),
@@ -385,12 +351,7 @@ class BenchRun:
 
     def outcome(self, folder: Path) -> str:
         """Return a line with its last accuracy and its seconds."""
-        result = self.result(folder)
-        if result is None:
+        if (result := self.result(folder)) is None:
             return f"{self.name}: failed"
         accuracy = fmean(result["accuracies"][-1].values())
         return f"{self.name}: {accuracy:.4f} in the last round, {result['seconds']:.0f} s"
-
-    def traceback_file(self, folder: Path) -> Path:
-        """Return the path of the traceback of a failed run."""
-        return self.file(folder).with_suffix(".txt")

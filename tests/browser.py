@@ -73,11 +73,9 @@ class Browser:
         """Send a command of the DevTools protocol to the page and return its answer."""
         return self._ask(method, session=self._session, **parameters)
 
-    def open(self, file: Path, width: int = 1280, scheme: str = "light") -> None:
+    def open(self, file: Path, width: int = 1280) -> None:
         """Open a file and wait until its scripts have run."""
         self.resize(width)
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.ask("Emulation.setEmulatedMedia", features=[feature])
         self.ask("Page.navigate", url=file.as_uri())
         self.run("new Promise(r => document.readyState === 'complete' ? r() : onload = r)")
 

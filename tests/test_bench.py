@@ -126,10 +126,8 @@ def test_a_suite_ends_with_tables_and_a_figure_whatever_the_number_of_processes(
         # Beside its dots, a row has its mean.
         assert {name, f"{float(rows[name]['mean']):.3f}"} <= texts
     page = page_of_bench(tmp_path / "here")
-    (figures,) = re.findall(r'id="figures">(.+?)</script>', page)
-    personalized = {
-        curve.get("name", "band"): curve["y"] for curve in json.loads(figures)[0]["data"]
-    }
+    first = re.findall(r'json">(.+?)</script>', page)[0]
+    personalized = {curve.get("name", "band"): curve["y"] for curve in json.loads(first)["data"]}
     for name in ("local", "ditto"):
         rounds = [found[f"{name}, seed {seed}"]["rounds"][-2:] for seed in (0, 1)]
         evaluated = [[row["personalized-accuracy"] for row in each] for each in rounds]
@@ -211,9 +209,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
     result = invoke(suite, "--seeds", "0", "--processes", 2, "--results", tmp_path / "results")
     assert result.exit_code == 1
     assert "1 of 3 runs failed" in result.output
-    assert "diverging, seed 0: " in result.output
-    traceback = next((tmp_path / "results" / "runs").glob("*.txt")).read_text()
-    assert "Traceback" in traceback
+    assert "diverging, seed 0: RuntimeError: round 1: " in result.output
     assert len(results(tmp_path / "results")) == 2
     line = next(x for x in result.output.splitlines() if x.startswith("diverging "))
     assert line.split() == ["diverging", "failed"]
@@ -223,15 +219,6 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
     monkeypatch.setenv(DEBUG, "1")
     with pytest.raises(RuntimeError, match=r"round 1: .*nan"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
-
-
-def test_a_run_that_failed_where_no_traceback_can_be_written_says_where_the_error_is(
-    suite: Path, tmp_path: Path
-):
-    (tmp_path / "runs").symlink_to("gone")
-    result = invoke(suite, "--seeds", "0", "--processes", 1, "--results", tmp_path)
-    assert result.exit_code == 1
-    assert "see its error above; its traceback could not be written" in result.stderr
 
 
 @pytest.mark.parametrize("where", ["file", "file/folder"])
@@ -244,7 +231,7 @@ def test_results_that_cannot_be_written_end_with_a_line(suite: Path, tmp_path: P
 
 
 def descendants(pid: int) -> set[int]:
-    """Return the processes below one, as the system tells."""
+    """Return the processes below one, as the system lists them."""
     found: set[int] = set()
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, children.read_text().split()):
@@ -374,7 +361,7 @@ def test_a_base_that_cannot_be_read_is_named(suite: Path, tmp_path: Path, name: 
             '[rows."\u00e9"]\n[rows."e\u0301"]\n[rows.ditto]',
             'rows has "\u00e9" twice, in two forms of Unicode; right would be two names',
         ),
-        ("[settings]", "[settings]\nseed = 1", "settings must not have any of"),
+        ("[settings]", "[settings]\nseed = 1", "settings must not set seed"),
         ("[settings]", "[settings]\nserver.fraction-evaluate = 0.5", "right would be 1.0"),
         ("[settings]", "[settings]\ntracking = 'mlflow'", "tracking"),
         ("[settings]", "[cases.a]\nclients = 'x'\n[settings]", "clients = x; right would be"),
@@ -414,7 +401,7 @@ def texts_of(file: Path) -> set[str]:
     return set(re.findall(r"<text[^>]*>([^<]+)</text>", file.read_text()))
 
 
-def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path: Path):
+def test_a_table_has_rounds_bytes_and_seconds_until_a_target(suite: Path, tmp_path: Path):
     text = SUITE.replace("measures =", "curve = true\ntargets = [0.3, 0.99]\nmeasures =")
     suite.write_text(text)
     read = Suite.read(suite)
@@ -447,7 +434,7 @@ def test_rounds_bytes_and_seconds_until_a_target_are_told(suite: Path, tmp_path:
     assert "ditto" not in texts
 
 
-def test_a_run_is_judged_after_each_horizon(suite: Path, tmp_path: Path):
+def test_a_run_is_evaluated_after_each_horizon(suite: Path, tmp_path: Path):
     suite.write_text(SUITE.replace("measures =", "curve = true\nhorizons = [2, 3]\nmeasures ="))
     read = Suite.read(suite)
     for run in read.runs()[:-1]:
@@ -502,7 +489,7 @@ def test_the_t_test_is_that_of_the_differences():
     assert p_value(left, {7: {0: 0.1}}) == 1.0
 
 
-def test_the_best_and_what_cannot_be_told_from_it_are_marked():
+def test_the_best_and_what_is_tied_are_marked():
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(3, 20, generator=generator)
 
@@ -624,7 +611,7 @@ def test_runs_on_a_superlink_do_not_train_as_one_graph(suite: Path, tmp_path: Pa
     assert not (tmp_path / "results").exists()
 
 
-def test_where_the_system_tells_neither_free_memory_nor_own_cores_there_are_processes(
+def test_where_the_system_lists_neither_free_memory_nor_own_cores_there_are_processes(
     monkeypatch: pytest.MonkeyPatch,
 ):
     def fail(file: Path) -> str:

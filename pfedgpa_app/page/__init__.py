@@ -1,7 +1,6 @@
-"""One HTML page to look at a run, to compare some, or of a bench.
+"""The HTML page of a run, of several with a comparison, or of a bench.
 
-The figures are functions from what runs left to plotly figures, in `figures` (what every strategy
-has) and `method` (what pFedGPA found, over a slider). `runs` and `bench` put them together, and
-`html` makes one page of them that needs no network, server or file beside it. Whatever imports
-these waits for plotly.
+`figures` (of every strategy) and `method` (of pFedGPA, over a slider) turn rows into plotly
+figures. `runs` and `bench` put them together, and `html` makes one page of them that needs no
+network, server or other file. Importing them imports plotly.
 """

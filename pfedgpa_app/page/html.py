@@ -7,7 +7,7 @@ nor anything be loaded.
 import base64
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 import plotly.graph_objects as go
@@ -16,7 +16,6 @@ from plotly.offline import get_plotlyjs
 from pfedgpa_app.page.script import SCRIPT
 from pfedgpa_app.page.style import STYLE
 
-_ZOOM = '<button class="zoom" aria-pressed="false">Show 0 to 1</button> '
 _SAVE = " ".join(
     f'<button class="save" data-as="{kind.lower()}">{kind}</button>' for kind in ("CSV", "SVG")
 )
@@ -30,61 +29,40 @@ class Panel:
     caption: str
     figure: go.Figure
     is_wide: bool = False
-    has_zoom: bool = False
-    """Whether a button shows all of an axis of accuracies."""
 
 
-@dataclass
-class Page:
-    """Collects the figures of a page while its HTML is made.
-
-    Examples
-    --------
-    >>> page = Page()
-    >>> html = page.whole("Two runs", page.figures([shown]))
-    """
-
-    drawn: list[go.Figure] = field(default_factory=list)
-
-    def figures(self, shown: Iterable[Panel]) -> str:
-        """Return figures side by side."""
-        return f'<div class="figures">{"".join(map(self._figure, shown))}</div>'
-
-    def _figure(self, shown: Panel) -> str:
-        self.drawn.append(shown.figure)
-        title = escape(shown.title)
-        buttons = f"{_ZOOM if shown.has_zoom else ''}{_SAVE}"
-        return (
-            f'<figure class="card{" wide" if shown.is_wide else ""}"><h3>{title}</h3>'
-            f"<figcaption>{escape(shown.caption)} {buttons}</figcaption>"
-            f'<div class="plot" role="img" aria-label="{title}" '
-            f'data-figure="{len(self.drawn) - 1}" '
-            f'style="min-height:{shown.figure.layout.height}px"></div></figure>'
-        )
-
-    def whole(self, title: str, body: str) -> str:
-        """Return the page with a title and a body that is HTML."""
+def figures(panels: Iterable[Panel]) -> str:
+    """Return figures side by side, each with its data, which `whole`'s script draws."""
+    shown = ""
+    for panel in panels:
+        title = escape(panel.title)
         # plotly writes < as \u003c, so that no string of the data ends the script.
-        data = ",".join(figure.to_json() for figure in self.drawn)
-        library = get_plotlyjs()
-        scripts = " ".join(f"'sha256-{_digest(each)}'" for each in (library, SCRIPT))
-        policy = (
-            f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; "
-            "img-src data: blob:"
+        shown += (
+            f'<figure class="card{" wide" if panel.is_wide else ""}"><h3>{title}</h3>'
+            f"<figcaption>{escape(panel.caption)} {_SAVE}</figcaption>"
+            f'<div class="plot" role="img" aria-label="{title}" '
+            f'style="min-height:{panel.figure.layout.height}px"></div>'
+            f'<script type="application/json">{panel.figure.to_json()}</script></figure>'
         )
-        return (
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<title>{escape(title)}</title><link rel="icon" href="data:,">'
-            f"<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main>\n"
-            f'<script type="application/json" id="figures">[{data}]</script>\n'
-            f"<script>{library}</script>\n<script>{SCRIPT}</script></body></html>\n"
-        )
+    return f'<div class="figures">{shown}</div>'
 
 
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def whole(title: str, body: str) -> str:
+    """Return the page with a title and a body that is HTML."""
+    library = get_plotlyjs()
+    digests = (hashlib.sha256(each.encode()).digest() for each in (library, SCRIPT))
+    scripts = " ".join(f"'sha256-{base64.b64encode(each).decode()}'" for each in digests)
+    policy = (
+        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:"
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{escape(title)}</title><link rel="icon" href="data:,">'
+        f"<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main>\n"
+        f"<script>{library}</script>\n<script>{SCRIPT}</script></body></html>\n"
+    )
 
 
 def numbers(of: Sequence[tuple[str, str]]) -> str:
@@ -119,23 +97,12 @@ def slider(rounds: Sequence[int], name: str) -> str:
     )
 
 
-def tabs(panels: Sequence[tuple[str, str]], name: str) -> str:
-    """Return sections of which one is shown, by the names of all; one alone has no tabs.
-
-    ``name`` is one that no other tabs of the page have.
-    """
-    if len(panels) == 1:
-        return f"<section>{panels[0][1]}</section>"
-    name = escape(name)
-    buttons = "".join(
-        f'<button role="tab" id="{name}-tab-{number}" aria-controls="{name}-panel-{number}" '
-        f'aria-selected="{str(number == 0).lower()}" tabindex="{0 if number == 0 else -1}">'
-        f"{escape(label)}</button>"
-        for number, (label, _) in enumerate(panels)
+def sections(bodies: Sequence[tuple[str, str]]) -> str:
+    """Return sections under their names, which open them; all but the first are closed."""
+    if len(bodies) == 1:
+        return f"<section>{bodies[0][1]}</section>"
+    return "".join(
+        f"<details class='section'{'' if number else ' open'}><summary>{escape(name)}</summary>"
+        f"{body}</details>"
+        for number, (name, body) in enumerate(bodies)
     )
-    bodies = "".join(
-        f'<section role="tabpanel" id="{name}-panel-{number}" '
-        f'aria-labelledby="{name}-tab-{number}"{" hidden" if number else ""}>{body}</section>'
-        for number, (_, body) in enumerate(panels)
-    )
-    return f'<nav role="tablist" aria-label="Parts">{buttons}</nav>{bodies}'

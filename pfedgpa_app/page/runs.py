@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from itertools import islice
@@ -11,9 +10,9 @@ from typing import TypeVar
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.cross_site import read_matrix
-from pfedgpa_app.page import figures, method
+from pfedgpa_app.page import figures, html, method
 from pfedgpa_app.page.holdings import Holdings
-from pfedgpa_app.page.html import Page, Panel, numbers, slider, table, table_of, tabs
+from pfedgpa_app.page.html import Panel, numbers, sections, slider, table, table_of
 from pfedgpa_app.protocol import RECALL
 from pfedgpa_app.report import Run, baselines_of
 from pfedgpa_app.rounds import (
@@ -27,44 +26,61 @@ from pfedgpa_app.rounds import (
     value_of,
 )
 from pfedgpa_app.runs import version_of
+from pfedgpa_app.section import Scalar
 from pfedgpa_app.sharing import alone_in
 from pfedgpa_app.strategies import STRATEGY_INFO
 
 Of = TypeVar("Of")
 
-# Letters of the names of curves up to which two figures have a place side by side.
-_MAX_BESIDE = 24
 # Clients that a figure shows.
 _MAX_CLIENTS = 300
-# Of failures a page has so many, and so much of what a client says.
+# So many failures are on a page, and so many letters of each reason.
 _MAX_FAILURES = 200
 _MAX_REASON = 300
+_MEANS = (
+    "Means over the clients, each on its own test set. The axis shows the range of the second half "
+    "of the rounds; a double click shows all."
+)
+_SEEDS = "Where runs differ in the seed alone, the line is their mean and the band their range."
 
 
 def page_of(runs: Sequence[Run]) -> str:
     """Return the HTML of a page of one run, or of several with a comparison on top."""
-    page = Page()
-    panels = [(run.name, _run(page, run, number)) for number, run in enumerate(runs)]
+    parts = sections([(run.name, _run(run, number)) for number, run in enumerate(runs)])
     if len(runs) == 1:
         run = runs[0]
         title = f"Run {run.name}: {run.config.strategy} on {run.config.data.dataset}"
-        body = f"<h1>{escape(title)}</h1>{tabs(panels, 'runs')}"
-    else:
-        title = f"{len(runs)} runs"
-        compared = f"<section>{_comparison(page, runs)}</section>"
-        body = f"<h1>{title}</h1>{compared}<h2>Run by run</h2>{tabs(panels, 'runs')}"
-    return page.whole(title, body)
+        return html.whole(title, f"<h1>{escape(title)}</h1>{parts}")
+    title = f"{len(runs)} runs"
+    body = f"<section>{_comparison(runs)}</section><h2>Run by run</h2>{parts}"
+    return html.whole(title, f"<h1>{title}</h1>{body}")
+
+
+def compared(groups: Mapping[str, Sequence[Sequence[Row]]]) -> str:
+    """Return accuracies over rounds, personalized and after local training; one round has none.
+
+    ``groups`` has the rounds of runs that differ in the seed alone, by the name of their curve.
+    """
+    shown = []
+    for name, title in list(figures.ACCURACIES.items())[:2]:
+        curves = {label: figures.curve_of(runs, name) for label, runs in groups.items()}
+        if any(len(curve) > 1 for curve in curves.values()):
+            drawn = figures.lines(curves)
+            shown.append(Panel(f"Accuracy, {title}", f"{_MEANS} {_SEEDS}", drawn, is_wide=True))
+    return html.figures(shown) if shown else ""
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Return runs that differ in the seed alone, by what sets them apart from the others."""
-    groups: dict[tuple[object, ...], list[Run]] = {}
+    groups: dict[tuple[tuple[str, Scalar], ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault(tuple(_settings(run).items()), []).append(run)
-    firsts = [_settings(each[0]) for each in groups.values()]
+        settings = {**run.config.decisive, "num-server-rounds": run.config.num_server_rounds}
+        settings.pop("seed", None)
+        groups.setdefault(tuple(settings.items()), []).append(run)
+    firsts = list(map(dict, groups))
     # Settings of other strategies are no difference.
     values = {key: {of[key] for of in firsts if key in of} for of in firsts for key in of}
-    # Of a long name the beginning is shown: what tells most apart comes first.
+    # What differs most comes first.
     differing = sorted(
         (key for key in values if key != "strategy" and len(values[key]) > 1),
         key=lambda key: -len(values[key]),
@@ -76,116 +92,99 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return named
 
 
-def _settings(run: Run) -> Row:
-    settings = {**run.config.decisive, "num-server-rounds": run.config.num_server_rounds}
-    settings.pop("seed", None)
-    return settings
-
-
-def _comparison(page: Page, runs: Sequence[Run]) -> str:
+def _comparison(runs: Sequence[Run]) -> str:
     groups = grouped(runs)
-    shown = []
-    for name, title in list(figures.ACCURACIES.items())[:2]:
-        curves = {
-            label: figures.curve_of([run.metrics for run in each], name)
-            for label, each in groups.items()
-        }
-        if any(curves.values()):
-            is_wide = max(map(len, curves)) > _MAX_BESIDE
-            drawn = figures.accuracy(curves)
-            shown.append(Panel(f"Accuracy, {title}", _ACCURACY, drawn, is_wide, has_zoom=True))
+    curves = compared({label: [r.metrics for r in each] for label, each in groups.items()})
     lines = []
     for label, each in groups.items():
         cells = [label, ", ".join(str(run.config.seed) for run in each)]
         cells.append(", ".join(str(len(run.metrics)) for run in each))
-        for name in ("personalized-accuracy", "personalized-accuracy-worst", "finetuned-accuracy"):
-            values = [run.last(name) for run in each]
-            spread = mean_and_spread([value for value in values if value is not None])
-            cells.append(_score(each[0], name) if len(each) == 1 else spread)
+        for name in (EVALUATED, f"{EVALUATED}-worst", "finetuned-accuracy"):
+            values = [value for run in each if (value := run.last(name)) is not None]
+            cells.append(_score(each[0], name) if len(each) == 1 else mean_and_spread(values))
         lines.append(cells)
     head = ("settings", "seeds", "rounds", "personalized", "worst client", "after local training")
     note = (
         "Accuracy in the last round, mean ± standard deviation over the seeds; of one run, ± is "
         "the 95 % interval of the mean over its clients."
     )
-    return (
-        f'{page.figures(shown)}<h2>Last round</h2><p class="quiet">{note}</p>{table(head, lines)}'
-    )
+    return f'{curves}<h2>Last round</h2><p class="quiet">{note}</p>{table(head, lines)}'
 
 
-_ACCURACY = (
-    "Mean over the clients, each on its own test set. Where runs differ in the seed alone, the "
-    "line is their mean and the band their range. The axis shows the range of the second half of "
-    "the rounds."
-)
-
-
-def _run(page: Page, run: Run, number: int) -> str:
+def _run(run: Run, number: int) -> str:
     clients, learned = run.clients, run.method
     rows = method.thinned(learned)
     holdings = Holdings.of(run)
-    notes = [
-        note
-        for note in (
-            run.error,
-            run.ended,
-            *run.warnings,
-            alone_in(run.metrics, run.config.diffusion),
-        )
-        if note
-    ]
     baselines = baselines_of(run.config, run.path.parent, run.num_nodes)
-    parts = [
-        _facts(run, clients, baselines),
-        *(f'<p class="note">{escape(note)}</p>' for note in notes),
-    ]
+    notes = (run.error, run.ended, *run.warnings, alone_in(run.metrics, run.config.diffusion))
+    body = _head(run, clients, baselines)
+    body += "".join(f'<p class="note">{escape(note)}</p>' for note in notes if note)
     if run.metrics:
-        parts.append(page.figures(_accuracies(run, clients, holdings, baselines)))
+        body += html.figures(_accuracies(run, clients, holdings, baselines))
     if not holdings.counts:
-        parts.append(
-            f'<p class="quiet">Classes of clients are left out: {escape(holdings.missing)}.</p>'
-        )
+        missing = escape(holdings.missing)
+        body += f'<p class="quiet">Classes of clients are left out: {missing}.</p>'
     if rows:
-        parts.append("<h2>What the server found</h2>")
-        *moved, levels = _method(rows, holdings, len(rows) < len(learned))
+        found = html.figures(_method(rows, holdings, len(rows) < len(learned)))
         bar = slider([row["round"] for row in rows], f"rounds-{number}")
-        parts.append(f'<div class="moved">{bar}{page.figures(moved)}</div>{page.figures([levels])}')
+        body += f'<h2>What the server found</h2><div class="moved">{bar}{found}</div>'
     if run.metrics:
-        parts.append("<h2>What it cost</h2>")
-        parts.append(page.figures(_costs(run)))
-    parts.append(f"<h2>Failures</h2>{_failures(clients)}")
-    parts.append(f"<h2>Settings</h2>{_settings_table(run.config)}")
-    return "".join(parts)
+        costs = html.figures(
+            [
+                Panel(
+                    "Seconds of each round",
+                    "Wall-clock time on the server, from the first message to the last reply of "
+                    "the clients' training, then learning from it, then the rest.",
+                    figures.seconds(run.metrics),
+                ),
+                Panel(
+                    "Megabytes of each round",
+                    "Parameters of all clients together; models sent for evaluation count as down.",
+                    figures.megabytes(run.metrics),
+                ),
+            ]
+        )
+        body += f"<h2>What it cost</h2>{costs}"
+    body += f"<h2>Failures</h2>{_failures(clients)}"
+    return f"{body}<h2>Settings</h2>{_settings_table(run.config)}"
 
 
-def _facts(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> str:
-    def total(name: str) -> float:
-        return sum(value_of(row, name) for row in run.metrics)
-
+def _head(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> str:
+    """Return what the run is, the command that repeats it, and its main numbers."""
     config = run.config
     scores = {what: _score(run, name) for name, what in SCORES.items()}
     if config.data.info.num_classes == 2:  # of which one may be rare
         scores["accuracy"] = scores.pop("accuracy")
-    version = f"pfedgpa {version_of(run.path)}".strip()
-    about = (
-        f"{config.strategy} on {config.data.dataset}, {config.data.partition}, seed "
-        f"{config.seed}; {version}. The same run: "
-    )
     tests = [row for row in clients if "num-test-examples" in row]
     last = [row["num-test-examples"] for row in tests if row["round"] == tests[-1]["round"]]
+    seconds, up, down = (
+        sum(value_of(row, name) for row in run.metrics)
+        for name in ("seconds-round", "bytes-up", "bytes-down")
+    )
     shown = [
         *((what, score) for what, score in scores.items() if score != "-" or what == "accuracy"),
         *((f"accuracy, {name}", _score(each, EVALUATED)) for name, each in baselines.items()),
-        ("accuracy, worst client", _score(run, "personalized-accuracy-worst")),
+        ("accuracy, worst client", _score(run, f"{EVALUATED}-worst")),
         ("test examples", f"{sum(last):,}" if last else "-"),
         ("rounds", f"{len(run.metrics)} of {config.num_server_rounds}"),
         ("clients", str(run.num_nodes)),
         ("failures", str(sum(map(has_failed, clients)))),
-        ("time", f"{total('seconds-round'):.0f} s"),
-        ("sent and received", f"{(total('bytes-up') + total('bytes-down')) / 1e6:.1f} MB"),
+        ("time", f"{seconds:.0f} s"),
+        ("sent and received", f"{(up + down) / 1e6:.1f} MB"),
     ]
+    about = (
+        f"{config.strategy} on {config.data.dataset}, {config.data.partition}, seed {config.seed}; "
+        f"{f'pfedgpa {version_of(run.path)}'.strip()}. The same run: "
+    )
+    pairs = [
+        ("-c", f"{key}={json.dumps(value, ensure_ascii=False)}")
+        for key, value in config.changed.items()
+        if key not in ("output-dir", "resume-from")
+    ]
+    options = [each for pair in pairs for each in pair]
+    command = shlex.join(["pfedgpa", "run", *options, "--clients", str(run.num_nodes)])
     return (
-        f'<p class="quiet">{escape(about)}<code>{escape(_command(run))}</code></p>'
+        f'<p class="quiet">{escape(about)}<code>{escape(command)}</code></p>'
         f'{numbers(shown)}<p class="quiet">Means over the clients\' personalized models, each on '
         "its own test set, in the last round that evaluated them; ± is the 95 % interval of the "
         "mean.</p>"
@@ -200,45 +199,26 @@ def _score(run: Run, name: str) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {1.96 * error:.4f}"
 
 
-def _command(run: Run) -> str:
-    """Return what does the run again."""
-    pairs = [
-        f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in run.config.changed.items()
-        if key not in ("output-dir", "resume-from")
-    ]
-    options = [each for pair in pairs for each in ("-c", pair)]
-    return shlex.join(["pfedgpa", "run", *options, "--clients", str(run.num_nodes)])
-
-
 def _accuracies(
     run: Run, clients: Sequence[Row], holdings: Holdings, baselines: Mapping[str, Run]
 ) -> list[Panel]:
-    names, strategy = dict(figures.ACCURACIES), run.config.strategy
+    strategy = run.config.strategy
+    names = {name: f"{strategy}, {what}" for name, what in figures.ACCURACIES.items()}
+    names[EVALUATED] = strategy
     if run.config.server.evaluate_every == 1:
         del names["received-accuracy"]  # what was evaluated in the round before
-    curves = {
-        strategy if name == EVALUATED else f"{strategy}, {label}": figures.curve_of(
-            [run.metrics], name
-        )
-        for name, label in names.items()
-    }
+    curves = {what: figures.curve_of([run.metrics], name) for name, what in names.items()}
     curves |= {
-        name: figures.curve_of([each.metrics], EVALUATED) for name, each in baselines.items()
+        what: figures.curve_of([each.metrics], EVALUATED) for what, each in baselines.items()
     }
-    compared = ", ".join(f"{name} is {each.name}" for name, each in baselines.items())
-    caption = (
-        f"{_OWN_ACCURACY} With the same settings: {compared}."
-        if baselines
-        else f"{_OWN_ACCURACY} pfedgpa run --with-baselines adds others to compare with."
-    )
-    drawn = figures.accuracy(curves)
-    shown = [Panel("Accuracy over rounds", caption, drawn, has_zoom=True)]
+    others = ", ".join(f"{name} is {each.name}" for name, each in baselines.items())
+    more = "pfedgpa run --with-baselines adds others to compare with"
+    caption = f"{_MEANS} {f'With the same settings: {others}' if others else more}."
+    shown = [Panel("Accuracy over rounds", caption, figures.lines(curves))]
     if accuracies := figures.last_accuracies(clients):
         caption = (
-            "On its own test set. Filled: each client's personalized model, as last evaluated, "
-            "with the 95 % interval that a test set of its size leaves. "
-            "Open: what the client made of the model it received, by local training."
+            "Filled: each client's personalized model on its own test set, as last evaluated, with "
+            "the 95 % interval of a test set of that size. Open: after local training."
         )
         mean = fmean(personalized for personalized, _ in accuracies.values())
         tests = {
@@ -246,21 +226,18 @@ def _accuracies(
         }
         drawn = figures.clients(_first(accuracies), mean, tests, names_in(clients))
         shown.append(Panel("Accuracy of each client", caption + _left_out(accuracies), drawn))
-    others = {
+    scores = {
         what: figures.curve_of([run.metrics], name)
         for name, what in SCORES.items()
         if name != EVALUATED and run.last(name) is not None
     }
-    if others:
+    if scores:
         caption = (
             "Means over the clients for which they are defined: there is no AUROC of a test set "
             "with one class. Of the calibration error the lowest is the best."
         )
-        drawn = figures.accuracy(others, "score")
-        shown.insert(
-            0 if "AUROC" in others else len(shown),
-            Panel("Scores over rounds", caption, drawn, has_zoom=True),
-        )
+        panel = Panel("Scores over rounds", caption, figures.lines(scores, "score"))
+        shown.insert(0 if "AUROC" in scores else len(shown), panel)
     classes = run.config.data.classes
     if recalls := _recalls(clients, len(classes)):
         caption = (
@@ -272,13 +249,11 @@ def _accuracies(
     if holdings.counts:
         caption = (
             "Training images of each class, counted from the run's settings and seed. Clients of "
-            "a group stand together."
+            "a group stand together." + _left_out(holdings.counts)
         )
-        counts = {client: each.tolist() for client, each in _first(holdings.by_group).items()}
-        caption += _left_out(holdings.counts)
-        shown.append(
-            Panel("Classes of each client", caption, figures.classes(counts, classes), is_wide=True)
-        )
+        counts = {client: each.tolist() for client, each in _first(holdings.counts).items()}
+        drawn = figures.classes(counts, classes)
+        shown.append(Panel("Classes of each client", caption, drawn, is_wide=True))
     if matrix := read_matrix(run.path):
         caption = (
             "Accuracy of each personalized model, a row, on the test set of each site that "
@@ -310,105 +285,70 @@ def _left_out(clients: Collection[int]) -> str:
     return f" Of {len(clients)} clients, the first {_MAX_CLIENTS}." if more else ""
 
 
-_OWN_ACCURACY = (
-    "Means over the clients, each on its own test set, and the worst client's. The axis shows the "
-    "range of the second half of the rounds."
-)
-
-
 def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[Panel]:
     thin = " The slider has some of the rounds, since all would be too much for a page."
-    shown = [
-        Panel(
-            "Uploads and generated models",
-            "Filled: a client's upload, open: the model generated from it, joined by a line, along "
-            "the two directions in which the uploads of the round differ most. Each round is "
-            "turned onto the round before, so that points can be followed; the middle is the mean. "
-            "Colour and shape are the group that the settings give, or the most frequent class."
-            + (thin if is_thinned else ""),
-            method.plane(rows, holdings.groups),
-        )
-    ]
-    if (heat := method.mixing_weights(rows, holdings.groups)) is not None:
+    caption = (
+        "Filled: a client's upload; open: the model generated from it, along the first two "
+        "principal axes of the uploads, from their mean. Each round is turned onto the round "
+        "before. Colour and shape are the group of the settings, or the most frequent class."
+    ) + (thin if is_thinned else "")
+    shown = [Panel("Uploads and generated models", caption, method.plane(rows, holdings.groups))]
+    if (drawn := method.mixing_weights(rows, holdings.groups)) is not None:
         caption = (
-            "A row is the model that a client receives: the part of each client's upload in it. "
-            "Parts may be negative. The scale ends at the largest part of another client's. "
-            "Clients of a group stand together, or those that share most. A client without a row "
+            "A row is the model that a client receives: the part of each client's upload in it, "
+            "which may be negative. The scale ends at the largest part of another client's. "
+            "Clients of a group, or those that share most, stand together. A client without a row "
             "was no member of the bank in that round."
         )
-        shown.append(Panel("Mixing weights: whose uploads a model is made of", caption, heat))
-    caption = (
-        "Variance of the uploads along each principal axis. Axes above the floor tell clients "
-        "apart; in the denoised ones the diffusion model works, after noise of the dotted line's "
-        "variance. Below, how much of each axis everyone keeps."
-    )
+        shown.append(Panel("Mixing weights: whose uploads a model is made of", caption, drawn))
     size = max((row.get("parameters", 0) for row in rows), default=0)
-    shown.append(Panel("Spectrum", f"{caption} Of {size:,} parameters.", method.spectrum(rows)))
     caption = (
-        "The strongest axis, the floor (the median axis) and the noise that was chosen, round by "
-        "round. No point where nothing is denoised."
+        "Variance of the uploads along each principal axis. On axes above the floor clients "
+        "differ; the diffusion model denoises some, after noise of the dotted line's variance. "
+        f"Below, how much of each axis all clients keep. Of {size:,} parameters."
     )
-    shown.append(Panel("Floor and noise over rounds", caption, method.levels(rows)))
-    return shown
-
-
-def _costs(run: Run) -> list[Panel]:
-    return [
-        Panel(
-            "Seconds of each round",
-            "Wall-clock time on the server, from the first message to the last reply of the "
-            "clients' training, then learning from it, then the rest.",
-            figures.seconds(run.metrics),
-        ),
-        Panel(
-            "Megabytes of each round",
-            "Parameters of all clients together; models sent for evaluation count as down.",
-            figures.megabytes(run.metrics),
-        ),
-    ]
+    drawn = method.spectrum(rows)
+    return [*shown, Panel("Spectrum, floor and noise", caption, drawn, is_wide=True)]
 
 
 def _failures(clients: Sequence[Row]) -> str:
-    """Return who sent no usable reply, or was kept apart, and why; most rounds first."""
-    rounds: dict[tuple[int, str], list[int]] = {}
-    names = names_in(clients)
+    """Return who sent no usable reply, or was quarantined, and why; most rounds first."""
+    failed: dict[tuple[str, int], list[int]] = {}
     for row in clients:
-        status = row.get("status", "ok")
-        reasons = [] if status == "ok" else [status]
-        if "unusual" in row:
-            reasons.append(f"others did not learn from it: {row['unusual']}")
-        if "not-evaluated" in row:
-            reasons.append(f"its evaluation cannot be used: {row['not-evaluated']}")
-        for reason in reasons:
-            rounds.setdefault((row["client"], str(reason)[:_MAX_REASON]), []).append(row["round"])
-    if not rounds:
-        return "<p>None: every client that was asked gave an upload that could be used.</p>"
+        if (status := row.get("status", "ok")) != "ok":
+            failed.setdefault((str(status)[:_MAX_REASON], row["client"]), []).append(row["round"])
+        for key, what in (
+            ("unusual", "others did not learn from it"),
+            ("not-evaluated", "its evaluation cannot be used"),
+        ):
+            if key in row:
+                why = f"{what}: {row[key]}"[:_MAX_REASON]
+                failed.setdefault((why, row["client"]), []).append(row["round"])
+    if not failed:
+        return "<p>None: every training message got a usable reply.</p>"
     # Those that failed alike stand in a line.
     alike: dict[tuple[str, str], list[int]] = {}
-    most = Counter({key: len(each) for key, each in rounds.items()}).most_common()
-    for (client, why), _ in most:
-        alike.setdefault((_ranges(rounds[client, why]), why), []).append(client)
-    lines = [(_who(clients, names), when, why) for (when, why), clients in alike.items()]
-    left_out = len(lines) - _MAX_FAILURES
+    for (why, client), rounds in sorted(failed.items(), key=lambda each: -len(each[1])):
+        alike.setdefault((_ranges(rounds), why), []).append(client)
+    names = names_in(clients)
+    lines = []
+    for (when, why), who in islice(alike.items(), _MAX_FAILURES):
+        named = ", ".join(names[client] for client in sorted(who) if client in names)
+        lines.append((f"{_ranges(who)}{f' ({named})' if named else ''}", when, why))
+    left_out = len(alike) - _MAX_FAILURES
     note = f'<p class="quiet">{left_out} more are in clients.jsonl.</p>' if left_out > 0 else ""
-    return table(("clients", "rounds", "reason"), lines[:_MAX_FAILURES]) + note
+    return table(("clients", "rounds", "reason"), lines) + note
 
 
-def _who(clients: Sequence[int], names: Mapping[int, str]) -> str:
-    """Return numbers of clients, and the names of those that have one."""
-    named = ", ".join(names[client] for client in sorted(clients) if client in names)
-    return f"{_ranges(clients)} ({named})" if named else _ranges(clients)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
+def _ranges(numbers: Iterable[int]) -> str:
     """Write ``[1, 2, 3, 7]`` as ``1-3, 7``."""
     ranges: list[list[int]] = []
     for number in sorted(set(numbers)):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
         else:
-            ranges.append([number, number])
-    return ", ".join(f"{low}-{high}" if low < high else str(low) for low, high in ranges)
+            ranges.append([number])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges)
 
 
 def _settings_table(config: Config) -> str:
@@ -417,23 +357,18 @@ def _settings_table(config: Config) -> str:
     unused = STRATEGY_INFO.keys() - {config.strategy}
     if config.strategy != "pfedgpa":
         unused |= {"pfedgpa", "diffusion", "onboarding"}
-
-    mark = ' class="marked"'
-
-    def lines(keys: Iterable[str]) -> list[str]:
-        return [
-            f"<tr{mark if key in changed else ''}><td><code>{escape(key)}</code></td>"
-            f"<td>{escape(repr(flat[key]))}</td>"
-            f"<td>{f'default: {escape(repr(defaults[key]))}' if key in changed else ''}</td></tr>"
-            for key in keys
-        ]
-
-    rest = [key for key in flat if key not in changed and key.partition(".")[0] not in unused]
+    marked, rest = [], []
+    for key, value in flat.items():
+        cells = f"<td><code>{escape(key)}</code></td><td>{escape(repr(value))}</td>"
+        if key in changed:
+            default = escape(repr(defaults[key]))
+            marked.append(f'<tr class="marked">{cells}<td>default: {default}</td></tr>')
+        elif key.partition(".")[0] not in unused:
+            rest.append(f"<tr>{cells}<td></td></tr>")
     head = ("setting", "value", "")
-    first = table_of(head, lines(changed)) if changed else ""
-    differ = "1 differs" if len(changed) == 1 else f"{len(changed)} differ"
+    differ = "1 differs" if len(marked) == 1 else f"{len(marked)} differ"
     return (
-        f"<p>{differ} from the defaults.</p>{first}"
+        f"<p>{differ} from the defaults.</p>{table_of(head, marked) if marked else ''}"
         f"<details><summary>{len(rest)} settings with their defaults</summary>"
-        f"{table_of(head, lines(rest))}</details>"
+        f"{table_of(head, rest)}</details>"
     )

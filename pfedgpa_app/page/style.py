@@ -1,22 +1,10 @@
 """The page's style sheet; Flower packs Python files only, so it is a string."""
 
 STYLE = """
-:root {
-  color-scheme: light dark;
-  --ground: #ffffff; --card: #ffffff; --soft: #f4f6f8; --line: #d9dee4; --text: #1b2229;
-  --quiet: #56616d; --accent: #1f6cab; --marked: #fff4d6;
-  --low: #f3f7fb; --middle: #6aa7d8; --high: #0d3f73;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ground: #14181d; --card: #1a1f25; --soft: #21272e; --line: #353d46; --text: #e8ecf0;
-    --quiet: #a4afba; --accent: #6fb4ee; --marked: #3a3016;
-    --low: #1d252d; --middle: #2f7fc1; --high: #cfe6fb;
-  }
-}
+:root { --soft: #f4f6f8; --line: #d9dee4; --quiet: #56616d; --accent: #1f6cab; --marked: #fff4d6; }
 * { box-sizing: border-box; }
 body {
-  margin: 0; background: var(--ground); color: var(--text);
+  margin: 0; background: #ffffff; color: #1b2229;
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
 }
 main { max-width: 1240px; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
@@ -35,7 +23,7 @@ figcaption { font-size: .92rem; margin-bottom: .4rem; max-width: 80ch; }
 .numbers dd { margin: 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem;
   margin: .8rem 0; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+.card { border: 1px solid var(--line); border-radius: .6rem;
   padding: .9rem 1rem; margin: 0; min-width: 0; }
 .wide { grid-column: 1 / -1; }
 .plot { width: 100%; }
@@ -47,26 +35,23 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
 td:nth-child(3):last-child { overflow-wrap: anywhere; min-width: 8rem; }
 tr.marked td, tr.marked th { background: var(--marked); }
 code { font-size: .9em; }
-nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1.4rem 0 1rem; }
-button { font: inherit; color: var(--text); background: var(--soft); cursor: pointer;
+button { font: inherit; color: inherit; background: var(--soft); cursor: pointer;
   border: 1px solid var(--line); border-radius: .4rem; padding: .3rem .8rem; }
-button[aria-selected=true], button[aria-pressed=true] { border-color: var(--accent);
-  box-shadow: inset 0 -3px var(--accent); font-weight: 600; }
-.zoom, .save { font-size: .85rem; padding: .1rem .6rem; }
+.save { font-size: .85rem; padding: .1rem .6rem; }
 .rounds { position: sticky; top: 0; z-index: 5; display: flex; align-items: center; gap: .8rem;
-  background: var(--ground); border-bottom: 1px solid var(--line); padding: .6rem 0;
+  background: #ffffff; border-bottom: 1px solid var(--line); padding: .6rem 0;
   margin-bottom: 1rem; }
 .rounds label { white-space: nowrap; min-width: 8.5rem; font-weight: 600;
   font-variant-numeric: tabular-nums; }
 .rounds input { flex: 1; min-width: 0; height: 1.6rem; accent-color: var(--accent); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 summary { cursor: pointer; padding: .3rem 0; }
-[hidden] { display: none !important; }
+.section > summary { font-size: 1.05rem; font-weight: 600; }
 @media (max-width: 900px) { .figures { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 640px) {
   main { padding: 1rem .7rem 3rem; }
   .card { padding: .7rem .5rem; }
   h1 { font-size: 1.35rem; }
 }
-@media print { .rounds, nav, button { display: none; } }
+@media print { .rounds, button { display: none; } }
 """
