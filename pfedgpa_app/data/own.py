@@ -13,7 +13,7 @@ from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data.dataset import DataError, Part
 from pfedgpa_app.errors import described
 from pfedgpa_app.own_functions import own_function
-from pfedgpa_app.randomness import initialized_by, make_generator
+from pfedgpa_app.randomness import drawing_from, make_generator
 
 _RETURNS = "(examples, labels), (examples, labels, owners) or (examples, labels, owners, is_test)"
 
@@ -32,7 +32,7 @@ def load_part(config: DataConfig, seed: int) -> Part:
     function = _function("data.dataset", name)
     try:
         # Every client calls it, and must get the same data.
-        with initialized_by(make_generator(seed, "dataset")):
+        with drawing_from(make_generator(seed, "dataset")):
             given = function(config.root_path)
     except Exception as error:  # user code may raise anything
         raise DataError(f"{name}: failed with {described(error)}") from error
@@ -78,7 +78,7 @@ def own_shares(
     """
     function = _function("data.partition", name)
     try:
-        with initialized_by(make_generator(seed, "partition")):
+        with drawing_from(make_generator(seed, "partition")):
             # list(), since it may be a generator function.
             given = list(function(labels.copy(), num_clients, seed))
     except Exception as error:  # user code may raise anything
