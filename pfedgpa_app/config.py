@@ -114,10 +114,10 @@ class Config(StrategySections):
         Output, tracking, length and early end, resuming, waiting for clients, cross-site and
         evaluation are not among them, nor are the settings of other strategies.
         """
-        server = ("min-available-nodes", "round-timeout", "join-timeout", "evaluate-every")
-        server += ("required", "stop-at", "patience", "cross-site")
         free = {"output-dir", "num-server-rounds", "resume-from", "tracking", "checkpoint.every"}
-        free.update(f"server.{name}" for name in server)
+        waiting = ("min-available-nodes", "round-timeout", "join-timeout", "required")
+        evaluation = ("evaluate-every", "stop-at", "patience", "cross-site")
+        free.update(f"server.{name}" for name in (*waiting, *evaluation))
         if STRATEGY_INFO[self.strategy].depends_on_length:
             free.remove("num-server-rounds")
         sections = STRATEGY_INFO.keys() - {self.strategy}

@@ -49,18 +49,17 @@ class Simplex(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the center, or of a random point of the region in training."""
-        point = self._sample() if self.training else self.center
-        weight = torch.tensordot(point.to(self.endpoints), self.endpoints, dims=1)
-        logits: Tensor = functional_call(self.model, self._state(weight), (images,))
+        head = self._head(self._sample() if self.training else self.center)
+        logits: Tensor = functional_call(self.model, head, (images,))
         return logits
 
+    @torch.no_grad()
     def state_at_center(self) -> StateDict:
         """Return the model at the client's point, with one head."""
-        endpoints = self.endpoints.detach()
-        weight = torch.tensordot(self.center.to(endpoints), endpoints, dims=1)
-        return copy_of(self.model.state_dict() | self._state(weight))
+        return copy_of(self.model.state_dict() | self._head(self.center))
 
-    def _state(self, weight: Tensor) -> StateDict:
+    def _head(self, point: Tensor) -> StateDict:
+        weight = torch.tensordot(point.to(self.endpoints), self.endpoints, dims=1)
         return dict.fromkeys(self.weight_names, weight)
 
     def _sample(self) -> Tensor:
@@ -79,7 +78,7 @@ class Floco(Method):
 
     simplex: Simplex | None = None
 
-    def personal_model(self, task: Task) -> nn.Module:
+    def personal_model(self, task: Task) -> Simplex:
         """Return the model at the client's point."""
         if self.simplex is None:
             extras = task.extras
@@ -95,13 +94,10 @@ class Floco(Method):
 
     def personal_state(self, task: Task) -> StateDict:
         """Return the model at the client's point, with one head."""
-        simplex = self.personal_model(task)
-        assert isinstance(simplex, Simplex)
-        return simplex.state_at_center()
+        return self.personal_model(task).state_at_center()
 
     def train(self, task: Task) -> Trained:
         """Train the body, the head's bias and all endpoints."""
         simplex = self.personal_model(task)
-        assert isinstance(simplex, Simplex)
         task.fit(simplex)
         return Trained(simplex.state_at_center(), copy_of({ENDPOINTS: simplex.endpoints}))

@@ -76,13 +76,7 @@ class Task:
 
     @cached_property
     def head(self) -> Head:
-        """The layer that makes the logits.
-
-        Raises
-        ------
-        ModelError
-            If there is none.
-        """
+        """The layer that makes the logits; raises `ModelError` if there is none."""
         head = find_head(self.build(), self.data.info)
         if head is None:
             raise ModelError("the model has no layer that makes the logits")
@@ -124,13 +118,18 @@ class Task:
         plain, distance = cross_entropy(self.offset), proximal(self.received, strength)
         self.fit(model, lambda each, images, labels: plain(each, images, labels) + distance(each))
 
+    @property
+    def _cost(self) -> tuple[float, float, int]:
+        """The privacy cost of a training."""
+        privacy, client = self.config.privacy, self.config.client
+        return cost_of_round(privacy, client, len(self.data.train_labels))
+
     def may_train(self) -> bool:
         """Return whether the privacy budget allows another training."""
-        privacy, client = self.config.privacy, self.config.client
+        privacy = self.config.privacy
         if privacy.mode != "example" or not privacy.epsilon:
             return True
-        after = self.ledger.after(*cost_of_round(privacy, client, len(self.data.train_labels)))
-        return after.epsilon(privacy.delta) <= privacy.epsilon
+        return self.ledger.after(*self._cost).epsilon(privacy.delta) <= privacy.epsilon
 
     def keep_private(self, state: StateDict) -> StateDict:
         """Return the upload, with privacy noise if it is configured.
@@ -144,8 +143,7 @@ class Task:
         if privacy.mode == "example":
             # DP-SGD covers trained tensors only; all others are sent back as received.
             return {n: t if n in self.spec.trained else received[n] for n, t in state.items()}
-        cost = cost_of_round(privacy, self.config.client, len(self.data.train_labels))
-        self.ledger = self.ledger.after(*cost)
+        self.ledger = self.ledger.after(*self._cost)
         private = private_update(state, received, self.spec, privacy, self.uniform)
         private = self.spec.refreshed(private)
         self.model.load_state_dict(private)
