@@ -18,25 +18,15 @@ _AT_LEAST = {"example": ("example", "update"), "update": ("update",)}
 
 
 class Floor(BaseModel, frozen=True):
-    """The least privacy with which a site trains.
+    """The least privacy with which a site trains, and what of its metrics leaves it."""
 
-    Attributes
-    ----------
-    mode
-        ``example`` or ``update``, as ``privacy.mode``; empty if the site demands neither.
-    epsilon
-        Limit of what its uploads of a run spend, for ``delta``, whatever that of the run is.
-    sends_metrics
-        Whether accuracy and loss on its test set may leave it.
-    sends_normalization
-        Whether mean and deviation of its data may.
-    """
-
+    # As privacy.mode; empty if the site demands neither.
     mode: Literal["", "example", "update"] = ""
+    # What uploads of a run spend at most, for this delta, whatever that of the run is.
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = math.inf
     delta: Annotated[float, Field(gt=0, lt=1)] = PrivacyConfig().delta
-    sends_metrics: bool = True
-    sends_normalization: bool = True
+    sends_metrics: bool = True  # accuracy and loss on its test set
+    sends_normalization: bool = True  # mean and deviation of its data
 
     @classmethod
     def of(cls, context: Context) -> "Floor":

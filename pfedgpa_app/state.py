@@ -17,7 +17,7 @@ from pfedgpa_app.files import open_regular, parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-# That of a thousand tensors has a hundredth of it.
+# A hundred times that of a thousand tensors.
 _MAX_HEADER_BYTES = 2**24
 
 
@@ -111,52 +111,39 @@ def load_state(
     ``check`` gets the facts and the tensors' shapes before any tensor is read; its errors pass.
     Raises `ValueError` if the file is missing, damaged or of another kind.
     """
-    try:
-        metadata, shapes = _read_header(file)
-        facts = _facts(file, kind, metadata)
+    with _opened(file, kind, "pt") as (opened, facts):
+        names = opened.keys()
         if check is not None:
-            check(facts, shapes)
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118
-    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{file} is missing or damaged: {error}") from error
+            check(facts, {name: tuple(opened.get_slice(name).get_shape()) for name in names})
+        return {name: opened.get_tensor(name) for name in names}, facts
 
 
 def load_metadata(file: Path, kind: str) -> dict[str, Any]:
     """Return the ``facts`` of `load_state` alone, with its errors."""
+    with _opened(file, kind, "np") as (_, facts):  # which needs no torch
+        return facts
+
+
+@contextmanager
+def _opened(file: Path, kind: str, framework: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a file of a kind, and yield it with its facts; errors are those of `load_state`."""
     try:
-        return _facts(file, kind, _read_header(file)[0])
-    except OSError as error:
-        raise ValueError(f"{file} is missing or damaged: {error}") from error
-
-
-def _read_header(file: Path) -> tuple[dict[str, Any], Shapes]:
-    """Return metadata and shapes of a safetensors file, whose library would map all of it.
-
-    Raises `OSError` if it cannot be read, or is none.
-    """
-    with open_regular(file) as stream:
-        size = int.from_bytes(stream.read(8), "little")
+        with open_regular(file) as stream:
+            size = int.from_bytes(stream.read(8), "little")
         if size > _MAX_HEADER_BYTES:
             raise OSError(f"its header has {size} bytes")
-        header = stream.read(size)
-    try:
-        entries = dict(parse_json(header))
-        metadata = dict(entries.pop("__metadata__", {}))
-        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise OSError(f"its header cannot be read: {error!r}") from error
-    return metadata, shapes
-
-
-def _facts(file: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if metadata.get("kind") != kind:
-        found = repr(metadata.get("kind", "of no kind"))[:60]
-        raise ValueError(f"{file} is {found}; right would be {kind!r}")
-    try:
-        return dict(parse_json(metadata["facts"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} has damaged metadata: {error!r}") from error
+        with safe_open(file, framework=framework) as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("kind") != kind:
+                found = repr(metadata.get("kind", "of no kind"))[:60]
+                raise ValueError(f"{file} is {found}; right would be {kind!r}")
+            try:
+                facts = dict(parse_json(metadata["facts"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{file} has damaged metadata: {error!r}") from error
+            yield opened, facts
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{file} is missing or damaged: {error}") from error
 
 
 def states_under(prefix: str, states: Mapping[int, Mapping[str, "Tensor"]]) -> dict[str, "Tensor"]:

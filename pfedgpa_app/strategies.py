@@ -13,29 +13,17 @@ from pfedgpa_app.section import Count, NonNegative, Positive, Section, UnitInter
 
 
 class StrategyInfo(NamedTuple):
-    """The classes and requirements of a strategy.
+    """The classes of a strategy, ``module:Class``, and its requirements; FedAvg's by default."""
 
-    Attributes
-    ----------
-    server
-        Its class, as ``module:Class`` of server_app/strategies; by default FedAvg's.
-    client
-        Its client method, as ``module:Class`` of client_app/methods; by default FedAvg's.
-    is_plain
-        Whether its clients train by plain SGD and upload nothing but parameters, which privacy and
-        ``client.engine = "vmap"`` need.
-    head
-        Its requirement of the layer that computes the logits: "" none, "any" that there is one,
-        "linear" that it is linear, "plain" that its weight can be replaced too.
-    depends_on_length
-        Whether results of a round depend on the total number of rounds.
-    """
-
-    server: str = "clientwise:ClientwiseFedAvg"
-    client: str = "method:Method"
+    server: str = "clientwise:ClientwiseFedAvg"  # in server_app/strategies
+    client: str = "method:Method"  # in client_app/methods
+    # Whether clients train by plain SGD and upload nothing but parameters, which privacy and
+    # client.engine = "vmap" need.
     is_plain: bool = False
+    # Of the layer that computes the logits: "" none, "any" that there is one, "linear" that it is
+    # linear, "plain" that its weight can be replaced too.
     head: Literal["", "any", "linear", "plain"] = ""
-    depends_on_length: bool = False
+    depends_on_length: bool = False  # whether rounds depend on the total number of rounds
 
 
 _SHARED_PART = "shared_part:SharedPart"

@@ -14,20 +14,10 @@ from pfedgpa_app.protocol import CENTER, ENDPOINTS, HAS_REGION
 class Simplex(nn.Module):
     """A model whose head weight is a convex combination of endpoints, drawn in each training step.
 
-    Parameters
-    ----------
-    model
-        Ends in a linear layer.
-    weight_names
-        All names of this layer's weight, aliases included.
-    endpoints
-        ``(num_endpoints, num_classes, dim)``.
-    center
-        The client's point, ``(num_endpoints,)``, used in evaluation.
-    radius
-        Of its region, in the 1-norm; None draws from the whole simplex.
-    generator
-        On the CPU.
+    ``model`` ends in a linear layer, whose weight has the names ``weight_names``; ``endpoints`` are
+    ``(num_endpoints, num_classes, dim)``. Evaluation uses the client's point ``center``,
+    ``(num_endpoints,)``; training draws points within ``radius`` of it in the 1-norm, or from the
+    whole simplex if that is None, by ``generator``, on the CPU.
     """
 
     def __init__(
@@ -40,12 +30,9 @@ class Simplex(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.weight_names = weight_names
-        self.model = model
-        self.endpoints = nn.Parameter(endpoints)
-        self.center = center
-        self.radius = radius
-        self.generator = generator
+        self.model, self.weight_names = model, weight_names
+        self.endpoints, self.center = nn.Parameter(endpoints), center
+        self.radius, self.generator = radius, generator
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the center, or of a random point of the region in training."""

@@ -19,45 +19,19 @@ from pfedgpa_app.training import Loss, cross_entropy, proximal, train
 
 @dataclass
 class Task:
-    """The work of one message, on one device.
+    """The work of one message, on one device."""
 
-    Attributes
-    ----------
-    model
-        With the received parameters; a method trains it in place.
-    received
-        A copy of these parameters.
-    extras
-        Further tensors that the server sent, by name.
-    data
-        This client's examples and labels.
-    config
-        The settings of the run.
-    offset
-        Added to the logits, ``(num_classes,)``: the client's class prior, or zeros.
-    memory
-        The method's own tensors, which persist from message to message.
-    generator
-        On the CPU; seeded by run, client and round.
-    ledger
-        Privacy spent so far.
-    uniform
-        Source of the privacy noise.
-    build
-        Builds the configured model, on the CPU.
-    """
-
-    model: nn.Module
-    received: StateDict
-    extras: StateDict
+    model: nn.Module  # with the received parameters; a method trains it in place
+    received: StateDict  # a copy of these parameters
+    extras: StateDict  # further tensors that the server sent, by name
     data: ClientData
     config: Config
-    offset: Tensor
-    memory: StateDict
-    generator: torch.Generator
-    build: Callable[[], nn.Module]
-    ledger: Ledger = field(default_factory=Ledger)
-    uniform: Uniform = secure_uniform
+    offset: Tensor  # added to the logits, (num_classes,): the client's class prior, or zeros
+    memory: StateDict  # the method's own tensors, which persist from message to message
+    generator: torch.Generator  # on the CPU; seeded by run, client and round
+    build: Callable[[], nn.Module]  # builds the configured model, on the CPU
+    ledger: Ledger = field(default_factory=Ledger)  # privacy spent so far
+    uniform: Uniform = secure_uniform  # source of the privacy noise
 
     def new_model(self, state: StateDict) -> nn.Module:
         """Build another model with the parameters of a state_dict.
@@ -176,9 +150,8 @@ class Fit(NamedTuple):
 class Method:
     """FedAvg's client (arXiv 1602.05629): SGD from the received model, all of which is uploaded.
 
-    Subclasses override what a client trains, uploads, keeps and is evaluated on. Methods with
-    plain, independent trainings keep `train`, so that many clients can be trained together
-    (`client_app.batched`).
+    Methods with plain, independent trainings keep `train`, so that many clients can be trained
+    together (`client_app.batched`).
     """
 
     def personal_model(self, task: Task) -> nn.Module:
