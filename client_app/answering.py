@@ -1,7 +1,7 @@
 """Replies to messages; a failure becomes an error reply with its cause and place."""
 
-import importlib
 from logging import ERROR
+from pkgutil import resolve_name
 
 from flwr.app import Context, Error, Message
 from flwr.common import log
@@ -29,9 +29,8 @@ def answer_by(function: str, message: Message, context: Context) -> Message:
     and files may be named after patients. The traceback is logged here, at the node, once per
     process; Flower's own error replies are pages of Ray's frames in a simulation.
     """
-    module, _, name = function.partition(":")
     try:
-        reply: Message = getattr(importlib.import_module(module), name)(message, context)
+        reply: Message = resolve_name(function)(message, context)
     except Exception as error:  # user code may raise anything
         reason = reason_of(error)
         if reason not in _logged:

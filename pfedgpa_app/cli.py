@@ -76,7 +76,7 @@ def export(
     output_dir: OutputDir = "",
 ) -> None:
     """Write a client's personalized model of a run to a safetensors file of its own."""
-    # Partitioners take seconds to import, which other commands are spared.
+    # Imported here, since partitioners take seconds to import.
     from pfedgpa_app.exported import ExportedModel
 
     if trust:
@@ -154,7 +154,7 @@ def report(
     output_dir: OutputDir = "",
 ) -> None:
     """Write one HTML page of a run, of several to compare, or of a bench."""
-    # plotly takes time to import, which other commands are spared.
+    # Imported here, since plotly takes long to import.
     from pfedgpa_app.page.bench import is_bench, page_of_bench
     from pfedgpa_app.page.runs import page_of
 
@@ -228,13 +228,13 @@ def _print_confusion(
 ) -> None:
     """Print accuracy, and how often an example of a class (first) was taken for another."""
     right = sum(number for (true, predicted), number in confusion.items() if true == predicted)
-    facts = {"num-examples": confusion.total(), "accuracy": right / confusion.total()}
+    scores = {"num-examples": confusion.total(), "accuracy": right / confusion.total()}
     if as_json:
         size = range(len(classes))
         matrix = [[confusion[true, predicted] for predicted in size] for true in size]
-        print(json.dumps(facts | {"classes": classes, "confusion": matrix}))
+        print(json.dumps(scores | {"classes": classes, "confusion": matrix}))
         return
-    print(f"accuracy {facts['accuracy']:.4f} on {facts['num-examples']} examples")
+    print(f"accuracy {scores['accuracy']:.4f} on {scores['num-examples']} examples")
     seen = sorted({label for pair in confusion for label in pair})
     table = make_table("class \\ predicted", *(printable(classes[label]) for label in seen))
     for true in seen:

@@ -20,7 +20,7 @@ from pfedgpa_app.data_section import by_x as by_x
 from pfedgpa_app.files import home_path as home_path
 from pfedgpa_app.files import native_path
 from pfedgpa_app.files import xdg_folder as xdg_folder
-from pfedgpa_app.section import Contradiction, ContradictionError, Count, Scalar, Seed
+from pfedgpa_app.section import Contradiction, Count, Scalar, Seed
 from pfedgpa_app.sections import MODEL_SHAPES as MODEL_SHAPES
 from pfedgpa_app.sections import CheckpointConfig
 from pfedgpa_app.sections import ClientConfig as ClientConfig
@@ -231,8 +231,8 @@ def _describe(error: ValidationError, flat: Mapping[str, Any], wrong: set[str]) 
     expected: dict[str, list[str]] = {}
     contradictions: list[Contradiction] = []
     for item in error.errors():
-        if isinstance(cause := item.get("ctx", {}).get("error"), ContradictionError):
-            contradictions += cause.contradictions
+        if item["type"] == "contradiction":
+            contradictions += item["ctx"]["contradictions"]
         else:
             key = next(k for n in (1, 2) if (k := ".".join(map(str, item["loc"][:n]))) in flat)
             expected.setdefault(key, []).append(_expected(item))

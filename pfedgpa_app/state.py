@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from pfedgpa_app.files import open_regular, parse_json
 
-# torch takes seconds to import, which whoever writes and reads no tensors is spared.
+# torch takes seconds to import, and is needed for tensors alone.
 if TYPE_CHECKING:
     from torch import Tensor
 

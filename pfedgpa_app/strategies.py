@@ -3,8 +3,8 @@
 docs/contributing.md says how to add one.
 """
 
-import importlib
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -52,11 +52,7 @@ PLAIN_STRATEGIES = tuple(name for name, info in STRATEGY_INFO.items() if info.is
 
 def classes_in(package: str, registered: Mapping[str, str]) -> dict[str, type[Any]]:
     """Import the classes ``module:Class`` of a package, by strategy."""
-    classes = {}
-    for strategy, name in registered.items():
-        module, _, class_name = name.partition(":")
-        classes[strategy] = getattr(importlib.import_module(f"{package}.{module}"), class_name)
-    return classes
+    return {key: resolve_name(f"{package}.{name}") for key, name in registered.items()}
 
 
 if TYPE_CHECKING:
