@@ -1,5 +1,6 @@
 """The commands ``pfedgpa runs``: list runs, show one, remove one."""
 
+import contextlib
 import json
 import shutil
 import stat
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.console import (
@@ -92,7 +94,7 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "warnings": found.warnings,
         "sharing": alone_in(found.metrics, found.config.diffusion),
         "failures": _failures(found.clients),
-        "files": dict(_files(found.path)),
+        "files": _files(found.path),
     }
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -114,7 +116,7 @@ def remove(
         fail(f"{path} is a folder of runs; right would be the name of one run")
     if found.state == "running":
         fail(f"{name} is going on; right would be to end it first, with flwr stop {path.name}")
-    size = _size(sum(dict(_files(path)).values()))
+    size = decimal(sum(_files(path).values()))
     print(f"{name} ({found.config.strategy}, {_rounds(found)} rounds, {size}): {path}")
     for other in read_runs(path.parent)[0]:
         earlier = other.config.earlier_path
@@ -182,22 +184,16 @@ def _grouped(failures: list[Row]) -> Iterator[str]:
         yield f"{who}: {rounds} rounds, the last {last}: {reason}"
 
 
-def _files(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the names in a run's folder and their bytes, those of a folder together."""
-    for each in sorted(path.iterdir()):
-        if each.is_dir():
-            yield f"{each.name}/", sum(_num_bytes(file) or 0 for file in each.rglob("*"))
-        elif (num_bytes := _num_bytes(each)) is not None:
-            yield each.name, num_bytes
-
-
-def _num_bytes(file: Path) -> int | None:
-    """Return the size of a file; None if it is none, or a run has replaced it meanwhile."""
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+def _files(path: Path) -> dict[str, int]:
+    """Return the bytes of what is in a run's folder by name, those of a folder together."""
+    sizes = Counter[str]()
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a run may replace files meanwhile
+            status = file.stat()
+            if stat.S_ISREG(status.st_mode):
+                name, *below = file.relative_to(path).parts
+                sizes[f"{name}/" if below else name] += status.st_size
+    return dict(sorted(sizes.items()))
 
 
 def _described(summary: dict[str, Any]) -> Iterator[str]:
@@ -222,7 +218,7 @@ def _described(summary: dict[str, Any]) -> Iterator[str]:
             for row in summary["worst-clients"]
         ],
         "Failures": list(_grouped(summary["failures"])),
-        "Files": [f"{name}: {_size(size)}" for name, size in summary["files"].items()],
+        "Files": [f"{name}: {decimal(size)}" for name, size in summary["files"].items()],
     }
     for title, lines in blocks.items():
         yield f"\n{title}"
@@ -231,11 +227,3 @@ def _described(summary: dict[str, Any]) -> Iterator[str]:
 
 def _rounds(run: Run) -> str:
     return f"{len(run.metrics)}/{run.config.num_server_rounds}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "KB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"

@@ -130,11 +130,8 @@ def _data_problems(config: Config, clients: int | None) -> Iterator[str]:
     from pfedgpa_app.data import DataError, client_data
     from pfedgpa_app.data.sources import load_dataset
 
-    data, fewest, late = (
-        config.data,
-        config.server.min_available_nodes,
-        config.onboarding.late_clients,
-    )
+    data, fewest = config.data, config.server.min_available_nodes
+    late = config.onboarding.late_clients
     if clients is not None and fewest > clients:
         yield (
             f"server.min-available-nodes = {fewest}: more than {clients} clients; a run would wait "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from pfedgpa_app.config import SITES, Config, by_x
 from pfedgpa_app.console import fail, make_app, make_table, print_table
@@ -65,7 +66,7 @@ def _print(path: Path, config: Config, data: "ClientData") -> None:
     print(f"{printable(str(path))} can be used: {examples} for testing.")
     print(
         f"Each is {by_x(config.data.info.shape)}, {kind} from {lowest:g} to {highest:g}; "
-        f"{num_bytes / 1e6:.3g} MB in memory."
+        f"{decimal(num_bytes)} in memory."
     )
     names = [printable(name) for name in config.data.classes]
     training = data.train_labels.bincount(minlength=len(names)).tolist()

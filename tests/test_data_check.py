@@ -35,7 +35,7 @@ def test_a_folder_is_counted_by_class_and_split(site: Path):
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert lines == [
         f"{site} can be used: 9 examples for training, 6 for testing.",
-        "Each is 1x6x4, uint8 from 100 to 109; 0.00036 MB in memory.",
+        "Each is 1x6x4, uint8 from 100 to 109; 360 bytes in memory.",
         "class training testing",
         "benign 6 4",
         "malignant 3 2",
@@ -57,7 +57,7 @@ def test_a_file_is_described_with_settings_of_a_file(
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert lines == [
         f"{tmp_path / 'site.npz'} can be used: 6 examples for training, 2 for testing.",
-        "Each is 3, float32 from 0.25 to 0.25; 9.6e-05 MB in memory.",
+        "Each is 3, float32 from 0.25 to 0.25; 96 bytes in memory.",
         "class training testing",
         "0 3 1",
         "1 3 1",
