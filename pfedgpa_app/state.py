@@ -111,39 +111,45 @@ def load_state(
     ``check`` gets the facts and the tensors' shapes before any tensor is read; its errors pass.
     Raises `ValueError` if the file is missing, damaged or of another kind.
     """
-    with _opened(file, kind, "pt") as (opened, facts):
-        names = opened.keys()
-        if check is not None:
-            check(facts, {name: tuple(opened.get_slice(name).get_shape()) for name in names})
-        return {name: opened.get_tensor(name) for name in names}, facts
+    facts, shapes = _header(file, kind)
+    if check is not None:
+        check(facts, shapes)
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in shapes}, facts
 
 
 def load_metadata(file: Path, kind: str) -> dict[str, Any]:
     """Return the ``facts`` of `load_state` alone, with its errors."""
-    with _opened(file, kind, "np") as (_, facts):  # which needs no torch
-        return facts
+    return _header(file, kind)[0]
 
 
 @contextmanager
-def _opened(file: Path, kind: str, framework: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Open a file of a kind, and yield it with its facts; errors are those of `load_state`."""
+def _reading(file: Path) -> Iterator[None]:
     try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{file} is missing or damaged: {error}") from error
+
+
+def _header(file: Path, kind: str) -> tuple[dict[str, Any], Shapes]:
+    """Return the facts and the shapes of a file of a kind; errors are those of `load_state`."""
+    with _reading(file):
         with open_regular(file) as stream:
             size = int.from_bytes(stream.read(8), "little")
         if size > _MAX_HEADER_BYTES:
             raise OSError(f"its header has {size} bytes")
-        with safe_open(file, framework=framework) as opened:
+        # "np" needs no torch, which would reserve memory for the whole file.
+        with safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
-            if metadata.get("kind") != kind:
-                found = repr(metadata.get("kind", "of no kind"))[:60]
-                raise ValueError(f"{file} is {found}; right would be {kind!r}")
-            try:
-                facts = dict(parse_json(metadata["facts"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{file} has damaged metadata: {error!r}") from error
-            yield opened, facts
-    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{file} is missing or damaged: {error}") from error
+            names = opened.keys()
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+    if metadata.get("kind") != kind:
+        found = repr(metadata.get("kind", "of no kind"))[:60]
+        raise ValueError(f"{file} is {found}; right would be {kind!r}")
+    try:
+        return dict(parse_json(metadata["facts"])), shapes
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} has damaged metadata: {error!r}") from error
 
 
 def states_under(prefix: str, states: Mapping[int, Mapping[str, "Tensor"]]) -> dict[str, "Tensor"]:
