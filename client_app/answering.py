@@ -1,7 +1,7 @@
 """Replies to messages; a failure becomes an error reply with its cause and place."""
 
-import importlib
 from logging import ERROR
+from pkgutil import resolve_name
 
 from flwr.app import Context, Error, Message
 from flwr.common import log
@@ -25,15 +25,12 @@ _logged: set[str] = set()
 def answer_by(function: str, message: Message, context: Context) -> Message:
     """Return the reply of ``package.module:function``, or an error reply with its `reason_of`.
 
-    A site with its own data (``data-path``) sends only `outline_of` to the server, since messages
-    may name files, and files may be named after patients.
-
-    Flower would also return an error, but in a simulation it begins with pages of Ray's frames.
-    The traceback is logged here, at the node, once per process.
+    A site with its own data (``data-path``) sends only `outline_of`, since errors may name files,
+    and files may be named after patients. The traceback is logged here, at the node, once per
+    process; Flower's own error replies are pages of Ray's frames in a simulation.
     """
-    module, _, name = function.partition(":")
     try:
-        reply: Message = getattr(importlib.import_module(module), name)(message, context)
+        reply: Message = resolve_name(function)(message, context)
     except Exception as error:  # user code may raise anything
         reason = reason_of(error)
         if reason not in _logged:

@@ -1,8 +1,7 @@
 """Local training of many clients at once, for simulations in one process.
 
-The clients' parameters are stacked, and every SGD step is one graph over all models, where
-`pfedgpa_app.training` trains one client after the other. Results differ by rounding alone: every
-client takes the same steps on the same batches in the same order.
+The clients' parameters are stacked, and every SGD step is one graph over all models. All clients
+take the steps of `pfedgpa_app.training` on the same batches; results differ by rounding alone.
 """
 
 import time
@@ -58,10 +57,7 @@ class Training(NamedTuple):
 
 
 def draw(fits: Iterable[Fit]) -> list[Training]:
-    """Draw the batches of a client's trainings, one training after the other.
-
-    The generator is then used in the same order as in unbatched training.
-    """
+    """Draw the batches of a client's trainings one by one, in the order of unbatched training."""
     trainings = []
     for task, model in fits:
         num_examples, settings = len(task.data.train_labels), task.config.client
@@ -73,64 +69,39 @@ def draw(fits: Iterable[Fit]) -> list[Training]:
 def train(trainings: Sequence[Training]) -> None:
     """Train all models together in place, each as if it were trained alone.
 
-    Parameters
-    ----------
-    trainings
-        Of models of one shape on one device that pass `unfit_for_vmap`. Their numbers of examples,
-        and so of steps, may differ.
+    The models have one shape and device, and pass `unfit_for_vmap`; numbers of examples may differ.
     """
     # Unfinished trainings then always come first, and a slice makes no copy.
     trainings = sorted(trainings, key=lambda each: len(each.batches), reverse=True)
-    models = [each.model.train() for each in trainings]
-    samples = _Samples.of([each.task for each in trainings])
+    tasks, models = [each.task for each in trainings], [each.model.train() for each in trainings]
+    images = torch.cat([task.data.train_inputs for task in tasks])
+    labels = torch.cat([task.data.train_labels for task in tasks])
+    mean = torch.stack([task.data.stats.mean for task in tasks]).to(images.device)
+    std = torch.stack([task.data.stats.std for task in tasks]).to(images.device)
+    offsets = torch.stack([task.offset for task in tasks])
     parameters, buffers = stack_module_state(models)
     fixed = {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
     moving = {name: fixed.pop(name) for name in _trainable(trainings[0])}
     gradients_of = _gradients(models[0])
     momenta: Momenta = {}
     with repeatable():
-        for rows, weights in _steps(trainings, samples.labels.device):
-            first = slice(len(rows))
-            state = _part(moving, first)
-            gradients = gradients_of(state, _part(fixed, first), *samples.at(rows), weights)
-            momenta = {name: m[first] for name, m in momenta.items() if m is not None}
-            step(state, gradients, momenta, trainings[0].task.config.client)
+        for rows, weights in _steps(trainings, labels.device):
+            n = len(rows)
+            state, stats = _first(n, moving), ImageStats(mean[:n], std[:n])
+            batch = (images[rows], labels[rows], stats, offsets[:n], weights)
+            gradients = gradients_of(state, _first(n, fixed), *batch)
+            momenta = {name: m[:n] for name, m in momenta.items() if m is not None}
+            step(state, gradients, momenta, tasks[0].config.client)
     with torch.no_grad():
         for place, model in enumerate(models):
             for name, stacked in moving.items():
                 model.get_parameter(name).copy_(stacked[place])
 
 
-class _Samples(NamedTuple):
-    """The concatenated examples of all trainings, with each training's logit offset."""
-
-    images: Tensor
-    labels: Tensor
-    mean: Tensor
-    std: Tensor
-    offsets: Tensor
-
-    @classmethod
-    def of(cls, tasks: Sequence[Task]) -> "_Samples":
-        images = torch.cat([task.data.train_inputs for task in tasks])
-        return cls(
-            images,
-            torch.cat([task.data.train_labels for task in tasks]),
-            torch.stack([task.data.stats.mean for task in tasks]).to(images.device),
-            torch.stack([task.data.stats.std for task in tasks]).to(images.device),
-            torch.stack([task.offset for task in tasks]),
-        )
-
-    def at(self, rows: Tensor) -> tuple[Tensor, Tensor, ImageStats, Tensor]:
-        """Return the batches of the first trainings at indices ``(trainings, batch)``."""
-        stats = ImageStats(self.mean[: len(rows)], self.std[: len(rows)])
-        return self.images[rows], self.labels[rows], stats, self.offsets[: len(rows)]
-
-
 def _gradients(model: nn.Module) -> Callable[..., StateDict]:
-    """Return the vectorized gradient function of the loss of `pfedgpa_app.training`.
+    """Return the vectorized gradient of cross-entropy, with the stacked arguments of ``loss``.
 
-    It takes the stacked arguments of ``loss``; the mean over a batch is a sum with ``weights``.
+    The mean over a batch is a sum with ``weights``.
     """
 
     def loss(
@@ -150,7 +121,7 @@ def _gradients(model: nn.Module) -> Callable[..., StateDict]:
 
 
 def _steps(trainings: Sequence[Training], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield indices into `_Samples` and weights of each step, ``(unfinished trainings, batch)``.
+    """Yield indices into all examples and weights of each step, ``(unfinished trainings, batch)``.
 
     A smaller batch is padded with its own first example at weight 0, so that no other client's
     example enters its graph.
@@ -183,5 +154,5 @@ def _trainable(training: Training) -> list[str]:
     return names
 
 
-def _part(tensors: StateDict, first: slice) -> StateDict:
-    return {name: tensor[first] for name, tensor in tensors.items()}
+def _first(number: int, tensors: StateDict) -> StateDict:
+    return {name: tensor[:number] for name, tensor in tensors.items()}

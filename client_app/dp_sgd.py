@@ -26,9 +26,8 @@ class _Optimizer(DPOptimizer):
         """Add noise to the sum of the clipped gradients."""
         for parameter in cast(list[Any], self.params):
             summed: Tensor = parameter.summed_grad
-            noise = gaussian(summed, self.uniform)
-            noised = summed + self.noise_multiplier * self.max_grad_norm * noise
-            parameter.grad = noised.view_as(parameter)
+            noise = self.noise_multiplier * self.max_grad_norm * gaussian(summed, self.uniform)
+            parameter.grad = (summed + noise).view_as(parameter)
 
 
 def train_privately(
@@ -45,29 +44,20 @@ def train_privately(
 ) -> None:
     """Train a model in place by the steps of `sampling_plan`, with the arguments of `train`.
 
-    Parameters
-    ----------
-    model
-        One that passes `unfit_layers`.
-    privacy
-        Clipping norm of per-example gradients and noise multiplier.
-    uniform
-        Source of the Poisson sampling and of the noise.
-    generator
-        For random layers such as dropout.
-    loss
-        A mean of per-example losses.
+    The model passes `unfit_layers`; ``loss`` is a mean of per-example losses. ``uniform`` is the
+    source of the Poisson sampling and of the noise, ``generator`` that of layers such as dropout.
     """
     sample_rate, num_steps = sampling_plan(len(images), config)
     model.train()
     wrapped = GradSampleModule(model)
+    sgd = torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
     optimizer = _Optimizer(
-        torch.optim.SGD(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        ),
+        sgd,
         noise_multiplier=privacy.noise_multiplier,
         max_grad_norm=privacy.max_grad_norm,
         expected_batch_size=max(1, int(len(images) * sample_rate)),

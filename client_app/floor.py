@@ -1,9 +1,10 @@
-"""What a site demands of the privacy of a run before it trains, and what it never tells."""
+"""The privacy floor: what a site demands of a run before it trains, and what it never sends."""
 
 import math
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from flwr.app import Context
+from pydantic import BaseModel, Field
 
 from client_app.node import NodeError
 from pfedgpa_app.config import ClientConfig, PrivacyConfig
@@ -16,75 +17,52 @@ PRIVACY_FLOOR = "privacy-floor"
 _AT_LEAST = {"example": ("example", "update"), "update": ("update",)}
 
 
-@dataclass(frozen=True)
-class Floor:
-    """The least privacy with which a site trains.
+class Floor(BaseModel, frozen=True):
+    """The least privacy with which a site trains, and what of its metrics leaves it."""
 
-    Attributes
-    ----------
-    mode
-        ``example`` or ``update``, as ``privacy.mode``; empty if the site demands neither.
-    epsilon
-        What its uploads of a run may spend in all.
-    delta
-        For which epsilon holds, whatever the delta of the run is.
-    tells_metrics
-        Whether accuracy and loss on its test set may leave it.
-    tells_normalization
-        Whether mean and deviation of its data may.
-    """
-
-    mode: str = ""
-    epsilon: float = math.inf
-    delta: float = PrivacyConfig().delta
-    tells_metrics: bool = True
-    tells_normalization: bool = True
+    # As privacy.mode; empty if the site demands neither.
+    mode: Literal["", "example", "update"] = ""
+    # What uploads of a run spend at most, for this delta, whatever that of the run is.
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = math.inf
+    delta: Annotated[float, Field(gt=0, lt=1)] = PrivacyConfig().delta
+    sends_metrics: bool = True  # accuracy and loss on its test set
+    sends_normalization: bool = True  # mean and deviation of its data
 
     @classmethod
     def of(cls, context: Context) -> "Floor":
         """Read the node config, such as ``privacy-floor="example epsilon=3 no-metrics"``.
 
-        Raises
-        ------
-        NodeError
-            If a word of it is not known: a floor that is not understood protects nobody.
+        Raises `NodeError` if a word is unknown: a floor that is not understood protects nobody.
         """
         text = str(context.node_config.get(PRIVACY_FLOOR, ""))
-        words = text.split()
-        modes = [word for word in words if word in _AT_LEAST]
-        pairs = dict(word.split("=", 1) for word in words if "=" in word)
-        flags = {"no-metrics", "no-normalization"} & set(words)
+        fields: dict[str, str | bool] = {}
         try:
-            numbers = {name: float(value) for name, value in pairs.items()}
-            is_right = (
-                len(modes) + len(pairs) + len(flags) == len(words)
-                and len(modes) <= 1
-                and (bool(modes) or not pairs)
-                and numbers.keys() <= {"epsilon", "delta"}
-                and 0 < numbers.get("epsilon", 1.0) < math.inf
-                and 0 < numbers.get("delta", 0.5) < 1
-            )
-        except ValueError:
-            is_right = False
-        if not is_right:
+            for word in text.split():
+                field: tuple[str, str | bool] = ("mode", word)
+                match word.split("="):
+                    case ["no-metrics" | "no-normalization"]:
+                        field = (f"sends_{word.removeprefix('no-')}", False)
+                    case ["epsilon" | "delta" as name, number]:
+                        field = (name, number)
+                if field[0] in fields:
+                    raise ValueError(f"{field[0]} is repeated")
+                fields |= [field]
+            if "mode" not in fields and fields.keys() & {"epsilon", "delta"}:
+                raise ValueError("there is no mode")
+            return cls.model_validate(fields)
+        except ValueError as error:
             raise NodeError(
                 f"the {PRIVACY_FLOOR} of its node config is {quoted(text)}; right would be, for "
                 'example, "example epsilon=3", "update epsilon=8 delta=0.00001" or "no-metrics '
                 'no-normalization"'
-            )
-        return cls(
-            mode="".join(modes),
-            tells_metrics="no-metrics" not in flags,
-            tells_normalization="no-normalization" not in flags,
-            **numbers,
-        )
+            ) from error
 
     def shortfall(
         self, privacy: PrivacyConfig, client: ClientConfig, ledger: Ledger, num_examples: int
     ) -> str:
-        """Say what another training lacks of the privacy that the site demands; empty if nothing.
+        """Return what another training lacks of the privacy that the site demands, or "".
 
-        ``ledger`` is what the site has told in this run so far.
+        ``ledger`` has what the site has spent in this run so far.
         """
         if not self.mode:
             return ""

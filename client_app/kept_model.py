@@ -25,42 +25,38 @@ _ROUND = "round"
 def check_model_path(context: Context) -> None:
     """Check, before a node's first training, that its model can be written.
 
-    The path is logged for the node's operator; the error, which the server gets too, does not name
-    it. There are no later checks: a failed write is not worth losing a round.
-
-    Raises
-    ------
-    NodeError
-        If ``model-path`` names no file in a folder that can be written to.
+    Raises `NodeError` if ``model-path`` names no file in a writable folder. The error is sent to
+    the server, so it does not name the path, which is logged for the node's operator. There are no
+    later checks: a failed write is not worth losing a round.
     """
     file = _model_file(context)
     if file is None or MODEL_PATH in context.state:
         return
-    wrong = None
     if file.is_dir():
         wrong = "is a folder; right would be a file in it, such as model.safetensors"
     elif not file.parent.is_dir():
         wrong = "is in a folder that does not exist; right would be a file in one that does"
     elif not os.access(file.parent, os.W_OK | os.X_OK):
         wrong = "is in a read-only folder; right would be one that its user may write to"
-    if wrong is not None:
-        log(ERROR, "This node cannot take part: %s %s %s", MODEL_PATH, file, wrong)
-        raise NodeError(f"the {MODEL_PATH} of its node config {wrong}")
-    context.state[MODEL_PATH] = ConfigRecord()
+    else:
+        context.state[MODEL_PATH] = ConfigRecord()
+        return
+    log(ERROR, "This node cannot take part: %s %s %s", MODEL_PATH, file, wrong)
+    raise NodeError(f"the {MODEL_PATH} of its node config {wrong}")
 
 
 def keep_model(method: Method, task: Task, context: Context, server_round: int) -> None:
     """Write the model that was sent after a round to ``model-path``, if the node config has one.
 
-    The file has the format of ``pfedgpa export``. A failed write is logged and leaves the old file.
-    Nothing is written before the first round ends: an untrained model is worth less than one of an
-    earlier run. Of the messages after one round, only the first is written: their models are
-    equivalent.
+    The file is one of ``pfedgpa export``. A failed write is logged and leaves the old file. Models
+    of round 0 are untrained and not written. Of the messages after one round, only the first is
+    written: their models are equivalent.
     """
-    file = _model_file(context)
-    if file is None or server_round <= _round_kept(context):
+    file, kept = _model_file(context), _round_kept(context)
+    if file is None or server_round <= kept:
         return
-    _warn_of_another(file, context)
+    if kept:
+        _warn_of_another(file, context)
     labels, num_classes = task.data.train_labels, task.data.info.num_classes
     has_prior = task.config.client.class_prior
     counts = tuple(torch.bincount(labels, minlength=num_classes).tolist()) if has_prior else None
@@ -78,40 +74,30 @@ def keep_model(method: Method, task: Task, context: Context, server_round: int) 
         model.save(file)
         context.state[MODEL_PATH] = ConfigRecord({_ROUND: server_round})
     except WriteError as error:
-        log(
-            ERROR,
-            "The model after round %d is not kept, and the run goes on: %s",
-            server_round,
-            error,
-        )
+        text = "The model after round %d is not kept, and the run goes on: %s"
+        log(ERROR, text, server_round, error)
 
 
 def _warn_of_another(file: Path, context: Context) -> None:
     """Log a warning if another run has written to the file since this one did."""
-    if not _round_kept(context):
-        return
     try:
         other = load_metadata(file, MODEL_KIND).get("run", "")
     except ValueError:  # missing or damaged: it is replaced
         return
     if other != str(context.run_id):
-        log(
-            WARNING,
+        text = (
             "%s %s has a model of another run (%s), which is replaced by that of this run (%d); "
-            "right would be a file of its own for each run that goes on at the same time",
-            MODEL_PATH,
-            file,
-            printable(str(other)) or "of an older version",
-            context.run_id,
+            "right would be a file of its own for each run that goes on at the same time"
         )
+        name = printable(str(other)) or "of an older version"
+        log(WARNING, text, MODEL_PATH, file, name, context.run_id)
 
 
 def place_of_model(context: Context) -> str:
-    """Say, for the log of a node, where its model is; empty if the node config names no file."""
-    file = _model_file(context)
+    """Return where a node's model is, for its log; empty if the node config names no file."""
+    file, kept = _model_file(context), _round_kept(context)
     if file is None:
         return ""
-    kept = _round_kept(context)
     return f"its model after round {kept} is in {file}" if kept else f"no model is in {file} yet"
 
 

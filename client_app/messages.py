@@ -41,7 +41,6 @@ from pfedgpa_app.randomness import make_generator, resolve_device
 MEMORY = "memory"
 """The record of the client's Flower state with the memory of its method."""
 
-
 # Of the classes of a site's data, a line of its log has so many.
 _MAX_CLASSES = 20
 
@@ -54,32 +53,27 @@ def train_message(message: Message, context: Context) -> Message:
     """
     begin = time.monotonic()
     task, method = prepare(message, context)
-    keep_model(method, task, context, round_of(message) - 1)
-    data, privacy = task.data, task.config.privacy
-    lacks = Floor.of(context).shortfall(
-        privacy, task.config.client, task.ledger, len(data.train_labels)
-    )
+    server_round = round_of(message)
+    keep_model(method, task, context, server_round - 1)
+    num_examples, privacy = len(task.data.train_labels), task.config.privacy
+    lacks = Floor.of(context).shortfall(privacy, task.config.client, task.ledger, num_examples)
     if lacks:
-        log(
-            WARNING,
-            "This site does not train in round %d: the run's privacy is less than its %s (%s)",
-            round_of(message),
-            PRIVACY_FLOOR,
-            lacks,
-        )
-        refusal = MetricRecord({protocol.BELOW_FLOOR: 1})
-        return Message(RecordDict({protocol.METRICS: refusal}), reply_to=message)
+        text = "This site does not train in round %d: the run's privacy is less than its %s (%s)"
+        log(WARNING, text, server_round, PRIVACY_FLOOR, lacks)
+        return _metrics_reply(message, {protocol.BELOW_FLOOR: 1})
     if not task.may_train():
-        spent: dict[str, MetricRecordValues] = {
-            protocol.NUM_EXAMPLES: len(data.train_labels),
-            protocol.EPSILON: task.ledger.epsilon(privacy.delta),
-            protocol.BUDGET_SPENT: 1,
-        }
-        return Message(RecordDict({protocol.METRICS: MetricRecord(spent)}), reply_to=message)
+        spent = task.ledger.epsilon(privacy.delta)
+        metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: num_examples}
+        metrics |= {protocol.EPSILON: spent, protocol.BUDGET_SPENT: 1}
+        return _metrics_reply(message, metrics)
     before = task.evaluate(method.personal_model(task))
     reply = training_reply(message, context, task, method, before, method.train(task))
     reply.content.metric_records[protocol.METRICS][protocol.SECONDS] = time.monotonic() - begin
     return reply
+
+
+def _metrics_reply(message: Message, metrics: dict[str, MetricRecordValues]) -> Message:
+    return Message(RecordDict({protocol.METRICS: MetricRecord(metrics)}), reply_to=message)
 
 
 def training_reply(
@@ -102,7 +96,7 @@ def training_reply(
         context.state[MEMORY] = ArrayRecord(copy_of(task.memory))
     metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: len(data.train_labels)}
     floor = Floor.of(context)
-    if floor.tells_metrics:
+    if floor.sends_metrics:
         metrics |= {
             protocol.ACCURACY_BEFORE: before.accuracy,
             protocol.LOSS_BEFORE: before.loss,
@@ -110,10 +104,9 @@ def training_reply(
             protocol.LOSS_AFTER: after.loss,
         }
     has_own_data = "data-path" in context.node_config
-    is_table = len(data.info.shape) == 1
     # Statistics of a table's features reveal more than those of an image's channels.
-    withholds = has_own_data and (privacy.is_on or is_table)
-    if floor.tells_normalization and not withholds:
+    withholds = has_own_data and (privacy.is_on or len(data.info.shape) == 1)
+    if floor.sends_normalization and not withholds:
         # Needed to use the model elsewhere, and only known to the client.
         metrics[protocol.IMAGE_MEAN] = data.stats.mean.tolist()
         metrics[protocol.IMAGE_STD] = data.stats.std.tolist()
@@ -122,21 +115,20 @@ def training_reply(
     if privacy.is_on:
         context.state[PRIVACY] = MetricRecord({**task.ledger.columns()})
         metrics[protocol.EPSILON] = task.ledger.epsilon(privacy.delta)
+    reply = _metrics_reply(message, metrics)
     # Frozen weights that were not received are not sent back.
-    sent = message.content.array_records[protocol.ARRAYS].keys()
-    state = {name: tensor for name, tensor in state.items() if name in sent}
-    content = RecordDict(
-        {protocol.ARRAYS: ArrayRecord(state), protocol.METRICS: MetricRecord(metrics)}
-    )
+    received = message.content.array_records[protocol.ARRAYS]
+    sent = {name: tensor for name, tensor in state.items() if name in received}
+    reply.content[protocol.ARRAYS] = ArrayRecord(sent)
     if trained.extras:
-        content[protocol.EXTRAS] = ArrayRecord(copy_of(trained.extras))
-    return Message(content, reply_to=message)
+        reply.content[protocol.EXTRAS] = ArrayRecord(copy_of(trained.extras))
+    return reply
 
 
 def _report(
     message: Message, context: Context, task: Task, before: Evaluation, after: Evaluation
 ) -> None:
-    """Log for a site's operator what came of a training; simulated clients would fill the log."""
+    """Log a training for a site's operator; simulated clients would fill the log."""
     if not {"data-path", MODEL_PATH} & context.node_config.keys():
         return
     data, names = task.data, task.config.data.classes
@@ -148,25 +140,16 @@ def _report(
         INFO,
         "Round %d: trained on %d examples (%s); accuracy on %d own test examples %.4f before and "
         "%.4f after%s",
-        round_of(message),
-        len(data.train_labels),
-        printable(shown),
-        len(data.test_labels),
-        before.accuracy,
-        after.accuracy,
-        f"; {printable(place)}" if place else "",
+        *(round_of(message), len(data.train_labels), printable(shown), len(data.test_labels)),
+        *(before.accuracy, after.accuracy, f"; {printable(place)}" if place else ""),
     )
 
 
 def evaluate_message(message: Message, context: Context) -> Message:
     """Evaluate the client's personalized model on its test set.
 
-    For the cross-site matrix the received model is evaluated as it is, and not kept.
-
-    Raises
-    ------
-    NodeError
-        If it is for the matrix and the node does not consent.
+    For the cross-site matrix the received model is evaluated as it is, and not kept; raises
+    `NodeError` if the node does not consent.
     """
     is_own = protocol.CROSS_SITE not in message.content.config_records[protocol.CONFIG]
     if not is_own and not consents_to_cross_site(context):
@@ -178,7 +161,7 @@ def evaluate_message(message: Message, context: Context) -> Message:
     labels, logits = task.data.test_labels, task.test_logits(model)
     metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: len(labels)}
     floor = Floor.of(context)
-    if floor.tells_metrics:
+    if floor.sends_metrics:
         result = Evaluation.of(logits, labels)
         metrics |= {protocol.ACCURACY: result.accuracy, protocol.LOSS: result.loss}
         # Those of classes say which a site has, which private uploads hide.
@@ -186,16 +169,14 @@ def evaluate_message(message: Message, context: Context) -> Message:
         for name, score in scores_of(logits, labels).items() if is_own else ():
             if not (withholds and name.startswith(protocol.RECALL)):
                 metrics[name] = score
-    return Message(RecordDict({protocol.METRICS: MetricRecord(metrics)}), reply_to=message)
+    return _metrics_reply(message, metrics)
 
 
 def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     """Return the task of a message, with data and model, and the client's method.
 
-    Raises
-    ------
-    ConfigError, DataError, NodeError
-        If settings, data or node config are wrong, which is logged for the node's operator.
+    Raises `ConfigError`, `DataError` or `NodeError` if settings, data or node config are wrong,
+    which is logged for the node's operator.
     """
     check_model_path(context)
     try:
@@ -213,9 +194,9 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
     build = partial(build_model, config.model.name, config.data.info, config.seed)
     model = build()
     records = message.content.array_records
-    received = with_own_weights(model, records[protocol.ARRAYS].to_torch_state_dict(), message)
+    received = _completed(records[protocol.ARRAYS].to_torch_state_dict(), model, message)
     # Cloned, since a model may keep the tensors that it is given.
-    model.load_state_dict({name: t.clone() for name, t in received.items()}, strict=True)
+    model.load_state_dict({name: tensor.clone() for name, tensor in received.items()})
     extras = records[protocol.EXTRAS].to_torch_state_dict() if protocol.EXTRAS in records else {}
     kept = context.state.array_records.get(MEMORY)
     server_round = round_of(message)
@@ -231,19 +212,16 @@ def prepare(message: Message, context: Context) -> tuple[Task, Method]:
         memory=_to(device, kept.to_torch_state_dict() if kept else {}),
         generator=make_generator(config.seed, "local", client, server_round),
         build=build,
-        ledger=kept_ledger(context, config, len(data.train_labels), server_round),
+        ledger=_kept_ledger(context, config, len(data.train_labels), server_round),
         uniform=seeded_uniform(noise) if config.privacy.seeded_noise else secure_uniform,
     )
     return task, METHODS[config.strategy]()
 
 
-def with_own_weights(model: nn.Module, received: StateDict, message: Message) -> StateDict:
+def _completed(received: StateDict, model: nn.Module, message: Message) -> StateDict:
     """Return the received parameters, completed by the model's own frozen weights.
 
-    Raises
-    ------
-    NodeError
-        If these frozen weights differ from the server's.
+    Raises `NodeError` if these differ from the server's.
     """
     expected = message.content.config_records[protocol.CONFIG].get(protocol.FINGERPRINT)
     if expected is None:
@@ -263,7 +241,7 @@ def round_of(message: Message) -> int:
     return cast(int, message.content.config_records[protocol.CONFIG][protocol.SERVER_ROUND])
 
 
-def kept_ledger(context: Context, config: Config, num_examples: int, server_round: int) -> Ledger:
+def _kept_ledger(context: Context, config: Config, num_examples: int, server_round: int) -> Ledger:
     """Return a client's privacy ledger before a round.
 
     A client's Flower state is lost when its SuperNode restarts. A client without a ledger may have
@@ -274,10 +252,8 @@ def kept_ledger(context: Context, config: Config, num_examples: int, server_roun
         return Ledger.of(cast(Mapping[str, Sequence[float]], kept))
     if server_round == 1 or not config.privacy.is_on:
         return Ledger()
-    noise_multiplier, sample_rate, steps = cost_of_round(
-        config.privacy, config.client, num_examples
-    )
-    return Ledger().after(noise_multiplier, sample_rate, (server_round - 1) * steps)
+    noise, sample_rate, steps = cost_of_round(config.privacy, config.client, num_examples)
+    return Ledger().after(noise, sample_rate, (server_round - 1) * steps)
 
 
 def _to(device: torch.device, tensors: StateDict) -> StateDict:
@@ -287,18 +263,13 @@ def _to(device: torch.device, tensors: StateDict) -> StateDict:
 def load_data(config: Config, context: Context) -> ClientData:
     """Return the node's own data (``data-path``), or its partition of the data set.
 
-    Raises
-    ------
-    DataError
-        If there is none, or it does not match the settings.
+    Raises `DataError` if there is none, or it does not match the settings.
     """
     path = context.node_config.get("data-path")
     if path is not None:
+        folder = home_path(str(path))
         return site_data(
-            home_path(str(path)),
-            config.data,
-            config.seed,
-            lambda note: log(WARNING, "%s", printable(note)),
+            folder, config.data, config.seed, lambda note: log(WARNING, "%s", printable(note))
         )
     partition = node_partition(context)
     assert partition is not None  # only a node with a data-path may have none

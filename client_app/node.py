@@ -13,19 +13,14 @@ class NodeError(ValueError):
 def node_partition(context: Context) -> tuple[int, int] | None:
     """Return partition-id and num-partitions of the node config.
 
-    A node with its own data (``data-path``) may have neither.
-
-    Raises
-    ------
-    NodeError
-        If one of them is missing or not a whole number.
+    A node with its own data (``data-path``) may have neither. Raises `NodeError` if one of them is
+    missing or not a whole number.
     """
-    node_config = context.node_config
-    values = [node_config.get(key) for key in ("partition-id", "num-partitions")]
+    values = [context.node_config.get(key) for key in ("partition-id", "num-partitions")]
     match values:
         case [int(partition_id), int(num_partitions)]:
             return partition_id, num_partitions
-        case [None, None] if "data-path" in node_config:
+        case [None, None] if "data-path" in context.node_config:
             return None
     # The error goes to the server, so it names no other entries, such as paths.
     raise NodeError(
@@ -45,15 +40,10 @@ def client_number(context: Context) -> int:
 
 
 def consents_to_cross_site(context: Context) -> bool:
-    """Tell whether others' models may be evaluated at this node, and its own model at theirs.
+    """Return whether others' models may be evaluated here, and this node's at their sites.
 
-    A site with data of its own says so by ``cross-site=true`` in its node config. Where data are
-    shared out by the settings, nobody has anything of its own.
-
-    Raises
-    ------
-    NodeError
-        If it says something else than true or false.
+    A site with its own data consents by ``cross-site=true`` in its node config; partitions need no
+    consent. Raises `NodeError` if the entry is not true or false.
     """
     given = context.node_config.get("cross-site", "data-path" not in context.node_config)
     if not isinstance(given, bool):

@@ -36,6 +36,11 @@ app = make_app(no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
 app.command()(watch)
 
+Output = typer.Option("--output", "-o", help="File to write.")
+Force = Annotated[bool, typer.Option(help="Write in place of a file that exists.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Call own functions that the settings name, from here.")
+]
 ClassCounts = Annotated[
     str | None,
     typer.Option(
@@ -45,8 +50,8 @@ ClassCounts = Annotated[
 ]
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         print(f"pfedgpa {version('pfedgpa')}")
         raise typer.Exit
 
@@ -57,23 +62,21 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
     ] = False,
 ) -> None:
-    """Take what concerns no command."""
+    """Add the options of no command."""
 
 
 @app.command()
 def export(
     run: RunArgument,
     client: Annotated[str, typer.Option(help="Number of the client, or its name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (safetensors).")],
-    force: Annotated[bool, typer.Option(help="Write in place of a file that exists.")] = False,
+    output: Annotated[Path, Output],
+    force: Force = False,
     class_counts: ClassCounts = None,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Call own functions that the run names, from here.")
-    ] = False,
+    trust: Trust = False,
     output_dir: OutputDir = "",
 ) -> None:
-    """Take a client's personalized model out of a run, in a file that needs nothing else."""
-    # Partitioners take seconds to import, which other commands are spared.
+    """Write a client's personalized model of a run to a safetensors file of its own."""
+    # Imported here, since partitioners take seconds to import.
     from pfedgpa_app.exported import ExportedModel
 
     if trust:
@@ -105,17 +108,15 @@ def predict(
         ),
     ] = None,
     test_set: Annotated[
-        bool, typer.Option("--test-set", help="Judge the model on its client's own test set.")
+        bool, typer.Option("--test-set", help="Evaluate it on its client's own test set.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a result.")] = False,
     class_counts: ClassCounts = None,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Call own functions that the file names, from here.")
-    ] = False,
+    trust: Trust = False,
 ) -> None:
-    """Let a model of a file classify images: file, class and probability, a line each.
+    """Classify images by a model of a file: file, class and probability, a line each.
 
-    Of a folder that has a folder for each class, it also prints accuracy and a confusion table.
+    For a folder that has a folder for each class, it also prints accuracy and a confusion table.
     """
     from pfedgpa_app.exported import ExportedModel
 
@@ -132,7 +133,12 @@ def predict(
         if images:
             _print_classes(exported, images, as_json)
         else:
-            _print_evaluation(exported, as_json)
+            (accuracy, loss), num_examples = exported.evaluate()
+            if as_json:
+                found = {"num-examples": num_examples, "accuracy": accuracy, "loss": loss}
+                print(json.dumps(found))
+            else:
+                print(f"accuracy {accuracy:.4f}, loss {loss:.4f} on {num_examples} examples")
     except ValueError as error:
         fail(str(error))
 
@@ -143,14 +149,12 @@ def report(
         list[str],
         typer.Argument(help="Runs' names, ids or folders, or the results folder of a bench."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (HTML).")] = Path(
-        "report.html"
-    ),
-    force: Annotated[bool, typer.Option(help="Write in place of a file that exists.")] = False,
+    output: Annotated[Path, Output] = Path("report.html"),
+    force: Force = False,
     output_dir: OutputDir = "",
 ) -> None:
-    """Write one HTML page to look at a run, to compare several, or of a bench."""
-    # plotly takes time to import, which other commands are spared.
+    """Write one HTML page of a run, of several to compare, or of a bench."""
+    # Imported here, since plotly takes long to import.
     from pfedgpa_app.page.bench import is_bench, page_of_bench
     from pfedgpa_app.page.runs import page_of
 
@@ -224,13 +228,13 @@ def _print_confusion(
 ) -> None:
     """Print accuracy, and how often an example of a class (first) was taken for another."""
     right = sum(number for (true, predicted), number in confusion.items() if true == predicted)
-    facts = {"num-examples": confusion.total(), "accuracy": right / confusion.total()}
+    scores = {"num-examples": confusion.total(), "accuracy": right / confusion.total()}
     if as_json:
         size = range(len(classes))
         matrix = [[confusion[true, predicted] for predicted in size] for true in size]
-        print(json.dumps(facts | {"classes": classes, "confusion": matrix}))
+        print(json.dumps(scores | {"classes": classes, "confusion": matrix}))
         return
-    print(f"accuracy {facts['accuracy']:.4f} on {facts['num-examples']} examples")
+    print(f"accuracy {scores['accuracy']:.4f} on {scores['num-examples']} examples")
     seen = sorted({label for pair in confusion for label in pair})
     table = make_table("class \\ predicted", *(printable(classes[label]) for label in seen))
     for true in seen:
@@ -246,11 +250,3 @@ def _batches(
     for _, alike in groupby(images, lambda each: each[1].dtype):
         while batch := list(islice(alike, size)):
             yield batch
-
-
-def _print_evaluation(model: "ExportedModel", as_json: bool) -> None:
-    (accuracy, loss), num_examples = model.evaluate()
-    if as_json:
-        print(json.dumps({"num-examples": num_examples, "accuracy": accuracy, "loss": loss}))
-    else:
-        print(f"accuracy {accuracy:.4f}, loss {loss:.4f} on {num_examples} examples")

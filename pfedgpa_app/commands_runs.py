@@ -1,5 +1,6 @@
-"""The commands ``pfedgpa runs``: list runs, look at one, remove one."""
+"""The commands ``pfedgpa runs``: list runs, show one, remove one."""
 
+import contextlib
 import json
 import shutil
 import stat
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.console import (
@@ -29,15 +31,16 @@ from pfedgpa_app.rounds import EVALUATED, SCORES, Row, called, has_failed, value
 from pfedgpa_app.runs import CHECKPOINT, began_at, run_folders
 from pfedgpa_app.sharing import alone_in
 
-runs_app = make_app(invoke_without_command=True, help="List runs, look at one, remove one.")
+runs_app = make_app(invoke_without_command=True, help="List runs, show one, remove one.")
 
+_FINETUNED = "finetuned-accuracy"
 _NUM_WORST = 5
 _ACCURACIES = {
     EVALUATED: "personalized",
     "personalized-accuracy-worst": "worst client",
     "personalized-accuracy-std": "deviation over clients",
     "received-accuracy": "as sent for training",
-    "finetuned-accuracy": "after local training",
+    _FINETUNED: "after local training",
     **{name: what for name, what in SCORES.items() if name != EVALUATED},
     "epsilon": "epsilon spent",
 }
@@ -54,25 +57,24 @@ def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputD
     found, damaged = read_runs(folder)
     for problem in damaged:
         print(f"Passed over: {printable(problem)}", file=sys.stderr)
+    summaries = [_summary(run) for run in found]
     if as_json:
-        print(json.dumps([_facts(run) for run in found], indent=2))
+        print(json.dumps(summaries, indent=2))
         return
     if not found:
         print(f"No runs in {folder}")
         return
     columns = ("run", "began", "strategy", "data", "seed", "rounds", "state")
     table = make_table(*columns, "personalized", "after training")
-    for run in found:
+    for run, row in zip(found, summaries, strict=True):
+        accuracies = (row[EVALUATED], row[_FINETUNED])
         table.add_row(
-            run.name,
+            row["name"],
             f"{began_at(run.path).astimezone():%Y-%m-%d %H:%M}",
-            run.config.strategy,
-            run.config.data.dataset,
-            str(run.config.seed),
+            *(str(row[name]) for name in ("strategy", "dataset", "seed")),
             _rounds(run),
-            run.state,
-            _number(run.last(EVALUATED)),
-            _number(run.last("finetuned-accuracy")),
+            row["state"],
+            *("-" if value is None else f"{value:.4f}" for value in accuracies),
         )
     print(f"Runs in {printable(str(folder))}")
     print_table(table)
@@ -82,7 +84,7 @@ def list_runs(context: typer.Context, as_json: Json = False, output_dir: OutputD
 def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") -> None:
     """Show a run: its settings, how far it is, accuracies, the worst clients, failures, files."""
     found = read_run(run, output_dir)
-    facts = _facts(found) | {
+    summary = _summary(found) | {
         "settings": found.config.changed,
         "seconds": round(sum(value_of(row, "seconds-round") for row in found.metrics), 3),
         "accuracies": {name: found.last(name) for name in _ACCURACIES},
@@ -92,9 +94,12 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "warnings": found.warnings,
         "sharing": alone_in(found.metrics, found.config.diffusion),
         "failures": _failures(found.clients),
-        "files": dict(_files(found.path)),
+        "files": _files(found.path),
     }
-    print(json.dumps(facts, indent=2) if as_json else printable_lines("\n".join(_described(facts))))
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print(printable_lines("\n".join(_described(summary))))
 
 
 @runs_app.command()
@@ -111,17 +116,13 @@ def remove(
         fail(f"{path} is a folder of runs; right would be the name of one run")
     if found.state == "running":
         fail(f"{name} is going on; right would be to end it first, with flwr stop {path.name}")
-    print(
-        f"{name} ({found.config.strategy}, {_rounds(found)} rounds, "
-        f"{_size(sum(dict(_files(path)).values()))}): {path}"
-    )
+    size = decimal(sum(_files(path).values()))
+    print(f"{name} ({found.config.strategy}, {_rounds(found)} rounds, {size}): {path}")
     for other in read_runs(path.parent)[0]:
         earlier = other.config.earlier_path
-        is_its = earlier is not None and path.resolve() in (
-            earlier.resolve(),
-            earlier.resolve().parent,
-        )
-        if is_its and not (other.path / CHECKPOINT).exists():
+        if earlier is None or (other.path / CHECKPOINT).exists():
+            continue
+        if path.resolve() in (earlier.resolve(), earlier.resolve().parent):
             print(f"{other.name} goes on from it and has no checkpoint of its own")
     if not yes:
         typer.confirm("Remove it?", abort=True)
@@ -129,8 +130,8 @@ def remove(
     print(f"{name} is removed")
 
 
-def _facts(run: Run) -> dict[str, Any]:
-    """Return what is said of a run in a list."""
+def _summary(run: Run) -> dict[str, Any]:
+    """Return the fields of a run in a list."""
     return {
         "name": run.name,
         "id": run.path.name,
@@ -143,7 +144,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "rounds": len(run.metrics),
         "num-server-rounds": run.config.num_server_rounds,
         EVALUATED: run.last(EVALUATED),
-        "finetuned-accuracy": run.last("finetuned-accuracy"),
+        _FINETUNED: run.last(_FINETUNED),
     }
 
 
@@ -151,22 +152,19 @@ def _worst(run: Run) -> list[Row]:
     """Return the clients with the lowest accuracies in the last round with an evaluation."""
     evaluated = [row for row in run.clients if EVALUATED in row]
     last = max((row["round"] for row in evaluated), default=0)
-    rows = sorted(
-        (row for row in evaluated if row["round"] == last),
-        key=lambda row: (row[EVALUATED], row["client"]),
-    )
+    rows = [row for row in evaluated if row["round"] == last]
+    rows.sort(key=lambda row: (row[EVALUATED], row["client"]))
     names = ("client", "name", "round", EVALUATED)
     return [{name: row[name] for name in names if name in row} for row in rows[:_NUM_WORST]]
 
 
 def _failures(rows: list[Row]) -> list[Row]:
-    """Return who failed in how many rounds, and what was said of the last one, worst first."""
+    """Return the clients that failed, the most frequent first, with rounds and last reason."""
     failed = {row["client"]: row for row in rows if has_failed(row)}
     rounds = Counter(row["client"] for row in rows if has_failed(row))
     return [
         {
-            "client": client,
-            **({"name": failed[client]["name"]} if "name" in failed[client] else {}),
+            **{key: failed[client][key] for key in ("client", "name") if key in failed[client]},
             "rounds": number,
             "last-round": failed[client]["round"],
             "reason": failed[client]["status"],
@@ -186,56 +184,41 @@ def _grouped(failures: list[Row]) -> Iterator[str]:
         yield f"{who}: {rounds} rounds, the last {last}: {reason}"
 
 
-def _files(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the names in a run's folder and their bytes, those of a folder together.
-
-    A run that goes on may replace files meanwhile.
-    """
-    for each in sorted(path.iterdir()):
-        if each.is_dir():
-            yield f"{each.name}/", sum(_num_bytes(file) or 0 for file in each.rglob("*"))
-        elif (num_bytes := _num_bytes(each)) is not None:
-            yield each.name, num_bytes
-
-
-def _num_bytes(file: Path) -> int | None:
-    """Return the size of a file, None if it is none, or not there any more."""
-    try:
-        facts = file.stat()
-    except FileNotFoundError:
-        return None
-    return facts.st_size if stat.S_ISREG(facts.st_mode) else None
+def _files(path: Path) -> dict[str, int]:
+    """Return the bytes of what is in a run's folder by name, those of a folder together."""
+    sizes = Counter[str]()
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a run may replace files meanwhile
+            status = file.stat()
+            if stat.S_ISREG(status.st_mode):
+                name, *below = file.relative_to(path).parts
+                sizes[f"{name}/" if below else name] += status.st_size
+    return dict(sorted(sizes.items()))
 
 
-def _described(facts: dict[str, Any]) -> Iterator[str]:
+def _described(summary: dict[str, Any]) -> Iterator[str]:
     """Yield the lines that describe a run."""
-    yield f"{facts['name']} ({facts['id']}): {facts['state']}"
-    yield facts["path"]
-    took = timedelta(seconds=round(facts["seconds"]))
-    yield (
-        f"{facts['rounds']} of {facts['num-server-rounds']} rounds in {took} h, "
-        f"began {facts['began']}"
-    )
-    yield from (
-        each
-        for each in (facts["error"], facts["ended"], *facts["warnings"], facts["sharing"])
-        if each
-    )
+    yield f"{summary['name']} ({summary['id']}): {summary['state']}"
+    yield summary["path"]
+    rounds = f"{summary['rounds']} of {summary['num-server-rounds']} rounds"
+    took = timedelta(seconds=round(summary["seconds"]))
+    yield f"{rounds} in {took} h, began {summary['began']}"
+    notes = (summary["error"], summary["ended"], *summary["warnings"], summary["sharing"])
+    yield from filter(None, notes)
+    accuracies = {what: summary["accuracies"][name] for name, what in _ACCURACIES.items()}
     blocks = {
         "Settings that differ from the defaults": [
-            f"{key} = {json.dumps(value)}" for key, value in facts["settings"].items()
+            f"{key} = {json.dumps(value)}" for key, value in summary["settings"].items()
         ],
         "Last accuracies": [
-            f"{what}: {value:.4f}"
-            for name, what in _ACCURACIES.items()
-            if (value := facts["accuracies"][name]) is not None
+            f"{what}: {value:.4f}" for what, value in accuracies.items() if value is not None
         ],
         "Worst clients": [
             f"{called(row)}: {row[EVALUATED]:.4f} in round {row['round']}"
-            for row in facts["worst-clients"]
+            for row in summary["worst-clients"]
         ],
-        "Failures": list(_grouped(facts["failures"])),
-        "Files": [f"{name}: {_size(size)}" for name, size in facts["files"].items()],
+        "Failures": list(_grouped(summary["failures"])),
+        "Files": [f"{name}: {decimal(size)}" for name, size in summary["files"].items()],
     }
     for title, lines in blocks.items():
         yield f"\n{title}"
@@ -244,15 +227,3 @@ def _described(facts: dict[str, Any]) -> Iterator[str]:
 
 def _rounds(run: Run) -> str:
     return f"{len(run.metrics)}/{run.config.num_server_rounds}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "KB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -11,42 +11,25 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from pfedgpa_app.data_section import DATASETS, PARTITIONS, SITES, DataConfig, DatasetInfo, by_x
-from pfedgpa_app.files import home_path, native_path, xdg_folder
-from pfedgpa_app.section import Contradiction, ContradictionError, Count, Scalar, Seed
-from pfedgpa_app.sections import (
-    MODEL_SHAPES,
-    CheckpointConfig,
-    ClientConfig,
-    DiffusionConfig,
-    ModelConfig,
-    OnboardingConfig,
-    PrivacyConfig,
-    ServerConfig,
-)
+from pfedgpa_app.data_section import DATASETS as DATASETS
+from pfedgpa_app.data_section import PARTITIONS as PARTITIONS
+from pfedgpa_app.data_section import SITES as SITES
+from pfedgpa_app.data_section import DataConfig as DataConfig
+from pfedgpa_app.data_section import DatasetInfo as DatasetInfo
+from pfedgpa_app.data_section import by_x as by_x
+from pfedgpa_app.files import home_path as home_path
+from pfedgpa_app.files import native_path
+from pfedgpa_app.files import xdg_folder as xdg_folder
+from pfedgpa_app.section import Contradiction, Count, Scalar, Seed
+from pfedgpa_app.sections import MODEL_SHAPES as MODEL_SHAPES
+from pfedgpa_app.sections import CheckpointConfig
+from pfedgpa_app.sections import ClientConfig as ClientConfig
+from pfedgpa_app.sections import DiffusionConfig as DiffusionConfig
+from pfedgpa_app.sections import ModelConfig as ModelConfig
+from pfedgpa_app.sections import OnboardingConfig as OnboardingConfig
+from pfedgpa_app.sections import PrivacyConfig as PrivacyConfig
+from pfedgpa_app.sections import ServerConfig as ServerConfig
 from pfedgpa_app.strategies import PLAIN_STRATEGIES, STRATEGY_INFO, StrategySections
-
-__all__ = [
-    "DATASETS",
-    "MODEL_SHAPES",
-    "PARTITIONS",
-    "SITES",
-    "CheckpointConfig",
-    "ClientConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "DatasetInfo",
-    "DiffusionConfig",
-    "ModelConfig",
-    "OnboardingConfig",
-    "PrivacyConfig",
-    "ServerConfig",
-    "by_x",
-    "flatten",
-    "home_path",
-    "xdg_folder",
-]
 
 
 class ConfigError(ValueError):
@@ -91,14 +74,14 @@ class Config(StrategySections):
         while True:
             try:
                 config = cls.model_validate(_nest(left))
-                break
             except ValidationError as error:
                 problems += _describe(error, left, wrong)
-            # The rest is validated with defaults in place of the wrong values.
-            left = {key: value for key, value in left.items() if key not in wrong}
-        if problems:
-            raise ConfigError(problems)
-        return config
+                # The rest is validated with defaults in place of the wrong values.
+                left = {key: value for key, value in left.items() if key not in wrong}
+                continue
+            if problems:
+                raise ConfigError(problems)
+            return config
 
     def to_flat(self) -> dict[str, Scalar]:
         """Return the settings as a flat run config, the inverse of `from_flat`."""
@@ -131,41 +114,23 @@ class Config(StrategySections):
         Output, tracking, length and early end, resuming, waiting for clients, cross-site and
         evaluation are not among them, nor are the settings of other strategies.
         """
-        free = {
-            "output-dir",
-            "num-server-rounds",
-            "resume-from",
-            "tracking",
-            "checkpoint.every",
-            "server.min-available-nodes",
-            "server.round-timeout",
-            "server.join-timeout",
-            "server.evaluate-every",
-            "server.required",
-            "server.stop-at",
-            "server.patience",
-            "server.cross-site",
-        }
+        free = {"output-dir", "num-server-rounds", "resume-from", "tracking", "checkpoint.every"}
+        waiting = ("min-available-nodes", "round-timeout", "join-timeout", "required")
+        evaluation = ("evaluate-every", "stop-at", "patience", "cross-site")
+        free.update(f"server.{name}" for name in (*waiting, *evaluation))
         if STRATEGY_INFO[self.strategy].depends_on_length:
             free.remove("num-server-rounds")
         sections = STRATEGY_INFO.keys() - {self.strategy}
         if self.strategy != "pfedgpa":
             free |= {f"onboarding.{name}" for name in ("rounds", "guidance", "start", "num-steps")}
             sections.add("diffusion")
-        return {
-            key: value
-            for key, value in self.to_flat().items()
-            if key not in free and key.partition(".")[0] not in sections
-        }
+        flat = self.to_flat().items()
+        return {k: v for k, v in flat if k not in free and k.partition(".")[0] not in sections}
 
     def differences(self, other: "Config") -> dict[str, tuple[Scalar, Scalar]]:
         """Return the differing settings that determine results, with both values."""
         theirs = other.to_flat()
-        return {
-            key: (value, theirs[key])
-            for key, value in self.decisive.items()
-            if value != theirs[key]
-        }
+        return {k: (v, theirs[k]) for k, v in self.decisive.items() if v != theirs[k]}
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Yield contradictions between sections."""
@@ -179,66 +144,49 @@ class Config(StrategySections):
                 f"{self.data.dataset} has {by_x(info.shape)}; right would be "
                 f"{' or '.join(fitting) or own}",
             )
-        newcomers = self.onboarding
-        late, join, last = newcomers.late_clients, newcomers.join_round, self.num_server_rounds
         yield from self.diffusion.contradictions_of_steps(
-            "onboarding", newcomers.start, newcomers.num_steps
+            "onboarding", self.onboarding.start, self.onboarding.num_steps
         )
-        if late and not 2 <= join <= last:
+        late, join = self.onboarding.late_clients, self.onboarding.join_round
+        if late and not 2 <= join <= self.num_server_rounds:
             yield (
                 {"onboarding.late-clients", "onboarding.join-round", "num-server-rounds"},
                 f"onboarding.join-round = {join}: with onboarding.late-clients = {late}, the round "
-                f"in which they join should be 2 to num-server-rounds = {last}",
+                f"in which they join should be 2 to num-server-rounds = {self.num_server_rounds}",
             )
-        if self.privacy.is_on:
-            yield from self._privacy_contradictions()
-        if self.client.engine == "vmap":
-            yield from self._engine_contradictions()
+        yield from self._plain_contradictions()
 
-    def _privacy_contradictions(self) -> Iterator[Contradiction]:
-        mode = f'privacy.mode = "{self.privacy.mode}"'
-        if self.strategy not in PLAIN_STRATEGIES:
-            yield (
-                {"privacy.mode", "strategy"},
-                f'strategy = "{self.strategy}": with {mode} right would be '
-                f"{', '.join(PLAIN_STRATEGIES)}, whose clients train by plain SGD and upload "
-                "nothing but parameters",
-            )
-        if self.resume_from:
-            yield (
-                {"privacy.mode", "resume-from"},
-                f'resume-from = "{self.resume_from}": with {mode} a run cannot go on, since its '
-                "clients lose their privacy ledgers with the run",
-            )
+    def _plain_contradictions(self) -> Iterator[Contradiction]:
+        """Yield what excludes privacy, or training of all clients as one graph."""
+        flat, plain = self.to_flat(), ", ".join(PLAIN_STRATEGIES)
+
+        def excluded(key: str, by: str, right: str) -> Contradiction:
+            with_what = f"with {by} = {_show(flat[by])}"
+            return {key, by}, f"{key} = {_show(flat[key])}: {with_what} {right}"
+
+        if self.privacy.is_on and self.strategy not in PLAIN_STRATEGIES:
+            right = f"right would be {plain}, whose clients train by plain SGD and upload nothing"
+            yield excluded("strategy", "privacy.mode", f"{right} but parameters")
+        if self.privacy.is_on and self.resume_from:
+            right = "a run cannot go on, since its clients lose their privacy ledgers with the run"
+            yield excluded("resume-from", "privacy.mode", right)
         if self.privacy.mode == "example" and self.client.class_prior:
-            yield (
-                {"privacy.mode", "client.class-prior"},
-                f"client.class-prior = true: with {mode} an example's gradient must not depend "
-                "on the labels of others; right would be false",
-            )
+            right = "an example's gradient must not depend on the labels of others; right would be"
+            yield excluded("client.class-prior", "privacy.mode", f"{right} false")
         if self.privacy.mode == "example" and self.client.precision != "fp32":
-            yield (
-                {"privacy.mode", "client.precision"},
-                f'client.precision = "{self.client.precision}": with {mode} right would be "fp32"',
-            )
-
-    def _engine_contradictions(self) -> Iterator[Contradiction]:
-        strategy, precision = self.strategy, self.client.precision
-        reasons = {}
-        if strategy not in PLAIN_STRATEGIES:
-            reasons["strategy", strategy] = (
-                f"only the clients of {', '.join(PLAIN_STRATEGIES)} train by plain SGD, as one "
-                "graph"
-            )
+            yield excluded("client.precision", "privacy.mode", 'right would be "fp32"')
+        if self.client.engine == "loop":
+            return
+        loop = 'right would be "loop"; '
+        if self.strategy not in PLAIN_STRATEGIES:
+            reason = f"only the clients of {plain} train by plain SGD, as one graph"
+            yield excluded("client.engine", "strategy", loop + reason)
         if self.privacy.mode == "example":
-            reasons["privacy.mode", "example"] = "Opacus trains one model at a time"
-        if precision != "fp32":
-            reasons["client.precision", precision] = "models that train as one graph do so in fp32"
-        for (key, value), reason in reasons.items():
-            yield (
-                {"client.engine", key},
-                f'client.engine = "vmap": with {key} = "{value}" right would be "loop"; {reason}',
-            )
+            reason = "Opacus trains one model at a time"
+            yield excluded("client.engine", "privacy.mode", loop + reason)
+        if self.client.precision != "fp32":
+            reason = "models that train as one graph do so in fp32"
+            yield excluded("client.engine", "client.precision", loop + reason)
 
 
 def _takes(model: str, shape: tuple[int, ...]) -> bool:
@@ -283,23 +231,19 @@ def _describe(error: ValidationError, flat: Mapping[str, Any], wrong: set[str]) 
     expected: dict[str, list[str]] = {}
     contradictions: list[Contradiction] = []
     for item in error.errors():
-        if isinstance(cause := item.get("ctx", {}).get("error"), ContradictionError):
-            contradictions += cause.contradictions
-            continue
-        location = [str(part) for part in item["loc"]]
-        key = next(key for n in (1, 2) if (key := ".".join(location[:n])) in flat)
-        expected.setdefault(key, []).append(_expected(item))
+        if item["type"] == "contradiction":
+            contradictions += item["ctx"]["contradictions"]
+        else:
+            key = next(k for n in (1, 2) if (k := ".".join(map(str, item["loc"][:n]))) in flat)
+            expected.setdefault(key, []).append(_expected(item))
     wrong.update(expected)
-    named = [message for keys, message in contradictions if not keys & wrong]
+    excluded = [message for keys, message in contradictions if not keys & wrong]
     wrong.update(*(keys for keys, _ in contradictions))
-    return [
-        *(
-            f"{key} = {_show(flat[key])}: "
-            + " or ".join(dict.fromkeys(texts)).replace(" or should be ", " or ")
-            for key, texts in expected.items()
-        ),
-        *named,
-    ]
+    rights = {
+        key: " or ".join(dict.fromkeys(texts)).replace(" or should be ", " or ")
+        for key, texts in expected.items()
+    }
+    return [f"{key} = {_show(flat[key])}: {right}" for key, right in rights.items()] + excluded
 
 
 def _expected(item: Any) -> str:
@@ -317,13 +261,11 @@ def _expected(item: Any) -> str:
         case "string_pattern_mismatch":
             return 'should read like "package.module:function"'
         case _:
-            message: str = item["msg"]
-            return (
-                message.removeprefix("Input ")
-                .replace("a valid integer", "a whole number")
-                .replace("valid ", "")
-            )
+            message: str = item["msg"].removeprefix("Input ")
+            return message.replace("a valid integer", "a whole number").replace("valid ", "")
 
 
 def _show(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)

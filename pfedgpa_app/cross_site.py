@@ -14,13 +14,7 @@ _COLUMNS = ("model", "model-name", "site", "site-name", "accuracy", "num-test-ex
 
 
 def write_matrix(folder: Path, rows: Sequence[Row], names: Mapping[int, str]) -> None:
-    """Write a line a pair, with the names of clients that have one.
-
-    Raises
-    ------
-    WriteError
-        If it cannot be written.
-    """
+    """Write a line a pair, with the names of clients that have one; raises `WriteError`."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -33,10 +27,7 @@ def write_matrix(folder: Path, rows: Sequence[Row], names: Mapping[int, str]) ->
 def read_matrix(folder: Path) -> dict[tuple[int, int], float]:
     """Return the accuracies by the numbers of model and site; none if there is no such file.
 
-    Raises
-    ------
-    ValueError
-        If the file is damaged.
+    Raises `ValueError` if the file is damaged.
     """
     file = folder / CROSS_SITE_FILE
     if not file.exists():

@@ -14,29 +14,12 @@ MAX_BYTES = 2**24
 
 # Files that systems and programs create in folders, in lower case. Names with a leading dot are
 # hidden too, such as .ipynb_checkpoints, .DS_Store and macOS' ._1.png.
-_LEFT_BY_SYSTEMS = frozenset(
-    (
-        "__macosx",
-        "icon\r",
-        "network trash folder",
-        "temporary items",
-        "$recycle.bin",
-        "recycler",
-        "system volume information",
-        "desktop.ini",
-        "thumbs.db",
-        "ehthumbs.db",
-        "ehthumbs_vista.db",
-        "@eadir",
-        "@recycle",
-        "@recently-snapshot",
-        "@sharebin",
-        "@tmp",
-        "#recycle",
-        "#snapshot",
-        "~snapshot",
-        "lost+found",
-    )
+_LEFT_BY_SYSTEMS = (
+    *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
+    *("$recycle.bin", "recycler", "system volume information"),  # Windows
+    *("desktop.ini", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db"),
+    *("@eadir", "@recycle", "@recently-snapshot", "@sharebin", "@tmp"),  # network storage
+    *("#recycle", "#snapshot", "~snapshot", "lost+found"),
 )
 
 
@@ -75,9 +58,7 @@ def printable(text: str) -> str:
 
     Surrogates, which stand for bytes that are not UTF-8, stay.
     """
-    return "".join(
-        c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text
-    )
+    return "".join(c if "\udc80" <= c <= "\udcff" else quoted(c)[1:-1] for c in text)
 
 
 def printable_lines(text: str) -> str:
@@ -86,12 +67,9 @@ def printable_lines(text: str) -> str:
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """Open a regular file for reading; pipes and devices, which might never end, are refused.
+    """Open a regular file for reading; pipes and devices might never end.
 
-    Raises
-    ------
-    OSError
-        If it is not a regular file, or cannot be read.
+    Raises `OSError` if it is not a regular file, or cannot be read.
     """
     # Non-blocking, since opening a pipe without a writer would block.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -102,13 +80,7 @@ def open_regular(file: Path) -> BinaryIO:
 
 
 def read_bytes(file: Path, most: int) -> bytes:
-    """Read a regular file of at most ``most`` bytes.
-
-    Raises
-    ------
-    OSError
-        If it is not a regular file, has more, or cannot be read.
-    """
+    """Read a regular file of at most ``most`` bytes; raises `OSError` if it is not one."""
     with open_regular(file) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
@@ -119,37 +91,18 @@ def read_bytes(file: Path, most: int) -> bytes:
 def read_text(file: Path) -> str:
     """Read a regular file of UTF-8, with or without a byte order mark.
 
-    Raises
-    ------
-    OSError
-        If it cannot be read, or has more than `MAX_BYTES`.
-    UnicodeDecodeError
-        If it is not UTF-8.
+    Raises `OSError` as `read_bytes` for `MAX_BYTES`, and `UnicodeDecodeError`.
     """
     return read_bytes(file, MAX_BYTES).decode("utf-8-sig")
 
 
 def read_json(file: Path) -> Any:
-    """Read a regular file of untrusted JSON.
-
-    Raises
-    ------
-    OSError
-        If it cannot be read, or has more than `MAX_BYTES`.
-    ValueError
-        If it is not JSON, or nested too deeply.
-    """
+    """Read a regular file of untrusted JSON, with the errors of `read_text` and `parse_json`."""
     return parse_json(read_text(file))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse untrusted JSON.
-
-    Raises
-    ------
-    ValueError
-        If it is not JSON, or nested too deeply.
-    """
+    """Parse untrusted JSON; raises `ValueError` if it is none, or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -159,12 +112,8 @@ def parse_json(text: str | bytes) -> Any:
 def read_toml(file: Path) -> dict[str, Any]:
     """Read a TOML file.
 
-    Raises
-    ------
-    OSError
-        If it cannot be read.
-    UnicodeDecodeError, tomllib.TOMLDecodeError
-        If it is not TOML, or nested too deeply.
+    Raises `OSError`, `UnicodeDecodeError`, or `tomllib.TOMLDecodeError`, also if it is nested too
+    deeply.
     """
     # Pipes are allowed, as from process substitution in a shell.
     text = file.read_text(encoding="utf-8-sig")

@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from pfedgpa_app.config import DatasetInfo
 from pfedgpa_app.model_spec import ModelError, check_logits, evaluating
 from pfedgpa_app.own_functions import UntrustedError, own_function
-from pfedgpa_app.randomness import drawing_from, global_draws, initialized_by, make_generator
+from pfedgpa_app.randomness import drawing_from, global_draws, make_generator
 
 _MLP_WIDTH = 64
 
@@ -106,7 +106,7 @@ def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
         not map examples of ``info.shape`` to ``info.num_classes`` logits.
     """
     named, make = f'model.name = "{name}"', MODELS.get(name)
-    with initialized_by(make_generator(seed, "model")):
+    with drawing_from(make_generator(seed, "model")):
         try:
             make = make or own_function(name)
         except UntrustedError as error:

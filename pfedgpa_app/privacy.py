@@ -19,7 +19,7 @@ from pfedgpa_app.config import ClientConfig, ConfigError, DatasetInfo, PrivacyCo
 from pfedgpa_app.model_spec import ModelSpec, gradients_of
 from pfedgpa_app.models import mixing_layers
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.randomness import initialized_by, make_generator
+from pfedgpa_app.randomness import drawing_from, make_generator
 
 Uniform = Callable[[int], Tensor]
 """Returns a number of uniform draws in the open interval (0, 1), float64."""
@@ -254,7 +254,7 @@ def _gradients_by_opacus(model: nn.Module, batch: Tensor) -> dict[str, Tensor | 
     """Return Opacus' gradient of the first example of a batch, by parameter."""
     from opacus import GradSampleModule
 
-    with initialized_by(make_generator(0, "trial")), quiet_opacus():
+    with drawing_from(make_generator(0, "trial")), quiet_opacus():
         wrapped = GradSampleModule(model)
         labels = torch.zeros(len(batch), dtype=torch.long)
         functional.cross_entropy(wrapped(batch), labels).backward()
@@ -270,7 +270,7 @@ def _gradients_by_opacus(model: nn.Module, batch: Tensor) -> dict[str, Tensor | 
 
 def _gradients(model: nn.Module, batch: Tensor, seed: int = 0) -> dict[str, Tensor | None]:
     """Return the logits of the first example of a batch, and its gradient by parameter."""
-    with initialized_by(make_generator(seed, "trial")):
+    with drawing_from(make_generator(seed, "trial")):
         logits = model(batch)[:1]
         loss = functional.cross_entropy(logits, torch.zeros(1, dtype=torch.long))
         return {"the logits": logits.detach(), **gradients_of(loss, model)}

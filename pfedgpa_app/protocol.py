@@ -28,19 +28,17 @@ IMAGE_MEAN, IMAGE_STD = "image-mean", "image-std"
 PARTITION = "partition"
 """[partition-id, num-partitions] of the client."""
 EPSILON = "epsilon"
-BUDGET_SPENT = "budget-spent"
-"""Set by a client that did not train, since that would exceed its privacy budget."""
-
-BELOW_FLOOR = "below-privacy-floor"
-"""Of a client that did not train, since the run is less private than its site demands."""
+# Set by a client that did not train, since that would exceed its privacy budget, or since the run
+# is less private than its site demands.
+BUDGET_SPENT, BELOW_FLOOR = "budget-spent", "below-privacy-floor"
 
 # Reply to a query: the partition, and in its own record the hash of the code.
 PARTITION_ID = "partition-id"
 SOURCE = "source"
 
 CROSS_SITE = "cross-site"
-"""Of the config of a question: whether the node consents to the cross-site matrix, as it answers
-in its metrics; of an evaluation: that the model is that of any client, for the matrix."""
+"""In CONFIG of a query: to report consent to the cross-site matrix, in METRICS; in that of an
+evaluation: that the model is any client's, for the matrix."""
 
 # Extras of pFedGPA.
 COMMON = "common"

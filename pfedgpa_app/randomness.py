@@ -22,30 +22,22 @@ def make_generator(
 
 
 @contextmanager
-def initialized_by(generator: torch.Generator) -> Iterator[None]:
-    """Initialize modules that are built in the block from ``generator``.
-
-    The global generators of torch (CPU), NumPy and Python are set, and restored afterwards.
-    """
-    before = torch.default_generator.get_state()
-    torch.default_generator.set_state(generator.get_state())
-    try:
-        with _others_seeded(generator.initial_seed()):
-            yield
-    finally:
-        torch.default_generator.set_state(before)
-
-
-@contextmanager
-def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+def drawing_from(generator: torch.Generator, device: torch.device | None = None) -> Iterator[None]:
     """Seed the global generators of torch, NumPy and Python by that of ``generator``.
 
-    Dropout layers draw from them, and own models may; they are restored afterwards.
+    Initialization and dropout draw from them, and own models may; they are restored afterwards.
     """
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _others_seeded(generator.initial_seed()):
-        torch.manual_seed(generator.initial_seed())
-        yield
+    seed = generator.initial_seed()
+    before = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[device] if device and device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed([seed % 2**32, seed >> 32 & 0xFFFFFFFF])  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(before[0])  # noqa: NPY002
+            random.setstate(before[1])
 
 
 def global_draws() -> tuple[object, ...]:
@@ -55,25 +47,10 @@ def global_draws() -> tuple[object, ...]:
 
 
 @contextmanager
-def _others_seeded(seed: int) -> Iterator[None]:
-    """Seed NumPy's and Python's global generators, and restore them afterwards."""
-    before = np.random.get_state(), random.getstate()  # noqa: NPY002
-    np.random.seed([seed % 2**32, seed >> 32 & 0xFFFFFFFF])  # noqa: NPY002
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before[0])  # noqa: NPY002
-        random.setstate(before[1])
-
-
-@contextmanager
 def repeatable(num_threads: int | None = None) -> Iterator[None]:
-    """Make torch deterministic.
+    """Make cuDNN deterministic, and fix the number of CPU threads (None: unchanged).
 
-    On a GPU, cuDNN uses deterministic algorithms. On a CPU, results depend on the number of
-    threads, which ``num_threads`` fixes (None: unchanged); one is also the fastest for small
-    tensors.
+    Results depend on that number; one is also the fastest for small tensors.
     """
     cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
     before = cudnn.deterministic, cudnn.benchmark
@@ -91,10 +68,7 @@ def repeatable(num_threads: int | None = None) -> Iterator[None]:
 def resolve_device(name: str) -> torch.device:
     """Return the device ``cpu`` or ``cuda``; ``auto`` is CUDA if available.
 
-    Raises
-    ------
-    RuntimeError
-        If ``cuda`` is not available.
+    Raises `RuntimeError` if ``cuda`` is not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(

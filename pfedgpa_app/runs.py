@@ -25,36 +25,30 @@ _MAX_CANDIDATES = 10
 
 
 class RunNotFoundError(ValueError):
-    """No run, or more than one, is meant; the message lists those that may be."""
+    """A reference fits no run or several; the message lists these."""
 
 
 def register(path: Path, config: Config) -> tuple[str, FileIO]:
-    """Name a run as no other below its output folder, ``<data set>-<strategy>-<number>``.
+    """Give a run a new name in its output folder, ``<data set>-<strategy>-<number>``.
 
-    Returns
-    -------
-    tuple[str, FileIO]
-        The name, and the run's ``run.json``, which has it and when the run began. The file is
-        locked until it is closed or the process is gone, however that ends: see `is_going_on`.
-
-    Raises
-    ------
-    OSError
-        If the file is there, or cannot be written.
+    Returns the name and the new ``run.json``, which is locked as long as the process lives and the
+    file is open: see `is_going_on`. Raises `OSError` if it exists or cannot be written.
     """
     data = re.sub(r"[^a-z0-9]+", "-", config.data.dataset.lower()).strip("-")
     pattern = re.compile(rf"{data}-{config.strategy}-([0-9]{{1,9}})")
-    # Whoever else names a run in this folder waits.
-    with _locked(path.parent):
+    try:
+        app_version = version("pfedgpa")
+    except PackageNotFoundError:  # it runs from where it was unpacked
+        app_version = ""
+    with _locked(path.parent):  # one process at a time takes a number
         names = [name_of(file.parent) for file in path.parent.glob(f"*/{RUN_FILE}")]
         taken = [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
         name = f"{data}-{config.strategy}-{max(taken, default=0) + 1}"
         file = (path / RUN_FILE).open("xb", buffering=0)
         try:
-            _lock(file.fileno(), fcntl.LOCK_EX)
-            facts = {"name": name, "began": datetime.now(UTC).isoformat(), "version": _version()}
-            file.write(json.dumps(facts).encode() + b"\n")
-            os.fsync(file)
+            _lock(file.fileno())
+            began = datetime.now(UTC).isoformat()
+            _write(file, {"name": name, "began": began, "version": app_version})
         except OSError:
             file.close()
             raise
@@ -62,80 +56,58 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
 
 
 def name_of(path: Path) -> str:
-    """Return a run's name; one of an older version has none but its id."""
-    name = _fact(path, "name")
+    """Return a run's name, or its id if it has no valid one."""
+    name = _field(path, "name")
     return name if re.fullmatch("[a-z0-9-]{1,100}", name) else text_of(path.name)
 
 
 def end_of(path: Path, key: str) -> str:
     """Return why a run ended before its last round, as `note_end` wrote it; empty if it did not."""
-    return _fact(path, key)
+    return _field(path, key)
 
 
 def version_of(path: Path) -> str:
-    """Return the version of the app that did a run, if it knows."""
-    return _fact(path, "version")
-
-
-def _version() -> str:
-    try:
-        return version("pfedgpa")
-    except PackageNotFoundError:  # it runs from where it was unpacked
-        return ""
+    """Return the app's version in a run; empty if unknown."""
+    return _field(path, "version")
 
 
 def note_end(path: Path, file: FileIO, key: str, reason: str) -> None:
     """Write why a run ended into the file that `register` returned.
 
-    Raises
-    ------
-    OSError
-        If it cannot be written.
+    Raises `OSError` if it cannot be written.
     """
-    facts = {
-        "name": name_of(path),
-        "began": began_at(path).isoformat(),
-        "version": version_of(path),
-        key: reason,
-    }
-    # Longer than what is there, so that the name is not lost if it ends half-way.
-    os.ftruncate(file.fileno(), os.pwrite(file.fileno(), json.dumps(facts).encode() + b"\n", 0))
+    kept = {name: _field(path, name) for name in ("name", "began", "version")}
+    _write(file, kept | {key: reason})
+
+
+def _write(file: FileIO, fields: dict[str, str]) -> None:
+    # Truncated afterwards, so that the name survives an interruption.
+    os.ftruncate(file.fileno(), os.pwrite(file.fileno(), json.dumps(fields).encode() + b"\n", 0))
     os.fsync(file)
 
 
-def _fact(path: Path, key: str) -> str:
-    """Return what a run's ``run.json`` has, an empty text if it has no such thing."""
+def _field(path: Path, key: str) -> str:
+    """Return a field of a run's ``run.json``; empty if there is none."""
     try:
-        facts = read_json(path / RUN_FILE)
-        fact = facts.get(key)
+        value = read_json(path / RUN_FILE).get(key)
     except (OSError, ValueError, AttributeError):
         return ""
-    return fact if isinstance(fact, str) else ""
+    return value if isinstance(value, str) else ""
 
 
 def began_at(path: Path) -> datetime:
-    """Return when a run began, as it wrote down itself, in UTC.
+    """Return when a run began, in UTC: by its ``run.json``, or else by ``config.json``'s time.
 
-    An older version wrote nothing of it. Such a run is as old as its ``config.json``, which a copy
-    may make younger.
-
-    Raises
-    ------
-    OSError
-        If it has no ``config.json``.
+    Raises `OSError` if it has neither.
     """
     try:
-        return datetime.fromisoformat(_fact(path, "began")).astimezone(UTC)
+        return datetime.fromisoformat(_field(path, "began")).astimezone(UTC)
     except (ValueError, OverflowError):
         return datetime.fromtimestamp((path / "config.json").stat().st_mtime, UTC)
 
 
 def is_going_on(path: Path) -> bool:
-    """Tell whether a process is at work on a run; if that cannot be told, it may be.
-
-    A run of an older version, which has no ``run.json``, counts as over, and so does what has
-    something else in its place.
-    """
+    """Return whether a process works on a run, or may do so: its ``run.json`` cannot be locked."""
     if not (path / RUN_FILE).is_file():
         return False
     try:
@@ -154,12 +126,12 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
     Parameters
     ----------
     run
-        Its name, its id, the beginning of either if no other begins so, ``latest``, or its folder;
-        or any of these and ``/best``, for the folder of its best checkpoint.
+        Its name, its id, a prefix of either that no other has, ``latest``, or its folder; each may
+        end in ``/best``, for the folder of its best checkpoint.
     folder
-        The output folder; a path may be relative to it.
+        The output folder, to which a path may be relative.
     here
-        What else a path may be relative to.
+        Another folder to which a path may be relative.
 
     Raises
     ------
@@ -175,10 +147,9 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
         return folder / path
     if path.name == BEST and path.parent.name:
         return find_run(str(path.parent), folder, here) / BEST
-    runs = run_folders(folder)
-    if run == LATEST and runs:
-        return runs[-1]
-    names = {each: name_of(each) for each in runs}
+    names = {each: name_of(each) for each in run_folders(folder)}
+    if run == LATEST and names:
+        return list(names)[-1]
     found = [each for each, name in names.items() if run == name] or [
         each for each, name in names.items() if name.startswith(run) or each.name.startswith(run)
     ]
@@ -197,23 +168,16 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Return the folders below an output folder that have a ``config.json``, oldest first.
+    """Return the folders in an output folder that have a ``config.json``, by time, then by path.
 
-    Those that began at the same time are sorted by their paths. Hidden ones, such as those of a
-    bin, are passed over.
-
-    Raises
-    ------
-    OSError
-        If it is not a folder, or cannot be read.
+    Hidden ones are skipped. Raises `OSError` if it is not a folder, or cannot be read.
     """
     found = []
     for path in folder.iterdir() if folder.exists() else ():
-        if is_hidden(path.name):
-            continue
-        with contextlib.suppress(OSError):  # it is none, or is being removed
-            (path / "config.json").stat()
-            found.append((began_at(path), path))
+        if not is_hidden(path.name):
+            with contextlib.suppress(OSError):  # no run, or being removed
+                (path / "config.json").stat()
+                found.append((began_at(path), path))
     return [path for _, path in sorted(found)]
 
 
@@ -221,13 +185,13 @@ def run_folders(folder: Path) -> list[Path]:
 def _locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _lock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, operation: int) -> None:
-    """Lock a file or folder, where the file system can: a run without is better than none."""
+def _lock(descriptor: int) -> None:
+    """Lock a file or folder if the file system can: a run without a lock is better than none."""
     with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, operation)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)

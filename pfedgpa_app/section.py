@@ -23,12 +23,12 @@ OwnFunction = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Z
 
 
 def _split_names(names: str) -> list[str]:
-    """Split names at commas; one with a comma stands in double quotes, as in a CSV file."""
+    """Split names at commas; one with a comma is in double quotes, as in a CSV file."""
     line = " ".join(names.splitlines())
     return next(csv.reader([line], skipinitialspace=True, strict=True), [])
 
 
-@lru_cache  # asked for again and again, and there may be tens of thousands
+@lru_cache  # called often, with up to tens of thousands of names
 def listed(names: str) -> tuple[str, ...]:
     """Return the names of a `NameList`, in Unicode's NFC."""
     composed_names = (composed(name.strip()) for name in _split_names(names))
@@ -55,14 +55,6 @@ Contradiction = tuple[set[str], str]
 """Valid settings that exclude each other: their keys, and what would be right."""
 
 
-class ContradictionError(ValueError):
-    """Settings that exclude each other."""
-
-    def __init__(self, contradictions: list[Contradiction]) -> None:
-        self.contradictions = contradictions
-        super().__init__("; ".join(message for _, message in contradictions))
-
-
 class Section(BaseModel):
     """Immutable, strictly typed settings with kebab-case keys."""
 
@@ -81,5 +73,7 @@ class Section(BaseModel):
     @model_validator(mode="after")
     def _check_contradictions(self) -> Self:
         if found := list(self.contradictions()):
-            raise ContradictionError(found)
+            text = "; ".join(message for _, message in found)
+            context = {"text": text, "contradictions": found}
+            raise PydanticCustomError("contradiction", "{text}", context)
         return self

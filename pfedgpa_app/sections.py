@@ -24,6 +24,7 @@ Device = Literal["auto", "cpu", "cuda"]
 # Of the parameters' variance; float32 cannot divide by less.
 _MIN_SIGNAL = 1e-30
 
+ModelName = Literal["cnn-8x8", "cnn-28x28", "cnn-cifar", "resnet18", "mlp", "cnn-1d"]
 # The input shapes of each model; None is any size.
 MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
     "cnn-8x8": (None, 8, 8),
@@ -38,9 +39,7 @@ MODEL_SHAPES: dict[str, tuple[int | None, ...]] = {
 class ModelConfig(Section):
     """The model that every client trains."""
 
-    name: (
-        Literal["cnn-8x8", "cnn-28x28", "cnn-cifar", "resnet18", "mlp", "cnn-1d"] | OwnFunction
-    ) = "cnn-8x8"
+    name: ModelName | OwnFunction = "cnn-8x8"
     send_frozen: bool = True
 
 
@@ -78,7 +77,7 @@ class ServerConfig(Section):
     cross_site: bool = False
 
     def contradictions(self) -> Iterator[Contradiction]:
-        """Yield what cannot go together of values that are each right."""
+        """Yield contradictions between valid settings."""
         for key, value in (("stop-at", self.stop_at), ("patience", self.patience)):
             if value and not (self.fraction_evaluate and self.evaluate_every):
                 yield (
@@ -153,25 +152,25 @@ class DiffusionConfig(Section):
                 f"{key} = {start}: the forward process has the timesteps 0 to {timesteps - 1} "
                 f"(diffusion.num-timesteps = {timesteps})",
             )
-        elif num_steps > start:
+            return
+        if num_steps > start:
             yield (
                 {key, f"{section}.num-steps", "diffusion.num-timesteps"},
                 f"{section}.num-steps = {num_steps}: there are only {start} timesteps from "
                 f"{key} = {start} down to the clean parameters",
             )
-        rises = self.beta_start <= self.beta_end
-        if start < timesteps and rises and not is_auto and self._signal(start) < _MIN_SIGNAL:
+        rise = (self.beta_end - self.beta_start) / (timesteps - 1)
+        if is_auto or rise < 0:
+            return
+        # alphas_cumprod at the start, as in `NoiseSchedule.linear`
+        signal = math.prod(1 - (self.beta_start + rise * step) for step in range(start + 1))
+        if signal < _MIN_SIGNAL:
             yield (
                 {key, "diffusion.beta-start", "diffusion.beta-end"},
                 f"{key} = {start}: nothing of the parameters is left at this timestep; right "
                 "would be an earlier one, or less noise than diffusion.beta-end = "
                 f"{self.beta_end} adds",
             )
-
-    def _signal(self, timestep: int) -> float:
-        """Return ``alphas_cumprod`` of a timestep, as in `NoiseSchedule.linear`."""
-        rise = (self.beta_end - self.beta_start) / (self.num_timesteps - 1)
-        return math.prod(1 - (self.beta_start + rise * step) for step in range(timestep + 1))
 
 
 class OnboardingConfig(Section):

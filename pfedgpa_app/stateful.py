@@ -37,10 +37,7 @@ class Stateful:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned.
 
-        Raises
-        ------
-        ValueError
-            If it is the state of something else, or damaged; the object is then as it was.
+        Raises `ValueError` if it is of something else, or damaged; the object is then unchanged.
         """
         reader = _Reader()
         reader.read(type(self), tensors, "", self)
@@ -50,12 +47,8 @@ class Stateful:
     def complete_restored(self) -> None:
         """Check what was restored, and set what depends on it.
 
-        It is called on a copy, before anything is taken over; `Stateful` parts of it are as before.
-
-        Raises
-        ------
-        ValueError
-            If it cannot be used.
+        It is called on a copy, before anything is taken over; `Stateful` parts of it are unchanged.
+        Raises `ValueError` if it cannot be used.
         """
 
 
@@ -128,13 +121,13 @@ class _Reader:
         if issubclass(hint, Tensor):
             return _single(tensors, where)
         if issubclass(hint, bool | int | float):
-            return _values(hint, _single(tensors, where), 1, where)[0]
+            return _values(hint, tensors, 1, where)[0]
         if issubclass(hint, nn.Module):
             expected = like.state_dict()
             _check_names(tensors, expected, where)
             for name, tensor in expected.items():
                 found = _single({"": tensors[name]} if name in tensors else {}, f"{where}.{name}")
-                self._check_shape(found, list(tensor.shape), f"{where}.{name}")
+                self._check_shape(found, tensor.shape, f"{where}.{name}")
             self.pending.append(lambda: like.load_state_dict(tensors))
             return like
         return self._read_object(hint, tensors, where, like)
@@ -166,13 +159,12 @@ class _Reader:
         if not tensors:
             return {}
         groups = _grouped(tensors)
-        numbers = _single(groups.pop(_CLIENTS, {}), f"{where}.{_CLIENTS}")
-        clients = _values(int, numbers, numbers.numel(), f"{where}.{_CLIENTS}")
+        clients = _values(int, groups.pop(_CLIENTS, {}), None, f"{where}.{_CLIENTS}")
         plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if isinstance(plain, type) and issubclass(plain, bool | int | float):
-            values = _single(groups.pop(_VALUES, {}), f"{where}.{_VALUES}")
+            values = _values(plain, groups.pop(_VALUES, {}), len(clients), f"{where}.{_VALUES}")
             _check_names(groups, (), where)
-            return dict(zip(clients, _values(plain, values, len(clients), where), strict=True))
+            return dict(zip(clients, values, strict=True))
         if is_dataclass(plain):
             return self._read_records(plain, clients, groups, where)
         _check_names(groups, map(str, clients), where)
@@ -211,7 +203,7 @@ class _Reader:
 
 
 def _option(args: tuple[Any, ...], tensors: Mapping[str, Tensor], like: Any) -> Any:
-    """Return the one of several types that there is so far, or that has these names."""
+    """Return the type of ``like`` among several, or the one with the names of ``tensors``."""
     options = [each for each in args if each is not NoneType]
     names = _grouped(tensors).keys()
     fitting = (each for each in options[1:] if type(like) is each or names == _kept(each).keys())
@@ -233,12 +225,13 @@ def _single(tensors: Mapping[str, Tensor], where: str) -> Tensor:
     return tensors[""]
 
 
-def _values(kind: type, tensor: Tensor, number: int, where: str) -> list[Any]:
-    """Return so many numbers of a kind; a single one has no dimension."""
-    dtype = _DTYPES.get(kind, torch.long)
-    if tensor.dtype != dtype or tensor.dim() > 1 or tensor.numel() != number:
+def _values(kind: type, tensors: Mapping[str, Tensor], number: int | None, where: str) -> list[Any]:
+    """Return so many numbers of a kind, all if None; a single one has no dimension."""
+    tensor, dtype = _single(tensors, where), _DTYPES.get(kind, torch.long)
+    right = tensor.numel() if number is None else number
+    if tensor.dtype != dtype or tensor.dim() > 1 or tensor.numel() != right:
         raise ValueError(
-            f"{where} has {tensor.numel()} values of {tensor.dtype}; right would be {number} of "
+            f"{where} has {tensor.numel()} values of {tensor.dtype}; right would be {right} of "
             f"{dtype}"
         )
     return [kind(value) for value in tensor.flatten().tolist()]

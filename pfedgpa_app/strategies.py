@@ -3,8 +3,8 @@
 docs/contributing.md says how to add one.
 """
 
-import importlib
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -13,29 +13,17 @@ from pfedgpa_app.section import Count, NonNegative, Positive, Section, UnitInter
 
 
 class StrategyInfo(NamedTuple):
-    """The classes and requirements of a strategy.
+    """The classes of a strategy, ``module:Class``, and its requirements; FedAvg's by default."""
 
-    Attributes
-    ----------
-    server
-        Its class, as ``module:Class`` of server_app/strategies; by default FedAvg's.
-    client
-        Its client method, as ``module:Class`` of client_app/methods; by default FedAvg's.
-    is_plain
-        Whether its clients train by plain SGD and upload nothing but parameters, which privacy and
-        ``client.engine = "vmap"`` need.
-    head
-        Its requirement of the layer that computes the logits: "" none, "any" that there is one,
-        "linear" that it is linear, "plain" that its weight can be replaced too.
-    depends_on_length
-        Whether results of a round depend on the total number of rounds.
-    """
-
-    server: str = "clientwise:ClientwiseFedAvg"
-    client: str = "method:Method"
+    server: str = "clientwise:ClientwiseFedAvg"  # in server_app/strategies
+    client: str = "method:Method"  # in client_app/methods
+    # Whether clients train by plain SGD and upload nothing but parameters, which privacy and
+    # client.engine = "vmap" need.
     is_plain: bool = False
+    # Of the layer that computes the logits: "" none, "any" that there is one, "linear" that it is
+    # linear, "plain" that its weight can be replaced too.
     head: Literal["", "any", "linear", "plain"] = ""
-    depends_on_length: bool = False
+    depends_on_length: bool = False  # whether rounds depend on the total number of rounds
 
 
 _SHARED_PART = "shared_part:SharedPart"
@@ -64,11 +52,7 @@ PLAIN_STRATEGIES = tuple(name for name, info in STRATEGY_INFO.items() if info.is
 
 def classes_in(package: str, registered: Mapping[str, str]) -> dict[str, type[Any]]:
     """Import the classes ``module:Class`` of a package, by strategy."""
-    classes = {}
-    for strategy, name in registered.items():
-        module, _, class_name = name.partition(":")
-        classes[strategy] = getattr(importlib.import_module(f"{package}.{module}"), class_name)
-    return classes
+    return {key: resolve_name(f"{package}.{name}") for key, name in registered.items()}
 
 
 if TYPE_CHECKING:

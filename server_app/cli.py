@@ -76,7 +76,7 @@ def bench(
     Finished runs with the same settings are not run again. Run it in the project's folder.
     """
     # Imported here, since they import torch and Flower.
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress
 
     from pfedgpa_app.preflight import ENGINE_ON_FLOWER
     from server_app.bench import execute, num_processes
@@ -119,18 +119,16 @@ def bench(
     )
     failed: dict[str, str] = {}
     begin = time.monotonic()
-    left_column = TextColumn("{task.fields[left]}")
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), left_column)
     # A progress bar would hide the prompt of a debugger.
-    with terminable(), Progress(*columns, disable=not processes) as progress:
-        task = progress.add_task("runs", total=len(pending), left="")
+    with terminable(), Progress(disable=not processes) as progress:
+        task = progress.add_task("runs", total=len(pending))
         finished: list[BenchRun] = []
 
         def advance(run: "BenchRun") -> None:
             finished.append(run)
             seconds = (time.monotonic() - begin) / len(finished) * (len(pending) - len(finished))
             left = f"{timedelta(seconds=round(seconds))} left"
-            progress.update(task, advance=1, left=left)
+            progress.update(task, advance=1)
             print(f"[{len(finished)}/{len(pending)}] {run.outcome(folder)}; {left}", flush=True)
 
         if superlink:
@@ -163,26 +161,25 @@ def _seeds(text: str) -> list[int]:
 def _chosen(named: dict[str, Any], prefixes: list[str] | None, kind: str) -> dict[str, Any]:
     """Return the entries whose names begin with one of the prefixes, in the suite's order.
 
-    A prefix that is a whole name matches that one alone. Raises ValueError if a prefix is empty or
-    matches nothing.
+    A prefix that is a whole name matches that one alone. Raises `ValueError` if a prefix is empty,
+    repeated, or matches nothing.
     """
-    begins = [composed(prefix) for prefix in prefixes or ()]
+    if not prefixes:
+        return named
+    begins = [composed(prefix) for prefix in prefixes]
     if len(set(begins)) < len(begins):
         raise ValueError(f"--{kind}s {', '.join(begins)}: right would be each once")
+    chosen: set[str] = set()
     for begin in begins:
         if not begin:
             raise ValueError(f'--{kind}s "": right would be the beginning of a {kind}\'s name')
-        if not any(composed(name).startswith(begin) for name in named):
+        found = {name for name in named if composed(name).startswith(begin)}
+        if not found:
             raise ValueError(
                 f"no {kind} begins with {begin!r}; there are {', '.join(map(quoted, named))}"
             )
-    exact = {begin for begin in begins if begin in map(composed, named)}
-    chosen = tuple(begin for begin in begins or [""] if begin not in exact)
-    return {
-        name: each
-        for name, each in named.items()
-        if composed(name) in exact or composed(name).startswith(chosen)
-    }
+        chosen |= {name for name in found if composed(name) == begin} or found
+    return {name: each for name, each in named.items() if name in chosen}
 
 
 def _write(suite: "Suite", runs: list["BenchRun"], folder: Path, name: str) -> dict[str, Any]:

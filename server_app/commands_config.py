@@ -19,14 +19,8 @@ config_app = make_app(help="Settings.", no_args_is_help=True)
 SettingsFile = Annotated[
     Path | None, typer.Argument(help="Overrides of pyproject.toml's defaults, as in conf/.")
 ]
-Pairs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--config",
-        "-c",
-        help="key=value as in TOML, such as diffusion.fidelity=0.5; may be repeated.",
-    ),
-]
+_PAIRS_HELP = "key=value as in TOML, such as diffusion.fidelity=0.5; may be repeated."
+Pairs = Annotated[list[str] | None, typer.Option("--config", "-c", help=_PAIRS_HELP)]
 
 
 @config_app.command()
@@ -110,7 +104,14 @@ def _problems(config: Config, clients: int | None) -> Iterator[str]:
     from server_app.app import make_strategy
     from server_app.checkpoint import ResumeError, resolve_resume, resume
 
-    yield from _folder_problems(config)
+    path = config.output_path
+    existing = next(each for each in (path, *path.parents) if os.path.exists(each))
+    output_dir = f'output-dir = "{config.output_dir}"'
+    if not existing.is_dir():
+        yield f"{output_dir}: {existing} is no folder; right would be one"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        right = "right would be a folder that the ServerApp may write to"
+        yield f"{output_dir}: nothing can be written in {existing}; {right}"
     yield from _data_problems(config, clients)
     try:
         spec = preflight(config)
@@ -125,34 +126,22 @@ def _problems(config: Config, clients: int | None) -> Iterator[str]:
         yield str(error).replace("\n", "\n  ")
 
 
-def _folder_problems(config: Config) -> Iterator[str]:
-    path = config.output_path
-    existing = next(each for each in (path, *path.parents) if os.path.exists(each))
-    if not existing.is_dir():
-        yield f'output-dir = "{config.output_dir}": {existing} is no folder; right would be one'
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        yield (
-            f'output-dir = "{config.output_dir}": nothing can be written in {existing}; right '
-            "would be a folder that the ServerApp may write to"
-        )
-
-
 def _data_problems(config: Config, clients: int | None) -> Iterator[str]:
     from pfedgpa_app.data import DataError, client_data
     from pfedgpa_app.data.sources import load_dataset
 
-    data = config.data
-    if clients is not None:
-        if config.server.min_available_nodes > clients:
-            yield (
-                f"server.min-available-nodes = {config.server.min_available_nodes}: more than "
-                f"{clients} clients; a run would wait for them and end"
-            )
-        if config.onboarding.late_clients >= clients:
-            yield (
-                f"onboarding.late-clients = {config.onboarding.late_clients}: there are only "
-                f"{clients} clients; right would be less than that"
-            )
+    data, fewest = config.data, config.server.min_available_nodes
+    late = config.onboarding.late_clients
+    if clients is not None and fewest > clients:
+        yield (
+            f"server.min-available-nodes = {fewest}: more than {clients} clients; a run would wait "
+            "for them and end"
+        )
+    if clients is not None and late >= clients:
+        yield (
+            f"onboarding.late-clients = {late}: there are only {clients} clients; right would be "
+            "less than that"
+        )
     if data.dataset == SITES:
         return
     try:

@@ -17,7 +17,7 @@ from pfedgpa_app.report import BASELINES, REPORT, Run, baselines_of
 from pfedgpa_app.section import NUM_SEEDS
 from server_app.commands_config import Pairs, SettingsFile, checked, defaults_here
 from server_app.own_superlink import NAME, SuperLinkError, own_superlink
-from server_app.superlink import FlowerRun, flwr_run
+from server_app.superlink import flwr_run
 
 _CLIENTS = 10
 
@@ -53,23 +53,17 @@ def run(
     clients: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help=f"Number of simulated clients, {_CLIENTS} by default; with --superlink, "
-            "by default its SuperNodes are the clients.",
+            min=1, help=f"Simulated clients; {_CLIENTS}, or the SuperNodes of --superlink."
         ),
     ] = None,
     superlink: Annotated[
-        str,
-        typer.Option(
-            help="A SuperLink of flwr's configuration; by default, one is started for this run."
-        ),
+        str, typer.Option(help="A SuperLink of flwr's configuration; by default a temporary one.")
     ] = "",
     with_baselines: Annotated[
         bool,
         typer.Option(
             "--with-baselines",
-            help="First run local training and FedAvg with the same settings, unless that was "
-            "done before, so that the page has them to compare with.",
+            help="First run local training and FedAvg to compare with, unless that was done.",
         ),
     ] = False,
 ) -> None:
@@ -87,21 +81,18 @@ def run(
     settings = checked(file, config or [], clients)
     if not superlink and settings.data.dataset == SITES:
         fail(f'data.dataset = "{SITES}" needs sites; right would be --superlink NAME')
-    todo = [settings]
+    todo = []
     if with_baselines:
-        done = baselines_of(settings, settings.output_path, clients)
+        done = (settings.strategy, *baselines_of(settings, settings.output_path, clients))
         todo = [
-            *(
-                settings.model_copy(update={"strategy": name, "resume_from": ""})
-                for name in BASELINES
-                if name not in (settings.strategy, *done)
-            ),
-            settings,
+            settings.model_copy(update={"strategy": name, "resume_from": ""})
+            for name in BASELINES
+            if name not in done
         ]
     with terminable():
         try:
             with nullcontext(os.environ) if superlink else own_superlink() as env:
-                for each in todo:
+                for each in (*todo, settings):
                     if with_baselines:
                         print(f"{each.strategy}:", flush=True)
                     flower_run = flwr_run(each, superlink or NAME, clients, env=env, show=_shown)
@@ -109,17 +100,6 @@ def run(
                         break
         except (SuperLinkError, OSError) as error:
             fail(str(error))
-    _end(flower_run, problem)
-
-
-def _shown(level: str, text: str) -> str:
-    """Return what to print of a log line that is not of a round."""
-    is_begin = text.startswith("Run ") and " begins: " in text
-    return text if is_begin or (level == "WARNING" and "flwr" not in text) else ""
-
-
-def _end(flower_run: FlowerRun, problem: str) -> None:
-    """Print the page of a run, and end the command with its problem, if any."""
     page = Path(flower_run.folder) / REPORT
     if flower_run.folder and page.is_file():
         print(f"The page of this run: {page}")
@@ -127,6 +107,12 @@ def _end(flower_run: FlowerRun, problem: str) -> None:
         print(f"The folder of this run, on its ServerApp's machine: {flower_run.folder}")
     if problem:
         fail(problem)
+
+
+def _shown(level: str, text: str) -> str:
+    """Return what to print of a log line that is not of a round."""
+    is_begin = text.startswith("Run ") and " begins: " in text
+    return text if is_begin or (level == "WARNING" and "flwr" not in text) else ""
 
 
 @contextmanager

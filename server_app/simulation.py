@@ -1,9 +1,7 @@
 """Whole runs of the app in this process or a pool of them, without network.
 
-This module stands above both apps, as Flower's own simulation does.
-
-A run gives the digits of `flwr run` with the same settings, and starts in a second instead of
-twenty; comparisons need many of them.
+This module stands above both apps, as Flower's own simulation does. A run gives the digits of
+`flwr run` with the same settings, and starts in a second instead of twenty.
 """
 
 import logging
@@ -14,7 +12,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,22 +35,23 @@ from server_app.strategies import ClientwiseFedAvg
 
 
 class ClientError(RuntimeError):
-    """A client that cannot answer: nothing is lost here, so that settings or data are wrong."""
+    """A client cannot answer; without a network, its settings or data must be wrong."""
 
 
 class PoolGrid:
     """Flower's Grid, whose nodes 0 .. num_clients - 1 are served by a pool of processes.
 
-    Without processes they are served by this one, so that a debugger sees what they do, and so they
-    are with ``client.engine = "vmap"``, which trains all of them at once. What Flower keeps for a
-    client between its messages is kept here.
+    Without processes they are served by this one, where a debugger sees them, and so they are with
+    ``client.engine = "vmap"``, which trains all of them at once.
 
     Attributes
     ----------
     absent
         The nodes that are not connected now.
     client_app
-        What answers the messages.
+        The ClientApp of all nodes.
+    states
+        The clients' Flower state.
     """
 
     client_app: ClassVar[ClientApp] = own_client_app
@@ -68,17 +66,17 @@ class PoolGrid:
         _identify()
         if config.data.dataset != "sites":  # once, before the processes fork
             client_data(config.data, config.seed, 0, num_clients)
-        context = multiprocessing.get_context("fork")
         self._is_batched = config.client.engine == "vmap"
         if self._is_batched and self.client_app is not own_client_app:
             raise ValueError(
                 'client.engine = "vmap": any other ClientApp than that of this app trains one '
                 'client after the other; right would be "loop"'
             )
-        has_pool = num_processes and not self._is_batched
-        # Forked: a ClientApp needs no name by which processes could import it.
-        begin = partial(_begin_worker, self.client_app)
-        self._pool = context.Pool(num_processes, begin) if has_pool else None
+        self._pool = None
+        if num_processes and not self._is_batched:
+            # Forked: a ClientApp needs no name by which processes could import it.
+            context = multiprocessing.get_context("fork")
+            self._pool = context.Pool(num_processes, _begin_worker, (self.client_app,))
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the connected nodes, which are the numbers of their partitions."""
@@ -89,7 +87,7 @@ class PoolGrid:
         return [NodeInfo(node_id=node) for node in self.get_node_ids()]
 
     def node_config(self, node: int) -> dict[str, Any]:
-        """Return what a SuperNode is told of its data."""
+        """Return the node config of a SuperNode."""
         return {"partition-id": node, "num-partitions": self.num_clients}
 
     def send_and_receive(
@@ -103,14 +101,15 @@ class PoolGrid:
             node = message.metadata.dst_node_id
             given = (self.node_config(node), self.states[node], self.run_config)
             contexts.append(Context(1, node, *given))
-        types = {message.metadata.message_type for message in messages}
-        tasks = list(zip(messages, contexts, strict=True))
-        if self._is_batched and types == {MessageType.TRAIN}:
+        is_training = any(each.metadata.message_type == MessageType.TRAIN for each in messages)
+        if self._is_batched and is_training:
             answers = list(zip(train_messages(messages, contexts), contexts, strict=True))
-        elif self._pool:
-            answers = self._pool.starmap(_answer_in_worker, tasks, chunksize=1)
         else:
-            answers = [_answer(self.client_app, *task) for task in tasks]
+            tasks = list(zip(messages, contexts, strict=True))
+            if self._pool:
+                answers = self._pool.starmap(_answer_in_worker, tasks, chunksize=1)
+            else:
+                answers = [_answer(self.client_app, *task) for task in tasks]
         self.states |= {context.node_id: context.state for _, context in answers}
         return [reply for reply, _ in answers]
 
@@ -146,14 +145,14 @@ def simulate(
 ) -> tuple[ClientwiseFedAvg, list[Row]]:
     """Run the configured strategy and return it with a row a round.
 
-    ``num_rounds`` stops before the configured number of rounds; ``evaluated_rounds`` evaluates the
-    personalized models in the last rounds only. ``on_round`` is called after each round; ``absent``
-    says which nodes are not connected in a round. ``make_strategy`` and ``make_grid`` make others
-    than the configured strategy and `PoolGrid`.
+    ``num_rounds`` ends the run earlier; ``evaluated_rounds`` evaluates personalized models in so
+    many last rounds only; ``on_round`` is called after each round; ``absent`` returns the nodes
+    that are not connected in a round. ``make_strategy`` and ``make_grid`` replace the configured
+    strategy and `PoolGrid`.
     """
     num_rounds = num_rounds or config.num_server_rounds
     strategy = make_strategy(config, preflight(config, one_process=True))
-    # Asked for their partitions, clients begin to keep account of what they tell.
+    # A query for the partition begins a client's privacy ledger.
     strategy.roster = PartitionRoster() if config.privacy.is_on else Roster()
     fraction_evaluate = strategy.fraction_evaluate
     rows: list[Row] = []
@@ -202,7 +201,7 @@ def _identify() -> None:
 
 
 def _answer(app: ClientApp, message: Message, context: Context) -> tuple[Message, Context]:
-    """Return a node's reply, and its context with what is kept for its next message."""
+    """Return a node's reply, and its context with the state for its next message."""
     reply = app(message, context)
     if reply.has_error():
         raise ClientError(f"client {context.node_id} failed: {reply.error.reason}")
@@ -217,7 +216,7 @@ def _answer_in_worker(message: Message, context: Context) -> tuple[Message, Cont
 
 
 def _begin_worker(app: ClientApp) -> None:
-    """Prepare a process of the pool, which ends with its parent and by it alone."""
+    """Prepare a process of the pool, which only its parent ends."""
     _apps_of_worker[:] = [app]
     _identify()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -226,7 +225,7 @@ def _begin_worker(app: ClientApp) -> None:
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it does, which may be killed."""
+    """End this process when its parent ends, even if that is killed."""
 
     def end(parent: Any) -> None:
         wait([parent.sentinel])

@@ -122,7 +122,7 @@ def test_a_run_is_shown_with_all_that_is_known_of_it(tmp_path: Path):
         "models/",
         "run.json",
     }
-    assert sizes["models/"] == "12.3 KB"
+    assert sizes["models/"] == "12.3 kB"
     assert blocks == {
         "Settings that differ from the defaults": ["seed = 5", "diffusion.fidelity = 0.5"],
         "Last accuracies": ["personalized: 0.6250", "after local training: 0.5000"],

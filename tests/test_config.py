@@ -120,14 +120,14 @@ def test_a_value_in_place_of_a_section_is_refused(section: str):
 @pytest.mark.parametrize(
     ("key", "value", "right"),
     [
-        ("seed", True, "True: should be a whole number"),
+        ("seed", True, "true: should be a whole number"),
         ("seed", None, "None: should be a whole number"),
         ("client.batch-size", 2.0, "2.0: should be a whole number"),
         ("client.batch-size", "50", '"50": should be a whole number'),
         ("client.learning-rate", "0.1", '"0.1": should be a number'),
-        ("client.learning-rate", True, "True: should be a number"),
+        ("client.learning-rate", True, "true: should be a number"),
         ("output-dir", 3, "3: should be a string"),
-        ("diffusion.rank", True, "True: should be a whole number or 'auto'"),
+        ("diffusion.rank", True, "true: should be a whole number or 'auto'"),
         ("strategy", "fedsgd", "\"fedsgd\": should be 'pfedgpa', 'local', 'fedavg', 'fedavg-ft'"),
         ("data.dataset", "mnist", 'should read like "package.module:function"'),
         ("model.name", "my-net:f", 'should read like "package.module:function"'),

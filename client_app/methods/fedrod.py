@@ -19,8 +19,8 @@ class TwoHeads(nn.Module):
         self.generic = generic
         self.head = head
         num_classes, dim = head.size
-        self.personal = nn.Linear(dim, num_classes, bias=layer.bias is not None)
-        self.personal.to(next(layer.parameters()).device)
+        device = next(layer.parameters()).device
+        self.personal = nn.Linear(dim, num_classes, bias=layer.bias is not None, device=device)
         for parameter in self.personal.parameters():
             nn.init.zeros_(parameter)
 
@@ -46,7 +46,7 @@ class FedRoD(Method):
     at zero and never uploaded. ``client.class-prior`` applies to the personal logits alone.
     """
 
-    def personal_model(self, task: Task) -> nn.Module:
+    def personal_model(self, task: Task) -> TwoHeads:
         """Return the model with both heads."""
         model = TwoHeads(task.model, task.head)
         if task.memory:
@@ -77,6 +77,5 @@ class FedRoD(Method):
             return balanced + functional.cross_entropy(personal + task.offset, labels)
 
         task.fit(model, loss)
-        assert isinstance(model, TwoHeads)
         task.memory = copy_of(model.personal.state_dict())
         return self.upload(task, [task.model])

@@ -14,20 +14,10 @@ from pfedgpa_app.protocol import CENTER, ENDPOINTS, HAS_REGION
 class Simplex(nn.Module):
     """A model whose head weight is a convex combination of endpoints, drawn in each training step.
 
-    Parameters
-    ----------
-    model
-        Ends in a linear layer.
-    weight_names
-        All names of this layer's weight, aliases included.
-    endpoints
-        ``(num_endpoints, num_classes, dim)``.
-    center
-        The client's point, ``(num_endpoints,)``, used in evaluation.
-    radius
-        Of its region, in the 1-norm; None draws from the whole simplex.
-    generator
-        On the CPU.
+    ``model`` ends in a linear layer, whose weight has the names ``weight_names``; ``endpoints`` are
+    ``(num_endpoints, num_classes, dim)``. Evaluation uses the client's point ``center``,
+    ``(num_endpoints,)``; training draws points within ``radius`` of it in the 1-norm, or from the
+    whole simplex if that is None, by ``generator``, on the CPU.
     """
 
     def __init__(
@@ -40,27 +30,23 @@ class Simplex(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.weight_names = weight_names
-        self.model = model
-        self.endpoints = nn.Parameter(endpoints)
-        self.center = center
-        self.radius = radius
-        self.generator = generator
+        self.model, self.weight_names = model, weight_names
+        self.endpoints, self.center = nn.Parameter(endpoints), center
+        self.radius, self.generator = radius, generator
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the center, or of a random point of the region in training."""
-        point = self._sample() if self.training else self.center
-        weight = torch.tensordot(point.to(self.endpoints), self.endpoints, dims=1)
-        logits: Tensor = functional_call(self.model, self._state(weight), (images,))
+        head = self._head(self._sample() if self.training else self.center)
+        logits: Tensor = functional_call(self.model, head, (images,))
         return logits
 
+    @torch.no_grad()
     def state_at_center(self) -> StateDict:
         """Return the model at the client's point, with one head."""
-        endpoints = self.endpoints.detach()
-        weight = torch.tensordot(self.center.to(endpoints), endpoints, dims=1)
-        return copy_of(self.model.state_dict() | self._state(weight))
+        return copy_of(self.model.state_dict() | self._head(self.center))
 
-    def _state(self, weight: Tensor) -> StateDict:
+    def _head(self, point: Tensor) -> StateDict:
+        weight = torch.tensordot(point.to(self.endpoints), self.endpoints, dims=1)
         return dict.fromkeys(self.weight_names, weight)
 
     def _sample(self) -> Tensor:
@@ -79,7 +65,7 @@ class Floco(Method):
 
     simplex: Simplex | None = None
 
-    def personal_model(self, task: Task) -> nn.Module:
+    def personal_model(self, task: Task) -> Simplex:
         """Return the model at the client's point."""
         if self.simplex is None:
             extras = task.extras
@@ -95,13 +81,10 @@ class Floco(Method):
 
     def personal_state(self, task: Task) -> StateDict:
         """Return the model at the client's point, with one head."""
-        simplex = self.personal_model(task)
-        assert isinstance(simplex, Simplex)
-        return simplex.state_at_center()
+        return self.personal_model(task).state_at_center()
 
     def train(self, task: Task) -> Trained:
         """Train the body, the head's bias and all endpoints."""
         simplex = self.personal_model(task)
-        assert isinstance(simplex, Simplex)
         task.fit(simplex)
         return Trained(simplex.state_at_center(), copy_of({ENDPOINTS: simplex.endpoints}))

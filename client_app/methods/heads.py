@@ -23,11 +23,7 @@ def logits_and_features(model: nn.Module, head: Head, images: Tensor) -> tuple[T
 @contextmanager
 def training_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Freeze all parameters but those of these names."""
-    frozen = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if name not in names and parameter.requires_grad
-    ]
+    frozen = [p for n, p in model.named_parameters() if n not in names and p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:

@@ -21,11 +21,13 @@ class IFCA(Method):
     def personal_model(self, task: Task) -> nn.Module:
         """Return the model of the client's cluster."""
         if self.chosen is None:
-            models = self._models(task)
-            losses = {}
+            models, data = self._models(task), task.data
+            sample = (data.train_inputs, data.train_labels, data.stats)
+            precision, losses = task.config.client.precision, {}
             for cluster, state in models.items():
                 task.model.load_state_dict(state)
-                losses[cluster] = self._loss(task)
+                found = evaluate(task.model, *sample, precision, offset=task.offset)
+                losses[cluster] = found.loss
             self.chosen = min(losses, key=lambda cluster: (losses[cluster], cluster))
             task.model.load_state_dict(models[self.chosen])
         return task.model
@@ -43,14 +45,3 @@ class IFCA(Method):
         others = states_below(CLUSTER, task.extras)
         # Messages may leave out frozen weights.
         return received | {number: task.received | state for number, state in others.items()}
-
-    def _loss(self, task: Task) -> float:
-        data, precision = task.data, task.config.client.precision
-        return evaluate(
-            task.model,
-            data.train_inputs,
-            data.train_labels,
-            data.stats,
-            precision,
-            offset=task.offset,
-        ).loss

@@ -19,45 +19,19 @@ from pfedgpa_app.training import Loss, cross_entropy, proximal, train
 
 @dataclass
 class Task:
-    """The work of one message, on one device.
+    """The work of one message, on one device."""
 
-    Attributes
-    ----------
-    model
-        With the received parameters; a method trains it in place.
-    received
-        A copy of these parameters.
-    extras
-        Further tensors that the server sent, by name.
-    data
-        This client's examples and labels.
-    config
-        The settings of the run.
-    offset
-        Added to the logits, ``(num_classes,)``: the client's class prior, or zeros.
-    memory
-        The method's own tensors, which persist from message to message.
-    generator
-        On the CPU; seeded by run, client and round.
-    ledger
-        Privacy spent so far.
-    uniform
-        Source of the privacy noise.
-    build
-        Builds the configured model, on the CPU.
-    """
-
-    model: nn.Module
-    received: StateDict
-    extras: StateDict
+    model: nn.Module  # with the received parameters; a method trains it in place
+    received: StateDict  # a copy of these parameters
+    extras: StateDict  # further tensors that the server sent, by name
     data: ClientData
     config: Config
-    offset: Tensor
-    memory: StateDict
-    generator: torch.Generator
-    build: Callable[[], nn.Module]
-    ledger: Ledger = field(default_factory=Ledger)
-    uniform: Uniform = secure_uniform
+    offset: Tensor  # added to the logits, (num_classes,): the client's class prior, or zeros
+    memory: StateDict  # the method's own tensors, which persist from message to message
+    generator: torch.Generator  # on the CPU; seeded by run, client and round
+    build: Callable[[], nn.Module]  # builds the configured model, on the CPU
+    ledger: Ledger = field(default_factory=Ledger)  # privacy spent so far
+    uniform: Uniform = secure_uniform  # source of the privacy noise
 
     def new_model(self, state: StateDict) -> nn.Module:
         """Build another model with the parameters of a state_dict.
@@ -76,13 +50,7 @@ class Task:
 
     @cached_property
     def head(self) -> Head:
-        """The layer that makes the logits.
-
-        Raises
-        ------
-        ModelError
-            If there is none.
-        """
+        """The layer that makes the logits; raises `ModelError` if there is none."""
         head = find_head(self.build(), self.data.info)
         if head is None:
             raise ModelError("the model has no layer that makes the logits")
@@ -124,13 +92,18 @@ class Task:
         plain, distance = cross_entropy(self.offset), proximal(self.received, strength)
         self.fit(model, lambda each, images, labels: plain(each, images, labels) + distance(each))
 
+    @property
+    def _cost(self) -> tuple[float, float, int]:
+        """The privacy cost of a training."""
+        privacy, client = self.config.privacy, self.config.client
+        return cost_of_round(privacy, client, len(self.data.train_labels))
+
     def may_train(self) -> bool:
         """Return whether the privacy budget allows another training."""
-        privacy, client = self.config.privacy, self.config.client
+        privacy = self.config.privacy
         if privacy.mode != "example" or not privacy.epsilon:
             return True
-        after = self.ledger.after(*cost_of_round(privacy, client, len(self.data.train_labels)))
-        return after.epsilon(privacy.delta) <= privacy.epsilon
+        return self.ledger.after(*self._cost).epsilon(privacy.delta) <= privacy.epsilon
 
     def keep_private(self, state: StateDict) -> StateDict:
         """Return the upload, with privacy noise if it is configured.
@@ -144,8 +117,7 @@ class Task:
         if privacy.mode == "example":
             # DP-SGD covers trained tensors only; all others are sent back as received.
             return {n: t if n in self.spec.trained else received[n] for n, t in state.items()}
-        cost = cost_of_round(privacy, self.config.client, len(self.data.train_labels))
-        self.ledger = self.ledger.after(*cost)
+        self.ledger = self.ledger.after(*self._cost)
         private = private_update(state, received, self.spec, privacy, self.uniform)
         private = self.spec.refreshed(private)
         self.model.load_state_dict(private)
@@ -178,9 +150,8 @@ class Fit(NamedTuple):
 class Method:
     """FedAvg's client (arXiv 1602.05629): SGD from the received model, all of which is uploaded.
 
-    Subclasses override what a client trains, uploads, keeps and is evaluated on. Methods with
-    plain, independent trainings keep `train`, so that many clients can be trained together
-    (`client_app.batched`).
+    Methods with plain, independent trainings keep `train`, so that many clients can be trained
+    together (`client_app.batched`).
     """
 
     def personal_model(self, task: Task) -> nn.Module:

@@ -57,14 +57,9 @@ def _half_fits(task: Task) -> Iterator[Fit]:
 
 
 def _half_updates(task: Task, models: Sequence[nn.Module]) -> Tensor:
-    """Return sketches of both halves' updates of the generated parameters.
+    """Return sketches of both halves' updates of the generated parameters, ``(2, SKETCH)``.
 
     They are 0 without halves, or if a training diverged.
-
-    Returns
-    -------
-    Tensor
-        Sketches, ``(2, SKETCH)``.
     """
     layout, start = _start(task)
     updates = [sketched((layout.split(model.state_dict())[0] - start).cpu()) for model in models]

@@ -13,7 +13,7 @@ from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data.dataset import DataError, Part
 from pfedgpa_app.errors import described
 from pfedgpa_app.own_functions import own_function
-from pfedgpa_app.randomness import initialized_by, make_generator
+from pfedgpa_app.randomness import drawing_from, make_generator
 
 _RETURNS = "(examples, labels), (examples, labels, owners) or (examples, labels, owners, is_test)"
 
@@ -88,7 +88,7 @@ def _called(setting: str, name: str, seed: int, call: Callable[[Callable[..., An
     except Exception as error:  # user code may raise anything
         raise DataError(f"{name}: importing it failed with {described(error)}") from error
     try:
-        with initialized_by(make_generator(seed, setting)):
+        with drawing_from(make_generator(seed, setting)):
             return call(function)
     except Exception as error:
         raise DataError(f"{name}: failed with {described(error)}") from error

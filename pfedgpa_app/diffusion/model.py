@@ -19,7 +19,7 @@ from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
 from pfedgpa_app.diffusion.training import train_denoiser
 from pfedgpa_app.diffusion.unet import UNetDenoiser
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.randomness import initialized_by
+from pfedgpa_app.randomness import drawing_from
 
 MakeGenerator = Callable[..., torch.Generator]
 """Called with the name of a purpose and, by keyword, with a device."""
@@ -180,7 +180,7 @@ def _train(
     noises.
     """
     schedule, x0 = schedule_of(config), coordinates.to(device)
-    with initialized_by(make_generator("denoiser")):
+    with drawing_from(make_generator("denoiser")):
         denoiser = _new_denoiser(config, coordinates.shape[1]).to(device)
     train_denoiser(
         denoiser,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.randomness import initialized_by, make_generator
+from pfedgpa_app.randomness import drawing_from, make_generator
 from pfedgpa_app.stateful import Kept
 from pfedgpa_app.strategies import PFedHNConfig
 from server_app.replies import Upload
@@ -74,7 +74,7 @@ class PFedHN(ClientwiseFedAvg):
                 ]
             )
         sizes = [settings.embedding_dim] + [settings.hidden_size] * (1 + settings.hidden_layers)
-        with initialized_by(make_generator(self.seed, "hypernetwork")):
+        with drawing_from(make_generator(self.seed, "hypernetwork")):
             layers: list[nn.Module] = []
             for inputs, outputs in pairwise(sizes):
                 layers += [nn.Linear(inputs, outputs), nn.ReLU()]
