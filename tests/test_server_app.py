@@ -161,10 +161,10 @@ def test_why_a_run_ended_is_in_its_folder_and_the_name_stays(
 ):
     monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(app, "_run", fail)
+    monkeypatch.setattr(app.ClientwiseFedAvg, "start", fail)
     settings = {"output-dir": str(tmp_path)}
     with pytest.raises(RuntimeError, match="out of memory"):
         main(learning_grid(first_id=10), Context(1, 1, {}, RecordDict(), settings))
