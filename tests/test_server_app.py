@@ -212,13 +212,6 @@ def test_a_site_with_other_code_is_named_and_costs_nobody_else_a_round(
     assert f"(1234) than the server ({OURS[:12]})" in caplog.text
 
 
-def test_clients_of_ones_own_say_nothing_of_their_code_and_take_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    run = run_coded(tmp_path, monkeypatch, coded_grid(a=None, b=None, c=None))
-    assert [row["num-clients"] for row in run.metrics] == [3, 3]
-
-
 @pytest.mark.parametrize("is_simulation", [False, True])
 def test_a_run_among_clients_with_other_code_ends_with_what_would_be_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_simulation: bool
