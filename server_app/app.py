@@ -32,13 +32,14 @@ from pfedgpa_app.section import listed
 from pfedgpa_app.state import WriteError, write_text
 from pfedgpa_app.vault import DiskVault
 from server_app.checkpoint import ResumeError, keep_best, resolve_resume, resume, write_checkpoint
+from server_app.cross_site import evaluate_across
 from server_app.grid import GuardedGrid
 from server_app.replies import max_bytes, metric_ranges
 from server_app.roster import JoinTimeoutError, PartitionRoster, SourceError
 from server_app.strategies import STRATEGIES, ClientwiseFedAvg
 from server_app.tracking import Tracking
 
-# Of a run whose clients all failed, so many causes are told, those that most had.
+# The most frequent causes, if all clients failed.
 _MAX_CAUSES = 10
 
 app = ServerApp()
@@ -46,7 +47,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the configured strategy and leave a folder with all that came of it."""
+    """Run the configured strategy, and write its results to the folder of the run."""
     try:
         config = resolve_resume(Config.from_flat(context.run_config))
         spec, earlier = preflight(config), None
@@ -97,13 +98,8 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _run(
-    grid: Grid,
-    strategy: ClientwiseFedAvg,
-    folder: RunFolder,
-    tracking: Tracking,
-) -> None:
-    """Do the rounds that are left, and write models and page."""
+def _run(grid: Grid, strategy: ClientwiseFedAvg, folder: RunFolder, tracking: Tracking) -> None:
+    """Run the remaining rounds, and write models and page."""
     config = folder.config
     layouts = (strategy.global_model.layout, strategy.extras_layout)
     guarded: Any = GuardedGrid(grid, max_bytes(*layouts))
@@ -121,7 +117,7 @@ def _run(
         site = strategy.sites.get(client, {})
         folder.save_model(client, state, strategy.record.server_round, site)
     if config.server.cross_site:
-        rows = strategy.evaluate_across(guarded, config.server.round_timeout)
+        rows = evaluate_across(strategy, guarded, config.server.round_timeout)
         write_matrix(folder.path, rows, strategy.roster.client_names())
         log(INFO, "Cross-site matrix: %d pairs, of the clients that consent", len(rows))
     if round_end.ended:
@@ -131,9 +127,9 @@ def _run(
 
 
 def _note(folder: RunFolder, error: Exception) -> None:
-    """Leave why a run ended in its folder, and the page with it."""
-    told = isinstance(error, (WriteError, JoinTimeoutError, RowError, RunError, SourceError))
-    reason = str(error) if told else f"{type(error).__name__}: {error}"
+    """Write to the folder of a run why it ended, and the page."""
+    own = isinstance(error, (WriteError, JoinTimeoutError, RowError, RunError, SourceError))
+    reason = str(error) if own else f"{type(error).__name__}: {error}"
     try:
         folder.note("error", reason)
     except WriteError as problem:
@@ -142,7 +138,7 @@ def _note(folder: RunFolder, error: Exception) -> None:
 
 
 def _keep_best(run: Path, target: Path) -> None:
-    """Keep the checkpoint of a best round; a run does not end for the lack of it."""
+    """Keep the checkpoint of the best round; an error does not end the run."""
     try:
         keep_best(run, target)
     except WriteError as error:
@@ -150,7 +146,7 @@ def _keep_best(run: Path, target: Path) -> None:
 
 
 def _write_report(path: Path) -> None:
-    """Write the page to look at the run; whatever is wrong with it is no reason to fail."""
+    """Write the page of the run; an error does not end the run."""
     try:
         # Only the end of a run needs plotly.
         from pfedgpa_app.page.runs import page_of
@@ -162,10 +158,7 @@ def _write_report(path: Path) -> None:
 
 
 def make_strategy(config: Config, spec: ModelSpec, folder: Path | None = None) -> ClientwiseFedAvg:
-    """Return the strategy that a run's settings ask for.
-
-    With ``server.bank = "disk"`` its files are below the ``folder`` of the run.
-    """
+    """Return the strategy of a run; with ``server.bank = "disk"`` it has files in ``folder``."""
     vault = None
     if config.server.bank == "disk" and folder is not None:
         earlier = config.earlier_path
@@ -202,16 +195,16 @@ class RunError(RuntimeError):
 
 
 class EarlyEnd(Exception):  # noqa: N818
-    """Out of Flower's loop over the rounds, of a run that has reached what it was to reach."""
+    """Leaves Flower's loop over the rounds, by ``server.stop-at`` or ``server.patience``."""
 
 
 class RoundEnd:
-    """Called by Flower when a round is over: writes and logs what came of it.
+    """Called by Flower after each round: writes and logs its results.
 
     Attributes
     ----------
     ended
-        Why the run ends before its last round; empty as long as it does not.
+        Why the run ends before its last round; empty if it does not.
     """
 
     def __init__(self, strategy: ClientwiseFedAvg, folder: RunFolder, tracking: Tracking) -> None:
@@ -227,11 +220,11 @@ class RoundEnd:
         self.ended = ""
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
-        """Write the round's rows and then, if one is due, a checkpoint that counts them in.
+        """Write the round's rows and then, if one is due, a checkpoint that counts them.
 
-        Round 0 is Flower's word for before the first: its checkpoint is there for a run that is
-        killed before the next. What cannot be written then, or after the last round, ends the run.
-        In between the models are safe in memory, and it is tried again after the next round.
+        Flower's round 0 is before the first: its checkpoint is for a run that is killed in the
+        first. An error of writing ends the run there and after the last round. In between it is
+        tried again after the next round.
 
         Raises
         ------
@@ -242,10 +235,10 @@ class RoundEnd:
         """
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
-        if server_round > 0:
-            self._stop_if_all_failed()
         completed = self.strategy.record.server_round
         is_last = completed == self.config.num_server_rounds
+        if server_round > 0:
+            self._stop_if_all_failed()
         try:
             if server_round > 0:
                 self._write_rows(seconds)
@@ -253,13 +246,7 @@ class RoundEnd:
                     since = self.strategy.completed_rounds
                     self.ended = reason_to_end(self.rows, self.config.server, since)
                     is_last = bool(self.ended)
-            if self._is_due(completed, is_last):
-                write_checkpoint(self.folder.path, self.strategy)
-                self.checkpointed = completed
-            if self.checkpointed in (None, completed):
-                self.strategy.vault.prune()
-            if self.checkpointed == completed:
-                self._keep_if_best()
+            self._write_checkpoint(completed, is_last)
         except WriteError as error:
             if server_round == 0 or is_last:
                 raise
@@ -273,53 +260,43 @@ class RoundEnd:
         if self.ended:
             raise EarlyEnd
 
-    def _is_due(self, completed: int, is_last: bool) -> bool:
-        """Tell whether it is time for a checkpoint, or has been since the last one was written."""
-        every = self.config.checkpoint.every
-        # Nobody could go on from what the server has alone.
-        if not every or self.strategy.clients_keep_parts or self.config.privacy.is_on:
-            return False
-        last = self.checkpointed
-        return last is None or is_last or completed // every > last // every
-
     def _write_rows(self, seconds: float) -> None:
+        """Write and log the rows of a round, and log warnings that are new."""
         record = self.strategy.record
         row = summarize(record, self.config.strategy, seconds)
         log(INFO, "%s", describe(row, self.config.num_server_rounds))
         self.tracking.add_round(row)
         self.rows.append(row)
-        self._warn()
+        warnings = warnings_in(self.rows, self.config)
+        for new in warnings.keys() - self.warned.keys():
+            log(WARNING, "%s%s", warnings[new], best_kept(self.folder.path, self.folder.name))
+        self.warned |= warnings
         clients = [record.clients[client] for client in sorted(record.clients)]
         self.folder.add_round(row, clients, self.strategy.trace())
 
-    def _keep_if_best(self) -> None:
-        """Keep the checkpoint that was written, if no round before was better."""
-        last = self.rows[-1] if self.rows else {"round": 0}
-        is_evaluated = last["round"] == self.checkpointed and last.get(EVALUATED) is not None
-        if is_evaluated and is_best(last, self.best):
-            self.best = last
+    def _write_checkpoint(self, completed: int, is_last: bool) -> None:
+        """Write a checkpoint if one is due, or could not be written, and keep that of the best."""
+        every, last = self.config.checkpoint.every, self.checkpointed
+        # The state of the server alone cannot be resumed.
+        has_all = not self.strategy.clients_keep_parts and not self.config.privacy.is_on
+        if every and has_all and (last is None or is_last or completed // every > last // every):
+            write_checkpoint(self.folder.path, self.strategy)
+            last = self.checkpointed = completed
+        if last in (None, completed):
+            self.strategy.vault.prune()
+        row = self.rows[-1] if self.rows else {}
+        is_evaluated = row.get("round") == completed and row.get(EVALUATED) is not None
+        if last == completed and is_evaluated and is_best(row, self.best):
+            self.best = row
             _keep_best(self.folder.path, self.folder.path)
 
-    def _warn(self) -> None:
-        """Log what goes wrong when it begins; the run's page says how it went on."""
-        warnings = warnings_in(self.rows, self.config)
-        for begun in warnings.keys() - self.warned.keys():
-            log(WARNING, "%s%s", warnings[begun], best_kept(self.folder.path, self.folder.name))
-        self.warned |= warnings
-
     def _stop_if_all_failed(self) -> None:
-        """End a run in whose first round every client failed: it is the settings, not the clients.
-
-        Raises
-        ------
-        RunError
-            With what the clients said.
-        """
+        """Raise a `RunError` if every client failed in the first round, as by wrong settings."""
         record = self.strategy.record
         statuses = [str(row.get("status", "ok")) for row in record.clients.values()]
         is_first = record.server_round == self.strategy.completed_rounds + 1
         if is_first and statuses and not any(one.startswith(("ok", NO_REPLY)) for one in statuses):
-            with contextlib.suppress(WriteError):  # what is wrong is told all the same
+            with contextlib.suppress(WriteError):  # the RunError says what is wrong
                 self.folder.add_clients(record.clients.values())
             causes = "\n  ".join(causes_of(statuses)[-_MAX_CAUSES:])
             diverged = (

@@ -1,7 +1,6 @@
 """Checkpoints: everything that the next round needs, in one file of the run's folder.
 
-Whatever is drawn at random is fixed by seed, purpose and round, so no generator has a state to
-keep.
+Generators have no state to save, since seed, purpose and round fix all that they draw.
 """
 
 from pathlib import Path
@@ -24,7 +23,7 @@ class ResumeError(ValueError):
 
 
 def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
-    """Write a strategy's state after a round; a crash leaves the last checkpoint as it was."""
+    """Write a strategy's state; after a crash the last checkpoint is as it was."""
     save_state(
         folder / CHECKPOINT,
         CHECKPOINT_KIND,
@@ -36,11 +35,10 @@ def write_checkpoint(folder: Path, strategy: ClientwiseFedAvg) -> None:
 
 
 def keep_best(run: Path, target: Path | None = None) -> None:
-    """Keep the checkpoint of a run, which is that of its best round so far, from the next ones.
+    """Copy a run's checkpoint, which is that of its best round, to the folder `BEST`.
 
-    It goes to the folder `BEST` of ``target``, by default of the run itself, with the files of its
-    bank. They are links where the disk can, so it takes space from when the next checkpoint is
-    written. A crash leaves the checkpoint that was there, or this one.
+    The folder is below ``target``, by default the run. It gets the files of the bank too, as hard
+    links where possible. After a crash it has the earlier checkpoint or this one.
 
     Raises
     ------
@@ -63,9 +61,7 @@ def keep_best(run: Path, target: Path | None = None) -> None:
 
 
 def resolve_resume(config: Config) -> Config:
-    """Return the settings with the id, or elsewhere the path, of the run to go on from.
-
-    It may be called by a name or as ``latest``, which another run is later.
+    """Return the settings with ``resume-from``, a name or ``latest``, as an id or a path.
 
     Raises
     ------
@@ -83,18 +79,13 @@ def resolve_resume(config: Config) -> Config:
 
 
 def resume(config: Config, strategy: ClientwiseFedAvg) -> Run:
-    """Bring a strategy into the state of the run ``config.resume_from``, which is settled.
-
-    Returns
-    -------
-    Run
-        The earlier run.
+    """Restore a strategy from the run of `resolve_resume`, and return this run.
 
     Raises
     ------
     ResumeError
-        If there is no such run, its checkpoint is missing, damaged or foreign, its settings differ
-        in what decides about results, or it has more rounds than are asked for.
+        If there is no such run, its checkpoint is missing, damaged or foreign, settings that affect
+        results differ, or it has more rounds than ``config``.
     """
     if strategy.clients_keep_parts:
         raise ResumeError(
@@ -102,27 +93,25 @@ def resume(config: Config, strategy: ClientwiseFedAvg) -> Run:
             "their models, which end with their run; right would be a new run"
         )
     path = config.earlier_path
-    assert path is not None, "there is a run to go on from"
+    assert path is not None
     try:
         run = Run.read(path.parent if path.name == BEST else path)
-        tensors, facts = load_state(path / CHECKPOINT, CHECKPOINT_KIND)
+        tensors, metadata = load_state(path / CHECKPOINT, CHECKPOINT_KIND)
     except ValueError as error:
         raise ResumeError(f'resume-from = "{config.resume_from}": {error}') from error
     differences = config.differences(run.config)
-    # A site may be left out from here on, or be back.
+    # Sites may be excluded or included from here on.
     for key in ("server.include", "server.exclude"):
         differences.pop(key, None)
     if differences:
+        lines = [f"\n  - {key} = {new!r}, there {old!r}" for key, (new, old) in differences.items()]
         raise ResumeError(
-            "The settings differ from those of the run to go on from:\n"
-            + "\n".join(
-                f"  - {key} = {new!r}, there {old!r}" for key, (new, old) in differences.items()
-            )
+            f"The settings differ from those of the run to go on from:{''.join(lines)}"
         )
-    if facts["round"] > config.num_server_rounds:
+    if metadata["round"] > config.num_server_rounds:
         raise ResumeError(
             f"num-server-rounds = {config.num_server_rounds}: the run has completed "
-            f"{facts['round']} rounds; right would be that or more"
+            f"{metadata['round']} rounds; right would be that or more"
         )
     if damaged := _not_finite(tensors, strategy.global_model.spec):
         raise ResumeError(
@@ -133,17 +122,14 @@ def resume(config: Config, strategy: ClientwiseFedAvg) -> Run:
         strategy.restore(tensors)
     except ValueError as error:  # of the layout's or of the aggregator's
         raise ResumeError(f"The model is not that of the run to go on from: {error}") from error
-    strategy.completed_rounds = facts["round"]
-    strategy.record = RoundRecord(facts["round"])
-    strategy.roster.resume(dict(facts["clients"]))
+    strategy.completed_rounds = metadata["round"]
+    strategy.record = RoundRecord(metadata["round"])
+    strategy.roster.resume(dict(metadata["clients"]))
     return run
 
 
 def _not_finite(tensors: StateDict, spec: ModelSpec) -> str:
-    """Return the name of a tensor with NaN or inf, "" if there is none.
-
-    The model's own, such as masks, may have such values from the beginning.
-    """
+    """Return a tensor with NaN or inf, "" for none, but for those of the model such as masks."""
     infinite = [name for name, each in spec.initial.items() if not bool(each.isfinite().all())]
     for name, tensor in tensors.items():
         is_own = any(name.endswith(f".{each}") for each in infinite)

@@ -1,4 +1,4 @@
-"""What all clients have in common: the average of their models."""
+"""The average of all clients' models."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,26 +12,26 @@ from pfedgpa_app.stateful import Kept, Stateful
 from server_app.momentum import Momentum
 from server_app.replies import Upload
 
-# A number of examples is what its client claims; what it weighs in the average has a limit.
+# Clients report their numbers of examples, so that weights need a limit.
 MAX_EXAMPLES_RATIO = 10
 
 
 class GlobalModel(Stateful):
-    """The average, and how the parameters that are generated lie in a vector ``(d,)``.
+    """The average, and the vector ``(d,)`` of the generated parameters of a model.
 
     Parameters
     ----------
     spec
-        The model, whose tensors are in the order of the vectors.
+        The model.
     patterns
-        Of the names of the parameters that are generated.
+        Patterns of the names of generated parameters.
     beta
-        Part of its last step by which the average goes on.
+        Momentum of the average.
 
     Raises
     ------
     ParameterError
-        If a pattern takes no tensor of it, or nothing would be generated.
+        If a pattern matches no tensor, or nothing would be generated.
     """
 
     average: Kept[StateDict]
@@ -44,7 +44,7 @@ class GlobalModel(Stateful):
         self.momentum = Momentum(beta, spec.trained)
 
     def move_to(self, combined: StateDict) -> None:
-        """Move the average to what a round's uploads are combined to."""
+        """Move the average to a round's combined uploads, with momentum."""
         self.average = self.spec.refreshed(self.momentum.step(self.average, combined))
 
     def vector(self, state: StateDict) -> Tensor:
@@ -56,27 +56,18 @@ class GlobalModel(Stateful):
         return self.spec.refreshed(self.layout.merge(vector, self.layout.rest(self.average)))
 
     def complete_restored(self) -> None:
-        """Check the average.
-
-        Raises
-        ------
-        ParameterError
-            If it is another model's.
-        """
+        """Raise a `ParameterError` if the average is that of another model."""
         replace(self.layout, sends_fixed=True).check(self.average)
         self.average = self.layout.received(self.average)
 
 
 def weights_of(uploads: Iterable[Upload]) -> list[int]:
-    """Return what uploads count for in an average: their numbers of examples, with a limit.
-
-    Nobody counts for more than `MAX_EXAMPLES_RATIO` times the median client.
-    """
+    """Return the weights of uploads: their numbers of examples, limited by those of the median."""
     numbers = [upload.num_examples for upload in uploads]
     limit = max(1, round(MAX_EXAMPLES_RATIO * statistics.median(numbers)))
     return [min(number, limit) for number in numbers]
 
 
 def average_of(uploads: Sequence[Upload]) -> StateDict:
-    """Return the average of uploads, by `weights_of` them."""
+    """Return the average of uploads, weighted by `weights_of` them."""
     return weighted_average([upload.state for upload in uploads], weights_of(uploads))

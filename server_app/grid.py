@@ -22,17 +22,10 @@ PAUSE = 3.0
 class GuardedGrid:
     """Flower's Grid with replies that are fetched one by one and limited in size.
 
-    Flower decodes all available replies at once, and the SuperLink does not validate them. A
-    malformed one would end the run, one that repeats a chunk of an array would fill the memory, and
-    one with a wrong message id would leave its message unanswered. Here each of these is an error
-    of its node alone.
-
-    Parameters
-    ----------
-    grid : Grid
-        Flower's Grid.
-    max_bytes : int
-        Limit of all arrays of a reply.
+    Flower decodes all available replies at once and does not validate them. A malformed one would
+    end the run, one that repeats a chunk of an array would fill the memory, and one with a wrong
+    message id would leave its message unanswered. Here each is an error of its node alone.
+    ``max_bytes`` limits all arrays of a reply.
     """
 
     def __init__(self, grid: Grid, max_bytes: int) -> None:
@@ -52,7 +45,7 @@ class GuardedGrid:
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Send messages and return the replies, or errors in their places, in ``timeout`` seconds.
+        """Send messages and return the replies of ``timeout`` seconds, or errors in their places.
 
         Raises
         ------
@@ -60,7 +53,14 @@ class GuardedGrid:
             If the SuperLink does not answer.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        waiting = self._send(list(messages))
+        messages = list(messages)
+        sent = set(self._grid.push_messages(messages))
+        # An error reply for each message, if its reply is malformed.
+        waiting = {
+            message.metadata.message_id: Message(Error(ErrorCode.UNKNOWN), reply_to=message)
+            for message in messages
+            if message.metadata.message_id in sent
+        }
         del messages  # up to one model per node
         replies: list[Message] = []
         while waiting and time.monotonic() < deadline:
@@ -74,16 +74,6 @@ class GuardedGrid:
                 # Polling takes at most half of the time.
                 time.sleep(max(self._pause, time.monotonic() - begin))
         return replies
-
-    def _send(self, messages: list[Message]) -> dict[str, Message]:
-        """Send messages and return, by their ids, error replies for unreadable ones."""
-        sent = set(self._grid.push_messages(messages))
-        refused = Error(ErrorCode.UNKNOWN)
-        return {
-            message.metadata.message_id: Message(refused, reply_to=message)
-            for message in messages
-            if message.metadata.message_id in sent
-        }
 
     def _receive(self, message_id: str, refusal: Message) -> Message | None:
         """Return the reply to a message, ``refusal`` for an unreadable one, or None."""
@@ -119,13 +109,9 @@ class GuardedGrid:
 def bounded_arrays(max_bytes: int) -> Iterator[None]:
     """Limit the total bytes of arrays that Flower assembles from chunks.
 
-    Flower has no such limit, and assembles a reply before anyone can check it. So
-    ``Array.inflate`` is replaced by a version that counts chunks as they are read.
-
-    Raises
-    ------
-    ReplyError
-        While decoding, before memory is allocated for more.
+    Flower assembles a reply before anyone can check it. So ``Array.inflate`` is replaced by a
+    version that counts chunks as they are read, and raises a `ReplyError` before memory is
+    allocated for more.
     """
     original = Array.__dict__["inflate"]
     inflate: Callable[..., Array] = Array.inflate

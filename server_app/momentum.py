@@ -13,12 +13,8 @@ from pfedgpa_app.stateful import Kept, Stateful, Vector
 class Momentum(Stateful):
     """FedAvgM's server step (arXiv 1909.06335): ``v = beta v + (new - old)``, ``old + v``.
 
-    Parameters
-    ----------
-    beta
-        In 0 .. 1; 0 is no momentum.
-    trained
-        Names of the tensors that train; others have no momentum, such as normalization statistics.
+    ``beta`` is in 0 .. 1; 0 is no momentum. Tensors other than ``trained``, such as normalization
+    statistics, have none.
     """
 
     velocity: Kept[dict[int, StateDict]]
@@ -29,10 +25,7 @@ class Momentum(Stateful):
         self.velocity = {}
 
     def step(self, old: StateDict, new: StateDict, key: int = 0) -> StateDict:
-        """Return the parameters after a step from ``old`` to ``new`` with momentum.
-
-        Each of several models has a ``key`` of its own.
-        """
+        """Return the parameters after a step from ``old`` to ``new``, of the model ``key``."""
         if not self.beta:
             return new
         moved, velocity = dict(new), self.velocity.setdefault(key, {})
@@ -52,11 +45,11 @@ class Step:
     Attributes
     ----------
     sent
-        The parameters sent for its last training, ``(d,)``.
+        Parameters sent for its last training, ``(d,)``.
     velocity
         Their change per round since the training before, ``(d,)``.
     trained
-        The round of its last training.
+        Round of the last training.
     """
 
     sent: Vector
@@ -67,15 +60,9 @@ class Step:
 class ClientMomentum(Stateful):
     """Momentum of each client's own model.
 
-    If ``s`` was sent to a client and ``g`` is generated for it next, then ``v = beta v + (g - s)``
-    and ``s + v`` is sent. The velocity is updated in the rounds in which the client trains; in
-    between, ``beta v`` is added to what is generated. It is a velocity per round: a change since a
-    training three rounds ago counts a third, or one step would repeat the way of three rounds.
-
-    Parameters
-    ----------
-    beta
-        In 0 .. 1; 0 is no momentum.
+    With ``s`` sent to a client before and ``g`` generated for it now, ``v = beta v + (g - s)`` and
+    ``s + v`` is sent. The velocity, per round, is updated in the rounds in which the client trains;
+    in the others ``beta v`` is added to what is generated. ``beta`` is in 0 .. 1; 0 is no momentum.
     """
 
     steps: Kept[dict[int, Step]]

@@ -9,60 +9,53 @@ from torch import Tensor
 from pfedgpa_app.parameters import StateDict
 from server_app.replies import Upload
 
-# Clients differ in how much data they have and how far they move, but not by orders of magnitude.
+# Amounts of data and lengths of updates differ between clients, but not by orders of magnitude.
 MAX_RATIO = 1000
-# Where most send zeros beside the parameters, what is not far from them is allowed.
+# A limit for extras where most are zero.
 MIN_SIZE = 1e-6
 
 
 def outliers(
     uploads: Mapping[int, Upload], average: StateDict, extras: Collection[str]
 ) -> dict[int, str]:
-    """Return who moved absurdly farther than the median client, and by how much.
+    """Return the clients that would outweigh all others in any average, with the reason.
 
-    A single one would outweigh all others in any average and in any principal component. The
-    tensors called ``extras``, which all send beside the parameters, must not be absurdly larger
-    than the median client's either.
+    These moved more than `MAX_RATIO` times as far as the median client, or have an extra tensor,
+    one of ``extras``, that is so many times as long as the median client's.
     """
     if len(uploads) < 3:
         return {}
     layout = next(iter(uploads.values())).layout
     skipped = layout.fixed.keys() | layout.unbounded.keys()  # infinite differences say nothing
 
-    def distance(left: StateDict, right: StateDict | None = None) -> float:
-        compared = {name: tensor for name, tensor in left.items() if name not in skipped}
-        return _distance(compared, right)
-
-    moves = {client: distance(upload.state, upload.sent) for client, upload in uploads.items()}
-    # Where most do not move at all, parameters as long as the average are the measure.
-    median_move = statistics.median(moves.values()) or distance(average)
-    reasons = {}
-    for client, move in moves.items():
-        if move > MAX_RATIO * median_move:
-            reasons[client] = (
-                f"its parameters moved by {move:.3g}, more than {MAX_RATIO} times as far as the "
-                "median client's"
+    def length(state: StateDict, start: StateDict | None = None) -> float:
+        return math.hypot(
+            *(
+                _norm(tensor.double() - (start[name].double() if start else 0))
+                for name, tensor in state.items()
+                if name not in skipped and tensor.is_floating_point()
             )
+        )
+
+    moves = {client: length(upload.state, upload.sent) for client, upload in uploads.items()}
+    # Where most do not move at all, the length of the average is the measure.
+    median_move = statistics.median(moves.values()) or length(average)
+    reasons = {
+        client: f"its parameters moved by {move:.3g}, more than {MAX_RATIO} times as far as the "
+        "median client's"
+        for client, move in moves.items()
+        if move > MAX_RATIO * median_move
+    }
     for name in extras:
         sizes = {client: _norm(upload.extras[name]) for client, upload in uploads.items()}
-        median_size = statistics.median(sizes.values())
-        for client, size in sizes.items():
-            if size > MAX_RATIO * max(median_size, MIN_SIZE):
-                reasons[client] = (
-                    f'"{name}" has the length {size:.3g}, more than {MAX_RATIO} times the median '
-                    "client's"
-                )
+        limit = MAX_RATIO * max(statistics.median(sizes.values()), MIN_SIZE)
+        reasons |= {
+            client: f'"{name}" has the length {size:.3g}, more than {MAX_RATIO} times the median '
+            "client's"
+            for client, size in sizes.items()
+            if size > limit
+        }
     return reasons
-
-
-def _distance(left: StateDict, right: StateDict | None = None) -> float:
-    """Return the Euclidean distance of two states, or of one from zero, without what is counted."""
-    norms = [
-        _norm(tensor.double() - (right[name].double() if right else 0))
-        for name, tensor in left.items()
-        if tensor.is_floating_point()
-    ]
-    return math.hypot(*norms)
 
 
 def _norm(tensor: Tensor) -> float:

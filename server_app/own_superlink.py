@@ -1,7 +1,7 @@
 """A SuperLink with simulated clients that ends with the process that started it.
 
 Run as a program, this file supervises a process: it ends it and its descendants when standard input
-is closed, as it is when the parent is killed.
+is closed, as when the parent is killed.
 """
 
 import contextlib
@@ -37,7 +37,9 @@ def own_superlink() -> Iterator[Mapping[str, str]]:
         If it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="pfedgpa-", ignore_cleanup_errors=True) as home:
-        port, log = _free_port(), Path(home) / "superlink.log"
+        log = Path(home) / "superlink.log"
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
         (Path(home) / "config.toml").write_text(
             f'[superlink.{NAME}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n',
             encoding="utf-8",
@@ -68,16 +70,7 @@ def own_superlink() -> Iterator[Mapping[str, str]]:
                 _wait_for(port, process, log)
                 yield env
             finally:
-                assert process.stdin is not None
-                process.stdin.close()
-                process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+                process.communicate()  # closes its standard input, and waits
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

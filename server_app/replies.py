@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
@@ -20,16 +19,17 @@ from pfedgpa_app.parameters import (
     ParameterLayout,
     StateDict,
     UnboundedError,
+    is_bounded,
 )
 from pfedgpa_app.rounds import CLIENT_FAILED, NO_REPLY
 
-# The SuperLink's error codes for lost nodes.
+# Error codes of the SuperLink for lost nodes.
 _GONE = (
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
 )
-# More partitions than any data set has; loops over them must end.
+# More than any data set has; loops over partitions must end.
 MAX_PARTITIONS = 100_000
 # Larger integers are not exact as floats.
 MAX_WEIGHT = 2**53
@@ -58,10 +58,8 @@ class Upload:
     ----------
     layout
         Layout of the parameters.
-    sent
-        The state_dict from which the client trained.
-    state
-        The state_dict after training.
+    sent, state
+        The state_dict before and after training.
     num_examples
         Number of training examples.
     metrics
@@ -128,39 +126,10 @@ def read_upload(
     return Upload(layout, sent, state, int(metrics[weighted_by_key]), metrics, site, extras)
 
 
-def read_spent(message: Message, weighted_by_key: str) -> float | None:
-    """Return the epsilon of a client that has spent its privacy budget; None if it has trained.
-
-    Raises
-    ------
-    ReplyError
-        If it reports a spent budget with invalid metrics.
-    """
-    if message.has_error() or message.content.array_records:
-        return None
-    if not any(
-        protocol.BUDGET_SPENT in record for record in message.content.metric_records.values()
-    ):
-        return None
-    return read_metrics(message, weighted_by_key).get(protocol.EPSILON, 0.0)
-
-
-def is_below_floor(message: Message) -> bool:
-    """Tell whether a client says that it does not train, since its site demands more privacy."""
-    return (
-        message.has_content()
-        and not message.content.array_records
-        and any(
-            protocol.BELOW_FLOOR in record for record in message.content.metric_records.values()
-        )
-    )
-
-
 def max_bytes(*layouts: ParameterLayout | None) -> int:
-    """Return the limit of a reply's arrays in bytes.
+    """Return the limit of a reply's arrays in bytes: twice the size of ``layouts``.
 
-    It is twice the size of ``layouts``, so that most oversized arrays are still named by
-    `read_upload`.
+    Arrays that are somewhat too large are then still named by `read_upload`.
     """
     entries = [entry for layout in layouts if layout is not None for entry in layout.sent]
     return 2 * sum(entry.numel * entry.dtype.itemsize for entry in entries) + _SPARE_BYTES
@@ -215,31 +184,19 @@ def metric_ranges(privacy: PrivacyConfig, num_classes: int = 0) -> dict[str, tup
     """Return the smallest and the largest value of each metric of this app's own clients."""
     may_spend = privacy.epsilon if privacy.mode == "example" else 0.0
     most = (may_spend or _MAX_EPSILON) if privacy.is_on else 0.0
+    shares = [protocol.ACCURACY, protocol.ACCURACY_BEFORE, protocol.ACCURACY_AFTER]
+    shares += [*protocol.SCORES, *(f"{protocol.RECALL}{number}" for number in range(num_classes))]
+    losses = (protocol.LOSS, protocol.LOSS_BEFORE, protocol.LOSS_AFTER)
     return {
-        **dict.fromkeys(
-            (
-                *(protocol.ACCURACY, protocol.ACCURACY_BEFORE, protocol.ACCURACY_AFTER),
-                *protocol.SCORES,
-                *(f"{protocol.RECALL}{number}" for number in range(num_classes)),
-            ),
-            (0.0, 1.0),
-        ),
-        **dict.fromkeys(
-            (protocol.LOSS, protocol.LOSS_BEFORE, protocol.LOSS_AFTER), (0.0, MAX_ABSOLUTE)
-        ),
+        **dict.fromkeys(shares, (0.0, 1.0)),
+        **dict.fromkeys(losses, (0.0, MAX_ABSOLUTE)),
         protocol.SECONDS: (0.0, _MAX_SECONDS),
         protocol.EPSILON: (0.0, most),
     }
 
 
 def check_ranges(metrics: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse metrics outside of their ranges.
-
-    Raises
-    ------
-    ReplyError
-        If one is outside of its range, or the recall of a class that does not exist.
-    """
+    """Raise a `ReplyError` for a metric out of range, or the recall of a class there is not."""
     for name in metrics.keys() & ranges.keys():
         low, high = ranges[name]
         if not low <= metrics[name] <= high:
@@ -263,10 +220,21 @@ def one_line(text: str, length: int = 300) -> str:
 def _read_site(record: MetricRecord) -> StateDict:
     """Return ``site`` of an `Upload`."""
     site = {}
-    if protocol.IMAGE_MEAN in record or protocol.IMAGE_STD in record:
-        site["image-stats"] = _read_image_stats(
-            record.get(protocol.IMAGE_MEAN), record.get(protocol.IMAGE_STD)
-        )
+    match record.get(protocol.IMAGE_MEAN), record.get(protocol.IMAGE_STD):
+        case None, None:
+            pass
+        case [*mean], [*std] if 1 <= len(mean) == len(std) <= _MAX_CHANNELS:
+            site["image-stats"] = stats = torch.tensor([[*map(float, mean)], [*map(float, std)]])
+            if not is_bounded(stats) or not bool((stats[1] > 0).all()):
+                raise ReplyError(
+                    'the metrics "image-mean" and "image-std" should be finite numbers, the latter '
+                    "above 0"
+                )
+        case _:
+            raise ReplyError(
+                'the metrics "image-mean" and "image-std" should be lists of one number per '
+                f"channel or feature, of 1 to {_MAX_CHANNELS}"
+            )
     match record.get(protocol.PARTITION):
         case None:
             pass
@@ -275,22 +243,6 @@ def _read_site(record: MetricRecord) -> StateDict:
         case _:
             raise ReplyError('the metric "partition" should be [partition-id, num-partitions]')
     return site
-
-
-def _read_image_stats(mean: Any, std: Any) -> Tensor:
-    """Return mean and standard deviation of each channel, ``(2, channels)``, float32."""
-    are_lists = isinstance(mean, list) and isinstance(std, list)
-    if not are_lists or not 1 <= len(mean) == len(std) <= _MAX_CHANNELS:
-        raise ReplyError(
-            'the metrics "image-mean" and "image-std" should be lists of one number per channel or '
-            f"feature, of 1 to {_MAX_CHANNELS}"
-        )
-    stats = torch.tensor([[*map(float, mean)], [*map(float, std)]])
-    if not bool((stats.abs() < MAX_ABSOLUTE).all()) or not bool((stats[1] > 0).all()):
-        raise ReplyError(
-            'the metrics "image-mean" and "image-std" should be finite numbers, the latter above 0'
-        )
-    return stats
 
 
 def _read_array(array: Array, entry: Entry) -> Tensor:

@@ -16,6 +16,9 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.console import fail
 from pfedgpa_app.report import Run
 
+# Also if this Python's environment is not activated.
+_BESIDE = Path(sys.executable).with_name("flwr")
+PROGRAM = str(_BESIDE) if _BESIDE.exists() else "flwr"
 _LEVEL = re.compile(r"(INFO|WARNING|ERROR)\s*:\s*(.*)")
 _ENDED = {"finished:failed": "failed", "finished:stopped": "was stopped"}
 
@@ -38,12 +41,27 @@ class FlowerRun:
     run_id: str = ""
     folder: str = ""
 
+    def read(self, line: str, show: Callable[[str, str], str]) -> str:
+        """Read a line of the log, and return what to print of it."""
+        self.log.append(line)
+        found = _LEVEL.match(_plain(line))
+        level, text = found.groups() if found else ("", _plain(line))
+        if started := re.search(r"started run (\d+)", text):
+            self.run_id = started[1]
+        if begun := re.fullmatch(r"Run \S+ \(\d+\) begins: (.+)", text):
+            self.folder = begun[1]
+        # With too few nodes it waits forever, which is printed.
+        is_progress = text.startswith("Waiting for nodes") or (
+            text.startswith("Round ") and "personalized" in text
+        )
+        return f"  {text}" if is_progress else show(level, text)
+
     def problem(self, superlink: str, env: Mapping[str, str] | None = None) -> str:
         """Return why the SuperLink does not list the run as completed, in one line; else empty."""
         if not self.run_id:
             output = " ".join(_plain(line) for line in self.log)
             return f"flwr did not start the run: {output[-500:].strip() or 'it printed nothing'}"
-        command = [_flwr(), "ls", superlink, "--run-id", self.run_id, "--format", "json"]
+        command = [PROGRAM, "ls", superlink, "--run-id", self.run_id, "--format", "json"]
         listing = subprocess.run(
             command, env=env, capture_output=True, text=True, encoding="utf-8", check=False
         )
@@ -61,10 +79,7 @@ class FlowerRun:
 
 
 def run_on_flower(config: Config, clients: int, superlink: str) -> Run:
-    """Run the app of the current folder by `flwr run`, showing its rounds.
-
-    On the SuperLink ``local`` it simulates ``clients``; others have SuperNodes.
-    """
+    """Return the run of `flwr_run`; on the SuperLink ``local``, ``clients`` are simulated."""
     # Absolute, since the app's environment may differ.
     config = config.model_copy(update={"output_dir": str(config.output_path)})
     flower_run = flwr_run(config, superlink, clients if superlink == "local" else None)
@@ -98,37 +113,22 @@ def flwr_run(
     show
         Called with level and text of other log lines; returns what to print.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as overrides:
-        overrides.writelines(f"{key} = {_toml(v)}\n" for key, v in config.to_flat().items())
-        overrides.flush()
-        command = [_flwr(), "run", ".", superlink, "--stream", "--run-config", overrides.name]
-        if clients is not None:
-            federation = f"num-supernodes={clients} client-resources-num-cpus=1"
-            command += ["--federation-config", federation]
-        return _follow(command, superlink, env, show)
-
-
-def _follow(
-    command: list[str],
-    superlink: str,
-    env: Mapping[str, str],
-    show: Callable[[str, str], str],
-) -> FlowerRun:
-    """Run `flwr run` and print its log lines of rounds.
-
-    An interrupt also stops the run, which would go on at the SuperLink.
-    """
     run = FlowerRun()
     # A new SuperLink need not install this environment's packages again. Unbuffered, so that the
     # run's id is known when an interrupt comes.
     env = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", **env}
     env |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    try:
+    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as overrides:
+        overrides.writelines(f"{key} = {_toml(v)}\n" for key, v in config.to_flat().items())
+        overrides.flush()
+        command = [PROGRAM, "run", ".", superlink, "--stream", "--run-config", overrides.name]
+        if clients is not None:
+            federation = f"num-supernodes={clients} client-resources-num-cpus=1"
+            command += ["--federation-config", federation]
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             encoding="utf-8",
             errors="replace",
             env=env,
@@ -136,39 +136,21 @@ def _follow(
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    run.log.append(line)
-                    found = _LEVEL.match(_plain(line))
-                    level, text = found.groups() if found else ("", _plain(line))
-                    if started := re.search(r"started run (\d+)", text):
-                        run.run_id = started[1]
-                    if begun := re.fullmatch(r"Run \S+ \(\d+\) begins: (.+)", text):
-                        run.folder = begun[1]
-                    # With too few nodes it waits forever, which is shown.
-                    is_progress = text.startswith("Waiting for nodes") or (
-                        text.startswith("Round ") and "personalized" in text
-                    )
-                    if shown := f"  {text}" if is_progress else show(level, text):
+                    if shown := run.read(line, show):
                         print(shown, flush=True)
             except KeyboardInterrupt:
                 process.terminate()
+                if run.run_id:  # it would go on at the SuperLink
+                    print(f"\nStopping run {run.run_id}", file=sys.stderr, flush=True)
+                    command = [command[0], "stop", run.run_id, superlink]
+                    subprocess.run(command, env=env, check=False)
                 raise
-    except KeyboardInterrupt:
-        if run.run_id:
-            print(f"\nStopping run {run.run_id}", file=sys.stderr, flush=True)
-            subprocess.run([command[0], "stop", run.run_id, superlink], env=env, check=False)
-        raise
     return run
 
 
 def _plain(line: str) -> str:
     """Return a log line without terminal colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
-
-
-def _flwr() -> str:
-    """Return the path of flwr, also if this Python's environment is not activated."""
-    beside = Path(sys.executable).with_name("flwr")
-    return str(beside) if beside.exists() else "flwr"
 
 
 def _toml(value: Any) -> str:

@@ -73,26 +73,17 @@ def test_a_resumed_run_has_the_metrics_of_one_that_was_never_stopped(tmp_path: P
             assert torch.equal(resumed.evaluation_state(client)[name], tensor)
 
 
-def test_settings_that_decide_about_results_must_be_the_same(tmp_path: Path):
-    go(config(tmp_path, "local"), "first", 1)
-    other = config(tmp_path, "local", **{"resume-from": "first", "client.momentum": 0.9})
-    with pytest.raises(ResumeError, match=r"client\.momentum = 0\.9, there 0\.5"):
-        resume(other, make_strategy(other, MODEL))
-
-
-def test_another_model_is_refused(tmp_path: Path):
-    go(config(tmp_path, "local"), "first", 1)
-    again = config(tmp_path, "local", **{"resume-from": "first"})
-    other = ModelSpec.of_state({**weights(0.0), "layer.bias": torch.zeros(7)})
-    with pytest.raises(ResumeError, match=r"not that of the run.*layer\.bias"):
-        resume(again, make_strategy(again, other))
-
-
-def test_a_run_that_is_longer_than_asked_for_is_refused(tmp_path: Path):
+def test_other_settings_another_model_and_fewer_rounds_are_refused(tmp_path: Path):
     go(config(tmp_path, "local"), "first", 3)
-    done = config(tmp_path, "local", **{"resume-from": "first", "num-server-rounds": 2})
-    with pytest.raises(ResumeError, match="= 2: the run has completed 3 rounds"):
-        resume(done, make_strategy(done, MODEL))
+    other = ModelSpec.of_state({**weights(0.0), "layer.bias": torch.zeros(7)})
+    for settings, model, problem in (
+        ({"client.momentum": 0.9}, MODEL, r"client\.momentum = 0\.9, there 0\.5"),
+        ({}, other, r"not that of the run.*layer\.bias"),
+        ({"num-server-rounds": 2}, MODEL, "= 2: the run has completed 3 rounds"),
+    ):
+        later = config(tmp_path, "local", **{"resume-from": "first", **settings})
+        with pytest.raises(ResumeError, match=problem):
+            resume(later, make_strategy(later, model))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "missing", "no run"])

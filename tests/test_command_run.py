@@ -78,7 +78,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, script in (("flwr", FLWR), ("flower-superlink", SUPERLINK)):
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(superlink, "_flwr", lambda: str(tmp_path / "flwr"))
+    monkeypatch.setattr(superlink, "PROGRAM", str(tmp_path / "flwr"))
     monkeypatch.setattr(own_superlink, "PROGRAM", str(tmp_path / "flower-superlink"))
     return tmp_path
 
@@ -159,15 +159,15 @@ def test_a_run_that_flwr_refuses_ends_with_what_it_says(here: Path):
 def test_an_interrupt_stops_the_run_and_ends_the_superlink(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    plain = superlink._plain
+    read = superlink.FlowerRun.read
 
-    def note(line: str) -> str:
-        """Tell the program that this line was read, so that it knows when to interrupt."""
+    def note(self: superlink.FlowerRun, line: str, *arguments: object) -> str:
+        """Let the program know that this line was read, and so when to interrupt."""
         if "Round 1/1" in line:
             (here / "read").touch()
-        return plain(line)
+        return read(self, line, *arguments)
 
-    monkeypatch.setattr(superlink, "_plain", note)
+    monkeypatch.setattr(superlink.FlowerRun, "read", note)
     # Processes that a shell starts in the background ignore interrupts, and this may be one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

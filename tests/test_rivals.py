@@ -615,9 +615,11 @@ SMALL = {
 )
 def test_what_is_restored_goes_on_with_the_same_digits(name: str):
     config = Config.from_flat({**SMALL, "strategy": name})
-    whole, rows = simulate(config, 3, num_processes=0)
+    _, rows = simulate(config, 3, num_processes=0)
     assert all(row["num-failures"] == 0 for row in rows)
-    half, _ = simulate(config, 3, num_rounds=2, num_processes=0)
+    half, first_rows = simulate(config, 3, num_rounds=2, num_processes=0)
+    measured = [[row["personalized-accuracy"] for row in each] for each in (rows[:2], first_rows)]
+    assert measured[0] == measured[1]
     restored = STRATEGIES[name].of(config, ModelSpec.of_state(half.average), roster=half.roster)
     restored.restore(half.state())
     restored.record.server_round = 2
@@ -629,9 +631,3 @@ def test_what_is_restored_goes_on_with_the_same_digits(name: str):
         ):
             assert left.keys() == right.keys()
             assert all(torch.equal(left[key], right[key]) for key in left)
-    again, repeated = simulate(config, 3, num_processes=0)
-    for client in range(3):
-        left, right = whole.training_state(client), again.training_state(client)
-        assert all(torch.equal(left[key], right[key]) for key in left)
-    measured = [row["personalized-accuracy"] for row in rows]
-    assert measured == [row["personalized-accuracy"] for row in repeated]

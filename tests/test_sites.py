@@ -101,7 +101,7 @@ def test_names_that_nobody_has_are_said_and_nobody_at_all_is_an_error(caplog):
 
 
 def test_a_round_waits_for_the_sites_that_are_required(monkeypatch, caplog):
-    monkeypatch.setattr(roster_module, "_PAUSE", 0.0)
+    monkeypatch.setattr(roster_module, "PAUSE", 0.0)
     caplog.set_level("INFO")
     grid = named_grid("a", "b", "mercy")
     late = grid.nodes.pop(12)

@@ -64,7 +64,7 @@ def play_flwr(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> Non
     command = folder / "flwr"
     command.write_text(script)
     command.chmod(0o755)
-    monkeypatch.setattr(superlink, "_flwr", lambda: str(command))
+    monkeypatch.setattr(superlink, "PROGRAM", str(command))
 
 
 def bench(suite: Path, *arguments: str):
@@ -130,7 +130,7 @@ def test_waiting_for_sites_is_told_and_a_missing_flwr_ends_no_bench(
     script = "#!/bin/sh\necho 'INFO :      Waiting for nodes to connect: 1 connected'\nexit 1\n"
     play_flwr(monkeypatch, suite.parent, script)
     assert "  Waiting for nodes to connect: 1 connected" in bench(suite).stdout
-    monkeypatch.setattr(superlink, "_flwr", lambda: str(suite.parent / "none"))
+    monkeypatch.setattr(superlink, "PROGRAM", str(suite.parent / "none"))
     result = bench(suite)
     assert result.exit_code == 1
     assert "2 of 2 runs failed" in result.stderr

@@ -1,12 +1,11 @@
 """FedAMP: attention-weighted mixtures of similar clients' models."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pfedgpa_app.config import Config
-from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.stateful import Kept
 from server_app.momentum import ClientMomentum
@@ -28,10 +27,9 @@ class FedAMP(FedAvgFT):
         Step size of the message passing.
     sigma : float (default: 1e6)
         Squared distance at which attention falls by a factor of e.
-    **kwargs : Any
-        The arguments of `ClientwiseFedAvg`.
     """
 
+    arguments: ClassVar[Mapping[str, str]] = {"alpha": "fedamp.alpha", "sigma": "fedamp.sigma"}
     client_momentum: Kept[ClientMomentum]
 
     def __init__(self, *, alpha: float = 1e4, sigma: float = 1e6, **kwargs: Any) -> None:
@@ -39,12 +37,6 @@ class FedAMP(FedAvgFT):
         self.sigma = sigma
         super().__init__(**kwargs)
         self.client_momentum = ClientMomentum(self.momentum)
-
-    @classmethod
-    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
-        settings = config.fedamp
-        return super().of(config, spec, alpha=settings.alpha, sigma=settings.sigma, **kwargs)
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the uploads."""

@@ -1,11 +1,10 @@
 """FedAvg-FT: the average, fine-tuned by every client on its own data."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
-from pfedgpa_app.config import Config
-from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.stateful import Kept
 from server_app.replies import Upload
@@ -24,17 +23,13 @@ class FedAvgFT(ClientwiseFedAvg):
         Weight of the client's last upload in its model; the rest is the current average.
     """
 
+    arguments: ClassVar[Mapping[str, str]] = {"own_weight": "fedavg_ft.own_weight"}
     fine_tuned: Kept[dict[int, StateDict]]
 
     def __init__(self, *, own_weight: float = 1.0, **kwargs: Any) -> None:
         self.own_weight = own_weight
         self.fine_tuned = {}
         super().__init__(**kwargs)
-
-    @classmethod
-    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
-        return super().of(config, spec, own_weight=config.fedavg_ft.own_weight, **kwargs)
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep the fine-tuned models."""

@@ -1,13 +1,13 @@
 """FedPAC: one body for all, and an optimal combination of heads for each client."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.protocol import CLASS_COUNTS, CLASS_MEANS, VARIANCE, WEIGHTED_MEANS
@@ -23,20 +23,18 @@ MIN_SHARE = 1e-3
 class FedPAC(FedAvgFT):
     """Feature alignment and classifier collaboration, https://arxiv.org/abs/2306.11867.
 
-    Every client starts from the average body and its own head, the convex combination of the
-    round's heads with the smallest estimated error on its data (equation 12). Global class means of
-    the features are weighted by examples. As in the paper, clients are evaluated after local
-    training. Clients that were not in a round keep their heads. Momentum is that of the average
-    body and of each client's head.
+    A client starts from the average body and its own head, the convex combination of the round's
+    heads with the smallest estimated error on its data (equation 12). Global class means of the
+    features are weighted by examples. Clients that were not in a round keep their heads. Momentum
+    is that of the average body and of each client's head.
 
     Parameters
     ----------
     evaluated : str (default: "trained")
-        Which model is evaluated: ``"trained"``, after training, or ``"sent"``, before it.
-    **kwargs : Any
-        The arguments of `ClientwiseFedAvg`.
+        Which model is evaluated: ``"trained"``, after training as in the paper, or ``"sent"``.
     """
 
+    arguments: ClassVar[Mapping[str, str]] = {"evaluated": "fedpac.evaluated"}
     heads: Kept[dict[int, StateDict]]
     head_momentum: Kept[Momentum]
     means: Kept[StateDict]
@@ -47,13 +45,8 @@ class FedPAC(FedAvgFT):
         self.means = {}
         super().__init__(**kwargs)
 
-    @classmethod
-    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
-        return super().of(config, spec, evaluated=config.fedpac.evaluated, **kwargs)
-
     def begin(self, spec: ModelSpec) -> None:
-        """Set up the head's names and the layout of extras."""
+        """Initialize the layout of extras."""
         super().begin(spec)
         self.head_momentum = Momentum(self.momentum, spec.trained)
         head = spec.linear_head
@@ -72,13 +65,7 @@ class FedPAC(FedAvgFT):
         return self.means
 
     def check(self, client: int, upload: Upload) -> None:
-        """Refuse invalid class statistics.
-
-        Raises
-        ------
-        ReplyError
-            If a count or the variance is negative, or the counts do not sum to the examples.
-        """
+        """Raise a `ReplyError` for invalid class statistics."""
         super().check(client, upload)
         counts, variance = upload.extras[CLASS_COUNTS], upload.extras[VARIANCE]
         if bool((counts < 0).any()) or bool((variance < 0).any()):

@@ -1,6 +1,7 @@
 """Floco: one body, and a simplex of heads with a point for every client."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,12 +22,12 @@ class Floco(ClientwiseFedAvg):
     """Federated learning over connected modes, https://arxiv.org/abs/2403.03333.
 
     The head's weight is a point of a simplex, whose endpoints are trained with the body and
-    averaged. At a given round the clients' updates of the endpoints are projected onto principal
-    components and then onto the simplex, at the scale with the smallest Riesz energy of 1000; each
-    client then trains the region about its point. As in the Flower Baseline the endpoints have
-    Xavier initialization. Updates are the clients' last ones, where the baseline has an extra
-    round; with fewer clients than endpoints, missing components are 0. A client without a point has
-    the center of the simplex. Momentum is that of body and endpoints. Floco+ is not implemented.
+    averaged. In a given round the clients' last updates of the endpoints are projected onto
+    principal components and then onto the simplex, at the scale with the smallest Riesz energy of
+    1000; each client then trains the region about its point. As in the Flower Baseline, which has
+    an extra round for the updates, endpoints have Xavier initialization. With fewer clients than
+    endpoints, missing components are 0. A client without a point has the center of the simplex.
+    Momentum is that of body and endpoints. Floco+ is not implemented.
 
     Parameters
     ----------
@@ -34,10 +35,9 @@ class Floco(ClientwiseFedAvg):
         Vertices of the simplex.
     projection_round : int (default: 250)
         Round after which clients get their points.
-    **kwargs : Any
-        The arguments of `ClientwiseFedAvg`.
     """
 
+    arguments: ClassVar[Mapping[str, str]] = {"num_endpoints": "floco.num_endpoints"}
     endpoints: Kept[Tensor]
     endpoint_momentum: Kept[Momentum]
     updates: Kept[dict[int, Tensor]]
@@ -56,14 +56,8 @@ class Floco(ClientwiseFedAvg):
     @classmethod
     def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
         """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
-        settings = config.floco
-        return super().of(
-            config,
-            spec,
-            num_endpoints=settings.num_endpoints,
-            projection_round=max(1, round(settings.projection * config.num_server_rounds)),
-            **kwargs,
-        )
+        projection_round = max(1, round(config.floco.projection * config.num_server_rounds))
+        return super().of(config, spec, projection_round=projection_round, **kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
         """Draw the endpoints."""
@@ -121,8 +115,7 @@ def project(updates: Tensor, num_endpoints: int) -> Tensor:
     # The sign of a component is arbitrary: its largest absolute score is made positive.
     farthest = scores.abs().argmax(dim=0, keepdim=True)
     scores = (scores * scores.gather(0, farthest).sign())[:, :num_endpoints]
-    kappas = torch.zeros(len(updates), num_endpoints, dtype=torch.float64)
-    kappas[:, : scores.shape[1]] = scores
+    kappas = torch.nn.functional.pad(scores, (0, num_endpoints - scores.shape[1]))
     scaled = [onto_simplex(kappas, scale) for scale in torch.linspace(1e-4, 1, 1000).tolist()]
     candidates = [points / points.sum(dim=1, keepdim=True) for points in scaled]
     farthest_apart: Tensor = min(candidates, key=riesz_energy)

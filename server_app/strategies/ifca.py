@@ -1,10 +1,10 @@
 """IFCA: one model per cluster, among which clients choose."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
-from pfedgpa_app.config import Config
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
 from pfedgpa_app.protocol import CHOICE, CLUSTER, RECEIVED
@@ -20,19 +20,18 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 class IFCA(ClientwiseFedAvg):
     """Iterative federated clustering, https://arxiv.org/abs/2006.04088.
 
-    Algorithm 1 with model averaging (option II): every client receives all cluster models and
-    trains the one with the lowest loss on its own data; each cluster's model becomes the average of
-    its clients' uploads, or stays without any. The first cluster starts with the initial model, the
-    others with its entries permuted within each tensor.
+    Algorithm 1 with model averaging (option II): every client receives the models of all clusters
+    and trains the one with the lowest loss on its own data; a cluster's model becomes the average
+    of its clients' uploads. The first cluster starts with the initial model, the others with its
+    entries permuted within each tensor.
 
     Parameters
     ----------
     num_clusters : int (default: 2)
         Number of clusters.
-    **kwargs : Any
-        The arguments of `ClientwiseFedAvg`.
     """
 
+    arguments: ClassVar[Mapping[str, str]] = {"num_clusters": "ifca.num_clusters"}
     clusters: Kept[dict[int, StateDict]]
     choices: Kept[dict[int, int]]
     cluster_momentum: Kept[Momentum]
@@ -41,11 +40,6 @@ class IFCA(ClientwiseFedAvg):
         self.num_clusters = num_clusters
         self.choices = {}
         super().__init__(**kwargs)
-
-    @classmethod
-    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
-        return super().of(config, spec, num_clusters=config.ifca.num_clusters, **kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
         """Initialize the clusters' models."""
@@ -65,23 +59,13 @@ class IFCA(ClientwiseFedAvg):
         self.extras_layout = ParameterLayout.of({CHOICE: torch.zeros(self.num_clusters)})
 
     def extras(self, client: int) -> StateDict:
-        """Return the number of the cluster whose model it is sent, and the others' models."""
-        own = self.choices.get(client, 0)
-        others = {
-            number: self.global_model.layout.to_send(state)
-            for number, state in self.clusters.items()
-            if number != own
-        }
+        """Return the number of the client's cluster, and the models of the others."""
+        own, to_send = self.choices.get(client, 0), self.global_model.layout.to_send
+        others = {each: to_send(state) for each, state in self.clusters.items() if each != own}
         return {RECEIVED: torch.tensor(own)} | states_under(CLUSTER, others)
 
     def check(self, client: int, upload: Upload) -> None:
-        """Refuse an upload that does not name one cluster.
-
-        Raises
-        ------
-        ReplyError
-            If it names none or several.
-        """
+        """Raise a `ReplyError` for an upload that does not choose one cluster."""
         super().check(client, upload)
         choice = upload.extras[CHOICE]
         if sorted(choice.tolist()) != [0.0] * (len(choice) - 1) + [1.0]:
@@ -104,10 +88,7 @@ class IFCA(ClientwiseFedAvg):
                 self.clusters[cluster] = self.global_model.spec.refreshed(moved)
 
     def evaluation_state(self, client: int) -> StateDict:
-        """Return the model of the client's last cluster, at first the first one.
-
-        It is sent for training too, where the client chooses among all clusters.
-        """
+        """Return the model of the client's last cluster, at first the first one."""
         return self.clusters[self.choices.get(client, 0)]
 
     training_state = evaluation_state

@@ -1,8 +1,8 @@
 """pFedGPA: the server trains a diffusion model on the clients' parameters."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from logging import INFO, WARNING
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import ClientRecord
-from pfedgpa_app.config import Config, DiffusionConfig, OnboardingConfig
+from pfedgpa_app.config import DiffusionConfig
 from pfedgpa_app.diffusion.signal import SKETCH, sketched
 from pfedgpa_app.guard import MIN_CLIENTS, Guard, Move, misfits
 from pfedgpa_app.model_spec import ModelSpec
@@ -29,9 +29,9 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 HALVES_LAYOUT = ParameterLayout.of({HALVES: torch.empty(2, SKETCH)})
 """Both sketches."""
 SECOND_AFTER = 4
-"""Rounds from a client's first measurement to its second. In the first round models mean little."""
+"""Rounds from a client's first measurement to its second: in the first round models mean little."""
 MEASURED_TOGETHER = 10
-"""So many clients are measured in a round, if as many train: what all did is their mean."""
+"""Clients that are measured in a round, if as many train: the common update is their mean."""
 
 _EARLIER = "its halves of an earlier round do not fit, and there are no others"
 
@@ -39,32 +39,27 @@ _EARLIER = "its halves of an earlier round do not fit, and there are no others"
 class PFedGPA(ClientwiseFedAvg):
     """Generative parameter aggregation for personalized federated learning.
 
-    Implementation based on https://arxiv.org/abs/2409.05701. Every upload is inverted to a latent
-    code and denoised by a diffusion model of all clients' parameters; what comes back is the
-    client's own model, improved by what the others learned. It is sent to that client alone, for
-    training and for evaluation.
+    Implementation based on https://arxiv.org/abs/2409.05701. Each upload is inverted to its latent
+    code and denoised by a diffusion model of all clients' parameters, which gives the client's own
+    model, moved towards what it has in common with others. Only that client receives it.
 
-    Whoever trains in the first round is a member. A client that comes later starts from the mean
-    of the members' parameters, and for some rounds is given what members are given that ask for
-    the same, or what guided denoising makes of its upload where that is not measured. Then it
-    becomes a member, and its uploads part of the bank and the average.
+    Clients of the first round are members. A later client, a newcomer, starts from the mean of the
+    members' parameters. For some rounds it receives what members with the same data receive or,
+    where sharing is not measured, the result of guided denoising. Then it becomes a member: its
+    uploads enter the bank and the average.
 
     Parameters
     ----------
-    seed : int (default: 0)
-        Fixes sampling, the denoiser's training and the noises.
     diffusion : DiffusionConfig, optional
-        Settings of the diffusion model, among them which layers it generates.
-    onboarding : OnboardingConfig, optional
-        Settings of newcomers' rounds.
+        Settings of the diffusion model.
     momentum : float (default: 0.0)
-        Part of its last step by which each client's model goes on.
+        Momentum of each client's own model.
     noised : bool (default: False)
-        Whether clients add noise to their uploads for their privacy. They then tell nothing of
-        halves, so that uploads alone decide what is shared, and hold the generated model: their
-        uploads have more noise.
+        Whether clients add noise to their uploads for privacy. They then upload no halves, so that
+        sharing depends on uploads alone, and are evaluated with the generated model.
     **kwargs : Any
-        The arguments of `ClientwiseFedAvg` and Flower's `FedAvg`, such as ``fraction_train``.
+        The arguments of `ClientwiseFedAvg`, such as ``seed``, and of Flower's `FedAvg`, such as
+        ``fraction_train``.
 
     Attributes
     ----------
@@ -77,6 +72,7 @@ class PFedGPA(ClientwiseFedAvg):
     >>> strategy.start(grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=20)
     """
 
+    arguments: ClassVar[Mapping[str, str]] = {"diffusion": "diffusion", "noised": "privacy.is_on"}
     aggregator: Kept[GenerativeAggregator]
     client_momentum: Kept[ClientMomentum]
     guard: Kept[Guard]
@@ -84,9 +80,7 @@ class PFedGPA(ClientwiseFedAvg):
     def __init__(
         self,
         *,
-        seed: int = 0,
         diffusion: DiffusionConfig | None = None,
-        onboarding: OnboardingConfig | None = None,
         momentum: float = 0.0,
         noised: bool = False,
         **kwargs: Any,
@@ -95,35 +89,14 @@ class PFedGPA(ClientwiseFedAvg):
         if noised:
             sharing = "none" if diffusion.sharing == "none" else "affinity"
             diffusion = diffusion.model_copy(update={"sharing": sharing, "own_weight": 0.0})
-        onboarding = onboarding or OnboardingConfig()
         self.diffusion = diffusion
-        self.onboarding = onboarding
         self.noised = noised
         self.client_momentum = ClientMomentum(momentum)
         self.guard = Guard()
-        super().__init__(
-            generated_layers=diffusion.patterns,
-            seed=seed,
-            late_clients=onboarding.late_clients,
-            join_round=onboarding.join_round,
-            **kwargs,
-        )
-
-    @classmethod
-    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
-        return cls(
-            spec=spec,
-            seed=config.seed,
-            diffusion=config.diffusion,
-            onboarding=config.onboarding,
-            momentum=config.server.momentum,
-            noised=config.privacy.is_on,
-            **kwargs,
-        )
+        super().__init__(generated_layers=diffusion.patterns, **kwargs)
 
     def begin(self, spec: ModelSpec) -> None:
-        """Make the aggregator for the initial model."""
+        """Initialize the aggregator."""
         super().begin(spec)
         self.aggregator = GenerativeAggregator(
             self.global_model.vector(spec.initial),
@@ -135,37 +108,36 @@ class PFedGPA(ClientwiseFedAvg):
         )
 
     def _choose_measured(self, clients: Sequence[int]) -> None:
-        """Choose who is measured of the clients that will train.
+        """Choose which of the clients that will train are measured.
 
-        Those are due that were never measured, or once and some rounds ago, when models meant
-        little yet, or long ago. With them go as many others, those measured longest ago, as it
-        takes to tell what a client did from what all did. Who does not tell, or nothing that can
-        be used, is not asked sooner again than others.
+        Due are those never measured, those measured in their first round alone some rounds ago, and
+        those measured long ago. The others measured longest ago are added, since it takes several
+        to separate a client's update from the common one.
         """
         bank, server_round = self.aggregator.bank, self.record.server_round
         num_known = len({*bank.members, *clients})
         is_first = server_round == self.completed_rounds + 1
         if is_first and (warning := too_few(num_known, self.diffusion)):
             log(WARNING, "pFedGPA: %s", warning)
-        # Members are sent the mean for it, which would tell two of them too much of each other.
-        may_tell = not bank.has_members or len(bank.members) >= self.diffusion.min_contributors
+        # Members receive the mean for it, from which two of them could infer each other's model.
+        are_enough = not bank.has_members or len(bank.members) >= self.diffusion.min_contributors
         self.optional_extras = {}
-        if self.diffusion.sharing != "measured" or not may_tell:
+        if self.diffusion.sharing != "measured" or not are_enough:
             return
         records = {client: bank.of(client) for client in clients}
-        due = [each for each in clients if self._is_due(records[each], server_round)]
+        due = [client for client in clients if self._is_due(records[client], server_round)]
+        if not due:
+            return
         others = sorted(
-            (each for each in clients if each not in due),
-            key=lambda each: records[each].last_measured_round or 0,
+            (client for client in clients if client not in due),
+            key=lambda client: records[client].last_measured_round or 0,
         )
-        if due:
-            measured = {*due, *others[: max(0, MEASURED_TOGETHER - len(due))]}
-            self.optional_extras = dict.fromkeys(measured, HALVES_LAYOUT)
-        for client in self.optional_extras:
-            records[client].last_measured_round, records[client].was_measured_again = (
-                server_round,
-                records[client].last_measured_round is not None,
-            )
+        measured = {*due, *others[: max(0, MEASURED_TOGETHER - len(due))]}
+        self.optional_extras = dict.fromkeys(measured, HALVES_LAYOUT)
+        for client in measured:
+            record = records[client]
+            record.was_measured_again = record.last_measured_round is not None
+            record.last_measured_round = server_round
 
     def _is_due(self, record: ClientRecord, server_round: int) -> bool:
         if record.last_measured_round is None or record.has_misfits:
@@ -175,9 +147,9 @@ class PFedGPA(ClientwiseFedAvg):
         return server_round - record.last_measured_round >= wait
 
     def extras(self, client: int) -> StateDict:
-        """Return the members' mean, ``(d,)``, where it is measured what moves clients from it.
+        """Return the members' mean ``(d,)`` for clients that are measured.
 
-        Those to whom it is sent as the parameters are asked with no entries.
+        For those that receive it as their parameters it is empty.
         """
         if client not in self.optional_extras:
             return {}
@@ -187,19 +159,19 @@ class PFedGPA(ClientwiseFedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Send each client its model, and ask nobody for its halves."""
+        """Send each client its personalized model, without a request for halves."""
         self.optional_extras = {}
         return super().configure_evaluate(server_round, arrays, config, grid)
 
     def counts(self, client: int) -> bool:
-        """Tell whether a client is a member, as all of the first round are, and is not unusual."""
+        """Return whether a client is a member and no outlier."""
         return self.aggregator.is_member(client) and super().counts(client)
 
     def detect_outliers(self, uploads: dict[int, Upload]) -> dict[int, str]:
-        """Return which clients moved, or told of halves, unlike the others.
+        """Return the clients whose updates or halves are unlike those of others, with the reason.
 
-        Of newcomers, from whom nobody learns, only what they told counts. Whose halves did not fit
-        is asked again in each round, and unusual until they do.
+        Of newcomers, from whom nobody learns, only halves count. Clients whose halves do not fit
+        are measured in each round, and outliers until they fit.
         """
         if not self.diffusion.guard:
             return {}
@@ -212,20 +184,20 @@ class PFedGPA(ClientwiseFedAvg):
         found = self.guard.find_outliers(moves, positions, initial, num_connected)
         if (num := self.guard.num_compared) < MIN_CLIENTS:
             log(INFO, "pFedGPA: %d clients are too few to tell who is unusual", num)
-        told = {c: each for c, each in sorted(uploads.items()) if HALVES in each.extras}
-        sketches = [sketched(each.vector - each.start) for each in told.values()]
-        odd = misfits([each.extras[HALVES] for each in told.values()], sketches)
-        if len(told) >= MIN_CLIENTS:
-            for row, client in enumerate(told):
-                said = bool(told[client].extras[HALVES].any())  # zeros fit everything
+        reported = {c: each for c, each in sorted(uploads.items()) if HALVES in each.extras}
+        sketches = [sketched(each.vector - each.start) for each in reported.values()]
+        odd = misfits([each.extras[HALVES] for each in reported.values()], sketches)
+        if len(reported) >= MIN_CLIENTS:
+            for row, client in enumerate(reported):
+                has_entries = bool(reported[client].extras[HALVES].any())  # zeros fit everything
                 record = bank.of(client)
-                record.has_misfits = row in odd or (record.has_misfits and not said)
-        reasons = {client: odd[row] for row, client in enumerate(told) if row in odd}
+                record.has_misfits = row in odd or (record.has_misfits and not has_entries)
+        reasons = {client: odd[row] for row, client in enumerate(reported) if row in odd}
         earlier = {c: _EARLIER for c in uploads if bank.of(c).has_misfits}
         return earlier | reasons | found
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        """Put the uploads into the bank, train the diffusion model and denoise every client."""
+        """Add the uploads to the bank, train the diffusion model and denoise all clients."""
         newcomers = [client for client in uploads if not self.aggregator.is_member(client)]
         for client, upload in uploads.items():
             if HALVES in upload.extras and client not in self.outliers:
@@ -252,20 +224,20 @@ class PFedGPA(ClientwiseFedAvg):
         for client in alone:
             self.record.alone(client)
         if alone:
-            told = alone_now(len(alone), len(uploads), self.diffusion)
-            # Where some share, who does not is for the page; each round of a bench would say it.
-            log(WARNING if len(alone) == len(uploads) else INFO, "pFedGPA: %s", told)
+            text = alone_now(len(alone), len(uploads), self.diffusion)
+            # Some that share nothing are for the run's page: a bench would warn in each round.
+            log(WARNING if len(alone) == len(uploads) else INFO, "pFedGPA: %s", text)
 
     def trace(self) -> Row:
-        """Return what the diffusion model found in the round; nothing if nobody trained."""
+        """Return the state of the method after the round; nothing if nobody trained."""
         return trace_of(self.aggregator) if self.record.num_trained else {}
 
     def training_state(self, client: int) -> StateDict:
-        """Return the model generated for a client, or the mean if nothing is known of it."""
+        """Return the model generated for a client, or the mean for an unknown one."""
         return self.global_model.with_vector(next(self._vectors([client])))
 
     def evaluation_state(self, client: int) -> StateDict:
-        """Return the model that a client holds, or the mean if nothing is known of it."""
+        """Return a client's personalized model, or the mean for an unknown one."""
         return next(self.evaluation_states([client]))
 
     def training_states(self, clients: Sequence[int]) -> Iterator[StateDict]:
@@ -276,12 +248,11 @@ class PFedGPA(ClientwiseFedAvg):
     def evaluation_states(self, clients: Sequence[int]) -> Iterator[StateDict]:
         """Yield the `evaluation_state` of each client.
 
-        A member's is on the way from the generated model to its own upload. Fine-tuned weights and
-        those that they were tuned from have, halfway between, often the best of both (WiSE-FT,
-        arXiv 2109.01903). The way is ``own_weight``, less the part of it that others supply
-        already: the upload of one of a group adds noise to the mean of the group. Who was not in
-        the round holds the generated model: what it made of an older one is worth less than what
-        others know by now.
+        A member's is interpolated between the generated model and its upload, since interpolated
+        weights are often better than both (WiSE-FT, arXiv 2109.01903). The upload's weight is
+        ``own_weight``, less the part that others supply: one upload of a group adds noise to the
+        group's mean. Members that were not in the last round have the generated model, as their
+        uploads are older than what others know.
         """
         bank = self.aggregator.bank
         members = bank.members

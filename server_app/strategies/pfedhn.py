@@ -1,12 +1,13 @@
 """pFedHN: a hypernetwork on the server that generates every client's model."""
 
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.config import ConfigError
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import drawing_from, make_generator
@@ -22,22 +23,20 @@ MAX_WEIGHTS = 5 * 10**8
 class PFedHN(ClientwiseFedAvg):
     """Personalized federated hypernetworks, https://arxiv.org/abs/2103.04628.
 
-    A network h generates ``theta_i = h(v_i; phi)`` from a learned embedding of each client. For a
-    client whose training takes theta_i to theta~_i, phi and v_i follow the vector-Jacobian product
-    with ``theta_i - theta~_i`` (Algorithm 1), by SGD with momentum and clipped gradients, with the
-    step sizes of the authors' code. The paper has one client per round. Here the steps of a round's
-    clients follow each other, each at its current theta_i, since steps from the start of the round
-    would add up too far. Buffers are averaged. The embedding of a new client is drawn from the
-    seed. The momentum of `ClientwiseFedAvg` does not apply.
+    A network h generates ``theta_i = h(v_i; phi)`` from a learned embedding of each client. If a
+    client trains theta_i to theta~_i, phi and v_i follow the vector-Jacobian product with
+    ``theta_i - theta~_i`` (Algorithm 1), by SGD with momentum and clipped gradients, with the step
+    sizes of the authors' code. The paper has one client per round. Here a round's clients follow
+    each other, each with its current theta_i: steps from the same phi would sum up too far. Buffers
+    are averaged. The momentum of `ClientwiseFedAvg` does not apply.
 
     Parameters
     ----------
     settings : PFedHNConfig, optional
         Sizes and step sizes.
-    **kwargs : Any
-        The arguments of `ClientwiseFedAvg`.
     """
 
+    arguments: ClassVar[Mapping[str, str]] = {"settings": "pfedhn"}
     embeddings: Kept[dict[int, Tensor]]
     network: Kept[nn.Sequential]
     velocity: Kept[dict[str, Tensor]]
@@ -48,19 +47,8 @@ class PFedHN(ClientwiseFedAvg):
         self.velocity = {}
         super().__init__(**kwargs)
 
-    @classmethod
-    def of(cls, config: Config, spec: ModelSpec, **kwargs: Any) -> Self:
-        """Return the strategy with the settings of a run; ``kwargs`` are those of the class."""
-        return super().of(config, spec, settings=config.pfedhn, **kwargs)
-
     def begin(self, spec: ModelSpec) -> None:
-        """Build the hypernetwork of a model.
-
-        Raises
-        ------
-        ConfigError
-            If it would be too large.
-        """
+        """Build the hypernetwork; a `ConfigError` if it would be too large."""
         super().begin(spec)
         settings, dim = self.settings, self.global_model.layout.dim
         size = settings.hidden_size
@@ -73,7 +61,7 @@ class PFedHN(ClientwiseFedAvg):
                     f"would be a smaller one, or a smaller model, with at most {MAX_WEIGHTS:,}"
                 ]
             )
-        sizes = [settings.embedding_dim] + [settings.hidden_size] * (1 + settings.hidden_layers)
+        sizes = [settings.embedding_dim] + [size] * (1 + settings.hidden_layers)
         with drawing_from(make_generator(self.seed, "hypernetwork")):
             layers: list[nn.Module] = []
             for inputs, outputs in pairwise(sizes):
