@@ -1,8 +1,39 @@
-"""Which version of the code a process runs, told by its content."""
+"""The version of the code that a process runs."""
 
 import hashlib
+import subprocess
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+
+@cache
+def commit() -> str:
+    """Return the git commit of this code, or its version where it is installed without git.
+
+    ``-dirty`` follows if files differ from it.
+    """
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:  # only of this file's own repository, not of one that its environment lies in
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", here.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return described.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        try:
+            return version("pfedgpa")
+        except PackageNotFoundError:
+            return ""
 
 
 @cache

@@ -17,7 +17,7 @@ INDEX_KIND = "pfedgpa-bench-1"
 """The kind of the JSON file that lists a bench's tables and result files."""
 # What spreadsheets calculate begins so.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
-CSV_HEAD = "table,row,column,text,mark,seeds,mean,std,values\n"
+CSV_HEAD = "table,row,column,text,mark,seeds,mean,std,values,commit\n"
 _LATEX = {character: "\\" + character for character in "&%_#${}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''"}
@@ -45,8 +45,8 @@ class Cell:
 class Table:
     """Cells by row and column, and what has to be known to read them.
 
-    ``name`` is what papers refer to the table by, and ``source`` the command that it comes from,
-    with what that took.
+    ``name`` is what papers refer to the table by, ``source`` the command that it comes from, and
+    ``commit`` the version of the code.
     """
 
     title: str
@@ -55,6 +55,7 @@ class Table:
     note: str
     name: str = ""
     source: str = ""
+    commit: str = ""
 
     def caption(self, best: str = "Bold", tied: str = "italic") -> str:
         """Return the note, and what the marks of cells mean, if some have any."""
@@ -141,7 +142,8 @@ class Table:
                     f"'{text}" if text.startswith(_FORMULAS) else text
                     for text in (self.title, name, column)
                 )
-                writer.writerow([*texts, cell.text, cell.mark, len(values), mean, std, each])
+                row_of_cell = [*texts, cell.text, cell.mark, len(values), mean, std, each]
+                writer.writerow([*row_of_cell, self.commit])
         return stream.getvalue()
 
     def _note(self, best: str = "Bold", tied: str = "italic") -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
 from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, mean_and_spread
 from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
-from server_app.suites import BenchRun, Result, Suite
+from server_app.suites import BenchRun, Result, Suite, described
 
 Results = dict[tuple[str, str], dict[int, Result]]
 """The finished results, by case and row and then by seed."""
@@ -31,6 +31,8 @@ def tables(
         period += f" of {rounds.pop()}"
     failures = sum(row["num-failures"] for each in found for row in each["rounds"])
     unused = f" ({failures} unusable replies)" if failures else ""
+    commits = {each.get("versions", {}).get("commit", "") for each in found}
+    commit = commits.pop() if len(commits) == 1 else "several" if commits else ""
     source = command if len(found) == len(runs) else f"{len(found)} of {len(runs)} runs: {command}"
 
     def table(what: str, columns: dict[str, dict[str, Cell]], note: str, suffix: str) -> Table:
@@ -38,7 +40,7 @@ def tables(
         titles = [column or "all" for column in columns]
         title = f"{suite.title}: {what}" if what else suite.title
         called = f"{name}-{suffix}" if suffix else name
-        return Table(title, titles, rows, note, called, source)
+        return Table(title, titles, rows, note, called, source, commit)
 
     made = []
     for measure in suite.measures if EVALUATED in suite.measures else [EVALUATED, *suite.measures]:
@@ -49,6 +51,13 @@ def tables(
             made.append(table("", columns, note + unused, ""))
         else:
             made.append(table(what or measure, columns, note, measure))
+    if suite.cells:
+        columns = {
+            case: {row: Cell(described(of_case.get(row, {})) or "-") for row in suite.rows}
+            for case, of_case in suite.cells.items()
+        }
+        note = "Settings of single cells, on top of those of their row and column."
+        made.append(table("settings", columns, note, "settings"))
     note = (
         "Rounds / megabytes up and down, models sent for evaluation included / server seconds of "
         "learning until the mean accuracy is reached, mean over seeds; a dash if a seed never "

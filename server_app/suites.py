@@ -22,6 +22,7 @@ from pfedgpa_app.files import composed, native_path, quoted, read_json, read_tom
 from pfedgpa_app.preflight import preflight, preflight_key
 from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, RoundRecord, Row, summarize
 from pfedgpa_app.section import Count, Section, Seed
+from pfedgpa_app.source import commit
 from pfedgpa_app.state import write_text, writing
 from server_app.simulation import simulate
 
@@ -59,6 +60,22 @@ class Quick(Section):
     settings: Settings = Field(default_factory=dict)
 
 
+class Tune(Section):
+    """The search for the best settings of every row, on other seeds than those of the tables.
+
+    Attributes
+    ----------
+    grid
+        Values of settings, of which all combinations are tried with every row.
+    rows
+        The same of single rows, tried at the best point of ``grid``.
+    """
+
+    seeds: Seeds
+    grid: Settings = Field(default_factory=dict)
+    rows: dict[str, Settings] = Field(default_factory=dict)
+
+
 class Suite(Section):
     """A file of conf/suites: one run for every row, case and seed.
 
@@ -78,6 +95,8 @@ class Suite(Section):
         Rounds that have a column each, and accuracies to reach; both need ``curve``.
     settings, cases, rows
         Settings of all runs, on top of ``base``, and of each column and row by name.
+    cells
+        Settings of single cells, by case and row, on top of both.
     """
 
     title: str
@@ -92,6 +111,8 @@ class Suite(Section):
     settings: Settings = Field(default_factory=dict)
     cases: dict[str, Settings] = Field(default={"": {}})
     rows: dict[str, Settings]
+    cells: dict[str, dict[str, Settings]] = Field(default_factory=dict)
+    tune: Tune | None = None
     quick: Quick = Quick()
 
     @classmethod
@@ -133,8 +154,25 @@ class Suite(Section):
             reserved = RESERVED | ({"clients"} if where.startswith("rows.") else set())
             if wrong := sorted(reserved & section.keys()):
                 raise SuiteError(f"{file}: {where} must not set {', '.join(wrong)}")
+        if suite.tune:
+            suite._check_tune(file, suite.tune)
         suite = suite.model_copy(update={"settings": settings})
         return suite._quick(file) if quick else suite
+
+    def _check_tune(self, file: Path, tune: Tune) -> None:
+        if both := sorted({*self.seeds} & {*tune.seeds}):
+            raise SuiteError(
+                f"{file}: tune.seeds has {both}, which the tables have; right would be others"
+            )
+        if unknown := sorted(tune.rows.keys() - self.rows.keys()):
+            raise SuiteError(f"{file}: tune.rows has unknown {unknown}")
+        for grid in (tune.grid, *tune.rows.values()):
+            for key, values in flatten(grid):
+                if not isinstance(values, list) or not values or key in RESERVED | {"clients"}:
+                    raise SuiteError(
+                        f"{file}: tune has {key} = {json.dumps(values)}; right would be a list of "
+                        "values of a setting"
+                    )
 
     def _quick(self, file: Path) -> "Suite":
         quick = self.quick
@@ -146,6 +184,9 @@ class Suite(Section):
         over = dict(flatten(quick.settings))
         changed = quick.model_dump(exclude_none=True)
         changed |= {"title": f"{self.title} (quick)", "settings": self.settings | over}
+        if self.tune:
+            grid = {key: values[:2] for key, values in list(flatten(self.tune.grid))[:1]}
+            changed["tune"] = Tune(seeds=self.tune.seeds[:1], grid=grid)
         hidden = over.keys() | ({"clients"} if quick.clients else set())
         for name, known in (("rows", self.rows), ("cases", self.cases)):
             chosen = changed.get(name, known)
@@ -170,7 +211,9 @@ class Suite(Section):
         tried: set[Hashable] = set()
         cells = product(self.seeds, self.cases.items(), self.rows.items())
         for seed, (case, in_case), (row, in_row) in cells:
+            in_cell = self.cells.get(case, {}).get(row, {})
             flat = self.settings | dict(flatten(in_case)) | dict(flatten(in_row))
+            flat |= dict(flatten(in_cell))
             clients = flat.pop("clients", self.clients)
             name = " / ".join(filter(None, (case, row)))
             if type(clients) is not int or clients < 2:
@@ -220,6 +263,11 @@ class Suite(Section):
             for case in self.cases
             for end in self.horizons
         }
+
+
+def described(settings: Settings) -> str:
+    """Return settings in a line."""
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in flatten(settings))
 
 
 def _read_toml(file: Path) -> Settings:
@@ -342,6 +390,7 @@ class BenchRun:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "flwr": flwr.__version__,
+                "commit": commit(),
             },
         }
         file = self.file(folder)
