@@ -62,8 +62,8 @@ class Roster:
     contested
         Numbers that several nodes claimed, which none of them has.
     refused
-        Nodes that are connected and are no clients, since they run other code. They are asked again
-        before each round.
+        Nodes that are connected and do not take part, since they run other code. They are asked
+        again before each round.
     """
 
     ids_stay = True
@@ -75,6 +75,7 @@ class Roster:
         self.contested: set[int] = set()
         self.refused: set[int] = set()
         self.connected: set[int] = set()
+        self._asked: set[int] = set()
         self._is_first = True
 
     def resume(self, clients: dict[int, int]) -> None:
@@ -177,18 +178,22 @@ class Roster:
         return f"; not here: {shown}" if missing else ""
 
     def admit(self, grid: Grid, node_ids: Iterable[int]) -> None:
-        """Give every node that is not yet known a number of its own.
+        """Ask every node once who it is, and give those that are new a number of their own.
+
+        Those that are known from an earlier run are asked too: their code may be another by now.
 
         Raises
         ------
         SourceError
             If there is nobody but such as run other code.
         """
-        asked = sorted(set(node_ids) - self.clients.keys())
-        if asked or self._is_first:  # in a run that goes on, all may be known
+        asked = sorted(set(node_ids) - self._asked)
+        if asked:
             self._take_names(grid)
         wishes = self._wishes(grid, asked) if asked else {}
-        new = [node_id for node_id in asked if node_id not in self.refused]
+        self._asked |= set(asked) - self.refused
+        wishes = {node: number for node, number in wishes.items() if node not in self.clients}
+        new = [node for node in asked if node not in self.refused and node not in self.clients]
         node_ids = self.connected = set(node_ids) - self.refused
         if self._is_first and self.refused and not node_ids:
             raise SourceError(_OTHERS_SOURCE if self.ids_stay else _OTHERS_SIMULATION)
@@ -289,7 +294,7 @@ class Roster:
 
 
 class PartitionRoster(Roster):
-    """Ask new nodes for their partition and number them by it.
+    """Ask nodes for their partition and the hash of their code, and number new ones by the former.
 
     Runs then give the same result although the node ids of a simulation are random. The answer
     decides about order and names only: whoever claims a partition that is taken, or that others
@@ -316,7 +321,7 @@ class PartitionRoster(Roster):
                 self.refused.add(node_id)
             elif (partition := _partition(reply.content)) is not None:
                 wishes[node_id] = partition
-        for node_id in set(node_ids) - wishes.keys() - self.refused:
+        for node_id in set(node_ids) - wishes.keys() - self.refused - self.clients.keys():
             named = self._in_brackets(node_id)
             log(
                 INFO, "Node %d%s does not tell its partition; it gets a free number", node_id, named

@@ -28,7 +28,7 @@ from pfedgpa_app.source import source_hash
 from pfedgpa_app.state import WriteError
 from server_app import app
 from server_app.app import RunError, main
-from server_app.roster import SourceError
+from server_app.roster import PartitionRoster, SourceError
 
 NUM_CLIENTS = 4
 
@@ -243,6 +243,17 @@ def test_a_site_that_was_updated_takes_part_from_the_next_round(
     )(message)
     run = run_coded(tmp_path, monkeypatch, grid)
     assert [row["num-clients"] for row in run.metrics] == [3, 4]
+
+
+def test_a_run_that_goes_on_asks_known_sites_once_for_their_code(caplog: pytest.LogCaptureFixture):
+    roster, claims = PartitionRoster(), {0: 2, 1: 1, 2: 0}
+    roster.resume(claims)
+    roster.admit(coded_grid(a=OURS, b="1234", c=OURS), [0, 1, 2])  # type: ignore[arg-type]
+    assert roster.connected == {0, 2}
+    assert "Node 1 is out of the round: it runs another version" in caplog.text
+    roster.admit(coded_grid(a="1234", b=OURS, c=OURS), [0, 1, 2])  # type: ignore[arg-type]
+    assert roster.connected == {0, 1, 2}
+    assert roster.clients == claims
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no plotly"), WriteError("no space")])
