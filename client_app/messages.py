@@ -7,7 +7,15 @@ from logging import ERROR, INFO, WARNING
 from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
 from flwr.common import log
 from torch import nn
 
@@ -56,10 +64,8 @@ def train_message(message: Message, context: Context) -> Message:
     task, method = prepare(message, context)
     keep_model(method, task, context, round_of(message) - 1)
     data, privacy = task.data, task.config.privacy
-    lacks = Floor.of(context).shortfall(
-        privacy, task.config.client, task.ledger, len(data.train_labels)
-    )
-    if lacks:
+    floor = Floor.of(context)
+    if lacks := floor.shortfall(privacy, task.config.client, task.ledger, len(data.train_labels)):
         log(
             WARNING,
             "This site does not train in round %d: the run's privacy is less than its %s (%s)",
@@ -67,8 +73,8 @@ def train_message(message: Message, context: Context) -> Message:
             PRIVACY_FLOOR,
             lacks,
         )
-        refusal = MetricRecord({protocol.BELOW_FLOOR: 1})
-        return Message(RecordDict({protocol.METRICS: refusal}), reply_to=message)
+        refusal = ConfigRecord({protocol.BELOW_FLOOR: floor.demand})
+        return Message(RecordDict({protocol.CONFIG: refusal}), reply_to=message)
     if not task.may_train():
         spent: dict[str, MetricRecordValues] = {
             protocol.NUM_EXAMPLES: len(data.train_labels),

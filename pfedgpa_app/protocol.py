@@ -31,8 +31,9 @@ EPSILON = "epsilon"
 BUDGET_SPENT = "budget-spent"
 """Set by a client that did not train, since that would exceed its privacy budget."""
 
+# Key of CONFIG in a reply.
 BELOW_FLOOR = "below-privacy-floor"
-"""Of a client that did not train, since the run is less private than its site demands."""
+"""What a site demands that did not train, since the run is less private."""
 
 # Reply to a query: the partition, and in its own record the hash of the code.
 PARTITION_ID = "partition-id"

@@ -95,9 +95,9 @@ class RoundRecord:
         """Note that a client did not train, since that would exceed its privacy budget."""
         self._row(client).update({"status": BUDGET_SPENT, "epsilon": epsilon})
 
-    def below_floor(self, client: int) -> None:
+    def below_floor(self, client: int, demand: str) -> None:
         """Note that a client did not train, since its site demands more privacy."""
-        self._row(client)["status"] = BELOW_FLOOR
+        self._row(client)["status"] = f"{BELOW_FLOOR}: {demand}"
 
     def mark_outlier(self, client: int, reason: str) -> None:
         """Note why others do not learn from a client in this round."""
@@ -166,7 +166,7 @@ def names_in(rows: Iterable[Row]) -> dict[int, str]:
 
 def has_failed(row: Row) -> bool:
     """Tell whether a client was asked to train and sent no usable reply."""
-    return row.get("status", "ok") not in ("ok", BUDGET_SPENT, BELOW_FLOOR)
+    return not row.get("status", "ok").startswith(("ok", BUDGET_SPENT, BELOW_FLOOR))
 
 
 def causes_of(statuses: Iterable[str]) -> list[str]:

@@ -38,6 +38,8 @@ _MAX_CHANNELS = 2**20
 # Ten years, and an epsilon without any privacy: beyond is not plausible.
 _MAX_SECONDS = 3e8
 _MAX_EPSILON = 1e9
+# Letters of the privacy that a site demands.
+_MAX_DEMAND = 60
 # For headers, and extras of some rounds.
 _SPARE_BYTES = 2**24
 
@@ -145,15 +147,14 @@ def read_spent(message: Message, weighted_by_key: str) -> float | None:
     return read_metrics(message, weighted_by_key).get(protocol.EPSILON, 0.0)
 
 
-def is_below_floor(message: Message) -> bool:
-    """Tell whether a client says that it does not train, since its site demands more privacy."""
-    return (
-        message.has_content()
-        and not message.content.array_records
-        and any(
-            protocol.BELOW_FLOOR in record for record in message.content.metric_records.values()
-        )
-    )
+def read_demand(message: Message) -> str | None:
+    """Return the privacy that a site demands which did not train for lack of it; else None."""
+    if message.has_error() or message.content.array_records:
+        return None
+    for record in message.content.config_records.values():
+        if protocol.BELOW_FLOOR in record:
+            return one_line(str(record[protocol.BELOW_FLOOR]), _MAX_DEMAND)
+    return None
 
 
 def max_bytes(*layouts: ParameterLayout | None) -> int:

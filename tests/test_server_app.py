@@ -119,7 +119,7 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
     with pytest.raises(RunError) as caught:
         run_with_errors_first(tmp_path, monkeypatch, error)
     said = "6 clients: KeyError: 'label' in load (a.py, line 3)"
-    assert str(caught.value) == f"Every client failed in the first round:\n  {said}"
+    assert str(caught.value) == f"No client trained in the first round:\n  {said}"
     # The folder tells it too, and to whoever looks at it in whichever way.
     run = Run.read(tmp_path / "1")
     assert (run.name, run.error, run.state) == ("digits-pfedgpa-1", str(caught.value), "stopped")
@@ -127,7 +127,7 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
     assert run.metrics == []
     shown = CliRunner().invoke(cli.app, ["runs", "show", "1", "--output-dir", str(tmp_path)])
     assert shown.stdout.count("KeyError") == 2
-    assert f"Every client failed in the first round:\n  {said}\n" in shown.stdout
+    assert f"No client trained in the first round:\n  {said}\n" in shown.stdout
     assert "6 clients: 1 rounds, the last 1: the client failed: KeyError" in shown.stdout
     watched = CliRunner().invoke(cli.app, ["watch", "1", "--output-dir", str(tmp_path)])
     assert watched.exit_code == 1

@@ -47,7 +47,7 @@ from server_app.replies import (
     ReplyError,
     Upload,
     check_ranges,
-    is_below_floor,
+    read_demand,
     read_metrics,
     read_spent,
     read_upload,
@@ -552,10 +552,10 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         uploads: dict[int, Upload] = {}
         sizes: dict[int, int] = {}
         for client, reply in self._by_client(replies):
-            if is_below_floor(reply):
+            if (demand := read_demand(reply)) is not None:
                 called = self._called(client)
-                log(INFO, "%s does not train: %s", called, BELOW_FLOOR)
-                self.record.below_floor(client)
+                log(INFO, "%s does not train: %s: %s", called, BELOW_FLOOR, demand)
+                self.record.below_floor(client, demand)
                 continue
             try:
                 epsilon = read_spent(reply, self.weighted_by_key)
