@@ -30,6 +30,8 @@ HALVES_LAYOUT = ParameterLayout.of({HALVES: torch.empty(2, SKETCH)})
 """Both sketches."""
 SECOND_AFTER = 4
 """Rounds from a client's first measurement to its second. In the first round models mean little."""
+MISFITS_AFTER = 2
+"""Rounds from one in which a client's halves did not fit to the next in which it is measured."""
 MEASURED_TOGETHER = 10
 """So many clients are measured in a round, if as many train: what all did is their mean."""
 
@@ -153,7 +155,8 @@ class PFedGPA(ClientwiseFedAvg):
         if self.diffusion.sharing != "measured" or not may_tell:
             return
         records = {client: bank.of(client) for client in clients}
-        due = [each for each in clients if self._is_due(records[each], server_round)]
+        may_compare = len(clients) >= MIN_CLIENTS
+        due = [each for each in clients if self._is_due(records[each], server_round, may_compare)]
         others = sorted(
             (each for each in clients if each not in due),
             key=lambda each: records[each].last_measured_round or 0,
@@ -167,11 +170,13 @@ class PFedGPA(ClientwiseFedAvg):
                 records[client].last_measured_round is not None,
             )
 
-    def _is_due(self, record: ClientRecord, server_round: int) -> bool:
-        if record.last_measured_round is None or record.has_misfits:
+    def _is_due(self, record: ClientRecord, server_round: int, may_compare: bool) -> bool:
+        if record.last_measured_round is None:
             return True
         every = self.diffusion.measure_every
         wait = every if record.was_measured_again else min(SECOND_AFTER, every)
+        if record.has_misfits and may_compare:
+            wait = MISFITS_AFTER
         return server_round - record.last_measured_round >= wait
 
     def extras(self, client: int) -> StateDict:
@@ -199,7 +204,7 @@ class PFedGPA(ClientwiseFedAvg):
         """Return which clients moved, or told of halves, unlike the others.
 
         Of newcomers, from whom nobody learns, only what they told counts. Whose halves did not fit
-        is asked again in each round, and unusual until they do.
+        is unusual until they do, as long as enough train in a round to compare them.
         """
         if not self.diffusion.guard:
             return {}
@@ -221,7 +226,8 @@ class PFedGPA(ClientwiseFedAvg):
                 record = bank.of(client)
                 record.has_misfits = row in odd or (record.has_misfits and not said)
         reasons = {client: odd[row] for row, client in enumerate(told) if row in odd}
-        earlier = {c: _EARLIER for c in uploads if bank.of(c).has_misfits}
+        may_compare = len(self._sent) >= MIN_CLIENTS
+        earlier = {c: _EARLIER for c in uploads if bank.of(c).has_misfits and may_compare}
         return earlier | reasons | found
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
