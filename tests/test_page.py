@@ -20,12 +20,12 @@ from pfedgpa_app import cli
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.exported import ExportedModel
+from pfedgpa_app.figures import COLOURS
 from pfedgpa_app.page import figures, method, runs
 from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Page, Panel
 from pfedgpa_app.page.runs import grouped, page_of
-from pfedgpa_app.page.theme import COLOURS
 from pfedgpa_app.report import Run, RunFolder, baselines_of
 from pfedgpa_app.rounds import RoundRecord, summarize
 from pfedgpa_app.state import WriteError, write_text

@@ -5,10 +5,9 @@ from statistics import fmean
 
 import plotly.graph_objects as go
 
-from pfedgpa_app.figures import colour_of
+from pfedgpa_app.figures import colour, looks
 from pfedgpa_app.page.theme import (
     PATTERNS,
-    colour,
     dash,
     figure,
     label_whole_numbers,
@@ -50,9 +49,9 @@ def accuracy(curves: Mapping[str, Curve], what: str = "accuracy") -> go.Figure:
     fig = figure("round", what)
     curves = {name: curve for name, curve in curves.items() if curve}
     fig.update_yaxes(range=late_range(curves.values()))
-    ends = {}
-    for number, (name, curve) in enumerate(curves.items()):
-        shade = colour_of(name, number)
+    ends, numbers = {}, looks(curves)
+    for name, curve in curves.items():
+        number, shade = numbers[name], colour(numbers[name])
         rounds, means = list(curve), [fmean(values) for values in curve.values()]
         if any(len(values) > 1 for values in curve.values()):
             opacity = 0.18 if len(curves) <= 4 else 0.1

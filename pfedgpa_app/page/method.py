@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import pdist
 
-from pfedgpa_app.page.theme import colour, figure, label_whole_numbers, name_at_ends, plain, symbol
+from pfedgpa_app.figures import colour
+from pfedgpa_app.page.theme import figure, label_whole_numbers, name_at_ends, plain, symbol
 from pfedgpa_app.rounds import Row
 
 Points = dict[int, tuple[float, float]]

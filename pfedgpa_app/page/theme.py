@@ -9,20 +9,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pfedgpa_app.figures import COLOURS, spread
+from pfedgpa_app import figures
+from pfedgpa_app.figures import spread
 
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-SYMBOLS = (
-    "circle",
-    "square",
-    "diamond",
-    "triangle-up",
-    "cross",
-    "x",
-    "star",
-    "pentagon",
-    "hexagon",
-)
+# Those of printed figures, as plotly calls them.
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down")
 PATTERNS = ("", "/", "x", ".")
 
 # Height of a figure, of what is above and below its axes and of the name of a curve, in pixels.
@@ -35,14 +27,9 @@ _MAX_TICKS = 11
 MAX_NAME = 44
 
 
-def colour(number: int) -> str:
-    """Return the colour of the number-th thing."""
-    return COLOURS[number % len(COLOURS)]
-
-
 def dash(number: int) -> str:
-    """Return the dash of the number-th line: one more where the colours begin again."""
-    return DASHES[(number + number // len(COLOURS)) % len(DASHES)]
+    """Return the dash of the number-th line."""
+    return DASHES[figures.dash(number)]
 
 
 def symbol(number: int) -> str:
