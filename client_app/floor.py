@@ -57,6 +57,13 @@ class Floor(BaseModel, frozen=True):
                 'no-normalization"'
             ) from error
 
+    @property
+    def demand(self) -> str:
+        """The least privacy in words, such as ``example epsilon=3 delta=1e-05``."""
+        if self.epsilon == math.inf:
+            return self.mode
+        return f"{self.mode} epsilon={self.epsilon:g} delta={self.delta:g}"
+
     def shortfall(
         self, privacy: PrivacyConfig, client: ClientConfig, ledger: Ledger, num_examples: int
     ) -> str:

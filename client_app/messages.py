@@ -7,7 +7,15 @@ from logging import ERROR, INFO, WARNING
 from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
 from flwr.common import log
 from torch import nn
 
@@ -56,11 +64,12 @@ def train_message(message: Message, context: Context) -> Message:
     server_round = round_of(message)
     keep_model(method, task, context, server_round - 1)
     num_examples, privacy = len(task.data.train_labels), task.config.privacy
-    lacks = Floor.of(context).shortfall(privacy, task.config.client, task.ledger, num_examples)
-    if lacks:
+    floor = Floor.of(context)
+    if lacks := floor.shortfall(privacy, task.config.client, task.ledger, num_examples):
         text = "This site does not train in round %d: the run's privacy is less than its %s (%s)"
         log(WARNING, text, server_round, PRIVACY_FLOOR, lacks)
-        return _metrics_reply(message, {protocol.BELOW_FLOOR: 1})
+        refusal = ConfigRecord({protocol.BELOW_FLOOR: floor.demand})
+        return Message(RecordDict({protocol.CONFIG: refusal}), reply_to=message)
     if not task.may_train():
         spent = task.ledger.epsilon(privacy.delta)
         metrics: dict[str, MetricRecordValues] = {protocol.NUM_EXAMPLES: num_examples}

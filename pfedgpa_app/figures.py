@@ -1,7 +1,7 @@
 """Printed figures: colours, names at the ends of curves, PNG and SVG.
 
-Colours have a contrast of three to white, and a strategy has the same in all figures. Colour is
-never the only difference: curves have names at their ends, dashes and marks.
+Colours have a contrast of three to white, and a strategy has the same colour, dash and mark in all
+figures. Curves have names at their ends.
 """
 
 import math
@@ -136,32 +136,15 @@ def draw_curves(
     OSError
         If the figure cannot be written.
     """
-    from matplotlib.ticker import MaxNLocator
 
     columns = min(len(panels), 2)
     height = max(2.5, 0.8 + max(map(len, panels.values())) * _LINE / 72)
     size = (7.0 if columns > 1 else 4.6, 0.5 + height * math.ceil(len(panels) / columns))
     with drawing(file, size, title, note) as figure:
+        numbers = looks(curve.name for curves in panels.values() for curve in curves)
         for name, axes in _panels(figure, panels, columns):
-            for number, curve in enumerate(panels[name]):
-                colour = colour_of(curve.name, number)
-                axes.plot(
-                    curve.x,
-                    curve.mean,
-                    color=colour,
-                    linestyle=DASHES[number % len(DASHES)],
-                    marker=MARKS[number % len(MARKS)],
-                    markevery=max(1, len(curve.x) // 10),
-                    label=curve.name,
-                    zorder=3 - number / 100,
-                )
-                if curve.low != curve.high:
-                    ends = (curve.low, curve.high)
-                    axes.fill_between(curve.x, *ends, color=colour, alpha=0.13, linewidth=0)
-                if len(curve.x) <= _MAX_TICKS:
-                    axes.set_xticks(curve.x)
-                else:
-                    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            for place, curve in enumerate(panels[name]):
+                _draw_curve(axes, curve, numbers[curve.name], zorder=3 - place / 100)
             axes.set_xlabel(x)
             axes.set_ylim(bottom=low)
         figure.supylabel(ACCURACY)
@@ -194,23 +177,13 @@ def draw_dots(
     if lows:
         note += " Arrows are seeds further to the left."
     with drawing(file, size, title, note) as figure:
+        numbers = looks(row for rows in panels.values() for row in rows)
         for name, axes in _panels(figure, panels, columns):
             low = (lows or {}).get(name, 0.0)
             best = max((fmean(values) for values in panels[name].values() if values), default=0.0)
             for place, (row, values) in enumerate(panels[name].items()):
-                if not values:
-                    continue
-                mean, colour = fmean(values), colour_of(row, place)
-                shown = [value for value in values if value >= low]
-                face = colour if row.startswith("pfedgpa") else "white"
-                axes.plot(shown, [place] * len(shown), "o", color=colour, markerfacecolor=face)
-                if len(shown) < len(values):
-                    axes.plot(low, place, "<", color=colour, markerfacecolor=face, clip_on=False)
-                if mean >= low:
-                    axes.plot(mean, place, "|", color="black", markersize=10, markeredgewidth=1.5)
-                weight = "bold" if mean == best else "normal"
-                beside = axes.get_yaxis_transform()
-                axes.text(1.03, place, f"{mean:.3f}", transform=beside, va="center", weight=weight)
+                if values:
+                    _draw_row(axes, place, row, values, low, best, colour(numbers[row]))
             axes.set_yticks(range(len(panels[name])), list(panels[name]))
             axes.set_ylim(len(panels[name]) - 0.4, -0.6)
             if low:
@@ -219,10 +192,34 @@ def draw_dots(
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
-def colour_of(name: str, number: int) -> str:
-    """Return the colour of a strategy, with which a name begins, or of the number-th thing."""
-    strategy, known = name.partition(",")[0], list(STRATEGY_INFO)
-    return COLOURS[(known.index(strategy) if strategy in known else number) % len(COLOURS)]
+def looks(names: Iterable[str]) -> dict[str, int]:
+    """Return a number for each name, from which `colour`, dash and mark follow.
+
+    A name that begins with a strategy, up to a comma, has its place in the registry, so that a
+    strategy looks the same in all figures. Further names of it have its colour and another dash.
+    """
+    known, numbers = list(STRATEGY_INFO), dict[str, int]()
+    strategies = {name: name.partition(",")[0] for name in names}
+    others = len(known) if set(known) & set(strategies.values()) else 0
+    for place, name in sorted(enumerate(strategies), key=lambda each: each[1] not in known):
+        is_known = strategies[name] in known
+        number = known.index(strategies[name]) if is_known else others + place
+        taken = {*numbers.values()}
+        while number in taken:
+            taken |= {*range(len(known))}  # which are of strategies
+            number += len(COLOURS) if is_known else 1
+        numbers[name] = number
+    return numbers
+
+
+def colour(number: int) -> str:
+    """Return the colour of a number."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def dash(number: int) -> int:
+    """Return the place of a number's dash: one more where the colours begin again."""
+    return (number + number // len(COLOURS)) % len(DASHES)
 
 
 def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
@@ -244,11 +241,61 @@ def _panels(figure: "Figure", names: Iterable[str], columns: int) -> Iterator[tu
     names = list(names)
     lines = math.ceil(len(names) / columns)
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
-    for axes in grid[len(names) :]:
-        axes.remove()
-    for name, axes in zip(names, grid, strict=False):
-        axes.set_title(fill(name, _TITLES // columns))
-        yield name, axes
+    for number, axes in enumerate(grid):
+        if number < len(names):
+            axes.set_title(fill(names[number], _TITLES // columns))
+            yield names[number], axes
+        else:
+            axes.remove()
+
+
+def _draw_curve(axes: "Axes", curve: Curve, number: int, zorder: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    shade = colour(number)
+    axes.plot(
+        curve.x,
+        curve.mean,
+        color=shade,
+        linestyle=DASHES[dash(number)],
+        marker=MARKS[number % len(MARKS)],
+        markevery=max(1, len(curve.x) // 10),
+        label=curve.name,
+        zorder=zorder,
+    )
+    if curve.low != curve.high:
+        axes.fill_between(curve.x, curve.low, curve.high, color=shade, alpha=0.13, linewidth=0)
+    if len(curve.x) <= _MAX_TICKS:
+        axes.set_xticks(curve.x)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_row(
+    axes: "Axes",
+    place: int,
+    row: str,
+    values: Sequence[float],
+    low: float,
+    best: float,
+    shade: str,
+) -> None:
+    ours, mean = row.startswith("pfedgpa"), fmean(values)
+    shown = [value for value in values if value >= low]
+    face = shade if ours else "white"
+    axes.plot(shown, [place] * len(shown), "o", color=shade, markerfacecolor=face)
+    if len(shown) < len(values):
+        axes.plot(low, place, "<", color=shade, markerfacecolor=face, clip_on=False)
+    if mean >= low:
+        axes.plot(mean, place, "|", color="black", markersize=10, markeredgewidth=1.5)
+    axes.text(
+        1.03,
+        place,
+        f"{mean:.3f}",
+        transform=axes.get_yaxis_transform(),
+        va="center",
+        weight="bold" if mean == best else "normal",
+    )
 
 
 def _name_at_ends(axes: "Axes") -> None:
@@ -268,18 +315,18 @@ def _name_at_ends(axes: "Axes") -> None:
     beside = 2 * _BESIDE if is_moved else _BESIDE
     for line, end, height, place in zip(lines, ends, heights, places, strict=True):
         # Letters are thin: they take a darker shade than lines.
-        colour = [0.75 * part for part in to_rgb(line.get_color())]
+        shade = [0.75 * part for part in to_rgb(line.get_color())]
         axes.annotate(
             str(line.get_label()),
             (end[0], end[1]),
             xytext=(beside, place - height),
             textcoords="offset points",
             va="center",
-            color=colour,
+            color=shade,
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
-                "color": colour,
+                "color": shade,
                 "linewidth": 0.6,
                 "shrinkA": 0,
                 "shrinkB": 3,

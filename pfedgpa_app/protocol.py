@@ -28,9 +28,10 @@ IMAGE_MEAN, IMAGE_STD = "image-mean", "image-std"
 PARTITION = "partition"
 """[partition-id, num-partitions] of the client."""
 EPSILON = "epsilon"
-# Set by a client that did not train, since that would exceed its privacy budget, or since the run
-# is less private than its site demands.
-BUDGET_SPENT, BELOW_FLOOR = "budget-spent", "below-privacy-floor"
+# Set by a client that did not train, since that would exceed its privacy budget.
+BUDGET_SPENT = "budget-spent"
+# In the CONFIG of a reply: what a site demands that did not train, since the run is less private.
+BELOW_FLOOR = "below-privacy-floor"
 
 # Reply to a query: the partition, and in its own record the hash of the code.
 PARTITION_ID = "partition-id"

@@ -90,9 +90,9 @@ class RoundRecord:
         """Note that a client did not train, since that would exceed its privacy budget."""
         self._row(client).update({"status": BUDGET_SPENT, "epsilon": epsilon})
 
-    def below_floor(self, client: int) -> None:
+    def below_floor(self, client: int, demand: str) -> None:
         """Note that a client did not train, since its site demands more privacy."""
-        self._row(client)["status"] = BELOW_FLOOR
+        self._row(client)["status"] = f"{BELOW_FLOOR}: {demand}"
 
     def mark_outlier(self, client: int, reason: str) -> None:
         """Note why others do not learn from a client in this round."""
@@ -156,7 +156,7 @@ def names_in(rows: Iterable[Row]) -> dict[int, str]:
 
 def has_failed(row: Row) -> bool:
     """Return whether a client sent no usable reply to its training message."""
-    return row.get("status", "ok") not in ("ok", BUDGET_SPENT, BELOW_FLOOR)
+    return not row.get("status", "ok").startswith(("ok", BUDGET_SPENT, BELOW_FLOOR))
 
 
 def causes_of(statuses: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import time
+from collections.abc import Iterable
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
-from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.config import Config, ConfigError, PrivacyConfig
 from pfedgpa_app.cross_site import write_matrix
 from pfedgpa_app.divergence import (
     DIVERGED,
@@ -26,7 +27,15 @@ from pfedgpa_app.divergence import (
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
-from pfedgpa_app.rounds import EVALUATED, NO_REPLY, RowError, causes_of, describe, summarize
+from pfedgpa_app.rounds import (
+    BELOW_FLOOR,
+    EVALUATED,
+    NO_REPLY,
+    RowError,
+    causes_of,
+    describe,
+    summarize,
+)
 from pfedgpa_app.runs import BANK, BEST, CHECKPOINT
 from pfedgpa_app.section import listed
 from pfedgpa_app.state import WriteError, write_text
@@ -191,7 +200,7 @@ def make_strategy(config: Config, spec: ModelSpec, folder: Path | None = None) -
 
 
 class RunError(RuntimeError):
-    """A run in whose first round every client failed."""
+    """A run in whose first round no client trained."""
 
 
 class EarlyEnd(Exception):  # noqa: N818
@@ -291,7 +300,7 @@ class RoundEnd:
             _keep_best(self.folder.path, self.folder.path)
 
     def _stop_if_all_failed(self) -> None:
-        """Raise a `RunError` if every client failed in the first round, as by wrong settings."""
+        """Raise a `RunError` if no client trained in the first round, as by wrong settings."""
         record = self.strategy.record
         statuses = [str(row.get("status", "ok")) for row in record.clients.values()]
         is_first = record.server_round == self.strategy.completed_rounds + 1
@@ -302,4 +311,23 @@ class RoundEnd:
             diverged = (
                 f"\n{DIVERGED}. {help_of(self.config)}" if record.column("not-finite") else ""
             )
-            raise RunError(f"Every client failed in the first round:\n  {causes}{diverged}")
+            refused = [status for status in statuses if status.startswith(BELOW_FLOOR)]
+            right = f"\n{_what_meets(self.config.privacy, refused)}" if refused else ""
+            raise RunError(f"No client trained in the first round:\n  {causes}{diverged}{right}")
+
+
+def _what_meets(privacy: PrivacyConfig, refused: Iterable[str]) -> str:
+    """Say which privacy a run has, and what would be right for sites that refused it."""
+    has = f'privacy.mode = "{privacy.mode}"'
+    mode = "update" if any(f"{BELOW_FLOOR}: update" in each for each in refused) else "example"
+    if privacy.mode not in (mode, "update"):
+        right = f'privacy.mode = "{mode}"'
+    elif privacy.seeded_noise:
+        has, right = "privacy.seeded-noise = true", "false"
+    elif privacy.mode == "update":
+        has += f", privacy.epsilon = {privacy.epsilon:g}"
+        right = "a smaller privacy.epsilon"
+    else:
+        has += f", privacy.noise-multiplier = {privacy.noise_multiplier:g}"
+        right = "a larger privacy.noise-multiplier"
+    return f"The run has {has}; right would be {right}"

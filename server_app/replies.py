@@ -38,6 +38,8 @@ _MAX_CHANNELS = 2**20
 # Ten years, and an epsilon without any privacy: beyond is not plausible.
 _MAX_SECONDS = 3e8
 _MAX_EPSILON = 1e9
+# Letters of the privacy that a site demands.
+_MAX_DEMAND = 60
 # For headers, and extras of some rounds.
 _SPARE_BYTES = 2**24
 
@@ -124,6 +126,16 @@ def read_upload(
     state = _read_state(next(iter(records.values())), layout)
     site = _read_site(next(iter(message.content.metric_records.values())))
     return Upload(layout, sent, state, int(metrics[weighted_by_key]), metrics, site, extras)
+
+
+def read_demand(message: Message) -> str | None:
+    """Return the privacy that a site demands which did not train for lack of it; else None."""
+    if message.has_error() or message.content.array_records:
+        return None
+    for record in message.content.config_records.values():
+        if protocol.BELOW_FLOOR in record:
+            return one_line(str(record[protocol.BELOW_FLOOR]), _MAX_DEMAND)
+    return None
 
 
 def max_bytes(*layouts: ParameterLayout | None) -> int:

@@ -80,6 +80,7 @@ class Roster:
         self.contested: set[int] = set()
         self.refused: set[int] = set()
         self.connected: set[int] = set()
+        self._asked: set[int] = set()
         self._is_first = True
 
     def resume(self, clients: dict[int, int]) -> None:
@@ -163,18 +164,22 @@ class Roster:
         )
 
     def admit(self, grid: Grid, node_ids: Iterable[int]) -> None:
-        """Number the nodes that have no number yet.
+        """Query every node once, and give those that are new a number of their own.
+
+        Those that are known from an earlier run are queried too: their code may be another by now.
 
         Raises
         ------
         SourceError
             If all nodes run other code.
         """
-        unknown = sorted(set(node_ids) - self.clients.keys())
-        if unknown or self._is_first:  # in a resumed run, all may be known
+        asked = sorted(set(node_ids) - self._asked)
+        if asked:
             self._read_names(grid)
-        claims = self._claims(grid, unknown) if unknown else {}
-        new = [node_id for node_id in unknown if node_id not in self.refused]
+        claims = self._claims(grid, asked) if asked else {}
+        self._asked |= set(asked) - self.refused
+        claims = {node: number for node, number in claims.items() if node not in self.clients}
+        new = [node for node in asked if node not in self.refused and node not in self.clients]
         self.connected = set(node_ids) - self.refused
         if self._is_first and self.refused and not self.connected:
             raise SourceError(_OTHERS_SOURCE if self.ids_stay else _OTHERS_SIMULATION)
@@ -275,7 +280,7 @@ class Roster:
 
 
 class PartitionRoster(Roster):
-    """Queries new nodes for their partitions and numbers them by these.
+    """Queries nodes for the hash of their code and their partitions, and numbers new ones by these.
 
     Results then do not depend on the random node ids of simulations. Replies decide about order and
     names only: a node that claims a partition of another gets another number, and never the
@@ -300,7 +305,7 @@ class PartitionRoster(Roster):
                 partition = record.get(PARTITION_ID)
                 if isinstance(partition, int) and 0 <= partition < 2**31:
                     claims.setdefault(node_id, partition)
-        for node_id in set(node_ids) - claims.keys() - self.refused:
+        for node_id in set(node_ids) - claims.keys() - self.refused - self.clients.keys():
             log(INFO, "%s reports no partition; it gets a free number", self._node(node_id))
         return claims
 

@@ -5,11 +5,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import figures as of_documents
-from pfedgpa_app.figures import COLOURS, DASHES, MARKS, Curve, draw_curves, draw_dots, spread
+from pfedgpa_app.figures import DASHES, MARKS, Curve, draw_curves, draw_dots, spread
+from pfedgpa_app.page import theme
+from pfedgpa_app.page.figures import accuracy
+from pfedgpa_app.strategies import STRATEGY_INFO
 
 PROJECT = Path(__file__).parents[1]
 
@@ -61,9 +65,41 @@ def test_names_are_written_as_they_are(tmp_path: Path):
         assert f">{written}</text>" in text
 
 
-def test_no_two_curves_look_alike_in_grey():
-    looks = {(DASHES[n % len(DASHES)], MARKS[n % len(MARKS)]) for n in range(len(COLOURS))}
-    assert len(looks) == len(COLOURS)
+def test_strategies_look_the_same_printed_and_on_the_page_and_unlike_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    printed, plot = {}, Axes.plot
+
+    def noting(axes: Axes, *args, **kwargs):
+        look = (DASHES.index(kwargs["linestyle"]), MARKS.index(kwargs["marker"]))
+        printed[kwargs["label"]] = (kwargs["color"], *look)
+        return plot(axes, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", noting)
+    panel = [curve(name, 0.5) for name in STRATEGY_INFO]
+    draw_curves(tmp_path / "a.png", {"": panel}, "title", "note")
+
+    def on_page(*names: str) -> dict[str, tuple]:
+        lines = accuracy({name: {1: [0.1], 2: [0.2]} for name in names}).data
+        return {
+            each.name: (
+                each.line.color,
+                theme.DASHES.index(each.line.dash),
+                theme.SYMBOLS.index(each.marker.symbol),
+            )
+            for each in lines
+        }
+
+    assert on_page(*STRATEGY_INFO) == printed
+    in_grey = {look[1:] for look in printed.values()}
+    without_marks = {look[:2] for look in printed.values()}  # as of many rounds
+    assert len(in_grey) == len(without_marks) == len(STRATEGY_INFO)
+    few = on_page("pfedgpa, affinity", "nearest", "ditto", "pfedgpa", "pfedgpa, alone")
+    assert {name: few[name] for name in ("ditto", "pfedgpa")} == {
+        name: printed[name] for name in ("ditto", "pfedgpa")
+    }
+    assert few["pfedgpa, affinity"][0] == few["pfedgpa"][0]
+    assert len({look[:2] for look in few.values()}) == len({look[1:] for look in few.values()}) == 5
 
 
 def test_a_figure_that_cannot_be_written_leaves_no_part(

@@ -3,14 +3,16 @@
 import pytest
 from digits_client import SETTINGS, context, message
 from flwr.app import Context, Message, MessageType, RecordDict
-from simulated_grid import SimulatedGrid, received, site, start
+from simulated_grid import Answer, SimulatedGrid, received, site, start, weights
 
 from client_app.floor import Floor
 from client_app.messages import evaluate_message, train_message
 from client_app.node import NodeError
 from pfedgpa_app.config import ClientConfig, PrivacyConfig
+from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.privacy import Ledger, cost_of_round
 from pfedgpa_app.rounds import BELOW_FLOOR, has_failed
+from server_app import app
 from server_app.strategies import ClientwiseFedAvg
 
 
@@ -63,8 +65,9 @@ def test_a_floor_that_is_not_understood_is_refused(floor: str):
 
 def test_a_site_does_not_train_below_its_floor_and_is_evaluated(caplog):
     reply = train_message(message(MessageType.TRAIN, 2), at("example epsilon=3")).content
-    assert not reply.array_records
-    assert dict(reply["metrics"]) == {"below-privacy-floor": 1}
+    assert {name: dict(record) for name, record in reply.items()} == {
+        "config": {"below-privacy-floor": "example epsilon=3 delta=1e-05"}
+    }
     assert (
         "This site does not train in round 2: the run's privacy is less than its privacy-floor "
         '(privacy.mode = "none")' in caplog.text
@@ -95,7 +98,40 @@ def test_a_run_goes_on_without_a_site_that_demands_more(caplog):
     strategy = ClientwiseFedAvg()
     start(strategy, grid)
     row = strategy.record.clients[2]
-    assert (row["status"], has_failed(row)) == (BELOW_FLOOR, False)
+    assert (row["status"], has_failed(row)) == (f"{BELOW_FLOOR}: example", False)
     assert row["personalized-accuracy"] == 0.5
     assert set(received(grid, MessageType.EVALUATE)[1].values()) == {2.0}
-    assert f"Client 2 does not train: {BELOW_FLOOR}" in caplog.text
+    assert f"Client 2 does not train: {BELOW_FLOOR}: example" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("floors", "settings", "right"),
+    [
+        (["example", "example epsilon=3"], {}, 'has privacy.mode = "none"; right would be '
+         'privacy.mode = "example"'),
+        (["example epsilon=3", "update"], {"mode": "example"}, 'has privacy.mode = "example"; '
+         'right would be privacy.mode = "update"'),
+        (["example epsilon=0.1"], {"mode": "example"}, "privacy.noise-multiplier = 1; right would "
+         "be a larger privacy.noise-multiplier"),
+        (["update epsilon=0.1"], {"mode": "update", "epsilon": 1.0}, "privacy.epsilon = 1; right "
+         "would be a smaller privacy.epsilon"),
+        (["example"], {"mode": "example", "seeded-noise": True}, "has privacy.seeded-noise = true; "
+         "right would be false"),
+    ],
+)  # fmt: skip
+def test_a_run_that_no_site_trains_in_says_what_they_demand_and_what_it_has(
+    tmp_path, monkeypatch, floors: list[str], settings: dict, right: str
+):
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+    given = {f"privacy.{key}": value for key, value in settings.items()}
+
+    def refusing(floor: str) -> Answer:
+        return lambda _: train_message(message(MessageType.TRAIN), at(floor, **given)).content
+
+    grid = SimulatedGrid(dict(enumerate(map(refusing, floors))))
+    flat = {**given, "output-dir": str(tmp_path), "server.min-available-nodes": 1}
+    with pytest.raises(app.RunError, match="No client trained in the first round:") as caught:
+        app.main(grid, Context(1, 1, {}, RecordDict(), flat))
+    assert str(caught.value).endswith(right)
+    for floor in floors:
+        assert f"1 client: {BELOW_FLOOR}: {floor}" in str(caught.value)

@@ -435,6 +435,35 @@ def test_whose_halves_do_not_fit_is_not_learned_from_until_they_do():
     assert strategy.seen == (({6}, honest), ({6}, honest), (set(), honest | {6}))
 
 
+def test_whose_halves_never_fit_is_asked_again_in_every_second_round():
+    asked = []
+
+    def lies(server_round: int, halves: Tensor) -> Tensor:
+        asked.append(server_round)
+        return torch.stack([ONES, -ONES])
+
+    others = {n: telling(1 + n / 10) for n in range(6)}
+    strategy = Watched(diffusion=DiffusionConfig(train_steps=5))
+    strategy.start(
+        SimulatedGrid({**others, 6: telling(1.6, lies)}), ArrayRecord(weights(0.0)), num_rounds=4
+    )
+    assert asked == [1, 3]
+    assert [outliers for outliers, _ in strategy.seen] == 4 * [{6}]
+
+
+def test_halves_that_did_not_fit_count_only_where_there_are_enough_to_compare_them_with():
+    def lies(server_round: int, halves: Tensor) -> Tensor:
+        if server_round == 1:
+            for node in range(3):
+                grid.nodes.pop(node, None)  # from the next round on
+        return torch.stack([ONES, -ONES])
+
+    grid = SimulatedGrid({**{n: telling(1 + n / 10) for n in range(5)}, 5: telling(1.5, lies)})
+    strategy = Watched(diffusion=DiffusionConfig(train_steps=5), fraction_evaluate=0.0)
+    strategy.start(grid, ArrayRecord(weights(0.0)), num_rounds=2)
+    assert [outliers for outliers, _ in strategy.seen] == [{5}, set()]
+
+
 def test_where_rounds_are_too_small_clients_are_compared_once_enough_are_known():
     grid = SimulatedGrid({node: learning_site(1 + node / 20) for node in range(12)})
     strategy = Watched(

@@ -28,7 +28,7 @@ from pfedgpa_app.source import source_hash
 from pfedgpa_app.state import WriteError
 from server_app import app
 from server_app.app import RunError, main
-from server_app.roster import SourceError
+from server_app.roster import PartitionRoster, SourceError
 
 NUM_CLIENTS = 4
 
@@ -119,7 +119,7 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
     with pytest.raises(RunError) as caught:
         run_with_errors_first(tmp_path, monkeypatch, error)
     said = "6 clients: KeyError: 'label' in load (a.py, line 3)"
-    assert str(caught.value) == f"Every client failed in the first round:\n  {said}"
+    assert str(caught.value) == f"No client trained in the first round:\n  {said}"
     # The folder tells it too, and to whoever looks at it in whichever way.
     run = Run.read(tmp_path / "1")
     assert (run.name, run.error, run.state) == ("digits-pfedgpa-1", str(caught.value), "stopped")
@@ -127,7 +127,7 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
     assert run.metrics == []
     shown = CliRunner().invoke(cli.app, ["runs", "show", "1", "--output-dir", str(tmp_path)])
     assert shown.stdout.count("KeyError") == 2
-    assert f"Every client failed in the first round:\n  {said}\n" in shown.stdout
+    assert f"No client trained in the first round:\n  {said}\n" in shown.stdout
     assert "6 clients: 1 rounds, the last 1: the client failed: KeyError" in shown.stdout
     watched = CliRunner().invoke(cli.app, ["watch", "1", "--output-dir", str(tmp_path)])
     assert watched.exit_code == 1
@@ -236,6 +236,17 @@ def test_a_site_that_was_updated_takes_part_from_the_next_round(
     )(message)
     run = run_coded(tmp_path, monkeypatch, grid)
     assert [row["num-clients"] for row in run.metrics] == [3, 4]
+
+
+def test_a_run_that_goes_on_asks_known_sites_once_for_their_code(caplog: pytest.LogCaptureFixture):
+    roster, claims = PartitionRoster(), {0: 2, 1: 1, 2: 0}
+    roster.resume(claims)
+    roster.admit(coded_grid(a=OURS, b="1234", c=OURS), [0, 1, 2])  # type: ignore[arg-type]
+    assert roster.connected == {0, 2}
+    assert "Node 1 is out of the round: it runs another version" in caplog.text
+    roster.admit(coded_grid(a="1234", b=OURS, c=OURS), [0, 1, 2])  # type: ignore[arg-type]
+    assert roster.connected == {0, 1, 2}
+    assert roster.clients == claims
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no plotly"), WriteError("no space")])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from pfedgpa_app.figures import COLOURS, colour_of
+from pfedgpa_app.figures import colour, dash, looks
 from pfedgpa_app.rounds import EVALUATED, Row, value_of
 
 ACCURACIES = {
@@ -20,17 +20,13 @@ ACCURACIES = {
     "received-accuracy": "as sent for training",
     f"{EVALUATED}-worst": "worst client",
 }
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
+# Those of printed figures, as plotly calls them.
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down")
 PATTERNS = ("", "/", "x", ".")
 
 Curve = dict[int, list[float]]
 """The values of all runs, by round."""
-
-
-def colour(number: int) -> str:
-    """Return the colour of the number-th thing."""
-    return COLOURS[number % len(COLOURS)]
 
 
 def symbol(number: int) -> str:
@@ -85,8 +81,10 @@ def lines(curves: Mapping[str, Curve], what: str = "accuracy") -> go.Figure:
     curves = {name: curve for name, curve in curves.items() if curve}
     fig = figure("round", what, height=max(400, 320 + 20 * len(curves)))
     fig.update_yaxes(range=late_range(curves.values()))
-    for number, (name, curve) in enumerate(curves.items()):
-        rounds, shade = list(curve), colour_of(name, number)
+    numbers = looks(curves)
+    for name, curve in curves.items():
+        number, rounds = numbers[name], list(curve)
+        shade = colour(number)
         if any(len(values) > 1 for values in curve.values()):
             low, high = ([end(values) for values in curve.values()] for end in (min, max))
             fig.add_scatter(
@@ -105,7 +103,7 @@ def lines(curves: Mapping[str, Curve], what: str = "accuracy") -> go.Figure:
             y=[fmean(values) for values in curve.values()],
             name=plain(name),
             mode="lines+markers" if len(rounds) <= 40 else "lines",
-            line={"color": shade, "dash": DASHES[number % len(DASHES)], "width": 2},
+            line={"color": shade, "dash": DASHES[dash(number)], "width": 2},
             marker={"symbol": symbol(number), "size": 6},
             hovertemplate="round %{x}: %{y:.4g}",
         )

@@ -7,15 +7,8 @@ import plotly.graph_objects as go
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import pdist
 
-from pfedgpa_app.page.figures import (
-    colour,
-    figure,
-    heat,
-    label_whole_numbers,
-    matrix,
-    plain,
-    symbol,
-)
+from pfedgpa_app.figures import colour
+from pfedgpa_app.page.figures import figure, heat, label_whole_numbers, matrix, plain, symbol
 from pfedgpa_app.rounds import Row
 
 Points = dict[int, tuple[float, float]]

@@ -39,6 +39,7 @@ from server_app.replies import (
     ReplyError,
     Upload,
     check_ranges,
+    read_demand,
     read_metrics,
     read_upload,
 )
@@ -478,13 +479,13 @@ class ClientwiseFedAvg(Stateful, FedAvg):
 
     def _read_upload(self, client: int, reply: Message) -> Upload | None:
         """Return a client's valid upload; None if it did not train for privacy's sake."""
+        if (demand := read_demand(reply)) is not None:
+            log(INFO, "%s does not train: %s: %s", self.subject(client), BELOW_FLOOR, demand)
+            self.record.below_floor(client, demand)
+            return None
         flags: set[str] = set()
         if reply.has_content() and not reply.content.array_records:
             flags = {name for each in reply.content.metric_records.values() for name in each}
-        if protocol.BELOW_FLOOR in flags:
-            log(INFO, "%s does not train: %s", self.subject(client), BELOW_FLOOR)
-            self.record.below_floor(client)
-            return None
         if protocol.BUDGET_SPENT in flags:
             epsilon = self.read_metrics(reply).get(protocol.EPSILON, 0.0)
             log(INFO, "%s does not train: its privacy budget is spent", self.subject(client))

@@ -30,6 +30,8 @@ HALVES_LAYOUT = ParameterLayout.of({HALVES: torch.empty(2, SKETCH)})
 """Both sketches."""
 SECOND_AFTER = 4
 """Rounds from a client's first measurement to its second: in the first round models mean little."""
+MISFITS_AFTER = 2
+"""Rounds from one in which a client's halves did not fit to the next in which it is measured."""
 MEASURED_TOGETHER = 10
 """Clients that are measured in a round, if as many train: the common update is their mean."""
 
@@ -125,7 +127,8 @@ class PFedGPA(ClientwiseFedAvg):
         if self.diffusion.sharing != "measured" or not are_enough:
             return
         records = {client: bank.of(client) for client in clients}
-        due = [client for client in clients if self._is_due(records[client], server_round)]
+        may_compare = len(clients) >= MIN_CLIENTS
+        due = [each for each in clients if self._is_due(records[each], server_round, may_compare)]
         if not due:
             return
         others = sorted(
@@ -139,11 +142,13 @@ class PFedGPA(ClientwiseFedAvg):
             record.was_measured_again = record.last_measured_round is not None
             record.last_measured_round = server_round
 
-    def _is_due(self, record: ClientRecord, server_round: int) -> bool:
-        if record.last_measured_round is None or record.has_misfits:
+    def _is_due(self, record: ClientRecord, server_round: int, may_compare: bool) -> bool:
+        if record.last_measured_round is None:
             return True
         every = self.diffusion.measure_every
         wait = every if record.was_measured_again else min(SECOND_AFTER, every)
+        if record.has_misfits and may_compare:
+            wait = MISFITS_AFTER
         return server_round - record.last_measured_round >= wait
 
     def extras(self, client: int) -> StateDict:
@@ -171,7 +176,7 @@ class PFedGPA(ClientwiseFedAvg):
         """Return the clients whose updates or halves are unlike those of others, with the reason.
 
         Of newcomers, from whom nobody learns, only halves count. Clients whose halves do not fit
-        are measured in each round, and outliers until they fit.
+        are outliers until they fit, as long as enough train in a round to compare them.
         """
         if not self.diffusion.guard:
             return {}
@@ -193,7 +198,8 @@ class PFedGPA(ClientwiseFedAvg):
                 record = bank.of(client)
                 record.has_misfits = row in odd or (record.has_misfits and not has_entries)
         reasons = {client: odd[row] for row, client in enumerate(reported) if row in odd}
-        earlier = {c: _EARLIER for c in uploads if bank.of(c).has_misfits}
+        may_compare = len(self._sent) >= MIN_CLIENTS
+        earlier = {c: _EARLIER for c in uploads if bank.of(c).has_misfits and may_compare}
         return earlier | reasons | found
 
     def learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
