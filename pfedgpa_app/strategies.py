@@ -57,6 +57,7 @@ STRATEGY_INFO: dict[str, StrategyInfo] = {
     # Clients get their points after a fraction of all rounds.
     "floco": StrategyInfo("floco:Floco", "floco:Floco", head="plain", depends_on_length=True),
     "ifca": StrategyInfo("ifca:IFCA", "ifca:IFCA"),
+    "fedala": StrategyInfo(_SHARED_PART, "fedala:FedALA"),
 }
 """The strategies by the values of the setting ``strategy``."""
 PLAIN_STRATEGIES = tuple(name for name, info in STRATEGY_INFO.items() if info.is_plain)
@@ -145,6 +146,14 @@ class IFCAConfig(Section):
     num_clusters: Count = 2
 
 
+class FedALAConfig(Section):
+    """FedALA, arXiv 2212.01197."""
+
+    layers: Count = 1
+    sample: Annotated[float, Field(gt=0, le=1)] = 0.8
+    learning_rate: Positive = 1.0
+
+
 class StrategySections(Section):
     """The strategy of a run, and the sections of strategies with settings."""
 
@@ -159,3 +168,4 @@ class StrategySections(Section):
     pfedhn: PFedHNConfig = PFedHNConfig()
     floco: FlocoConfig = FlocoConfig()
     ifca: IFCAConfig = IFCAConfig()
+    fedala: FedALAConfig = FedALAConfig()
