@@ -145,9 +145,11 @@ def unfit_heads(spec: ModelSpec, strategy: str) -> list[str]:
             f"{with_strategy}the layer that computes the logits, {layer}, should be a "
             "torch.nn.Linear that is called once, with one row of features per example"
         ]
-    if needs == "plain" and not head.weights:
+    if needs in ("plain", "biased") and not head.weights:
         return [
             f"{with_strategy}the output of the layer that computes the logits, {layer}, should be "
             "the logits themselves, and its weight a trained float32 parameter, not parametrized"
         ]
+    if needs == "biased" and f"{head.layer}.bias".lstrip(".") not in head.names:
+        return [f"{with_strategy}the layer that computes the logits, {layer}, should have a bias"]
     return []

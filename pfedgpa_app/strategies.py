@@ -26,7 +26,8 @@ class StrategyInfo(NamedTuple):
         ``client.engine = "vmap"`` need.
     head
         Its requirement of the layer that computes the logits: "" none, "any" that there is one,
-        "linear" that it is linear, "plain" that its weight can be replaced too.
+        "linear" that it is linear, "plain" that its weight can be replaced too, "biased" that it
+        has a bias too.
     depends_on_length
         Whether results of a round depend on the total number of rounds.
     """
@@ -34,7 +35,7 @@ class StrategyInfo(NamedTuple):
     server: str = "clientwise:ClientwiseFedAvg"
     client: str = "method:Method"
     is_plain: bool = False
-    head: Literal["", "any", "linear", "plain"] = ""
+    head: Literal["", "any", "linear", "plain", "biased"] = ""
     depends_on_length: bool = False
 
 
@@ -58,6 +59,7 @@ STRATEGY_INFO: dict[str, StrategyInfo] = {
     "floco": StrategyInfo("floco:Floco", "floco:Floco", head="plain", depends_on_length=True),
     "ifca": StrategyInfo("ifca:IFCA", "ifca:IFCA"),
     "fedala": StrategyInfo(_SHARED_PART, "fedala:FedALA"),
+    "feddbe": StrategyInfo("feddbe:FedDBE", "feddbe:FedDBE", head="biased"),
 }
 """The strategies by the values of the setting ``strategy``."""
 PLAIN_STRATEGIES = tuple(name for name, info in STRATEGY_INFO.items() if info.is_plain)
@@ -154,6 +156,13 @@ class FedALAConfig(Section):
     learning_rate: Positive = 1.0
 
 
+class FedDBEConfig(Section):
+    """FedDBE, arXiv 2311.14975."""
+
+    kappa: NonNegative = 50.0
+    momentum: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class StrategySections(Section):
     """The strategy of a run, and the sections of strategies with settings."""
 
@@ -169,3 +178,4 @@ class StrategySections(Section):
     floco: FlocoConfig = FlocoConfig()
     ifca: IFCAConfig = IFCAConfig()
     fedala: FedALAConfig = FedALAConfig()
+    feddbe: FedDBEConfig = FedDBEConfig()

@@ -234,7 +234,12 @@ def test_fedrod_needs_no_example_of_every_class():
     assert all(bool(tensor.isfinite().all()) for tensor in uploaded.values())
 
 
-KEEPERS = [name for name, strategy in STRATEGIES.items() if strategy.clients_keep_parts]
+# In a first message the clients of FedDBE keep nothing, those of pFedFDA nothing at all.
+KEEPERS = [
+    name
+    for name, strategy in STRATEGIES.items()
+    if strategy.clients_keep_parts and name not in {"feddbe", "pfedfda"}
+]
 
 
 @pytest.mark.parametrize("name", KEEPERS)
