@@ -60,6 +60,7 @@ STRATEGY_INFO: dict[str, StrategyInfo] = {
     "ifca": StrategyInfo("ifca:IFCA", "ifca:IFCA"),
     "fedala": StrategyInfo(_SHARED_PART, "fedala:FedALA"),
     "feddbe": StrategyInfo("feddbe:FedDBE", "feddbe:FedDBE", head="biased"),
+    "pfedfda": StrategyInfo("pfedfda:PFedFDA", "pfedfda:PFedFDA", head="biased"),
 }
 """The strategies by the values of the setting ``strategy``."""
 PLAIN_STRATEGIES = tuple(name for name, info in STRATEGY_INFO.items() if info.is_plain)
@@ -163,6 +164,13 @@ class FedDBEConfig(Section):
     momentum: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+class PFedFDAConfig(Section):
+    """pFedFDA, arXiv 2411.00329."""
+
+    single_beta: bool = False
+    ridge: Positive = 1.0
+
+
 class StrategySections(Section):
     """The strategy of a run, and the sections of strategies with settings."""
 
@@ -179,3 +187,4 @@ class StrategySections(Section):
     ifca: IFCAConfig = IFCAConfig()
     fedala: FedALAConfig = FedALAConfig()
     feddbe: FedDBEConfig = FedDBEConfig()
+    pfedfda: PFedFDAConfig = PFedFDAConfig()
