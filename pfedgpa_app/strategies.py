@@ -61,6 +61,7 @@ STRATEGY_INFO: dict[str, StrategyInfo] = {
     "fedala": StrategyInfo(_SHARED_PART, "fedala:FedALA"),
     "feddbe": StrategyInfo("feddbe:FedDBE", "feddbe:FedDBE", head="biased"),
     "pfedfda": StrategyInfo("pfedfda:PFedFDA", "pfedfda:PFedFDA", head="biased"),
+    "fedapa": StrategyInfo("fedapa:FedAPA", head="any"),
 }
 """The strategies by the values of the setting ``strategy``."""
 PLAIN_STRATEGIES = tuple(name for name, info in STRATEGY_INFO.items() if info.is_plain)
@@ -171,6 +172,13 @@ class PFedFDAConfig(Section):
     ridge: Positive = 1.0
 
 
+class FedAPAConfig(Section):
+    """FedAPA, arXiv 2502.07456."""
+
+    learning_rate: Positive = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
 class StrategySections(Section):
     """The strategy of a run, and the sections of strategies with settings."""
 
@@ -188,3 +196,4 @@ class StrategySections(Section):
     fedala: FedALAConfig = FedALAConfig()
     feddbe: FedDBEConfig = FedDBEConfig()
     pfedfda: PFedFDAConfig = PFedFDAConfig()
+    fedapa: FedAPAConfig = FedAPAConfig()
