@@ -51,8 +51,9 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar10": DatasetInfo((3, 32, 32), 10),
     "breast-cancer": DatasetInfo((30,), 2),
     "watch": DatasetInfo((6, 100), 7),
+    "flights": DatasetInfo((22,), 2),
 }
-WITH_OWNERS = ("watch",)
+WITH_OWNERS = ("watch", "flights")
 """The data sets with owners of examples."""
 
 ByClass = Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"]
@@ -72,6 +73,7 @@ class DataConfig(Section):
             "cifar10",
             "breast-cancer",
             "watch",
+            "flights",
             "sites",
         ]
         | OwnFunction

@@ -132,11 +132,13 @@ def unfit_heads(spec: ModelSpec, strategy: str) -> list[str]:
             f"the layer that computes the logits, {layer}, should be a torch.nn.Linear that is "
             "called once, with one row of features per example"
         )
-    elif needs == "plain" and not head.weights:
+    elif needs in ("plain", "biased") and not head.weights:
         problem = (
             f"the output of the layer that computes the logits, {layer}, should be the logits "
             "themselves, and its weight a trained float32 parameter, not parametrized"
         )
+    elif needs == "biased" and f"{head.layer}.bias".lstrip(".") not in head.names:
+        problem = f"the layer that computes the logits, {layer}, should have a bias"
     else:
         return []
     return [f'with strategy = "{strategy}", {problem}']

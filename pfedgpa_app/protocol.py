@@ -51,6 +51,12 @@ HALVES = "halves"
 CLASS_MEANS, CLASS_COUNTS = "class-means", "class-counts"
 WEIGHTED_MEANS, VARIANCE = "weighted-means", "variance"
 
+# Extras of FedDBE: uploaded in the first round, sent in the next ones.
+FEATURE_MEAN = "feature-mean"
+
+# Extras of pFedFDA, with CLASS_MEANS: sent and uploaded.
+COVARIANCE = "covariance"
+
 # Extras of Floco: the client uploads the first.
 ENDPOINTS, CENTER, HAS_REGION = "endpoints", "center", "has-region"
 

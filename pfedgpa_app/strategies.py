@@ -21,8 +21,8 @@ class StrategyInfo(NamedTuple):
     # client.engine = "vmap" need.
     is_plain: bool = False
     # Of the layer that computes the logits: "" none, "any" that there is one, "linear" that it is
-    # linear, "plain" that its weight can be replaced too.
-    head: Literal["", "any", "linear", "plain"] = ""
+    # linear, "plain" that its weight can be replaced too, "biased" that it has a bias too.
+    head: Literal["", "any", "linear", "plain", "biased"] = ""
     depends_on_length: bool = False  # whether rounds depend on the total number of rounds
 
 
@@ -45,6 +45,10 @@ STRATEGY_INFO: dict[str, StrategyInfo] = {
     # Clients get their points after a fraction of all rounds.
     "floco": StrategyInfo("floco:Floco", "floco:Floco", head="plain", depends_on_length=True),
     "ifca": StrategyInfo("ifca:IFCA", "ifca:IFCA"),
+    "fedala": StrategyInfo(_SHARED_PART, "fedala:FedALA"),
+    "feddbe": StrategyInfo("feddbe:FedDBE", "feddbe:FedDBE", head="biased"),
+    "pfedfda": StrategyInfo("pfedfda:PFedFDA", "pfedfda:PFedFDA", head="biased"),
+    "fedapa": StrategyInfo("fedapa:FedAPA", head="any"),
 }
 """The strategies by the values of the setting ``strategy``."""
 PLAIN_STRATEGIES = tuple(name for name, info in STRATEGY_INFO.items() if info.is_plain)
@@ -129,6 +133,35 @@ class IFCAConfig(Section):
     num_clusters: Count = 2
 
 
+class FedALAConfig(Section):
+    """FedALA, arXiv 2212.01197."""
+
+    layers: Count = 1
+    sample: Annotated[float, Field(gt=0, le=1)] = 0.8
+    learning_rate: Positive = 1.0
+
+
+class FedDBEConfig(Section):
+    """FedDBE, arXiv 2311.14975."""
+
+    kappa: NonNegative = 50.0
+    momentum: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class PFedFDAConfig(Section):
+    """pFedFDA, arXiv 2411.00329."""
+
+    single_beta: bool = False
+    ridge: Positive = 1.0
+
+
+class FedAPAConfig(Section):
+    """FedAPA, arXiv 2502.07456."""
+
+    learning_rate: Positive = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
 class StrategySections(Section):
     """The strategy of a run, and the sections of strategies with settings."""
 
@@ -143,3 +176,7 @@ class StrategySections(Section):
     pfedhn: PFedHNConfig = PFedHNConfig()
     floco: FlocoConfig = FlocoConfig()
     ifca: IFCAConfig = IFCAConfig()
+    fedala: FedALAConfig = FedALAConfig()
+    feddbe: FedDBEConfig = FedDBEConfig()
+    pfedfda: PFedFDAConfig = PFedFDAConfig()
+    fedapa: FedAPAConfig = FedAPAConfig()

@@ -237,8 +237,8 @@ def test_many_messages_are_answered_as_each_would_be_alone(settings: dict):
 
 def test_methods_of_plain_trainings_and_no_others_leave_training_as_it_is():
     plain = {name for name, method in METHODS.items() if method.train is Method.train}
-    # pFedHN's clients are FedAvg's, and nobody has tried it with noise or with many at once.
-    assert plain == {*PLAIN_STRATEGIES, "pfedhn"}
+    # Clients of pFedHN and FedAPA are FedAvg's; noise, or many at once, has not been tried.
+    assert plain == {*PLAIN_STRATEGIES, "pfedhn", "fedapa"}
 
 
 def test_each_batch_is_drawn_before_the_next_training_is_asked_for():

@@ -62,7 +62,7 @@ def test_every_file_in_conf_is_a_right_configuration(file: Path):
 def test_flat_settings_survive_the_round_trip(
     seed: int, rate: float, fidelity: float, rank: int | str, dataset: str, root: str
 ):
-    models = {"breast-cancer": "mlp", "watch": "cnn-1d"}
+    models = {"breast-cancer": "mlp", "flights": "mlp", "watch": "cnn-1d"}
     given_settings = {
         "seed": seed,
         "client.learning-rate": rate,
@@ -266,7 +266,7 @@ def test_the_message_lists_the_problems_one_a_line():
         (
             {"data.partition": "natural"},
             'data.partition = "natural": the examples of digits have no owners; right would be '
-            "another partition, watch, or a data set of your own",
+            "another partition, watch or flights, or a data set of your own",
         ),
         (
             {

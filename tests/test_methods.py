@@ -15,6 +15,7 @@ from small_task import (
     LABELS,
     PLAIN_SGD,
     RATE,
+    Layer,
     assert_layers,
     error_of,
     forward,
@@ -25,14 +26,20 @@ from small_task import (
 from torch import nn
 
 from client_app.messages import evaluate_message, train_message
-from client_app.methods import METHODS, Method, Task
+from client_app.methods import METHODS, Method, Task, fedala
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import copy_of, head_names
-from pfedgpa_app.strategies import STRATEGY_INFO, DittoConfig, FedProxConfig, FedRepConfig
+from pfedgpa_app.strategies import (
+    STRATEGY_INFO,
+    DittoConfig,
+    FedALAConfig,
+    FedProxConfig,
+    FedRepConfig,
+)
 from server_app.app import make_strategy
 from server_app.checkpoint import ResumeError, resume
 from server_app.strategies import STRATEGIES
@@ -130,6 +137,70 @@ def test_ditto_draws_the_personal_model_to_what_was_received():
     assert_layers(METHODS["ditto"]().personal_model(task).state_dict(), [(weight, bias)])
 
 
+def test_fedala_starts_from_the_mixture_that_lowers_the_loss():
+    settings = FedALAConfig(sample=1.0, learning_rate=0.5)
+    task = small_task(Config(strategy="fedala", client=PLAIN_SGD, fedala=settings), body=True)
+    method = METHODS["fedala"]()
+    sent = layers_of(task.received)
+    layers = trained_from(sent)  # the first training starts as received
+    assert_layers(method.train(task).state, layers)
+    weights = [torch.ones_like(each) for each in sent[1]]
+    for num_steps in (11, 1):  # until ten losses hardly differ, then one epoch
+        body, (old, received) = sent[0], (layers[1], sent[1])
+        features = forward([body], INPUTS)
+        for _ in range(num_steps):
+            error = error_of(forward([mixed(old, received, weights)], features))
+            gradients = error.T @ features, error.sum(dim=0)
+            weights = [
+                (w - 0.5 * gradient * (new - last)).clamp(0, 1)
+                for w, gradient, new, last in zip(weights, gradients, received, old, strict=True)
+            ]
+        layers = trained_from([body, mixed(old, received, weights)])
+        assert_layers(method.train(task).state, layers)
+        assert any(bool((w < 1).any()) for w in weights)
+        kept = {n.removeprefix("weight."): t for n, t in task.memory.items() if "weight.2" in n}
+        assert_layers(kept, [(weights[0], weights[1])])
+    assert_layers(method.personal_model(task).state_dict(), layers)
+    task.memory = {}
+    assert_layers(method.personal_model(task).state_dict(), sent)
+
+
+def mixed(old: Layer, received: Layer, weights: list[torch.Tensor]) -> Layer:
+    weight, bias = (
+        last + (new - last) * w for last, new, w in zip(old, received, weights, strict=True)
+    )
+    return weight, bias
+
+
+def trained_from(layers: list[Layer]) -> list[Layer]:
+    """Return a body and a head after the local epochs."""
+    body, head = layers
+    for _ in range(EPOCHS):
+        features = forward([body], INPUTS)
+        error = error_of(forward([head], features))
+        body, head = head_step(body, INPUTS, error @ head[0]), head_step(head, features, error)
+    return [body, head]
+
+
+@pytest.mark.parametrize("sample", [0.3, 1.0])
+def test_fedala_learns_its_weights_on_a_part_of_the_examples(
+    monkeypatch: pytest.MonkeyPatch, sample: float
+):
+    seen = []
+
+    def count(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
+        seen.append(len(labels))
+        return nn.functional.cross_entropy(model(images), labels)
+
+    monkeypatch.setattr(fedala, "cross_entropy", lambda offset: count)
+    settings = FedALAConfig(sample=sample)
+    task = small_task(Config(strategy="fedala", client=PLAIN_SGD, fedala=settings))
+    old = {name: tensor + 0.1 for name, tensor in task.received.items()}
+    ones = {name: torch.ones_like(tensor) for name, tensor in old.items()}
+    fedala.learn_weights(task, old, ones)
+    assert seen == [round(3 * sample)]
+
+
 def test_fedrod_balances_the_generic_head_and_adds_a_personal_one():
     offset = torch.tensor([0.4, -0.3])
     task = small_task(Config(strategy="fedrod", client=PLAIN_SGD), body=True, offset=offset)
@@ -163,7 +234,12 @@ def test_fedrod_needs_no_example_of_every_class():
     assert all(bool(tensor.isfinite().all()) for tensor in uploaded.values())
 
 
-KEEPERS = [name for name, strategy in STRATEGIES.items() if strategy.clients_keep_parts]
+# In a first message the clients of FedDBE keep nothing, those of pFedFDA nothing at all.
+KEEPERS = [
+    name
+    for name, strategy in STRATEGIES.items()
+    if strategy.clients_keep_parts and name not in {"feddbe", "pfedfda"}
+]
 
 
 @pytest.mark.parametrize("name", KEEPERS)

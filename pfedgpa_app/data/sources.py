@@ -16,6 +16,7 @@ from torch import Tensor
 from pfedgpa_app.arrays import LEVELS, PIECE
 from pfedgpa_app.config import DATASETS, SITES, DataConfig
 from pfedgpa_app.data.dataset import DataError, Dataset, Part, assemble
+from pfedgpa_app.data.flights import load_flights
 from pfedgpa_app.data.own import load_part
 from pfedgpa_app.data.smartwatch import load_windows
 
@@ -132,7 +133,12 @@ def _breast_cancer() -> Part:
 
 
 # Contained in packages.
-_EMBEDDED = {"digits": _digits, "breast-cancer": _breast_cancer, "watch": load_windows}
+_EMBEDDED = {
+    "digits": _digits,
+    "breast-cancer": _breast_cancer,
+    "watch": load_windows,
+    "flights": load_flights,
+}
 
 
 def _torchvision(name: str, root: Path) -> list[Part]:

@@ -6,6 +6,6 @@ from server_app.strategies.clientwise import ClientwiseFedAvg
 
 
 class SharedPart(ClientwiseFedAvg):
-    """The server of FedPer, FedRep, LG-FedAvg, Ditto and FedRoD; their clients differ."""
+    """The server of FedPer, FedRep, LG-FedAvg, Ditto, FedRoD and FedALA; their clients differ."""
 
     clients_keep_parts: ClassVar[bool] = True
