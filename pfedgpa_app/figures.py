@@ -222,6 +222,11 @@ def dash(number: int) -> int:
     return (number + number // len(COLOURS)) % len(DASHES)
 
 
+def mark(number: int) -> int:
+    """Return the place of a number's mark: one more where the dashes begin again."""
+    return number // len(DASHES) % len(MARKS)
+
+
 def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
     """Return places near values, in their order, at least a gap apart where there is room."""
     order = sorted(range(len(values)), key=values.__getitem__)
@@ -258,7 +263,7 @@ def _draw_curve(axes: "Axes", curve: Curve, number: int, zorder: float) -> None:
         curve.mean,
         color=shade,
         linestyle=DASHES[dash(number)],
-        marker=MARKS[number % len(MARKS)],
+        marker=MARKS[mark(number)],
         markevery=max(1, len(curve.x) // 10),
         label=curve.name,
         zorder=zorder,

@@ -20,13 +20,12 @@ def commit() -> str:
             [*git, "ls-files", "--error-unmatch", here.name],
             check=True,
             capture_output=True,
-            text=True,
         )
         described = subprocess.run(
             [*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"],
             check=True,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
         )
         return described.stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -88,6 +88,7 @@ def bench(
     )
     indexes: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
+    total = 0
     for file in files:
         folder = Path("build/bench") / (file.stem + ("-quick" if quick else ""))
         if results:
@@ -108,13 +109,14 @@ def bench(
             runs = suite.runs()
             if superlink and any(each.config.client.engine == "vmap" for each in runs):
                 raise ValueError(ENGINE_ON_FLOWER)
-        except (SuiteError, ValueError, RuntimeError) as error:
+        except (SuiteError, ValueError) as error:
             fail(str(error) if str(file) in str(error) else f"{file}: {error}")
         if superlink not in ("", "local"):
             runs = [replace(each, superlink=superlink) for each in runs]
         elif any(each.config.data.dataset == SITES for each in runs):
             fail(f'{file}: data.dataset = "{SITES}" needs sites; right would be --superlink NAME')
         failed |= run(suite.title, runs)
+        total += len(runs)
         # Filters are in the name, so that calls with others do not overwrite the tables.
         filters = ("quick" if quick else "", "tuned" if tuned else "", *(cases or ()))
         parts = (file.stem, *filters, *(rows or ()), seeds or "")
@@ -124,7 +126,7 @@ def bench(
         print(json.dumps(indexes if len(files) > 1 else indexes[0], indent=1), file=output)
     if failed:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
-        fail(f"{len(failed)} runs failed; the command repeats them:\n{reasons}")
+        fail(f"{len(failed)} of {total} runs failed; the command repeats them:\n{reasons}")
 
 
 def _run(

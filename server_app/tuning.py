@@ -25,9 +25,7 @@ def search(suite: Suite, folder: Path, execute: Callable[[list[BenchRun]], objec
     Raises
     ------
     SuiteError
-        If the suite has no ``[tune]``, or settings are wrong.
-    RuntimeError
-        If all points of a row failed.
+        If the suite has no ``[tune]``, settings are wrong, or all points of a row failed.
     """
     if suite.tune is None:
         raise SuiteError(
@@ -58,7 +56,7 @@ def search(suite: Suite, folder: Path, execute: Callable[[list[BenchRun]], objec
             }
             name = max(means, key=means.__getitem__)
             if means[name] == -inf:
-                raise RuntimeError(f"{row}: all runs of its tuning failed")
+                raise SuiteError(f"{row}: all runs of its tuning failed")
             found[case, row] = found[case, row] | points[name][1]
     return found
 

@@ -529,9 +529,9 @@ def test_tables_are_written_as_what_they_are_read_by():
     assert r"& x & 100 \% & c\_1 \\" in latex
     rows = list(csv.reader(table.csv().splitlines()))
     first = ["A & B", "pfedgpa", "x", "0.9 ± 0.1", "best", "2", "0.900000", "0.141421"]
-    assert rows[0] == [*first, "0.800000 1.000000"]
+    assert rows[0] == [*first, "0.800000 1.000000", ""]
     assert len(rows[0]) == len(CSV_HEAD.split(","))
-    assert rows[2] == ["A & B", "pfedgpa", "c_1", "-", "", "0", "", "", ""]
+    assert rows[2] == ["A & B", "pfedgpa", "c_1", "-", "", "0", "", "", "", ""]
 
 
 EVIL = r"""a & b %c_d #e $f$ {g} ~h ^i \input{j} <k> |l| "m" `n` --o [p] *q
@@ -594,7 +594,7 @@ def test_runs_on_a_superlink_give_the_same_kind_of_result(
             folder.add_round(row | {"personalized-accuracy": 0.5}, clients_rows)
         return Run.read(folder.path)
 
-    monkeypatch.setattr("server_app.cli.run_on_flower", run_on_flower)
+    monkeypatch.setattr("server_app.commands_bench.run_on_flower", run_on_flower)
     result = invoke(suite, "--superlink", "site", "--results", tmp_path / "results")
     assert asked == [(3, "site")] * 4
     assert result.exit_code == 1

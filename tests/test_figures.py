@@ -11,8 +11,8 @@ from PIL import Image
 
 from benchmarks import figures as of_documents
 from pfedgpa_app.figures import DASHES, MARKS, Curve, draw_curves, draw_dots, spread
-from pfedgpa_app.page import theme
-from pfedgpa_app.page.figures import accuracy
+from pfedgpa_app.page import figures as page_figures
+from pfedgpa_app.page.figures import lines
 from pfedgpa_app.strategies import STRATEGY_INFO
 
 PROJECT = Path(__file__).parents[1]
@@ -80,14 +80,14 @@ def test_strategies_look_the_same_printed_and_on_the_page_and_unlike_each_other(
     draw_curves(tmp_path / "a.png", {"": panel}, "title", "note")
 
     def on_page(*names: str) -> dict[str, tuple]:
-        lines = accuracy({name: {1: [0.1], 2: [0.2]} for name in names}).data
+        curves = lines({name: {1: [0.1], 2: [0.2]} for name in names}).data
         return {
             each.name: (
                 each.line.color,
-                theme.DASHES.index(each.line.dash),
-                theme.SYMBOLS.index(each.marker.symbol),
+                page_figures.DASHES.index(each.line.dash),
+                page_figures.SYMBOLS.index(each.marker.symbol),
             )
-            for each in lines
+            for each in curves
         }
 
     assert on_page(*STRATEGY_INFO) == printed

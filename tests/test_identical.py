@@ -16,14 +16,14 @@ from pfedgpa_app.randomness import make_generator
 from pfedgpa_app.trace import trace_of
 
 DIM, NEWCOMER = 24, 9
-KINDS = [(space, generator) for space in ("subspace", "raw") for generator in ("diffusion", "mean")]
+KINDS = [(space, denoise) for space in ("subspace", "raw") for denoise in (True, False)]
 
 
-def aggregator_of(space: str, generator: str, sharing: str, **others) -> GenerativeAggregator:
+def aggregator_of(space: str, denoise: bool, sharing: str, **others) -> GenerativeAggregator:
     start = 200 if space == "raw" else "auto"
     config = DiffusionConfig(
         space=space,
-        generator=generator,
+        denoise=denoise,
         sharing=sharing,
         start=start,
         train_steps=3,

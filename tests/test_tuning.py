@@ -100,7 +100,7 @@ def test_a_point_with_a_failed_run_is_not_chosen(tmp_path: Path):
 
     found = search(read(tmp_path), tmp_path, execute)
     assert found["", "fedavg"] == {"client.learning-rate": 0.01, "client.momentum": 0.5}
-    with pytest.raises(RuntimeError, match="fedavg: all runs of its tuning failed"):
+    with pytest.raises(SuiteError, match="fedavg: all runs of its tuning failed"):
         search(read(tmp_path), tmp_path / "empty", lambda runs: None)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from pfedgpa_app.figures import colour, dash, looks
+from pfedgpa_app.figures import colour, dash, looks, mark
 from pfedgpa_app.rounds import EVALUATED, Row, value_of
 
 ACCURACIES = {
@@ -104,7 +104,7 @@ def lines(curves: Mapping[str, Curve], what: str = "accuracy") -> go.Figure:
             name=plain(name),
             mode="lines+markers" if len(rounds) <= 40 else "lines",
             line={"color": shade, "dash": DASHES[dash(number)], "width": 2},
-            marker={"symbol": symbol(number), "size": 6},
+            marker={"symbol": SYMBOLS[mark(number)], "size": 6},
             hovertemplate="round %{x}: %{y:.4g}",
         )
     label_whole_numbers(fig, (number for curve in curves.values() for number in curve))
