@@ -204,9 +204,7 @@ def looks(names: Iterable[str]) -> dict[str, int]:
     for place, name in sorted(enumerate(strategies), key=lambda each: each[1] not in known):
         is_known = strategies[name] in known
         number = known.index(strategies[name]) if is_known else others + place
-        taken = {*numbers.values()}
-        while number in taken:
-            taken |= {*range(len(known))}  # which are of strategies
+        while number in numbers.values():
             number += len(COLOURS) if is_known else 1
         numbers[name] = number
     return numbers
