@@ -1,9 +1,9 @@
-"""Who of a round is unusual, so that the others should not learn from it.
+"""Detection of outliers: clients of a round that the others should not learn from.
 
-Clients are compared by how they moved, not by what they learned: those with other data than all
-others still move about as far as they do, and not against them. The median client says what is
-usual, and the spread about it how far one may be from that: those who lie cannot decide it as long
-as they are less than half.
+Clients are compared by their updates, not by what they learned: one with other data than all
+others still moves about as far as they do, and not against them. The limits follow from the median
+client and the spread about it, which malicious clients cannot set as long as they are less than
+half.
 """
 
 import math
@@ -26,16 +26,16 @@ FEW = 10
 MEMORY = 20
 """Of so many clients, those that took part last, it is remembered how they moved."""
 
-# How far a client may always be from the median one: docs/attacks.md says how it was chosen. Of a
-# single tensor honest clients differ more.
+# Ratios to the median client that are always allowed; docs/attacks.md says how they were chosen. In
+# a single tensor honest clients differ more.
 _MAX_RATIO = 2.0
 _MAX_TENSOR_RATIO = 5.0
 # The same in standard deviations, where clients differ more.
 _MAX_DEVIATIONS = 4.0
 # Changes of a tensor below this part of the median move are no changes.
 _NO_CHANGE = 1e-3
-# Median cosine of the moves, at least, for there to be a direction that all have in common; and
-# how far against it a client may go, as a part of it: a small group may have nothing of it.
+# Least median cosine for a common direction of the updates, and how far against it a client may go,
+# as a part of that cosine: a small group may have nothing of it.
 _MIN_COSINE = 0.2
 _MAX_AGAINST = 0.5
 # Standard deviation of a normal distribution in units of its median absolute deviation.
@@ -43,7 +43,7 @@ _DEVIATIONS_PER_MAD = 1.4826
 
 
 class Move(NamedTuple):
-    """How a client changed what it was sent.
+    """A client's update: the difference between its upload and what it was sent.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Move(NamedTuple):
 
     @classmethod
     def of(cls, layout: ParameterLayout, sent: StateDict, state: StateDict) -> "Move":
-        """Return what became of a state_dict that was ``sent``."""
+        """Return the update from a state_dict that was ``sent`` to an uploaded one."""
         generated = layout.split(state)[0] - layout.split(sent)[0]
         skipped = layout.fixed.keys() | layout.unbounded.keys()
         rest = {
@@ -83,21 +83,21 @@ class Move(NamedTuple):
 
     @property
     def parts(self) -> list[Tensor]:
-        """What is generated and what is averaged, unless it is nothing."""
+        """The generated and the averaged part, without empty ones."""
         return [part for part in (self.generated, self.averaged) if part.numel()]
 
     def summary(self) -> Tensor:
-        """Return what is remembered of it: its sizes, and `sketched` directions; float64."""
+        """Return its sizes and the `sketched` directions of its parts, float64."""
         return torch.cat([self.sizes, *(sketched(part).double() for part in self.parts)])
 
 
 class Guard(Stateful):
-    """Finds unusual clients, and remembers how usual ones moved.
+    """Finds outliers, and remembers the updates of the other clients.
 
     Attributes
     ----------
     memory
-        What is remembered of clients, `Move.summary` by client; the latest come last.
+        `Move.summary` of clients that were no outliers, the latest last.
     num_compared
         How many clients were compared in the last round.
     """
@@ -115,7 +115,7 @@ class Guard(Stateful):
         initial: Tensor,
         num_connected: int,
     ) -> dict[int, str]:
-        """Return which clients of a round are unusual, and why, and remember the others.
+        """Return which clients of a round are outliers, and why, and remember the others.
 
         These are those that moved much farther in this round than the median client, in all or in
         one tensor, that have come much farther from the ``initial`` parameters ``(d,)``, or that
@@ -162,14 +162,14 @@ class Guard(Stateful):
 def outliers_of(
     sizes: Tensor, ways: Tensor, directions: Sequence[Sequence[Tensor]], names: Sequence[str]
 ) -> dict[int, str]:
-    """Return which clients are unusual, by their place, and why; see `Guard.outliers`.
+    """Return which clients are outliers, by their place, and why; see `Guard.find_outliers`.
 
     Parameters
     ----------
     sizes
         `Move.sizes` of the clients, ``(n, 1 + 2 * num_tensors)``.
     ways
-        How far each has come, ``(n,)``.
+        Distances of the clients from the initial parameters, ``(n,)``.
     directions
         Moves of the clients, or sketches of them, ``(d,)``, for each part of the model.
     names
@@ -197,11 +197,11 @@ def outliers_of(
 
 
 def misfits(halves: Sequence[Tensor], moves: Sequence[Tensor]) -> dict[int, str]:
-    """Return which clients told of halves that contradict each other or their own moves, and why.
+    """Return which clients reported halves that contradict each other or their update, and why.
 
-    Both halves of an honest client's images, and all of them, move parameters alike at first.
-    ``halves`` are what each client told, not `centred`, ``(2, SKETCH)``, ``moves`` the `sketched`
-    changes of what they upload, ``(SKETCH,)``.
+    Updates on both halves of an honest client's examples, and on all of them, have similar
+    directions at first. ``halves`` are the reports, not `centred`, ``(2, SKETCH)``, ``moves`` the
+    `sketched` updates of the uploads, ``(SKETCH,)``.
     """
     if len(halves) < MIN_CLIENTS:
         return {}
@@ -215,9 +215,9 @@ def misfits(halves: Sequence[Tensor], moves: Sequence[Tensor]) -> dict[int, str]
 
 
 def _against(cosines: Tensor, whose: str, most: float = 0.0) -> dict[int, str]:
-    """Return who has a cosine ``(n,)`` below zero where the median client's is clearly above.
+    """Return the clients whose cosine ``(n,)`` is below zero where the median is clearly above.
 
-    ``most`` is how far below it may be, as a part of the median.
+    ``most`` is how far below is allowed, as a part of the median.
     """
     usual = float(cosines.median())
     if usual < _MIN_COSINE:
@@ -230,9 +230,9 @@ def _against(cosines: Tensor, whose: str, most: float = 0.0) -> dict[int, str]:
 
 
 def cosines_with_others(moves: Sequence[Tensor]) -> Tensor:
-    """Return the cosine of each move ``(d,)`` with the mean direction of the others, ``(n,)``.
+    """Return the cosine of each update ``(d,)`` with the mean direction of the others, ``(n,)``.
 
-    Each of the others counts as much, however far it moved. Who did not move has 0.
+    Each of the others counts the same, whatever its length. An update of zero has 0.
     """
     total = torch.zeros_like(moves[0], dtype=torch.float64)
     for move in moves:

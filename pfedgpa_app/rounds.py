@@ -75,7 +75,7 @@ class RoundRecord:
     bytes_up: int = 0
     names: Mapping[int, str] = field(default_factory=dict)
 
-    def default_model(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
+    def addressed(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
         """Note to whom training messages were sent."""
         for client, node_id in zip(clients, node_ids, strict=True):
             self._row(client).update({"node-id": str(node_id), "status": NO_REPLY})

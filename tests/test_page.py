@@ -50,7 +50,7 @@ def make_run(path: Path, *, reason: str = "", models: bool = True, **settings: A
             bytes_down=3_000_000,
             bytes_up=1_000_000,
         )
-        record.default_model(range(NUM_CLIENTS), range(NUM_CLIENTS))
+        record.addressed(range(NUM_CLIENTS), range(NUM_CLIENTS))
         for client in range(NUM_CLIENTS):
             accuracy = (server_round + client / 10 + config.seed / 100) / 10
             record.trained(client, {"accuracy-after": accuracy - 0.01}, 10)

@@ -41,7 +41,7 @@ def hand_made_record() -> RoundRecord:
         num_nodes=6,
         bytes_down=400,
     )
-    record.default_model([3, 2, 1, 0], [33, 32, 31, 30])
+    record.addressed([3, 2, 1, 0], [33, 32, 31, 30])
     metrics = {"accuracy-before": 0.5, "accuracy-after": 0.75, "loss-after": 1.0}
     record.trained(2, {**metrics, "num-examples": 9}, 100)
     metrics = {"accuracy-before": 0.2, "accuracy-after": 0.25, "loss-after": 2.0}

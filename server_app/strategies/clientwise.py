@@ -290,7 +290,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         self._sent = dict(zip(clients, self.training_states(clients), strict=True))
         messages = self.messages(MessageType.TRAIN, clients, self._sent.values(), config)
         self.record.num_nodes = len(self.roster.connected)
-        self.record.default_model(clients, map(self.roster.node_id, clients))
+        self.record.addressed(clients, map(self.roster.node_id, clients))
         self._sent_at = time.monotonic()
         return messages
 
