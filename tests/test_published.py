@@ -34,7 +34,7 @@ from pfedgpa_app.config import DATASETS, Config, DataConfig, flatten
 from pfedgpa_app.data import client_data, sources
 from pfedgpa_app.report import Run
 from server_app import app as server_app
-from server_app import bench, cli, commands_config, commands_run
+from server_app import bench, cli, commands_bench, commands_config, commands_run
 from server_app.suites import BenchRun
 from server_app.superlink import FlowerRun
 
@@ -200,7 +200,7 @@ def test_a_bench_has_runs_with_right_settings(
         return plan([run])
 
     monkeypatch.setattr(bench, "execute", plan)
-    monkeypatch.setattr(cli, "_on", plan_on_flower)
+    monkeypatch.setattr(commands_bench, "_on", plan_on_flower)
     said = type_in(words).stdout
     assert planned
     assert f"{len(planned)} to go" in said
