@@ -186,24 +186,31 @@ def type_in(words: Words, answer: str = "") -> Result:
     return result
 
 
+TUNING_SEEDS = 100
+
+
 @pytest.mark.parametrize("words", BENCHES, ids=shlex.join)
 def test_a_bench_has_runs_with_right_settings(
     words: Words, project: Path, monkeypatch: pytest.MonkeyPatch
 ):
     planned: list[BenchRun] = []
 
-    def plan(pending: list[BenchRun], *arguments: Any) -> dict[str, str]:
+    def plan(pending: list[BenchRun], folder: Path, *arguments: Any) -> dict[str, str]:
         planned.extend(pending)
+        for run in pending:
+            if run.config.seed >= TUNING_SEEDS:  # the rest of a tuned bench follows from them
+                run.file(folder).parent.mkdir(exist_ok=True)
+                run.file(folder).write_text('{"accuracies": [{"0": 0.5}]}')
         return {}
 
     def plan_on_flower(superlink: str, run: BenchRun, folder: Path) -> dict[str, str]:
-        return plan([run])
+        return plan([run], folder)
 
     monkeypatch.setattr(bench, "execute", plan)
     monkeypatch.setattr(commands_bench, "_on", plan_on_flower)
     said = type_in(words).stdout
     assert planned
-    assert f"{len(planned)} to go" in said
+    assert sum(map(int, re.findall(r"(\d+) to go", said))) == len(planned)
 
 
 def test_the_suite_of_the_documents_is_run_and_made_a_page(project: Path):
