@@ -50,8 +50,6 @@ class GenerativeAggregator(Stateful):
         The settings of guided denoising, and of how long a client is a newcomer.
     seed
         Fixes, with the round, all that is drawn at random.
-    is_noised
-        Whether clients add independent noise to their uploads, for differential privacy.
     archived
         Storage of the models that are not kept in memory; in memory by default.
 
@@ -88,14 +86,12 @@ class GenerativeAggregator(Stateful):
         onboarding: OnboardingConfig | None = None,
         *,
         seed: int = 0,
-        is_noised: bool = False,
         archived: Vault | None = None,
     ) -> None:
         self.initial = self.average = initial
         self.config = config
         self.onboarding = onboarding or OnboardingConfig()
         self.seed = seed
-        self.is_noised = is_noised
         self.device = resolve_device(config.device)
         self.bank = Bank(config.max_members, archived)
         self.mixing = torch.eye(0, dtype=torch.float64)
@@ -272,7 +268,7 @@ class GenerativeAggregator(Stateful):
         vectors, config = list(self.bank.members.values()), self.config
         if len(vectors) < 2:
             return
-        self.spectrum = spectrum = Spectrum.of(vectors, is_noised=self.is_noised)
+        self.spectrum = spectrum = Spectrum.of(vectors)
         reported = self._reported()
         by_uploads = reported is None and config.sharing != "none"
         if by_uploads and config.space == "subspace" and not rank_of(config, spectrum):

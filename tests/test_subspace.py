@@ -145,50 +145,6 @@ def test_signal_rank_of_vectors_that_are_each_different_from_all_others_is_nothi
     assert spectrum.signal_rank == 0
 
 
-def grouped(between: float, seed: int) -> Tensor:
-    """Five groups of four vectors, with a variance between groups; within them it is 1."""
-    centres = normal(5, 5000, seed=seed) * between**0.5
-    return centres[torch.arange(20) % 5] + normal(20, 5000, seed=seed + 100)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_groups_that_barely_stand_out_are_found_in_noise_that_was_added(seed: int):
-    """NumPy's eigenvalues of noise alone say where the edge is."""
-    vectors = grouped(0.2, seed)
-    noise = normal(20, 5000, seed=seed + 200).numpy()
-    noise -= noise.mean(0)
-    highest = np.linalg.eigvalsh(noise @ noise.T)[-1] / 20
-    spectrum = Spectrum.of(vectors, is_noised=True)
-    assert spectrum.signal_rank == 4
-    assert float(spectrum.eigenvalues[3]) > highest
-    assert spectrum.noise_to_signal(4) == pytest.approx(
-        2 * spectrum.floor / float(spectrum.eigenvalues[:4].mean())
-    )
-    assert Spectrum.of(vectors).signal_rank < 4
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("between", [0.0, 0.02])
-def test_what_is_far_below_the_noise_that_was_added_tells_no_groups(seed: int, between: float):
-    assert Spectrum.of(grouped(between, seed), is_noised=True).signal_rank == 0
-
-
-@pytest.mark.parametrize(("num", "dim"), [(3, 500), (4, 500), (10, 10), (64, 64)])
-def test_few_vectors_or_dimensions_tell_nothing_of_noise_that_was_added(num: int, dim: int):
-    for seed in range(5):
-        vectors = normal(num, dim, seed=seed) * torch.logspace(-1, 0.5, num)[:, None]
-        noised, plain = Spectrum.of(vectors, is_noised=True), Spectrum.of(vectors)
-        assert noised.signal_rank == plain.signal_rank
-
-
-def test_noise_that_drowns_nothing_changes_nothing():
-    own = normal(20, 5000) * torch.logspace(-1, 0.5, 20)[:, None]
-    vectors = own + 0.01 * normal(20, 5000, seed=1)
-    noised, plain = Spectrum.of(vectors, is_noised=True), Spectrum.of(vectors)
-    assert noised.signal_rank == plain.signal_rank
-    assert noised.noise_to_signal(3) == plain.noise_to_signal(3)
-
-
 @pytest.mark.parametrize("num_vectors", [2, 5, 100])
 def test_divergence_does_not_depend_on_how_many_vectors_there_are(num_vectors: int):
     dim = 50_000

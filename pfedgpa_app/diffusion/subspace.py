@@ -1,6 +1,5 @@
 """The affine subspace of a bank of vectors, where diffusion costs little and loses nothing."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +16,6 @@ _RELATIVE_TOLERANCE = 1e-8
 # Neighbouring eigenvalues of banks without groups (iid, Dirichlet, pathological) differ by factors
 # of up to 2, those on the two sides of a gap by 25 and more.
 _MIN_GAP = 3
-# Where noise was added, the lowest eigenvalue is at least this part of what it would be if there
-# were no other; without any it is below half of the median.
-_FLAT = 0.9
-_MIN_AXES = 4
-# Least mean variance of the axes above such noise, in units of its own, for affinities to follow
-# from them. With less, groups were mixed up in runs with the seed 100.
-_MIN_ABOVE = 1.5
 
 
 @dataclass(frozen=True)
@@ -38,17 +30,14 @@ class Spectrum:
         Variances along all principal axes, descending, float64, ``(min(num_vectors - 1, d),)``.
     eigenvectors
         Of the Gram matrix, as columns, float64, ``(num_vectors, min(num_vectors - 1, d))``.
-    is_noised
-        Whether independent noise was added to all entries of all vectors.
     """
 
     mean: Tensor
     eigenvalues: Tensor
     eigenvectors: Tensor
-    is_noised: bool = False
 
     @classmethod
-    def of(cls, vectors: Sequence[Tensor], *, is_noised: bool = False) -> "Spectrum":
+    def of(cls, vectors: Sequence[Tensor]) -> "Spectrum":
         """Analyze vectors ``(d,)`` by their Gram matrix, in float64 and one pass over them."""
         mean = torch.empty_like(vectors[0])
         gram = mean.new_zeros(len(vectors), len(vectors), dtype=torch.float64)
@@ -64,7 +53,7 @@ class Spectrum:
         eigenvectors = eigenvectors.flip(1)[:, :num_axes]
         farthest = eigenvectors.abs().argmax(dim=0, keepdim=True)
         eigenvectors = eigenvectors * eigenvectors.gather(0, farthest).sign()
-        return cls(mean, eigenvalues.clamp(min=0) / len(vectors), eigenvectors, is_noised)
+        return cls(mean, eigenvalues.clamp(min=0) / len(vectors), eigenvectors)
 
     @property
     def floor(self) -> float:
@@ -82,13 +71,11 @@ class Spectrum:
         """Return how much noise makes vectors look alike that differ by no more than the floor.
 
         In ``rank`` dimensions their squared distance is ``2 rank floor`` on average, in units of
-        the mean variance of these axes. Where the floor is the noise that was added, there is no
-        doubt about its distribution: two vectors differ by ``2 floor`` of it along each axis.
+        the mean variance of these axes.
         """
         if not rank:
             return 0.0
-        num_axes = 1 if self.noise_dominated else rank
-        return 2 * num_axes * self.floor / float(self.eigenvalues[:rank].mean())
+        return 2 * rank * self.floor / float(self.eigenvalues[:rank].mean())
 
     @cached_property
     def signal_rank(self) -> int:
@@ -98,34 +85,10 @@ class Spectrum:
         for an unknown noise level, in the limit of far fewer vectors than dimensions. If the
         eigenvalues have no gap, each vector is different from all others: what is above the
         threshold then separates no groups, and the rank is 0.
-
-        Noise that was added has no eigenvalues above the edge of its known distribution, which is
-        much nearer, and what is above it is signal. It counts if it is, on average, at least half
-        as strong as the noise.
         """
-        if self.noise_dominated:
-            edge = self.floor * (1 + self._noise_width) ** 2
-            above = self.eigenvalues[self.eigenvalues > edge]
-            return len(above) if len(above) and above.mean() >= _MIN_ABOVE * self.floor else 0
         num_above = min(self.max_rank, int((self.eigenvalues > 2 * self.floor).sum()))
         gaps = self.eigenvalues[:num_above] >= _MIN_GAP * self.eigenvalues[1 : num_above + 1]
         return num_above if bool(gaps.any()) else 0
-
-    @property
-    def noise_dominated(self) -> bool:
-        """Whether what was added drowns all other noise, so that the floor is flat.
-
-        The eigenvalues of ``n`` vectors of independent noise in ``d`` dimensions are within
-        ``(1 +- sqrt(n / d))^2`` of their median (Marchenko and Pastur), for n far below d. Few say
-        nothing about how flat they are.
-        """
-        if not self.is_noised or len(self.eigenvalues) < _MIN_AXES or self._noise_width > 0.5:
-            return False
-        return float(self.eigenvalues[-1]) > _FLAT * self.floor * (1 - self._noise_width) ** 2
-
-    @property
-    def _noise_width(self) -> float:
-        return math.sqrt(len(self.eigenvectors) / len(self.mean))
 
 
 @dataclass(frozen=True)

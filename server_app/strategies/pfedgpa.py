@@ -92,7 +92,6 @@ class PFedGPA(ClientwiseFedAvg):
             sharing = "none" if diffusion.sharing == "none" else "affinity"
             diffusion = diffusion.model_copy(update={"sharing": sharing, "own_weight": 0.0})
         self.diffusion = diffusion
-        self.noised = noised
         self.client_momentum = ClientMomentum(momentum)
         self.guard = Guard()
         super().__init__(generated_layers=diffusion.patterns, **kwargs)
@@ -105,7 +104,6 @@ class PFedGPA(ClientwiseFedAvg):
             self.diffusion,
             self.onboarding,
             seed=self.seed,
-            is_noised=self.noised,
             archived=self.vault,
         )
 
