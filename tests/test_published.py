@@ -36,7 +36,7 @@ from pfedgpa_app.config import DATASETS, Config, DataConfig, DatasetInfo, flatte
 from pfedgpa_app.data import client_data, sources
 from pfedgpa_app.report import Run
 from server_app import app as server_app
-from server_app import bench, cli, commands_bench, commands_config, commands_run
+from server_app import bench, bench_tables, cli, commands_bench, commands_config, commands_run
 from server_app.suites import BenchRun
 from server_app.superlink import FlowerRun
 
@@ -221,9 +221,12 @@ def test_a_bench_has_runs_with_right_settings(
         return plan([run], folder)
 
     monkeypatch.setattr(bench, "execute", plan)
+    monkeypatch.setattr(bench_tables, "draw", lambda *arguments: None)
     monkeypatch.setattr(commands_bench, "_on", plan_on_flower)
     said = type_in(words).stdout
     assert planned
+    if "--tuned" not in words:
+        assert len({run.name for run in planned}) == len(planned)
     assert sum(map(int, re.findall(r"(\d+) to go", said))) == len(planned)
 
 
