@@ -419,7 +419,7 @@ def main(
     torch.set_num_threads(1)
     rules, attacks, cases = rules or list(RULES), attacks or list(ATTACKS), cases or list(CASES)
     if quick:  # includes a robust aggregation
-        rules, attacks, cases = rules[::3], attacks[:2], cases[:1]
+        rules, attacks, cases = rules[::3], attacks[:1], cases[:1]
     for who in cases:
         case = CASES[who]
         evaluated = case.of or sorted(set(range(CLIENTS)) - set(case.liars))

@@ -71,12 +71,15 @@ def main(
     torch.set_num_threads(1)
     epsilons = EPSILONS[mode][: 1 if quick else None]
     strategies = STRATEGIES[: 1 if quick else None]
+    clients = CLIENTS // 4 if quick else CLIENTS
     bases = {
         strategy: configs(file, rounds, seeds, quick, {**CLIENT, "strategy": strategy})
         for strategy in strategies
     }
     rows = {
-        strategy: ([accuracy(file, base, mode, each) for each in (None, *epsilons)] for base in of)
+        strategy: (
+            [accuracy(file, base, clients, mode, each) for each in (None, *epsilons)] for base in of
+        )
         for strategy, of in bases.items()
     }
     headings = ["no privacy", *(f"epsilon {epsilon:g}" for epsilon in epsilons)]
@@ -87,11 +90,11 @@ def main(
     print_table(f"Accuracy with privacy.mode = {mode}", headings, rows, note)
 
 
-def accuracy(file: Path, base: Config, mode: str, epsilon: float | None) -> float:
+def accuracy(file: Path, base: Config, clients: int, mode: str, epsilon: float | None) -> float:
     """Return the mean accuracy of a run's last rounds."""
     private = settings(mode, epsilon, base.num_server_rounds, base.data.train_samples)
     config = read_config(file, {**base.to_flat(), **private})
-    _, rows = simulate(config, CLIENTS, evaluated_rounds=EVALUATED_ROUNDS)
+    _, rows = simulate(config, clients, evaluated_rounds=EVALUATED_ROUNDS)
     return fmean(row["personalized-accuracy"] for row in rows[-EVALUATED_ROUNDS:])
 
 

@@ -260,7 +260,7 @@ def test_each_batch_is_drawn_before_the_next_training_is_asked_for():
 
 RUN = {
     **SETTINGS,
-    "num-server-rounds": 3,
+    "num-server-rounds": 2,
     "client.local-epochs": 1,
     "diffusion.device": "cpu",
     "diffusion.train-steps": 20,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from exact_denoiser import ExactDenoiser
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -107,7 +107,6 @@ def test_last_step_gives_the_predicted_parameters():
     torch.testing.assert_close(actual, x0)
 
 
-@settings(max_examples=30)
 @given(
     batch=st.integers(1, 4),
     dim=st.integers(1, 6),
@@ -187,7 +186,7 @@ def trained() -> tuple[ResidualDenoiser, Tensor]:
         denoiser,
         SCHEDULE,
         bank,
-        train_steps=1500,
+        train_steps=600,
         batch_size=256,
         learning_rate=5e-3,
         generator=make_generator(0),
@@ -315,7 +314,7 @@ def test_the_unet_learns_what_distinguishes_two_signals():
         denoiser,
         SCHEDULE,
         bank,
-        train_steps=150,
+        train_steps=80,
         batch_size=64,
         learning_rate=3e-3,
         generator=make_generator(0),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simulated_grid import SimulatedGrid, learning_site, upload, weights
 from torch import Tensor
@@ -87,7 +87,6 @@ def test_clients_that_do_not_move_are_usual():
     assert outliers_of(torch.zeros(10, DIM)) == set()
 
 
-@settings(max_examples=50)
 @given(seed=st.integers(0, 2**31), scale=st.floats(1e-6, 1e6), num_liars=st.integers(0, 9))
 def test_those_who_lie_cannot_make_others_unusual(seed: int, scale: float, num_liars: int):
     moves = honest_moves(20, torch.zeros(20, dtype=torch.int64), seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -57,7 +57,6 @@ def halves_of(kind: str, client: int) -> Tensor | None:
     num_clients=st.integers(2, 5),
     halves=st.sampled_from(["none", "zero", "same", "drawn"]),
 )
-@settings(max_examples=150, deadline=None)
 def test_who_uploads_the_same_is_given_the_same(
     kind, sharing, rank, value, is_flat, num_clients, halves
 ):
@@ -87,7 +86,6 @@ def test_who_uploads_the_same_is_given_the_same(
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     halves=st.sampled_from(["none", "zero", "same", "drawn"]),
 )
-@settings(max_examples=100, deadline=None)
 def test_what_two_groups_have_in_common_stays_and_nothing_is_nan(
     kind, sharing, size, sizes, halves
 ):

@@ -140,7 +140,6 @@ def test_dominant_classes_of_the_five_groups_of_fedpac():
         assert counts(labels, train).tolist() == expected
 
 
-@settings(max_examples=25)
 @given(
     num_classes=st.integers(2, 12),
     num_groups=st.integers(1, 6),
@@ -212,7 +211,6 @@ def test_a_class_without_samples_is_an_error_where_every_client_needs_it():
         partition(labels[keep], is_test[keep], config("dominant-classes"), 10, 0)
 
 
-@settings(max_examples=25)
 @given(
     num_classes=st.integers(2, 12),
     num_clients=st.integers(1, 30),

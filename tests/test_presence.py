@@ -61,8 +61,8 @@ def everyone() -> dict[int, dict[int, float]]:
 
 @pytest.mark.parametrize(
     ("away", "rounds"),
-    [((5,), range(2, 6)), ((1, 3, 5), range(3, 5)), ((1, 3, 5), range(1, 4)), ((5,), range(1, 5))],
-    ids=["one is away", "a group is away", "newcomers found a group", "a newcomer"],
+    [((1, 3, 5), range(3, 5)), ((1, 3, 5), range(1, 4)), ((5,), range(1, 5))],
+    ids=["a group is away", "newcomers found a group", "a newcomer"],
 )
 def test_who_was_away_catches_up_and_others_lose_nothing(
     away: Collection[int], rounds: range, everyone: dict[int, dict[int, float]]

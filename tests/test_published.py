@@ -26,15 +26,17 @@ from flwr.common.config import parse_config_args
 from PIL import Image
 from published import PROJECT, Words, benchmarks, commands, lay_out, noise
 from simulated_grid import Answer, SimulatedGrid
+from torch import nn
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from client_app.app import app as client_app
-from pfedgpa_app.config import DATASETS, Config, DataConfig, flatten
+from pfedgpa_app import models
+from pfedgpa_app.config import DATASETS, Config, DataConfig, DatasetInfo, flatten
 from pfedgpa_app.data import client_data, sources
 from pfedgpa_app.report import Run
 from server_app import app as server_app
-from server_app import bench, cli, commands_bench, commands_config, commands_run
+from server_app import bench, bench_tables, cli, commands_bench, commands_config, commands_run
 from server_app.suites import BenchRun
 from server_app.superlink import FlowerRun
 
@@ -155,6 +157,17 @@ def test_what_runs_a_command_elsewhere_exists(where: str):
         assert all(f".venv/bin/{command}\n" in text for command in commands_there)
 
 
+def small_in_place_of_resnet18(info: DatasetInfo) -> nn.Module:
+    """Return a small model with batch normalization: 11 million parameters take 15 seconds."""
+    return nn.Sequential(
+        nn.Conv2d(info.shape[0], 4, 3),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, info.num_classes),
+    )
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Type in the project's folder, with the modules and the suite of the documents in it."""
@@ -176,6 +189,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sources, "_torchvision", noise)
+    monkeypatch.setitem(models.MODELS, "resnet18", small_in_place_of_resnet18)
     return tmp_path
 
 
@@ -207,9 +221,12 @@ def test_a_bench_has_runs_with_right_settings(
         return plan([run], folder)
 
     monkeypatch.setattr(bench, "execute", plan)
+    monkeypatch.setattr(bench_tables, "draw", lambda *arguments: None)
     monkeypatch.setattr(commands_bench, "_on", plan_on_flower)
     said = type_in(words).stdout
     assert planned
+    if "--tuned" not in words:
+        assert len({run.name for run in planned}) == len(planned)
     assert sum(map(int, re.findall(r"(\d+) to go", said))) == len(planned)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from exact_denoiser import ExactDenoiser
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +19,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)
 
 
-@settings(max_examples=25)
 @given(num=st.integers(2, 12), dim=st.integers(2, 40), seed=st.integers(0, 2**20))
 def test_every_component_reconstructs_the_bank(num: int, dim: int, seed: int):
     vectors = normal(num, dim, seed=seed) + 5
