@@ -30,7 +30,7 @@ from client_app.node import (
     node_partition,
 )
 from pfedgpa_app import protocol
-from pfedgpa_app.config import Config, ConfigError, home_path
+from pfedgpa_app.config import SITES, Config, ConfigError, home_path
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import Evaluation, class_prior, scores_of
 from pfedgpa_app.files import printable, printable_lines
@@ -276,6 +276,11 @@ def load_data(config: Config, context: Context) -> ClientData:
     """
     path = context.node_config.get("data-path")
     if path is not None:
+        if config.data.dataset != SITES:
+            raise DataError(
+                f'data.dataset = "{config.data.dataset}": this node has its own data (data-path), '
+                f'which the run would not use; right would be data.dataset = "{SITES}"'
+            )
         folder = home_path(str(path))
         return site_data(
             folder, config.data, config.seed, lambda note: log(WARNING, "%s", printable(note))

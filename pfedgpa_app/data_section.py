@@ -184,7 +184,8 @@ class DataConfig(Section):
         if is_sized and self.dataset != SITES and number > (most := self.info.num_classes):
             yield (
                 {"data.partition", key, "data.dataset", "data.num-classes"},
-                f"{key} = {number}: {self.dataset} has only {most} classes, so at most {most}",
+                f'{key} = {number}, with data.partition = "{self.partition}": {self.dataset} has '
+                f"only {most} classes, so at most {most}",
             )
         is_of_images = self.shift in ("rotation", "contrast")
         if is_sized and is_of_images and not self.info.is_image:

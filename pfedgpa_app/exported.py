@@ -236,8 +236,8 @@ class ExportedModel:
         data = self.config.data
         if self.partition is None:
             raise ExportError(
-                f"client {self.client} did not report its partition, or has its own data; right "
-                "would be its examples and their classes"
+                f"the examples of client {self.client} are not known here: it has its own data, or "
+                "reported no partition; right would be their folder in place of --test-set"
             )
         self._trust(f'data.dataset = "{data.dataset}"')
         if data.root and not self.trusted:

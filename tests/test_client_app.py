@@ -120,6 +120,13 @@ def test_a_site_tells_its_operator_what_it_passes_over(tmp_path: Path, monkeypat
     assert [line.partition(":")[0] for line in said[2:]] == ["Round 1"]
 
 
+def test_a_data_set_of_the_run_is_not_ignored_where_a_site_has_its_own(tmp_path: Path):
+    context = own_site(tmp_path)
+    context.run_config["data.dataset"] = "digits"
+    with pytest.raises(DataError, match=r'"digits": this node has its own data .*"sites"'):
+        train_message(message(MessageType.TRAIN), context)
+
+
 def test_a_node_without_data_path_has_no_part_in_what_sites_bring():
     with pytest.raises(DataError, match=r"every site brings its own data.*data-path="):
         trained(**SITES)

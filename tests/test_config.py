@@ -225,11 +225,13 @@ def test_the_message_lists_the_problems_one_a_line():
         ),
         (
             {"data.dominant-classes": 11},
-            "data.dominant-classes = 11: digits has only 10 classes, so at most 10",
+            'data.dominant-classes = 11, with data.partition = "dominant-classes": digits has only '
+            "10 classes, so at most 10",
         ),
         (
             {"data.partition": "pathological", "data.classes-per-client": 11},
-            "data.classes-per-client = 11: digits has only 10 classes, so at most 10",
+            'data.classes-per-client = 11, with data.partition = "pathological": digits has only '
+            "10 classes, so at most 10",
         ),
         (
             {"data.dataset": "fashion-mnist"},

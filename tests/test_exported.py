@@ -51,7 +51,7 @@ def test_what_a_client_did_not_tell_is_not_there(tmp_path: Path):
     assert loaded.partition is None
     with pytest.raises(ExportError, match="client 3 did not report how its data is normalized"):
         loaded.predict(DIGITS.images[:1])
-    with pytest.raises(ExportError, match="client 3 did not report its partition"):
+    with pytest.raises(ExportError, match="the examples of client 3 are not known here"):
         loaded.evaluate()
 
 

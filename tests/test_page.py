@@ -392,6 +392,14 @@ def test_settings_that_differ_from_the_defaults_are_marked(tmp_path: Path):
     assert "<code>pfedgpa run -c num-server-rounds=4 -c diffusion.fidelity=0.55 --clients" in page
 
 
+def test_the_command_of_a_run_on_sites_names_a_superlink_and_no_partition(tmp_path: Path):
+    sites = {"data.dataset": "sites", "data.class-names": "a,b", "data.shape": "1x8x8"}
+    page = page_of([make_run(tmp_path / "run", **sites)])
+    assert " --superlink NAME</code>" in page
+    assert "--clients" not in page
+    assert "pfedgpa on sites, seed 0;" in page
+
+
 def test_a_page_compares_a_run_with_others_of_the_same_settings(tmp_path: Path):
     make_run(tmp_path / "local", strategy="local")
     make_run(tmp_path / "seed", strategy="fedavg", seed=1)

@@ -8,7 +8,7 @@ from itertools import islice
 from statistics import fmean
 from typing import TypeVar
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.config import SITES, Config
 from pfedgpa_app.cross_site import read_matrix
 from pfedgpa_app.page import figures, html, method
 from pfedgpa_app.page.holdings import Holdings
@@ -172,8 +172,10 @@ def _head(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> str
         ("time", f"{seconds:.0f} s"),
         ("sent and received", f"{(up + down) / 1e6:.1f} MB"),
     ]
+    is_of_sites = config.data.dataset == SITES
+    partition = "" if is_of_sites else f", {config.data.partition}"
     about = (
-        f"{config.strategy} on {config.data.dataset}, {config.data.partition}, seed {config.seed}; "
+        f"{config.strategy} on {config.data.dataset}{partition}, seed {config.seed}; "
         f"{f'pfedgpa {version_of(run.path)}'.strip()}. The same run: "
     )
     pairs = [
@@ -182,7 +184,8 @@ def _head(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> str
         if key not in ("output-dir", "resume-from")
     ]
     options = [each for pair in pairs for each in pair]
-    command = shlex.join(["pfedgpa", "run", *options, "--clients", str(run.num_nodes)])
+    where = ["--superlink", "NAME"] if is_of_sites else ["--clients", str(run.num_nodes)]
+    command = shlex.join(["pfedgpa", "run", *options, *where])
     return (
         f'<p class="quiet">{escape(about)}<code>{escape(command)}</code></p>'
         f'{numbers(shown)}<p class="quiet">Means over the clients\' personalized models, each on '
