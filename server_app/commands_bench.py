@@ -62,7 +62,7 @@ def bench(
     ] = None,
     tuned: Annotated[
         bool,
-        typer.Option("--tuned", help="Also with the best settings of each row, by [tune]."),
+        typer.Option("--tuned", help=r"Also with the best settings of each row, by \[tune]."),
     ] = False,
     fresh: Annotated[
         bool,
