@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field
 
-from pfedgpa_app.files import home_path, quoted, xdg_folder
+from pfedgpa_app.files import count_of, home_path, quoted, xdg_folder
 from pfedgpa_app.section import (
     Contradiction,
     Count,
@@ -141,8 +141,8 @@ class DataConfig(Section):
         if names and num_classes not in (0, len(names)):
             yield (
                 of_classes,
-                f'data.class-names = "{shown}": has {len(names)} names for {num_classes} classes; '
-                "right would be one each",
+                f'data.class-names = "{shown}": has {count_of(len(names), "name")} for '
+                f"{num_classes} classes; right would be one each",
             )
         if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
             yield (

@@ -1,4 +1,4 @@
-"""Reading text files and names in UTF-8 under any locale, and hidden files."""
+"""Text for people, text files and names in UTF-8 under any locale, and hidden files."""
 
 import errno
 import json
@@ -46,6 +46,11 @@ def text_of(name: str) -> str:
 def native_path(path: str) -> str:
     """Return a path from a text file in the file system encoding of this locale."""
     return os.fsdecode(path.encode("utf-8", "surrogateescape"))
+
+
+def count_of(number: float, noun: str) -> str:
+    """Write a number of things, as ``1 client`` or ``2 clients``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def quoted(name: str) -> str:

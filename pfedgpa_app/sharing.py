@@ -6,7 +6,8 @@ A client that knows its own part of a mixture of two models knows the other one.
 
 from collections.abc import Sequence
 
-from pfedgpa_app.rounds import Row, count_of_clients, value_of
+from pfedgpa_app.files import count_of
+from pfedgpa_app.rounds import Row, value_of
 from pfedgpa_app.sections import DiffusionConfig
 
 
@@ -17,18 +18,18 @@ def too_few(num_clients: int, diffusion: DiffusionConfig) -> str:
     share = "shares" if num_clients == 1 else "share"
     fewest = diffusion.min_contributors
     return (
-        f"{count_of_clients(num_clients)} {share} nothing (diffusion.min-contributors = {fewest}): "
-        f"until at least {fewest} have taken part, {_alone(diffusion)}. Right would be {fewest} "
-        f"clients or more. {_WITH_TWO}"
+        f"{count_of(num_clients, 'client')} {share} nothing (diffusion.min-contributors = "
+        f"{fewest}): until at least {fewest} have taken part, {_alone(diffusion)}. Right "
+        f"would be {fewest} clients or more. {_WITH_TWO}"
     )
 
 
 def alone_now(num_alone: int, num_clients: int, diffusion: DiffusionConfig) -> str:
     """Return a message with the number of a round's clients that receive nothing of others."""
     return (
-        f"{num_alone} of this round's {num_clients} clients got nothing of the others: between "
-        f"fewer than {diffusion.min_contributors} that took part, or are alike, nothing is shared "
-        "(diffusion.min-contributors)"
+        f"{num_alone} of this round's {count_of(num_clients, 'client')} got nothing of the "
+        f"others: between fewer than {diffusion.min_contributors} that took part, or are alike, "
+        "nothing is shared (diffusion.min-contributors)"
     )
 
 
@@ -40,7 +41,7 @@ def alone_in(rows: Sequence[Row], diffusion: DiffusionConfig) -> str:
         return ""
     who = "no client got anything" if whole else "some clients got nothing"
     return (
-        f"In {len(whole or alone)} of {len(rows)} rounds {who} of the others: then "
+        f"In {len(whole or alone)} of {count_of(len(rows), 'round')} {who} of the others: then "
         f"{_alone(diffusion)}. Between fewer than {diffusion.min_contributors} that took part, "
         f"or are alike, nothing is shared (diffusion.min-contributors). {_WITH_TWO}."
     )

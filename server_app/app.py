@@ -24,6 +24,7 @@ from pfedgpa_app.divergence import (
     reason_to_end,
     warnings_in,
 )
+from pfedgpa_app.files import count_of
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
@@ -128,7 +129,7 @@ def _run(grid: Grid, strategy: ClientwiseFedAvg, folder: RunFolder, tracking: Tr
     if config.server.cross_site:
         rows = evaluate_across(strategy, guarded, config.server.round_timeout)
         write_matrix(folder.path, rows, strategy.roster.client_names())
-        log(INFO, "Cross-site matrix: %d pairs, of the clients that consent", len(rows))
+        log(INFO, "Cross-site matrix: %s, of the clients that consent", count_of(len(rows), "pair"))
     if round_end.ended:
         log(INFO, "%s", round_end.ended)
         folder.note("ended", round_end.ended)

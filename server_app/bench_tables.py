@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
+from pfedgpa_app.files import count_of
 from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, mean_and_spread
 from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
 from server_app.suites import BenchRun, Result, Suite, described
@@ -30,10 +31,14 @@ def tables(
     elif len(rounds) == 1:
         period += f" of {rounds.pop()}"
     failures = sum(row["num-failures"] for each in found for row in each["rounds"])
-    unused = f" ({failures} unusable replies)" if failures else ""
+    unused = f" ({failures} unusable {'reply' if failures == 1 else 'replies'})" if failures else ""
     commits = {each.get("versions", {}).get("commit", "") for each in found}
     commit = commits.pop() if len(commits) == 1 else "several" if commits else ""
-    source = command if len(found) == len(runs) else f"{len(found)} of {len(runs)} runs: {command}"
+    source = (
+        command
+        if len(found) == len(runs)
+        else f"{len(found)} of {count_of(len(runs), 'run')}: {command}"
+    )
 
     def table(what: str, columns: dict[str, dict[str, Cell]], note: str, suffix: str) -> Table:
         rows = {row: [cells[row] for cells in columns.values()] for row in suite.rows}

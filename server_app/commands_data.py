@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from pfedgpa_app.config import SITES, Config, by_x
 from pfedgpa_app.console import fail, make_app, make_table, print_table
-from pfedgpa_app.files import is_hidden, printable
+from pfedgpa_app.files import count_of, is_hidden, printable
 from server_app.commands_config import Pairs, SettingsFile, given_settings, settings_of
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def _print(path: Path, config: Config, data: "ClientData") -> None:
     lowest, highest = min(float(x.min()) for x in splits), max(float(x.max()) for x in splits)
     dtype = data.train_inputs.dtype
     kind = "16 bits" if dtype == LEVELS else str(dtype).removeprefix("torch.")
-    examples = f"{len(data.train_labels)} examples for training, {len(data.test_labels)}"
+    examples = (
+        f"{count_of(len(data.train_labels), 'example')} for training, {len(data.test_labels)}"
+    )
     print(f"{printable(str(path))} can be used: {examples} for testing.")
     print(
         f"Each is {by_x(config.data.info.shape)}, {kind} from {lowest:g} to {highest:g}; "
@@ -80,7 +82,7 @@ def _print(path: Path, config: Config, data: "ClientData") -> None:
     print_table(table)
     if empty:
         shown = ", ".join(empty[:20]) + (", …" if len(empty) > 20 else "")
-        print(f"{len(empty)} of {len(names)} classes have no examples: {shown}")
+        print(f"Classes without examples, {len(empty)} of {len(names)}: {shown}")
 
 
 def _unread(path: Path) -> list[str]:
@@ -95,5 +97,5 @@ def _unread(path: Path) -> list[str]:
         hidden["hidden folder"] += sum(map(is_hidden, folders))
         hidden["hidden file"] += sum(map(is_hidden, files))
         folders[:] = [name for name in folders if not is_hidden(name)]
-    counts = [f"{number} {kind}{'s' * (number > 1)}" for kind, number in hidden.items() if number]
+    counts = [count_of(number, kind) for kind, number in hidden.items() if number]
     return [f"{path}: {', '.join(counts)}, skipped"] if counts else []

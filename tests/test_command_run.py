@@ -209,7 +209,7 @@ def test_a_named_superlink_has_nodes_and_may_be_elsewhere(
     ("words", "problem"),
     [
         (("-c", "seed=-1"), "seed = -1: should be greater than or equal to 0"),
-        (("--clients", "1"), "server.min-available-nodes = 2: more than 1 clients"),
+        (("--clients", "1"), "server.min-available-nodes = 2: more than 1 client"),
         (
             ("-c", 'data.dataset="sites"', "-c", 'data.shape="1x8x8"', "-c", "data.num-classes=3"),
             'data.dataset = "sites" needs sites; right would be --superlink NAME',

@@ -120,7 +120,7 @@ def test_a_number_of_clients_that_does_not_fit_is_refused(here: Path):
         "data.partition = natural: 6 clients, and 5 owners; right would be 1 to 5 clients"
     ]
     assert problems(check("--clients", "1")) == [
-        "server.min-available-nodes = 2: more than 1 clients; a run would wait for them and end"
+        "server.min-available-nodes = 2: more than 1 client; a run would wait for them and end"
     ]
     result = check("--clients", "0")
     assert result.exit_code == 2

@@ -39,7 +39,7 @@ def test_a_folder_is_counted_by_class_and_split(site: Path):
         "class training testing",
         "benign 6 4",
         "malignant 3 2",
-        "1 of 3 classes have no examples: normal",
+        "Classes without examples, 1 of 3: normal",
         f"Not read: {site}/benign: skipped: 1 .txt",
         f"Not read: {site}: 1 hidden folder, 1 hidden file, skipped",
     ]

@@ -128,7 +128,7 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
     shown = CliRunner().invoke(cli.app, ["runs", "show", "1", "--output-dir", str(tmp_path)])
     assert shown.stdout.count("KeyError") == 2
     assert f"No client trained in the first round:\n  {said}\n" in shown.stdout
-    assert "6 clients: 1 rounds, the last 1: the client failed: KeyError" in shown.stdout
+    assert "6 clients: 1 round, the last 1: the client failed: KeyError" in shown.stdout
     watched = CliRunner().invoke(cli.app, ["watch", "1", "--output-dir", str(tmp_path)])
     assert watched.exit_code == 1
     assert said in watched.stderr
