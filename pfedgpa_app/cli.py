@@ -203,7 +203,7 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
         print(printable(text), file=sys.stderr)
 
     classes_of = data.classes
-    unlabelled, labels = find_labelled(paths, classes_of, note)
+    unlabelled, labels = find_labelled(paths, data.labels, note)
     files = [*find_files(unlabelled, note), *labels]
     images = read_images(files, data.info.shape, note)
     confusion = Counter[tuple[int, int]]()

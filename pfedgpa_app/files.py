@@ -128,6 +128,17 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise tomllib.TOMLDecodeError("nested too deeply") from error
 
 
+def obstacle_to(file: Path) -> str:
+    """Return why a file cannot be written, and what would be right; "" if nothing prevents it."""
+    if file.is_dir():
+        return "is a folder; right would be a file in it, such as model.safetensors"
+    if not file.parent.is_dir():
+        return "is in a folder that does not exist; right would be a file in one that does"
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        return "is in a read-only folder; right would be one that its user may write to"
+    return ""
+
+
 def home_path(path: str) -> Path:
     """Return an absolute path; relative ones are below the user's home.
 

@@ -16,6 +16,12 @@ Row = dict[str, Any]
 
 EVALUATED = "personalized-accuracy"
 STANDARD_ERROR = f"{EVALUATED}-error"
+READING = (
+    "The result is the personalized accuracy: the mean over clients, each with its own model on "
+    "its own test set. As sent: before the local training of the round; after local training: "
+    "before the server has learned from it"
+)
+"""Which accuracy of `describe` counts."""
 NO_REPLY = "no reply"
 CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
@@ -235,11 +241,13 @@ def describe(row: Row, num_rounds: int) -> str:
     epsilon = "" if row.get("epsilon") is None else f"; epsilon {row['epsilon']:.3g}"
     num_alone = value_of(row, "num-alone")
     alone = f"; {num_alone} of them train alone" if num_alone else ""
+    num_failures = value_of(row, "num-failures")
+    failed = f"; {num_failures} failed" if num_failures else ""
     return (
         f"Round {row['round']}/{num_rounds}: personalized accuracy {evaluated} (worst client "
         f"{worst}), as sent {received}, after local training {trained}; "
         f"{num_clients}, {whole} s (clients {clients}, diffusion "
-        f"{diffusion}){epsilon}{alone}"
+        f"{diffusion}){epsilon}{alone}{failed}"
     )
 
 

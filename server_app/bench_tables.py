@@ -139,15 +139,15 @@ def _in_words(measure: str, runs: list[BenchRun]) -> str:
 
 def _note(suite: Suite, measure: str, what: str, period: str) -> str:
     """Return what the numbers of a measure are."""
-    if not what:
-        sent = " Models that are sent to be evaluated are counted in."
-        return f"A round, {period}.{sent if measure == 'bytes-down' else ''}"
-    left_out = "" if measure == EVALUATED else " Clients for which it is not defined are left out."
     seeds = ", ".join(map(str, suite.seeds))
     is_one = len(suite.seeds) == 1
     over = f"seed {seeds}" if is_one else f"mean ± standard deviation over seeds {seeds}"
+    if not what:
+        sent = " Models that are sent to be evaluated are counted in."
+        return f"Of a round, {period}; {over}.{sent if measure == 'bytes-down' else ''}"
+    left_out = "" if measure == EVALUATED else " Clients for which it is not defined are left out."
     return (
-        f"{what[0].upper()}{what[1:]} of everyone's personalized model on its own test set, "
+        f"{what[0].upper()}{what[1:]} of each client's personalized model on its own test set, "
         f"{period}; {over}.{left_out}"
     )
 

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from pfedgpa_app.config import SITES, Config, by_x
 from pfedgpa_app.console import fail, make_app, make_table, print_table
-from pfedgpa_app.files import count_of, is_hidden, printable
+from pfedgpa_app.files import count_of, home_path, is_hidden, obstacle_to, printable
 from server_app.commands_config import Pairs, SettingsFile, given_settings, settings_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ def check(
     path: Annotated[Path, typer.Argument(help="A folder of images, or an .npz file.")],
     file: SettingsFile = None,
     config: Pairs = None,
+    model_path: Annotated[
+        str,
+        typer.Option(help="Check the SuperNode's model-path too; nothing is written."),
+    ] = "",
 ) -> None:
     """Report the training and test data of a site, or why they cannot be used.
 
@@ -51,6 +55,12 @@ def check(
     _print(path, settings, data)
     for note in (*notes, *_unread(path)):
         print(f"Not read: {printable(note)}")
+    if model_path:
+        model = home_path(model_path)
+        if wrong := obstacle_to(model):
+            fail(f"model-path {model} {wrong}")
+        replaced = ", in place of the file that is there" if model.exists() else ""
+        print(f"The site's model will be written to {printable(str(model))}{replaced}.")
 
 
 def _print(path: Path, config: Config, data: "ClientData") -> None:
