@@ -43,7 +43,8 @@ def check(
     """
     settings = checked(file, config or [], clients)
     changed = settings.changed
-    print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
+    count = count_of(len(changed), "setting")
+    print(f"The configuration is right; different from the defaults: {count}.")
     for key, value in changed.items():
         print(f"  {key} = {value!r}")
     fewest = settings.server.min_available_nodes

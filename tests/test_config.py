@@ -196,7 +196,7 @@ def test_the_message_lists_the_problems_one_a_line():
     with pytest.raises(ConfigError) as caught:
         Config.from_flat({"seed": -1, "num-server-rounds": 0})
     first, *lines = str(caught.value).splitlines()
-    assert first == "The configuration has 2 problem(s):"
+    assert first == "The configuration has 2 problems:"
     assert lines == [f"  - {problem}" for problem in caught.value.problems]
 
 

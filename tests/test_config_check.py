@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.files import count_of
 from pfedgpa_app.report import RunFolder
 from pfedgpa_app.runs import CHECKPOINT
 from server_app.app import make_strategy
@@ -72,7 +73,7 @@ def own(dataset: str, *options: str, **flat: object) -> Result:
 def problems(result: Result) -> list[str]:
     assert result.exit_code == 1
     first, *rest = result.stderr.splitlines()
-    assert first == f"The configuration has {len(rest)} problem(s):"
+    assert first == f"The configuration has {count_of(len(rest), 'problem')}:"
     return [line.removeprefix("  - ") for line in rest]
 
 
