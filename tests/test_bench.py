@@ -534,7 +534,7 @@ def test_tables_are_written_as_what_they_are_read_by():
     assert "| pfedgpa | **0.9 ± 0.1** | *0.8* | - |" in table.markdown()
     latex = table.latex()
     assert r"pfedgpa & \textbf{0.9 $\pm$ 0.1} & \textit{0.8} & - \\" in latex
-    assert r"\caption{A \& B. Note. Bold: the best; italic: what a paired t-test" in latex
+    assert r"\caption{A \& B. Note. Bold: the best; italic: not significantly different" in latex
     assert "Note. *: the best; =: what" in table.text()
     assert r"\label" not in latex
     assert r"& x & 100 \% & c\_1 \\" in latex
