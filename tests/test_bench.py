@@ -535,7 +535,7 @@ def test_tables_are_written_as_what_they_are_read_by():
     latex = table.latex()
     assert r"pfedgpa & \textbf{0.9 $\pm$ 0.1} & \textit{0.8} & - \\" in latex
     assert r"\caption{A \& B. Note. Bold: the best; italic: not significantly different" in latex
-    assert "Note. *: the best; =: what" in table.text()
+    assert "Note. *: the best; =: not significantly different from it" in table.text()
     assert r"\label" not in latex
     assert r"& x & 100 \% & c\_1 \\" in latex
     rows = list(csv.reader(table.csv().splitlines()))
