@@ -7,9 +7,8 @@ from flwr.app import Context, Error, Message
 from flwr.common import log
 from flwr.common.constant import ErrorCode
 
-from pfedgpa_app.errors import described
+from pfedgpa_app.errors import is_own, reason_of
 
-_OWN = ("client_app", "pfedgpa_app")
 # What each error class of the app concerns.
 _ABOUT = {
     "ArrayError": "its data",
@@ -35,23 +34,14 @@ def answer_by(function: str, message: Message, context: Context) -> Message:
         reason = reason_of(error)
         if reason not in _logged:
             _logged.add(reason)
-            is_foreign = not _is_own(error) or error.__cause__ is not None
+            is_foreign = not is_own(error) or error.__cause__ is not None
             log(ERROR, "A message cannot be answered: %s", reason, exc_info=is_foreign)
         sent = outline_of(error) if "data-path" in context.node_config else reason
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, sent), reply_to=message)
     return reply
 
 
-def reason_of(error: Exception) -> str:
-    """Return a one-line error message; only foreign errors get class and location."""
-    return " ".join(str(error).split()) if _is_own(error) else described(error)
-
-
 def outline_of(error: Exception) -> str:
     """Return a message that depends only on the error's class."""
-    about = _ABOUT.get(type(error).__name__, "its code") if _is_own(error) else "its code"
+    about = _ABOUT.get(type(error).__name__, "its code") if is_own(error) else "its code"
     return f"there is a problem with {about}; the log of the node's SuperNode says which"
-
-
-def _is_own(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0] in _OWN

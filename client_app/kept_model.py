@@ -1,6 +1,5 @@
 """A site's local copy of its personalized model: the last one that the server sent."""
 
-import os
 from logging import ERROR, WARNING
 from pathlib import Path
 from typing import cast
@@ -13,7 +12,7 @@ from client_app.methods import Method, Task
 from client_app.node import NodeError, client_number, node_partition
 from pfedgpa_app.config import home_path
 from pfedgpa_app.exported import MODEL_KIND, ExportedModel
-from pfedgpa_app.files import printable
+from pfedgpa_app.files import obstacle_to, printable
 from pfedgpa_app.state import WriteError, load_metadata
 
 MODEL_PATH = "model-path"
@@ -32,13 +31,7 @@ def check_model_path(context: Context) -> None:
     file = _model_file(context)
     if file is None or MODEL_PATH in context.state:
         return
-    if file.is_dir():
-        wrong = "is a folder; right would be a file in it, such as model.safetensors"
-    elif not file.parent.is_dir():
-        wrong = "is in a folder that does not exist; right would be a file in one that does"
-    elif not os.access(file.parent, os.W_OK | os.X_OK):
-        wrong = "is in a read-only folder; right would be one that its user may write to"
-    else:
+    if not (wrong := obstacle_to(file)):
         context.state[MODEL_PATH] = ConfigRecord()
         return
     log(ERROR, "This node cannot take part: %s %s %s", MODEL_PATH, file, wrong)

@@ -33,7 +33,7 @@ from pfedgpa_app import protocol
 from pfedgpa_app.config import SITES, Config, ConfigError, home_path
 from pfedgpa_app.data import ClientData, DataError, client_data, site_data
 from pfedgpa_app.evaluation import Evaluation, class_prior, scores_of
-from pfedgpa_app.files import printable, printable_lines
+from pfedgpa_app.files import count_of, printable, printable_lines
 from pfedgpa_app.model_spec import fingerprint
 from pfedgpa_app.models import build_model
 from pfedgpa_app.parameters import StateDict, copy_of
@@ -147,9 +147,9 @@ def _report(
     place = place_of_model(context)
     log(
         INFO,
-        "Round %d: trained on %d examples (%s); accuracy on %d own test examples %.4f before and "
-        "%.4f after%s",
-        *(round_of(message), len(data.train_labels), printable(shown), len(data.test_labels)),
+        "Round %d: trained on %s (%s); accuracy on %s %.4f before and %.4f after%s",
+        *(round_of(message), count_of(len(data.train_labels), "example"), printable(shown)),
+        count_of(len(data.test_labels), "own test example"),
         *(before.accuracy, after.accuracy, f"; {printable(place)}" if place else ""),
     )
 

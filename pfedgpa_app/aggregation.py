@@ -14,6 +14,7 @@ from pfedgpa_app.diffusion.mixture import mix
 from pfedgpa_app.diffusion.model import ParameterDiffusion, rank_of
 from pfedgpa_app.diffusion.signal import SKETCH, agreement, centred, normalized
 from pfedgpa_app.diffusion.subspace import Spectrum, dispersion_ratio
+from pfedgpa_app.files import count_of
 from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
 from pfedgpa_app.stateful import Kept, Stateful, Vector
 from pfedgpa_app.vault import Vault
@@ -234,15 +235,18 @@ class GenerativeAggregator(Stateful):
 
     def describe(self) -> str:
         """Say what the last `fit` found."""
-        found = "as uploaded"
+        found = "not denoised"
         if self.model is not None:
+            dim = self.model.space.dim
+            axes = "1 principal axis" if dim == 1 else f"{dim} principal axes"
             found = (
-                f"{self.model.space.dim} dimensions from timestep {self.model.start}, "
-                f"{self.share:.0%} of the deviations kept"
+                f"denoised on {axes} from timestep {self.model.start}; "
+                f"{self.share:.0%} of a client's difference from the mean is kept"
             )
         if self.config.sharing == "measured" and self._reported() is None:
             num_reports = sum(each is not None for each in self._halves())
-            return f"{found}; sharing is not measured: only {num_reports} members reported halves"
+            halves = f"halves of {count_of(num_reports, 'client')} are too few"
+            return f"{found}; agreement is not measured: {halves}"
         return found
 
     def _centre_reports(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.data_section import by_x
+from pfedgpa_app.files import count_of
 from pfedgpa_app.parameters import MAX_ABSOLUTE
 
 # Limit of an array in memory.
@@ -87,8 +88,9 @@ def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> T
     if is_table and to_train and (lost := _lost_features(array, examples.numpy())):
         shown = ", ".join(map(str, lost[:10])) + (", …" if len(lost) > 10 else "")
         raise ArrayError(
-            f"{array.dtype}, and {len(lost)} feature(s) (column {shown}, from 0) vary by less than "
-            "float32 resolves at their size, right would be to subtract the mean, or another unit"
+            f"{array.dtype}, and {count_of(len(lost), 'feature')} (column {shown}, from 0) varied "
+            "by less than float32 resolves at their size, right would be to subtract the mean, or "
+            "another unit"
         )
     return examples
 

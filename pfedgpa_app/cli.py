@@ -23,7 +23,7 @@ from pfedgpa_app.console import (
     read_run,
     whole_numbers,
 )
-from pfedgpa_app.files import printable, text_of
+from pfedgpa_app.files import count_of, printable, text_of
 from pfedgpa_app.state import write_text
 from pfedgpa_app.watch import watch
 
@@ -138,7 +138,8 @@ def predict(
                 found = {"num-examples": num_examples, "accuracy": accuracy, "loss": loss}
                 print(json.dumps(found))
             else:
-                print(f"accuracy {accuracy:.4f}, loss {loss:.4f} on {num_examples} examples")
+                size = count_of(num_examples, "example")
+                print(f"accuracy {accuracy:.4f}, loss {loss:.4f} on {size}")
     except ValueError as error:
         fail(str(error))
 
@@ -202,7 +203,7 @@ def _print_classes(model: "ExportedModel", paths: list[Path], as_json: bool) -> 
         print(printable(text), file=sys.stderr)
 
     classes_of = data.classes
-    unlabelled, labels = find_labelled(paths, classes_of, note)
+    unlabelled, labels = find_labelled(paths, data.labels, note)
     files = [*find_files(unlabelled, note), *labels]
     images = read_images(files, data.info.shape, note)
     confusion = Counter[tuple[int, int]]()
@@ -234,7 +235,7 @@ def _print_confusion(
         matrix = [[confusion[true, predicted] for predicted in size] for true in size]
         print(json.dumps(scores | {"classes": classes, "confusion": matrix}))
         return
-    print(f"accuracy {scores['accuracy']:.4f} on {scores['num-examples']} examples")
+    print(f"accuracy {scores['accuracy']:.4f} on {count_of(confusion.total(), 'example')}")
     seen = sorted({label for pair in confusion for label in pair})
     table = make_table("class \\ predicted", *(printable(classes[label]) for label in seen))
     for true in seen:

@@ -25,7 +25,7 @@ from pfedgpa_app.console import (
     print_table,
     read_run,
 )
-from pfedgpa_app.files import printable, printable_lines, text_of
+from pfedgpa_app.files import count_of, printable, printable_lines, text_of
 from pfedgpa_app.report import Run, read_runs
 from pfedgpa_app.rounds import EVALUATED, SCORES, Row, called, has_failed, value_of
 from pfedgpa_app.runs import CHECKPOINT, began_at, run_folders
@@ -180,8 +180,8 @@ def _grouped(failures: list[Row]) -> Iterator[str]:
         key = (row["rounds"], row["last-round"], row["reason"])
         groups.setdefault(key, []).append(called(row))
     for (rounds, last, reason), clients in groups.items():
-        who = clients[0] if len(clients) == 1 else f"{len(clients)} clients"
-        yield f"{who}: {rounds} rounds, the last {last}: {reason}"
+        who = clients[0] if len(clients) == 1 else count_of(len(clients), "client")
+        yield f"{who}: {count_of(rounds, 'round')}, the last {last}: {reason}"
 
 
 def _files(path: Path) -> dict[str, int]:
@@ -200,7 +200,7 @@ def _described(summary: dict[str, Any]) -> Iterator[str]:
     """Yield the lines that describe a run."""
     yield f"{summary['name']} ({summary['id']}): {summary['state']}"
     yield summary["path"]
-    rounds = f"{summary['rounds']} of {summary['num-server-rounds']} rounds"
+    rounds = f"{summary['rounds']} of {count_of(summary['num-server-rounds'], 'round')}"
     took = timedelta(seconds=round(summary["seconds"]))
     yield f"{rounds} in {took} h, began {summary['began']}"
     notes = (summary["error"], summary["ended"], *summary["warnings"], summary["sharing"])

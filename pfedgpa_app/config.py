@@ -17,8 +17,8 @@ from pfedgpa_app.data_section import SITES as SITES
 from pfedgpa_app.data_section import DataConfig as DataConfig
 from pfedgpa_app.data_section import DatasetInfo as DatasetInfo
 from pfedgpa_app.data_section import by_x as by_x
+from pfedgpa_app.files import count_of, native_path
 from pfedgpa_app.files import home_path as home_path
-from pfedgpa_app.files import native_path
 from pfedgpa_app.files import xdg_folder as xdg_folder
 from pfedgpa_app.section import Contradiction, Count, Scalar, Seed
 from pfedgpa_app.sections import MODEL_SHAPES as MODEL_SHAPES
@@ -38,7 +38,7 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         lines = "\n".join(f"  - {problem}" for problem in problems)
-        super().__init__(f"The configuration has {len(problems)} problem(s):\n{lines}")
+        super().__init__(f"The configuration has {count_of(len(problems), 'problem')}:\n{lines}")
 
 
 class Config(StrategySections):

@@ -1,5 +1,6 @@
 """The built-in data sets, and the section ``data`` of the settings."""
 
+import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field
 
-from pfedgpa_app.files import home_path, quoted, xdg_folder
+from pfedgpa_app.files import count_of, home_path, quoted, xdg_folder
 from pfedgpa_app.section import (
     Contradiction,
     Count,
@@ -52,6 +53,23 @@ DATASETS: dict[str, DatasetInfo] = {
     "breast-cancer": DatasetInfo((30,), 2),
     "watch": DatasetInfo((6, 100), 7),
     "flights": DatasetInfo((22,), 2),
+}
+_LETTERS = string.digits + string.ascii_uppercase
+# Those of `DATASETS` whose classes are not called after their labels.
+_CLASS_NAMES: dict[str, tuple[str, ...]] = {
+    "fashion-mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "emnist-balanced": (*_LETTERS, *"abdefghnqrt"),
+    "emnist-byclass": (*_LETTERS, *string.ascii_lowercase),
+    "cifar10": (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
+    "breast-cancer": ("malignant", "benign"),
+    "watch": ("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW"),
+    "flights": ("on time", "late"),
 }
 WITH_OWNERS = ("watch", "flights")
 """The data sets with owners of examples."""
@@ -110,8 +128,16 @@ class DataConfig(Section):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, by label; by default the labels themselves."""
-        return self.named_classes or tuple(map(str, range(self.info.num_classes)))
+        """The names of the classes, by label: given, the data set's own, or the labels."""
+        own = _CLASS_NAMES.get(self.dataset) or tuple(map(str, range(self.info.num_classes)))
+        return self.named_classes or own
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The label of each class, by its name; without names that are given, by itself too."""
+        numbers = () if self.named_classes else map(str, range(self.info.num_classes))
+        by_number = {number: label for label, number in enumerate(numbers)}
+        return by_number | {name: label for label, name in enumerate(self.classes)}
 
     @property
     def root_path(self) -> Path:
@@ -141,8 +167,8 @@ class DataConfig(Section):
         if names and num_classes not in (0, len(names)):
             yield (
                 of_classes,
-                f'data.class-names = "{shown}": has {len(names)} names for {num_classes} classes; '
-                "right would be one each",
+                f'data.class-names = "{shown}": has {count_of(len(names), "name")} for '
+                f"{num_classes} classes; right would be one each",
             )
         if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
             yield (

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pfedgpa_app.config import Config, ServerConfig
-from pfedgpa_app.rounds import EVALUATED, STANDARD_ERROR, Row, count_of_clients, value_of
+from pfedgpa_app.files import count_of
+from pfedgpa_app.rounds import EVALUATED, STANDARD_ERROR, Row, value_of
 from pfedgpa_app.runs import BEST, CHECKPOINT
 
 # A fall is one of more than so much, and of so many standard errors of the difference of two
@@ -109,9 +110,9 @@ def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], st
     if not_finite := [row for row in rows if value_of(row, "num-not-finite")]:
         most = max(int(value_of(row, "num-not-finite")) for row in not_finite)
         warnings["not finite", not_finite[0]["round"]] = (
-            f"In {len(not_finite)} of {len(rows)} rounds, from round {not_finite[0]['round']} on, "
-            f"losses or weights of up to {count_of_clients(most)} were not finite (NaN or inf, "
-            f"or huge). {DIVERGED}. {help_of(config)}"
+            f"In {len(not_finite)} of {count_of(len(rows), 'round')}, from round "
+            f"{not_finite[0]['round']} on, losses or weights of up to {count_of(most, 'client')} "
+            f"were not finite (NaN or inf, or huge). {DIVERGED}. {help_of(config)}"
         )
     return warnings
 

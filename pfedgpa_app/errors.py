@@ -6,6 +6,17 @@ from pathlib import Path
 
 # An error may say what it failed on, such as all the numbers of a tensor.
 _MAX_LENGTH = 200
+_OWN = ("client_app", "pfedgpa_app", "server_app")
+
+
+def reason_of(error: Exception) -> str:
+    """Return a one-line error message; only foreign errors get class and location."""
+    return " ".join(str(error).split()) if is_own(error) else described(error)
+
+
+def is_own(error: Exception) -> bool:
+    """Return whether an error's class is one of this app, whose messages need no place."""
+    return type(error).__module__.partition(".")[0] in _OWN
 
 
 def described(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Reading text files and names in UTF-8 under any locale, and hidden files."""
+"""Text for people, text files and names in UTF-8 under any locale, and hidden files."""
 
 import errno
 import json
@@ -46,6 +46,11 @@ def text_of(name: str) -> str:
 def native_path(path: str) -> str:
     """Return a path from a text file in the file system encoding of this locale."""
     return os.fsdecode(path.encode("utf-8", "surrogateescape"))
+
+
+def count_of(number: float, noun: str) -> str:
+    """Write a number of things, as ``1 client`` or ``2 clients``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def quoted(name: str) -> str:
@@ -121,6 +126,17 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError as error:
         raise tomllib.TOMLDecodeError("nested too deeply") from error
+
+
+def obstacle_to(file: Path) -> str:
+    """Return why a file cannot be written, and what would be right; "" if nothing prevents it."""
+    if file.is_dir():
+        return "is a folder; right would be a file in it, such as model.safetensors"
+    if not file.parent.is_dir():
+        return "is in a folder that does not exist; right would be a file in one that does"
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        return "is in a read-only folder; right would be one that its user may write to"
+    return ""
 
 
 def home_path(path: str) -> Path:

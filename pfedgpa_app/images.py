@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -84,9 +84,11 @@ def find_pictures(folder: Path) -> Found:
 
 
 def find_labelled(
-    paths: Iterable[Path], classes: Sequence[str], note: Callable[[str], None] = lambda text: None
+    paths: Iterable[Path],
+    labels: Mapping[str, int],
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Path], dict[Path, int]]:
-    """Return pictures in folders that are named after classes, with their labels.
+    """Return pictures in folders that are named after classes, with their ``labels``.
 
     Such a folder is in one of the paths, and may have folders in turn. ``note`` is called with what
     else is beside it. The first result is what remains for `find_files`.
@@ -96,7 +98,6 @@ def find_labelled(
     FileError
         If a folder is a link.
     """
-    labels = {name: label for label, name in enumerate(classes)}
     others, found = [], dict[Path, int]()
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else []

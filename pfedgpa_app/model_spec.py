@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from pfedgpa_app.config import DatasetInfo
+from pfedgpa_app.files import count_of
 from pfedgpa_app.parameters import (
     ParameterLayout,
     StateDict,
@@ -39,8 +40,8 @@ def check_logits(output: object, number: int, num_classes: int) -> None:
     if isinstance(output, Tensor):
         found = f"an output of shape {tuple(output.shape)}"
     raise ModelError(
-        f"{number} example(s) gave {found}; right would be {expected}, one logit per class, in "
-        "training and evaluation"
+        f"{count_of(number, 'example')} gave {found}; right would be {expected}, one logit per "
+        "class, in training and evaluation"
     )
 
 

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app import protocol
-from pfedgpa_app.files import parse_json
+from pfedgpa_app.files import count_of, parse_json
 
 Row = dict[str, Any]
 
 EVALUATED = "personalized-accuracy"
 STANDARD_ERROR = f"{EVALUATED}-error"
+READING = (
+    "The result is the personalized accuracy: the mean over clients, each with its own model on "
+    "its own test set. As sent: before the local training of the round; after local training: "
+    "before the server has learned from it"
+)
+"""Which accuracy of `describe` counts."""
 NO_REPLY = "no reply"
 CLIENT_FAILED = "the client failed"
 BUDGET_SPENT = "privacy budget spent"
@@ -166,14 +172,9 @@ def causes_of(statuses: Iterable[str]) -> list[str]:
     """
     counts = Counter(status.removeprefix(f"{CLIENT_FAILED}: ") for status in statuses)
     return [
-        f"{count_of_clients(number)}: {cause}"
+        f"{count_of(number, 'client')}: {cause}"
         for cause, number in sorted(counts.items(), key=lambda each: (each[1], each[0]))
     ]
-
-
-def count_of_clients(number: int) -> str:
-    """Write a number of clients."""
-    return "1 client" if number == 1 else f"{number} clients"
 
 
 def summarize(record: RoundRecord, strategy: str, seconds_round: float) -> Row:
@@ -234,16 +235,19 @@ def describe(row: Row, num_rounds: int) -> str:
     evaluated, worst, received, trained = (
         "-" if row.get(name) is None else f"{row[name]:.4f}" for name in names
     )
+    num_clients = count_of(value_of(row, "num-clients"), "client")
     parts = ("seconds-round", "seconds-clients", "seconds-diffusion")
     whole, clients, diffusion = (f"{value_of(row, name):.1f}" for name in parts)
     epsilon = "" if row.get("epsilon") is None else f"; epsilon {row['epsilon']:.3g}"
     num_alone = value_of(row, "num-alone")
     alone = f"; {num_alone} of them train alone" if num_alone else ""
+    num_failures = value_of(row, "num-failures")
+    failed = f"; {num_failures} failed" if num_failures else ""
     return (
         f"Round {row['round']}/{num_rounds}: personalized accuracy {evaluated} (worst client "
         f"{worst}), as sent {received}, after local training {trained}; "
-        f"{value_of(row, 'num-clients')} clients, {whole} s (clients {clients}, diffusion "
-        f"{diffusion}){epsilon}{alone}"
+        f"{num_clients}, {whole} s (clients {clients}, diffusion "
+        f"{diffusion}){epsilon}{alone}{failed}"
     )
 
 

@@ -62,9 +62,9 @@ class Table:
         if not any(cell.mark for row in self.rows.values() for cell in row):
             return self.note
         return (
-            f"{self.note} {best}: the best; {tied}: what a paired t-test over seeds and clients "
-            "does not tell from it (5 %). Clients of a seed are not independent, so what is not "
-            "marked may still be as good on other seeds."
+            f"{self.note} {best}: the best; {tied}: not significantly different from it (paired "
+            "t-test over seeds and clients, 5 %). Clients of a seed are not independent, so the "
+            "test finds too many differences."
         )
 
     def text(self) -> str:

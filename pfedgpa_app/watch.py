@@ -16,10 +16,11 @@ from rich.progress import (
 )
 
 from pfedgpa_app.console import OutputDir, RunArgument, fail, read_run
-from pfedgpa_app.files import open_regular, printable
+from pfedgpa_app.files import count_of, open_regular, printable
 from pfedgpa_app.report import Run
 from pfedgpa_app.rounds import Row, called, describe, has_failed, parse_rows
 from pfedgpa_app.runs import CHECKPOINT, LATEST, is_going_on
+from pfedgpa_app.sharing import unshared_in
 
 _PAUSE = 1.0  # seconds
 _FAILURES_SHOWN = 5
@@ -57,10 +58,10 @@ def watch(run: RunArgument = LATEST, output_dir: OutputDir = "") -> None:
         go_on = f'; right would be resume-from="{name}", which goes on from its last checkpoint'
         why = f": {followed.error}" if followed.error else ""
         checkpoint = go_on if (path / CHECKPOINT).exists() else ""
-        fail(f"{name} stopped after {last} of {num_rounds} rounds{why}{checkpoint}")
-    if followed.ended:
-        print(printable(followed.ended))
-    print(f"{name} is complete, {last} of {num_rounds} rounds: {path}")
+        fail(f"{name} stopped after {last} of {count_of(num_rounds, 'round')}{why}{checkpoint}")
+    for note in filter(None, (followed.ended, unshared_in(list(rounds.values())))):
+        print(printable(note))
+    print(f"{name} is complete, {last} of {count_of(num_rounds, 'round')}: {path}")
 
 
 class Tail:

@@ -3,16 +3,19 @@
 import contextlib
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
+from pfedgpa_app import protocol
 from pfedgpa_app.config import Config, ConfigError, PrivacyConfig
 from pfedgpa_app.cross_site import write_matrix
 from pfedgpa_app.divergence import (
@@ -24,6 +27,7 @@ from pfedgpa_app.divergence import (
     reason_to_end,
     warnings_in,
 )
+from pfedgpa_app.files import count_of
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.preflight import preflight
 from pfedgpa_app.report import REPORT, Run, RunFolder
@@ -31,6 +35,7 @@ from pfedgpa_app.rounds import (
     BELOW_FLOOR,
     EVALUATED,
     NO_REPLY,
+    READING,
     RowError,
     causes_of,
     describe,
@@ -38,6 +43,7 @@ from pfedgpa_app.rounds import (
 )
 from pfedgpa_app.runs import BANK, BEST, CHECKPOINT
 from pfedgpa_app.section import listed
+from pfedgpa_app.sharing import unshared_in, unshared_now
 from pfedgpa_app.state import WriteError, write_text
 from pfedgpa_app.vault import DiskVault
 from server_app.checkpoint import ResumeError, keep_best, resolve_resume, resume, write_checkpoint
@@ -88,6 +94,7 @@ def main(grid: Grid, context: Context) -> None:
         with RunFolder(path, config) as folder, Tracking(folder) as tracking:
             name = f"{folder.name} ({context.run_id})"
             log(INFO, "Run %s begins: %s", name, path)
+            log(INFO, "%s", READING)
             try:
                 if earlier is not None:
                     folder.go_on_from(earlier, strategy.completed_rounds)
@@ -128,7 +135,9 @@ def _run(grid: Grid, strategy: ClientwiseFedAvg, folder: RunFolder, tracking: Tr
     if config.server.cross_site:
         rows = evaluate_across(strategy, guarded, config.server.round_timeout)
         write_matrix(folder.path, rows, strategy.roster.client_names())
-        log(INFO, "Cross-site matrix: %d pairs, of the clients that consent", len(rows))
+        log(INFO, "Cross-site matrix: %s, of the clients that consent", count_of(len(rows), "pair"))
+    if unshared := unshared_in(round_end.rows):
+        log(WARNING, "%s", unshared)
     if round_end.ended:
         log(INFO, "%s", round_end.ended)
         folder.note("ended", round_end.ended)
@@ -196,7 +205,17 @@ def make_strategy(config: Config, spec: ModelSpec, folder: Path | None = None) -
         min_available_nodes=config.server.min_available_nodes,
         join_timeout=config.server.join_timeout,
         metric_ranges=metric_ranges(config.privacy, config.data.info.num_classes),
+        evaluate_metrics_aggr_fn=partial(_named_average, config.data.classes),
     )
+
+
+def _named_average(
+    classes: Sequence[str], records: list[RecordDict], weighted_by: str
+) -> MetricRecord:
+    """Average metrics as Flower does, with names of classes, for its log."""
+    names = {f"{protocol.RECALL}{label}": f"recall of {each}" for label, each in enumerate(classes)}
+    found = aggregate_metricrecords(records, weighted_by)
+    return MetricRecord({names.get(name, name): value for name, value in found.items()})
 
 
 class RunError(RuntimeError):
@@ -281,6 +300,8 @@ class RoundEnd:
             log(WARNING, "%s%s", warnings[new], best_kept(self.folder.path, self.folder.name))
         self.warned |= warnings
         clients = [record.clients[client] for client in sorted(record.clients)]
+        if unshared := unshared_now(clients):
+            log(WARNING, "%s", unshared)
         self.folder.add_round(row, clients, self.strategy.trace())
 
     def _write_checkpoint(self, completed: int, is_last: bool) -> None:

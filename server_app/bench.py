@@ -1,14 +1,18 @@
 """The bench: the runs of a suite in processes of their own, several at a time."""
 
+import logging
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.errors import described
+from flwr.common.logger import FLOWER_LOGGER
+
+from pfedgpa_app.errors import reason_of
 from pfedgpa_app.files import read_text
 from server_app.simulation import end_with_parent
 from server_app.suites import BenchRun
@@ -79,8 +83,21 @@ def execute(
 def _execute(run: BenchRun, folder: Path, reasons: Connection) -> None:
     end_with_parent()  # which may be killed even while it starts this one
     os.dup2(sys.stderr.fileno(), 1)  # what own modules print is no part of the bench's output
+    tracebacks: list[str] = []
+
+    def has_none(record: logging.LogRecord) -> bool:
+        """Keep a traceback of the log for the file of the run."""
+        if record.exc_info:
+            tracebacks.append(logging.Formatter().format(record))
+        return not record.exc_info
+
+    for handler in FLOWER_LOGGER.handlers:
+        handler.addFilter(has_none)
     try:
         run.execute(folder)
     except Exception as error:
-        reasons.send(described(error))
-        raise  # multiprocessing prints the traceback
+        file = run.file(folder).with_suffix(".traceback")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join([*tracebacks, traceback.format_exc()]), encoding="utf-8")
+        reasons.send(f"{reason_of(error)}; its traceback is in {file}")
+        sys.exit(1)

@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
+from pfedgpa_app.files import count_of
 from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, mean_and_spread
 from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
 from server_app.suites import BenchRun, Result, Suite, described
@@ -30,10 +31,14 @@ def tables(
     elif len(rounds) == 1:
         period += f" of {rounds.pop()}"
     failures = sum(row["num-failures"] for each in found for row in each["rounds"])
-    unused = f" ({failures} unusable replies)" if failures else ""
+    unused = f" ({failures} unusable {'reply' if failures == 1 else 'replies'})" if failures else ""
     commits = {each.get("versions", {}).get("commit", "") for each in found}
     commit = commits.pop() if len(commits) == 1 else "several" if commits else ""
-    source = command if len(found) == len(runs) else f"{len(found)} of {len(runs)} runs: {command}"
+    source = (
+        command
+        if len(found) == len(runs)
+        else f"{len(found)} of {count_of(len(runs), 'run')}: {command}"
+    )
 
     def table(what: str, columns: dict[str, dict[str, Cell]], note: str, suffix: str) -> Table:
         rows = {row: [cells[row] for cells in columns.values()] for row in suite.rows}
@@ -134,15 +139,15 @@ def _in_words(measure: str, runs: list[BenchRun]) -> str:
 
 def _note(suite: Suite, measure: str, what: str, period: str) -> str:
     """Return what the numbers of a measure are."""
-    if not what:
-        sent = " Models that are sent to be evaluated are counted in."
-        return f"A round, {period}.{sent if measure == 'bytes-down' else ''}"
-    left_out = "" if measure == EVALUATED else " Clients for which it is not defined are left out."
     seeds = ", ".join(map(str, suite.seeds))
     is_one = len(suite.seeds) == 1
     over = f"seed {seeds}" if is_one else f"mean ± standard deviation over seeds {seeds}"
+    if not what:
+        sent = " Models that are sent to be evaluated are counted in."
+        return f"Of a round, {period}; {over}.{sent if measure == 'bytes-down' else ''}"
+    left_out = "" if measure == EVALUATED else " Clients for which it is not defined are left out."
     return (
-        f"{what[0].upper()}{what[1:]} of everyone's personalized model on its own test set, "
+        f"{what[0].upper()}{what[1:]} of each client's personalized model on its own test set, "
         f"{period}; {over}.{left_out}"
     )
 

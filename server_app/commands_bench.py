@@ -18,7 +18,7 @@ import typer
 from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES
 from pfedgpa_app.console import Json, fail, terminable, whole_numbers
-from pfedgpa_app.files import composed, native_path, quoted, text_of
+from pfedgpa_app.files import composed, count_of, native_path, quoted, text_of
 from pfedgpa_app.rounds import RowError, value_of
 from pfedgpa_app.section import NUM_SEEDS
 from pfedgpa_app.state import writing
@@ -126,7 +126,8 @@ def bench(
         print(json.dumps(indexes if len(files) > 1 else indexes[0], indent=1), file=output)
     if failed:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
-        fail(f"{len(failed)} of {total} runs failed; the command repeats them:\n{reasons}")
+        num_runs = count_of(total, "run")
+        fail(f"{len(failed)} of {num_runs} failed; the command repeats them:\n{reasons}")
 
 
 def _run(
@@ -149,7 +150,7 @@ def _run(
     pending = list({run.file(folder): run for run in runs if not run.result(folder)}.values())
     at_a_time = num_processes() if processes < 0 else max(1, processes)
     print(
-        f"{title}: {len(runs)} runs, {len(runs) - len(pending)} finished before, "
+        f"{title}: {count_of(len(runs), 'run')}, {len(runs) - len(pending)} finished before, "
         f"{len(pending)} to go, {'1' if superlink else at_a_time} at a time; results in {folder}",
         flush=True,
     )

@@ -11,7 +11,7 @@ import typer
 
 from pfedgpa_app.config import DATASETS, SITES, Config, ConfigError, flatten
 from pfedgpa_app.console import fail, make_app
-from pfedgpa_app.files import read_toml
+from pfedgpa_app.files import count_of, read_toml
 from pfedgpa_app.sharing import too_few
 
 config_app = make_app(help="Settings.", no_args_is_help=True)
@@ -43,7 +43,8 @@ def check(
     """
     settings = checked(file, config or [], clients)
     changed = settings.changed
-    print(f"The configuration is right; {len(changed)} setting(s) differ from the defaults.")
+    count = count_of(len(changed), "setting")
+    print(f"The configuration is right; different from the defaults: {count}.")
     for key, value in changed.items():
         print(f"  {key} = {value!r}")
     fewest = settings.server.min_available_nodes
@@ -134,13 +135,13 @@ def _data_problems(config: Config, clients: int | None) -> Iterator[str]:
     late = config.onboarding.late_clients
     if clients is not None and fewest > clients:
         yield (
-            f"server.min-available-nodes = {fewest}: more than {clients} clients; a run would wait "
-            "for them and end"
+            f"server.min-available-nodes = {fewest}: more than {count_of(clients, 'client')}; a "
+            "run would wait for them and end"
         )
     if clients is not None and late >= clients:
         yield (
-            f"onboarding.late-clients = {late}: there are only {clients} clients; right would be "
-            "less than that"
+            f"onboarding.late-clients = {late}: there are only {count_of(clients, 'client')}; "
+            "right would be less than that"
         )
     if data.dataset == SITES:
         return

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from pfedgpa_app.config import SITES, Config, by_x
 from pfedgpa_app.console import fail, make_app, make_table, print_table
-from pfedgpa_app.files import is_hidden, printable
+from pfedgpa_app.files import count_of, home_path, is_hidden, obstacle_to, printable
 from server_app.commands_config import Pairs, SettingsFile, given_settings, settings_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ def check(
     path: Annotated[Path, typer.Argument(help="A folder of images, or an .npz file.")],
     file: SettingsFile = None,
     config: Pairs = None,
+    model_path: Annotated[
+        str,
+        typer.Option(help="Check the SuperNode's model-path too; nothing is written."),
+    ] = "",
 ) -> None:
     """Report the training and test data of a site, or why they cannot be used.
 
@@ -51,6 +55,12 @@ def check(
     _print(path, settings, data)
     for note in (*notes, *_unread(path)):
         print(f"Not read: {printable(note)}")
+    if model_path:
+        model = home_path(model_path)
+        if wrong := obstacle_to(model):
+            fail(f"model-path {model} {wrong}")
+        replaced = ", in place of the file that is there" if model.exists() else ""
+        print(f"The site's model will be written to {printable(str(model))}{replaced}.")
 
 
 def _print(path: Path, config: Config, data: "ClientData") -> None:
@@ -62,7 +72,9 @@ def _print(path: Path, config: Config, data: "ClientData") -> None:
     lowest, highest = min(float(x.min()) for x in splits), max(float(x.max()) for x in splits)
     dtype = data.train_inputs.dtype
     kind = "16 bits" if dtype == LEVELS else str(dtype).removeprefix("torch.")
-    examples = f"{len(data.train_labels)} examples for training, {len(data.test_labels)}"
+    examples = (
+        f"{count_of(len(data.train_labels), 'example')} for training, {len(data.test_labels)}"
+    )
     print(f"{printable(str(path))} can be used: {examples} for testing.")
     print(
         f"Each is {by_x(config.data.info.shape)}, {kind} from {lowest:g} to {highest:g}; "
@@ -80,7 +92,7 @@ def _print(path: Path, config: Config, data: "ClientData") -> None:
     print_table(table)
     if empty:
         shown = ", ".join(empty[:20]) + (", …" if len(empty) > 20 else "")
-        print(f"{len(empty)} of {len(names)} classes have no examples: {shown}")
+        print(f"Classes without examples, {len(empty)} of {len(names)}: {shown}")
 
 
 def _unread(path: Path) -> list[str]:
@@ -95,5 +107,5 @@ def _unread(path: Path) -> list[str]:
         hidden["hidden folder"] += sum(map(is_hidden, folders))
         hidden["hidden file"] += sum(map(is_hidden, files))
         folders[:] = [name for name in folders if not is_hidden(name)]
-    counts = [f"{number} {kind}{'s' * (number > 1)}" for kind, number in hidden.items() if number]
+    counts = [count_of(number, kind) for kind, number in hidden.items() if number]
     return [f"{path}: {', '.join(counts)}, skipped"] if counts else []

@@ -14,6 +14,7 @@ from pfedgpa_app.cli import app
 from pfedgpa_app.config import SITES, Config
 from pfedgpa_app.console import fail, terminable
 from pfedgpa_app.report import BASELINES, REPORT, Run, baselines_of
+from pfedgpa_app.rounds import READING
 from pfedgpa_app.section import NUM_SEEDS
 from server_app.commands_config import Pairs, SettingsFile, checked, defaults_here
 from server_app.own_superlink import NAME, SuperLinkError, own_superlink
@@ -31,7 +32,7 @@ def demo(
 
     Settings, results and the run's folder are those of `flwr run`.
     """
-    print("Ten clients train on scikit-learn's digits; one line per round:", flush=True)
+    print(f"Ten clients train on scikit-learn's digits. {READING}. A line a round:", flush=True)
     # Imported here, since they import torch and Flower.
     from server_app.bench import num_processes
     from server_app.simulation import run_app
@@ -111,7 +112,7 @@ def run(
 
 def _shown(level: str, text: str) -> str:
     """Return what to print of a log line that is not of a round."""
-    is_begin = text.startswith("Run ") and " begins: " in text
+    is_begin = text == READING or (text.startswith("Run ") and " begins: " in text)
     return text if is_begin or (level == "WARNING" and "flwr" not in text) else ""
 
 

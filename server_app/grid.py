@@ -13,6 +13,7 @@ from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
+from pfedgpa_app.files import count_of
 from server_app.replies import ReplyError, one_line
 
 # Seconds between two polls, as in Flower's own Grid on a network.
@@ -98,7 +99,7 @@ class GuardedGrid:
             log(WARNING, "An unsolicited message cannot be read: %s", one_line(str(error)))
         else:
             if num_dropped:
-                log(WARNING, "%d unsolicited messages are discarded", num_dropped)
+                log(WARNING, "Discarded: %s", count_of(num_dropped, "unsolicited message"))
 
     def _pull(self, message_ids: list[str]) -> list[Message]:
         with bounded_arrays(self._max_bytes):

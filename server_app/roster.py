@@ -13,7 +13,7 @@ from flwr.app import Message, MessageType, Metadata, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from pfedgpa_app.files import composed, printable, quoted
+from pfedgpa_app.files import composed, count_of, printable, quoted
 from pfedgpa_app.protocol import PARTITION_ID, SOURCE
 from pfedgpa_app.source import source_hash
 from server_app.replies import one_line
@@ -109,7 +109,7 @@ class Roster:
         while True:
             node_ids = list(grid.get_node_ids())
             if len(node_ids) < minimum:
-                found = f"{len(node_ids)} of at least {minimum} nodes are connected"
+                found = f"{len(node_ids)} of at least {count_of(minimum, 'node')} are connected"
                 right = "more SuperNodes, a smaller server.min-available-nodes or"
                 missing = self._missing(set(node_ids))
             else:
@@ -189,8 +189,8 @@ class Roster:
             else:
                 log(
                     WARNING,
-                    "None of the %d clients of the earlier run is here; all %d are newcomers. "
-                    "Right would be %s",
+                    "No client of the earlier run (%d) is here, so all %d are newcomers. Right "
+                    "would be %s",
                     len(self.clients),
                     len(new),
                     "registered SuperNodes, which keep their node ids"

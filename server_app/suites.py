@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from pfedgpa_app.config import Config, ConfigError, flatten
-from pfedgpa_app.files import composed, native_path, quoted, read_json, read_toml
+from pfedgpa_app.files import composed, count_of, native_path, quoted, read_json, read_toml
 from pfedgpa_app.preflight import preflight, preflight_key
 from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, RoundRecord, Row, summarize
 from pfedgpa_app.section import Count, Section, Seed
@@ -372,7 +372,7 @@ class BenchRun:
         evaluated = by_client(EVALUATED)
         if missing := self.clients - min(map(len, evaluated)):
             raise FloatingPointError(
-                f"{missing} of {self.clients} clients have no accuracy in an evaluated "
+                f"{missing} of {count_of(self.clients, 'client')} have no accuracy in an evaluated "
                 "round: their losses may not be finite; their messages are in the log"
             )
         scores = {

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 
 from flwr.common import log
 
+from pfedgpa_app.files import count_of
 from pfedgpa_app.report import RunFolder
 from pfedgpa_app.rounds import EVALUATED, Row
 from server_app.replies import one_line
@@ -73,10 +74,10 @@ class Tracking:
         except Exception as problem:  # of a package that may raise anything
             log(
                 ERROR,
-                'tracking = "%s": %d round(s) could not be written: %s. The run goes on, and tries '
+                'tracking = "%s": %s could not be written: %s. The run goes on, and tries '
                 "again after the next round",
                 self._setting,
-                len(self._unwritten),
+                count_of(len(self._unwritten), "round"),
                 one_line(str(problem)),
             )
 

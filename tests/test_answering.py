@@ -13,12 +13,13 @@ from digits_client import context, message
 from flwr.app import Message, MessageType, RecordDict
 
 from client_app import answering
-from client_app.answering import answer_by, outline_of, reason_of
+from client_app.answering import answer_by, outline_of
 from client_app.app import app
 from client_app.node import NodeError
 from client_app.query import query
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.data import DataError
+from pfedgpa_app.errors import reason_of
 from pfedgpa_app.model_spec import ModelError
 from pfedgpa_app.source import source_hash
 from server_app.simulation import ClientError, simulate

@@ -213,7 +213,10 @@ def test_whatever_decides_about_a_result_is_in_its_name(suite: Path, tmp_path: P
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(
-    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
     # Only in its middle does a step size turn out to be too large.
     suite.write_text(SUITE + "\n[rows.diverging]\nclient.learning-rate = 1e30\n")
@@ -221,6 +224,11 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
     assert result.exit_code == 1
     assert "1 of 3 runs failed" in result.output
     assert "diverging, seed 0: RuntimeError: round 1: " in result.output
+    # The whole traceback is in a file, and not between the lines of the other runs.
+    (file,) = (tmp_path / "results" / "runs").glob("*.traceback")
+    assert f"; its traceback is in {file}" in result.output
+    assert "in on_round" in file.read_text()
+    assert "Traceback" not in capfd.readouterr().err
     assert len(results(tmp_path / "results")) == 2
     line = next(x for x in result.output.splitlines() if x.startswith("diverging "))
     assert line.split() == ["diverging", "failed"]
@@ -472,7 +480,7 @@ def test_measures_of_clients_are_compared_and_lead_where_the_suite_says_so(
     tables = bench_tables.tables(read, read.runs(), tmp_path, "suite", "command")
     assert [table.name for table in tables] == [f"suite-{error}", f"suite-{auroc}", "suite"]
     assert tables[0].title == "Two rivals: calibration error"
-    assert tables[0].note.startswith("Calibration error of everyone's personalized model")
+    assert tables[0].note.startswith("Calibration error of each client's personalized model")
     # The lowest is the best, and of more than two classes there is no AUROC.
     marks = {name: row[0].mark for name, row in tables[0].rows.items()}
     assert marks == {"local": "best", "ditto": ""}
@@ -526,8 +534,8 @@ def test_tables_are_written_as_what_they_are_read_by():
     assert "| pfedgpa | **0.9 ± 0.1** | *0.8* | - |" in table.markdown()
     latex = table.latex()
     assert r"pfedgpa & \textbf{0.9 $\pm$ 0.1} & \textit{0.8} & - \\" in latex
-    assert r"\caption{A \& B. Note. Bold: the best; italic: what a paired t-test" in latex
-    assert "Note. *: the best; =: what" in table.text()
+    assert r"\caption{A \& B. Note. Bold: the best; italic: not significantly different" in latex
+    assert "Note. *: the best; =: not significantly different from it" in table.text()
     assert r"\label" not in latex
     assert r"& x & 100 \% & c\_1 \\" in latex
     rows = list(csv.reader(table.csv().splitlines()))

@@ -183,4 +183,4 @@ def test_a_simulated_node_alone_is_not_given_the_number_of_a_client_that_is_away
     roster.resume({70: 0, 80: 1})
     roster.admit(SimulatedGrid({}, {5: 0}), [5])
     assert roster.clients == {70: 0, 80: 1, 5: 2}
-    assert "None of the 2 clients of the earlier run is here; all 1 are newcomers" in caplog.text
+    assert "No client of the earlier run (2) is here, so all 1 are newcomers" in caplog.text

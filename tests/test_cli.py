@@ -50,7 +50,7 @@ def test_right_settings_are_listed_where_they_differ_from_the_defaults(
     result = runner.invoke(app, ["config", "check", str(file)])
     assert result.exit_code == 0
     first, *rest = result.stdout.splitlines()
-    assert first == "The configuration is right; 2 setting(s) differ from the defaults."
+    assert first == "The configuration is right; different from the defaults: 2 settings."
     assert rest[:2] == ["  seed = 1", "  diffusion.fidelity = 0.5"]
     assert any(
         line.startswith(
@@ -86,7 +86,7 @@ def test_wrong_settings_are_all_named(runner: CliRunner):
     result = runner.invoke(app, ["config", "check", "-c", "sed=1", "-c", "diffusion.start=0"])
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        "The configuration has 2 problem(s):",
+        "The configuration has 2 problems:",
         "  - sed = 1: no such setting, did you mean seed?",
         "  - diffusion.start = 0: should be greater than or equal to 1 or 'auto'",
     ]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from benchmarks.network import parents, wait_until
 from pfedgpa_app.config import Config
 from pfedgpa_app.report import RunFolder
+from pfedgpa_app.rounds import READING
 from server_app import own_superlink, superlink
 from server_app.cli import app
 
@@ -39,6 +40,7 @@ print("\\x1b[92mSuccessfully started run 4711\\x1b[0m")
 print("\\x1b[93mWARNING \\x1b[0m:   Since flwr 1.32, nothing is as it was", flush=True)
 folder = here / "runs" / "4711"
 print("\\x1b[92mINFO \\x1b[0m:      Run digits-local-1 (4711) begins:", folder, flush=True)
+print("\\x1b[92mINFO \\x1b[0m:      {READING}", flush=True)
 print("\\x1b[93mWARNING \\x1b[0m:   Client 1 is out of the round", flush=True)
 print("\\x1b[92mINFO \\x1b[0m:      Round 1/1: personalized accuracy 0.7500", flush=True)
 if outcome.get("interrupt"):
@@ -111,6 +113,7 @@ def test_a_run_has_file_and_pairs_and_ends_with_its_page(here: Path):
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines() == [
         f"Run digits-local-1 (4711) begins: {here}/runs/4711",
+        READING,
         "Client 1 is out of the round",
         "  Round 1/1: personalized accuracy 0.7500",
         f"The page of this run: {here}/runs/4711/report.html",
@@ -209,7 +212,7 @@ def test_a_named_superlink_has_nodes_and_may_be_elsewhere(
     ("words", "problem"),
     [
         (("-c", "seed=-1"), "seed = -1: should be greater than or equal to 0"),
-        (("--clients", "1"), "server.min-available-nodes = 2: more than 1 clients"),
+        (("--clients", "1"), "server.min-available-nodes = 2: more than 1 client"),
         (
             ("-c", 'data.dataset="sites"', "-c", 'data.shape="1x8x8"', "-c", "data.num-classes=3"),
             'data.dataset = "sites" needs sites; right would be --superlink NAME',

@@ -133,7 +133,7 @@ def test_a_run_is_shown_with_all_that_is_known_of_it(tmp_path: Path):
         ],
         "Failures": [
             "client 0: 2 rounds, the last 2: the client failed: [red]no data",
-            "client 2: 1 rounds, the last 3: no reply",
+            "client 2: 1 round, the last 3: no reply",
         ],
     }
 

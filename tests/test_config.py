@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pfedgpa_app.config import DATASETS, MODEL_SHAPES, Config, ConfigError, by_x, flatten
+from pfedgpa_app.config import (
+    DATASETS,
+    MODEL_SHAPES,
+    Config,
+    ConfigError,
+    DataConfig,
+    by_x,
+    flatten,
+)
 
 PROJECT = Path(__file__).parents[1]
 OWN_DATA = {"data.dataset": "my.package:load", "model.name": "my.package:net"}
@@ -188,7 +196,7 @@ def test_the_message_lists_the_problems_one_a_line():
     with pytest.raises(ConfigError) as caught:
         Config.from_flat({"seed": -1, "num-server-rounds": 0})
     first, *lines = str(caught.value).splitlines()
-    assert first == "The configuration has 2 problem(s):"
+    assert first == "The configuration has 2 problems:"
     assert lines == [f"  - {problem}" for problem in caught.value.problems]
 
 
@@ -361,6 +369,15 @@ def test_classes_are_called_as_class_names_says_or_as_their_labels():
     assert named.classes == ("benign", "malignant")
     assert named.info == ((1, 28, 28), 2)
     assert Config().data.classes == tuple("0123456789")
+    assert named.labels == {"benign": 0, "malignant": 1}
+
+
+@pytest.mark.parametrize("name", sorted(DATASETS))
+def test_a_data_set_has_a_name_for_each_class_and_folders_may_have_its_number(name: str):
+    data = DataConfig(dataset=name, partition="iid")
+    assert len(set(data.classes)) == data.info.num_classes
+    assert [data.labels[each] for each in data.classes] == list(range(data.info.num_classes))
+    assert data.labels[str(data.info.num_classes - 1)] == data.info.num_classes - 1
 
 
 def test_how_a_data_set_is_partitioned_does_not_concern_what_sites_bring():

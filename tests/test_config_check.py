@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.files import count_of
 from pfedgpa_app.report import RunFolder
 from pfedgpa_app.runs import CHECKPOINT
 from server_app.app import make_strategy
@@ -72,7 +73,7 @@ def own(dataset: str, *options: str, **flat: object) -> Result:
 def problems(result: Result) -> list[str]:
     assert result.exit_code == 1
     first, *rest = result.stderr.splitlines()
-    assert first == f"The configuration has {len(rest)} problem(s):"
+    assert first == f"The configuration has {count_of(len(rest), 'problem')}:"
     return [line.removeprefix("  - ") for line in rest]
 
 
@@ -120,7 +121,7 @@ def test_a_number_of_clients_that_does_not_fit_is_refused(here: Path):
         "data.partition = natural: 6 clients, and 5 owners; right would be 1 to 5 clients"
     ]
     assert problems(check("--clients", "1")) == [
-        "server.min-available-nodes = 2: more than 1 clients; a run would wait for them and end"
+        "server.min-available-nodes = 2: more than 1 client; a run would wait for them and end"
     ]
     result = check("--clients", "0")
     assert result.exit_code == 2

@@ -39,10 +39,28 @@ def test_a_folder_is_counted_by_class_and_split(site: Path):
         "class training testing",
         "benign 6 4",
         "malignant 3 2",
-        "1 of 3 classes have no examples: normal",
+        "Classes without examples, 1 of 3: normal",
         f"Not read: {site}/benign: skipped: 1 .txt",
         f"Not read: {site}: 1 hidden folder, 1 hidden file, skipped",
     ]
+
+
+def test_the_file_of_the_model_is_checked_as_its_node_does(site: Path):
+    def checked(path: str) -> Result:
+        return check(site, *SETTINGS, "--model-path", path)
+
+    new = checked(f"{site.parent}/model.safetensors")
+    line = f"The site's model will be written to {site.parent}/model.safetensors"
+    assert new.exit_code == 0
+    assert new.stdout.splitlines()[-1] == f"{line}."
+    (site.parent / "model.safetensors").touch()
+    again = checked(f"{site.parent}/model.safetensors")
+    assert again.stdout.splitlines()[-1] == f"{line}, in place of the file that is there."
+    gone = checked("no-such-folder/model.safetensors")
+    assert gone.exit_code == 1
+    # Like the node, it takes relative paths from the home folder.
+    home = Path.home() / "no-such-folder" / "model.safetensors"
+    assert gone.stderr.startswith(f"model-path {home} is in a folder that does not exist; right")
 
 
 def test_a_file_is_described_with_settings_of_a_file(

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.report import Run
+from pfedgpa_app.rounds import READING
 from server_app import bench, simulation
 from server_app.cli import app
 from server_app.simulation import simulate
@@ -21,7 +22,8 @@ def test_the_demo_leaves_a_run_and_names_commands_that_work(
     monkeypatch.setattr(bench, "num_processes", lambda: 2)
     result = CliRunner().invoke(app, ["demo", "--rounds", "1", "--seed", "3"])
     assert result.exit_code == 0, result.output
-    _, line, page, following, *commands = result.stdout.splitlines()
+    first, line, page, following, *commands = result.stdout.splitlines()
+    assert READING in first
     assert line.startswith("Round 1/1: personalized accuracy 0.")
     file = Path(page.removeprefix("The page of this run: "))
     assert file.name == "report.html"

@@ -200,7 +200,7 @@ def disturbed(federation: HeldFederation, killed_runs: list[Path]) -> Disturbed:
         return all(used[client] >= 1 for client in (2, 3)) and used[4] >= 2
 
     def has_logged(num_rounds: int) -> bool:
-        return federation.log("disturbed").count("newcomers in this round") >= num_rounds
+        return federation.log("disturbed").count(" in the bank, ") >= num_rounds
 
     wait_until(take_part, PATIENCE)
     num_rounds = len(federation.rows())
@@ -252,7 +252,8 @@ def test_a_client_that_joins_late_is_onboarded_and_then_a_member(
 ):
     first, second, *_ = (n for n, status in disturbed.statuses(4).items() if status == "ok")
     lines = re.findall(
-        r"pFedGPA: (\d+) members.*; (\d+) newcomers in this round", federation.log("disturbed")
+        r"pFedGPA: (\d+) clients? in the bank.*; (\d+) newcomers? in this round",
+        federation.log("disturbed"),
     )
     assert first > 1
     for number, expected in ((1, ("4", "0")), (first, ("4", "1")), (second, ("5", "0"))):

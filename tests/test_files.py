@@ -16,7 +16,7 @@ from PIL import Image
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import ImageStats
 from pfedgpa_app.exported import ExportedModel
-from pfedgpa_app.files import composed, is_hidden, quoted, read_text, read_toml
+from pfedgpa_app.files import composed, count_of, is_hidden, quoted, read_text, read_toml
 from pfedgpa_app.models import build_model
 
 PROJECT = Path(__file__).parents[1]
@@ -34,6 +34,12 @@ for line in sys.argv[1:]:
     except SystemExit as end:
         print("exit", end.code, flush=True)
 """
+
+
+def test_one_thing_is_no_plural():
+    # NumPy's numbers too, as in messages about partitions.
+    found = [count_of(number, "client") for number in (0, 1, np.int64(1), np.int64(2))]
+    assert found == ["0 clients", "1 client", "1 client", "2 clients"]
 
 
 def in_ascii(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[bytes]:

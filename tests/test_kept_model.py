@@ -1,6 +1,7 @@
 """The file in which a site keeps the model that it was sent."""
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_a_path_that_cannot_be_written_stops_a_node_before_its_training(
     path: str,
     reason: str,
 ):
-    monkeypatch.setattr(kept_model.os, "access", lambda *_: False)  # permissions do not bind root
+    monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind root
     with pytest.raises(NodeError, match=f"the model-path of its node config {reason}") as caught:
         train_message(message(MessageType.TRAIN), site(tmp_path, tmp_path / path))
     # The error goes to the server, which is not told where the site keeps what.

@@ -184,7 +184,7 @@ def test_a_partition_of_ones_own_is_asked_again_in_every_process(own: Own):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([[0]], "the indices of 1 clients, right would be 2"),
+        ([[0]], "the indices of 1 client, right would be 2"),
         (3, r"failed with TypeError"),
         ([[0], []], r"client 1 has indices of shape \(0,\); right would be"),
         ([[0], [[1]]], r"client 1 has indices of shape \(1, 1\); right would be"),

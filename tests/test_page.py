@@ -214,6 +214,16 @@ def test_where_no_groups_are_set_the_most_frequent_class_is_one(tmp_path: Path):
     assert holdings.groups[3] == f"mostly {int(counts.argmax())}"
 
 
+def test_the_floor_is_the_mean_part_of_each_clients_most_frequent_class(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    parts = [max(each.tolist()) / int(each.sum()) for each in Holdings.of(run).counts.values()]
+    name = "accuracy, always the most frequent class"
+    assert f"<dt>{name}</dt><dd>{np.mean(parts):.4f}</dd>" in page_of([run])
+    # The test sets have other parts.
+    other = make_run(tmp_path / "other", **{"data.test-uniform-fraction": 0.5})
+    assert name not in page_of([other])
+
+
 def test_a_client_that_claims_another_number_of_partitions_has_no_classes(tmp_path: Path):
     run = make_run(tmp_path / "run")
     liar = ExportedModel({"weight": torch.zeros(1)}, run.config, 2, ROUNDS, None, (2, 100_000))
@@ -410,7 +420,8 @@ def test_a_page_compares_a_run_with_others_of_the_same_settings(tmp_path: Path):
     assert len({curves[name] for name in curves if name.startswith("pfedgpa")}) == 1
     assert curves["local"] != curves["pfedgpa"]
     alone = make_run(tmp_path / "other" / "ours")
-    assert "--with-baselines" in page_of([alone])
+    assert "No run of local or fedavg to compare with: the command above with" in page_of([alone])
+    assert "No run of fedavg to compare with" in page_of([run])
     # On a network it is not known before a run how many clients there will be.
     for number, found in ((None, {"local"}), (run.num_nodes, {"local"}), (99, set())):
         assert baselines_of(run.config, tmp_path, number).keys() == found

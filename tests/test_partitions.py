@@ -292,5 +292,5 @@ def test_a_client_that_would_stay_empty_is_an_error_with_a_remedy():
 def test_a_class_without_test_samples_is_an_error():
     labels, is_test = data()
     keep = ~((labels == 4) & is_test)
-    with pytest.raises(DataError, match="needs 1 test examples of class 4, there are 0"):
+    with pytest.raises(DataError, match="needs 1 test example of class 4, there are 0"):
         partition(labels[keep], is_test[keep], config("disjoint"), 10, 0)

@@ -1,5 +1,6 @@
 """What is chosen by name is named in every place that must know it; a test says which lacks it."""
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
@@ -29,6 +30,19 @@ def test_every_file_of_a_strategy_is_registered(classes: dict, base: type, other
     registered = {inspect.getfile(each) for each in classes.values()}
     files = {str(file) for file in folder.glob("*.py") if file.stem not in {"__init__", *others}}
     assert registered == files
+
+
+def test_the_signatures_of_the_documents_are_those_of_the_code():
+    text = (PROJECT / "docs" / "contributing.md").read_text()
+    documented = set(re.findall(r"`(\w+\([^`]*\) -> [^`]+)`", text))
+    found = set()
+    for base in (ClientwiseFedAvg, Method):
+        for node in ast.walk(ast.parse(Path(inspect.getfile(base)).read_text())):
+            if isinstance(node, ast.FunctionDef) and node.returns:
+                arguments = ast.unparse(node.args).removeprefix("self, ")
+                found.add(f"{node.name}({arguments}) -> {ast.unparse(node.returns)}")
+    assert len(documented) == 8
+    assert documented <= found
 
 
 def test_every_section_of_strategies_is_that_of_one():

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from client_app.messages import evaluate_message, train_message
 from pfedgpa_app import cli
+from pfedgpa_app.config import Config
 from pfedgpa_app.exported import ExportedModel
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.page import runs as pages
@@ -27,7 +28,7 @@ from pfedgpa_app.report import Run
 from pfedgpa_app.source import source_hash
 from pfedgpa_app.state import WriteError
 from server_app import app
-from server_app.app import RunError, main
+from server_app.app import RunError, main, make_strategy
 from server_app.roster import PartitionRoster, SourceError
 
 NUM_CLIENTS = 4
@@ -128,7 +129,7 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
     shown = CliRunner().invoke(cli.app, ["runs", "show", "1", "--output-dir", str(tmp_path)])
     assert shown.stdout.count("KeyError") == 2
     assert f"No client trained in the first round:\n  {said}\n" in shown.stdout
-    assert "6 clients: 1 rounds, the last 1: the client failed: KeyError" in shown.stdout
+    assert "6 clients: 1 round, the last 1: the client failed: KeyError" in shown.stdout
     watched = CliRunner().invoke(cli.app, ["watch", "1", "--output-dir", str(tmp_path)])
     assert watched.exit_code == 1
     assert said in watched.stderr
@@ -136,6 +137,41 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
     assert escape(said) in page
     assert "<dt>failures</dt><dd>6</dd>" in page  # also of a round that is not complete
     assert "<td>0-5</td><td>1</td><td>the client failed: KeyError" in page
+
+
+def test_a_run_of_one_good_site_says_in_each_round_and_at_its_end_that_nothing_was_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    grid = learning_grid(first_id=10)
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "its data")
+    for node in list(grid.nodes)[1:]:
+        grid.nodes[node] = lambda message: error
+    monkeypatch.setattr(app, "preflight", lambda config: ModelSpec.of_state(weights(0.0)))
+    settings = {"output-dir": str(tmp_path), "num-server-rounds": 2, "strategy": "fedavg"}
+    main(grid, Context(1, 1, {}, RecordDict(), settings))
+    failed = "; ".join(f"client {number}: the client failed: its data" for number in range(1, 6))
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for server_round in (1, 2):
+        who = f"in round {server_round}: only client 0 trained. Failed: {failed}"
+        assert f"Nothing was shared {who}" in lines
+    whole = "In 2 of 2 rounds nothing was shared: at most one client trained, and others failed. "
+    assert lines[-1].startswith(whole)
+    shown = CliRunner().invoke(cli.app, ["runs", "show", "1", "--output-dir", str(tmp_path)])
+    watched = CliRunner().invoke(cli.app, ["watch", "1", "--output-dir", str(tmp_path)])
+    assert whole in shown.stdout
+    assert whole in watched.stdout
+    assert "; 5 failed\n" in watched.stdout
+    assert whole in (tmp_path / "1" / "report.html").read_text()
+
+
+def test_flowers_log_names_classes():
+    settings = {"data.dataset": "breast-cancer", "data.partition": "iid", "model.name": "mlp"}
+    config = Config.from_flat(settings)
+    spec = ModelSpec.of_state(weights(0.0))
+    metrics = MetricRecord({"num-examples": 4, "accuracy": 0.5, "recall-1": 0.25})
+    average = make_strategy(config, spec).evaluate_metrics_aggr_fn
+    found = average([RecordDict({"metrics": metrics})], "num-examples")
+    assert found == {"accuracy": 0.5, "recall of benign": 0.25}
 
 
 def test_causes_are_told_once_and_the_most_frequent_one_last(

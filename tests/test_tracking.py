@@ -11,6 +11,7 @@ from flwr.app import Context, RecordDict
 from simulated_grid import learning_grid, weights
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.files import count_of
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.report import RunFolder
 from server_app import app
@@ -178,8 +179,8 @@ def test_rounds_that_cannot_be_written_are_written_with_the_next(
     assert scalars == [("x", 1, 0.5), ("x", 2, 1.0), ("x", 3, 1.5), ("x", 4, 2.0)]
     assert told[-1] == "close"
     assert caplog.messages == [
-        f'tracking = "tensorboard": {number} round(s) could not be written: No space left on '
-        "device. The run goes on, and tries again after the next round"
+        f'tracking = "tensorboard": {count_of(number, "round")} could not be written: '
+        "No space left on device. The run goes on, and tries again after the next round"
         for number in (1, 2)
     ]
 

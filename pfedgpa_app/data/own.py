@@ -12,6 +12,7 @@ from pfedgpa_app.arrays import ArrayError, as_examples, as_labels
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data.dataset import DataError, Part
 from pfedgpa_app.errors import described
+from pfedgpa_app.files import count_of
 from pfedgpa_app.own_functions import own_function
 from pfedgpa_app.randomness import drawing_from, make_generator
 
@@ -68,7 +69,8 @@ def own_shares(
     )
     if len(given) != num_clients:
         raise DataError(
-            f"{name}: returns the indices of {len(given)} clients, right would be {num_clients}"
+            f"{name}: returns the indices of {count_of(len(given), 'client')}, right would be "
+            f"{num_clients}"
         )
     return [
         _as_share(share, len(labels), f"{name}: client {client}")

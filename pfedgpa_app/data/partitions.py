@@ -20,6 +20,7 @@ from pfedgpa_app.config import PARTITIONS, DataConfig
 from pfedgpa_app.data.dataset import DataError
 from pfedgpa_app.data.own import own_shares
 from pfedgpa_app.data_section import ByClass
+from pfedgpa_app.files import count_of
 
 Indices = NDArray[np.int64]
 
@@ -75,7 +76,7 @@ def partition(
     test_pool = _shuffled(np.flatnonzero(in_test_pool), seed, stream=2)
     if not 1 <= num_clients <= len(train_pool):
         raise DataError(
-            f"{num_clients} clients cannot share {len(train_pool)} training examples, "
+            f"{num_clients} clients cannot share {count_of(len(train_pool), 'training example')}, "
             f"right would be 1 to {len(train_pool)} clients"
         )
     # Shares are shuffled, so that a prefix is a random subset.
@@ -115,8 +116,8 @@ def _natural(
     num_owners = int(owners.max()) + 1
     if not 1 <= num_clients <= num_owners:
         raise DataError(
-            f"data.partition = natural: {num_clients} clients, and {num_owners} owners; "
-            f"right would be 1 to {num_owners} clients"
+            f"data.partition = natural: {count_of(num_clients, 'client')}, and "
+            f"{count_of(num_owners, 'owner')}; right would be 1 to {num_owners} clients"
         )
     pools = ((~in_test_pool, config.train_samples), (in_test_pool, config.test_samples))
     clients = []
@@ -169,8 +170,8 @@ def _shares(labels: Indices, config: DataConfig, num_clients: int, seed: int) ->
             return [cast(Any, partitioner.load_partition(each)) for each in range(num_clients)]
     except ValueError as error:
         raise DataError(
-            f"data.partition = {config.partition} fails for {num_clients} clients: {error} "
-            f"What would help: {_remedy(config)}"
+            f"data.partition = {config.partition} fails for {count_of(num_clients, 'client')}: "
+            f"{error} What would help: {_remedy(config)}"
         ) from error
 
 
@@ -221,7 +222,8 @@ def _dominant_classes(labels: Indices, config: DataConfig, num_clients: int) -> 
     num_samples = config.train_samples or min(len(labels) // num_clients, limit)
     if not 0 < num_samples <= limit:
         raise DataError(
-            f"class {scarce} has only {sizes[scarce]} training examples, enough for {limit} a "
+            f"class {config.classes[scarce]} has only "
+            f"{count_of(sizes[scarce], 'training example')}, enough for {limit} a "
             "client without repetition; right would be "
             + (f"data.train-samples <= {limit}" if limit else "examples of every class")
         )
@@ -263,9 +265,10 @@ def _test_counts(held: Indices, available: Indices, config: DataConfig) -> Indic
         counts[client] = _apportion(total - uniform, row) + _apportion(uniform, available > 0)
         for label in np.flatnonzero(counts[client] > available):
             raise DataError(
-                f"client {client} needs {counts[client, label]} test examples of class {label}, "
-                f"there are {available[label]}; right would be a smaller data.test-samples or, "
-                f"for a data set without a test set of its own, a larger data.test-fraction"
+                f"client {client} needs {count_of(counts[client, label], 'test example')} of class "
+                f"{config.classes[label]}, there are {available[label]}; right would be a "
+                "smaller data.test-samples or, for a data set without a test set of its own, a "
+                "larger data.test-fraction"
             )
     return counts
 

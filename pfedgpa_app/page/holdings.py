@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 
@@ -23,11 +24,16 @@ class Holdings:
         The name of each client's group: that of the settings, or its most frequent class.
     missing
         Why there are no counts, if there are none.
+    floor
+        What it is called, and the mean over clients of the part of their most frequent class: the
+        accuracy of a model that always predicts that class. Empty if the test sets have other parts
+        than the training sets, or these are not known.
     """
 
     counts: dict[int, Tensor] = field(default_factory=dict)
     groups: dict[int, str] = field(default_factory=dict)
     missing: str = ""
+    floor: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, run: Run) -> "Holdings":
@@ -71,7 +77,14 @@ class Holdings:
             client: f"mostly {data.classes[int(each.argmax())]}" for client, each in counts.items()
         }
         order = sorted(counts, key=lambda client: (groups[client], client))
-        return cls({client: counts[client] for client in order}, groups)
+        most = fmean(float(each.max() / each.sum()) for each in counts.values())
+        floor = (("accuracy, always the most frequent class", f"{most:.4f}"),)
+        has_others = bool(data.test_uniform_fraction) or data.partition == "natural"
+        return cls(
+            {client: counts[client] for client in order},
+            groups,
+            floor=() if has_others or not counts else floor,
+        )
 
 
 def _partitions(folder: Path) -> dict[int, tuple[int, int]]:

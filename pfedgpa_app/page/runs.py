@@ -14,7 +14,7 @@ from pfedgpa_app.page import figures, html, method
 from pfedgpa_app.page.holdings import Holdings
 from pfedgpa_app.page.html import Panel, numbers, sections, slider, table, table_of
 from pfedgpa_app.protocol import RECALL
-from pfedgpa_app.report import Run, baselines_of
+from pfedgpa_app.report import BASELINES, Run, baselines_of
 from pfedgpa_app.rounds import (
     EVALUATED,
     SCORES,
@@ -117,7 +117,7 @@ def _run(run: Run, number: int) -> str:
     holdings = Holdings.of(run)
     baselines = baselines_of(run.config, run.path.parent, run.num_nodes)
     notes = (run.error, run.ended, *run.warnings, alone_in(run.metrics, run.config.diffusion))
-    body = _head(run, clients, baselines)
+    body = _head(run, clients, baselines, holdings)
     body += "".join(f'<p class="note">{escape(note)}</p>' for note in notes if note)
     if run.metrics:
         body += html.figures(_accuracies(run, clients, holdings, baselines))
@@ -149,7 +149,9 @@ def _run(run: Run, number: int) -> str:
     return f"{body}<h2>Settings</h2>{_settings_table(run.config)}"
 
 
-def _head(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> str:
+def _head(
+    run: Run, clients: Sequence[Row], baselines: Mapping[str, Run], holdings: Holdings
+) -> str:
     """Return what the run is, the command that repeats it, and its main numbers."""
     config = run.config
     scores = {what: _score(run, name) for name, what in SCORES.items()}
@@ -164,6 +166,7 @@ def _head(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> str
     shown = [
         *((what, score) for what, score in scores.items() if score != "-" or what == "accuracy"),
         *((f"accuracy, {name}", _score(each, EVALUATED)) for name, each in baselines.items()),
+        *holdings.floor,
         ("accuracy, worst client", _score(run, f"{EVALUATED}-worst")),
         ("test examples", f"{sum(last):,}" if last else "-"),
         ("rounds", f"{len(run.metrics)} of {config.num_server_rounds}"),
@@ -186,11 +189,16 @@ def _head(run: Run, clients: Sequence[Row], baselines: Mapping[str, Run]) -> str
     options = [each for pair in pairs for each in pair]
     where = ["--superlink", "NAME"] if is_of_sites else ["--clients", str(run.num_nodes)]
     command = shlex.join(["pfedgpa", "run", *options, *where])
+    missing = [name for name in BASELINES if name not in {config.strategy, *baselines}]
+    compared = (
+        f" No run of {' or '.join(missing)} to compare with: the command above with "
+        "--with-baselines does them, and its page has them."
+    ) * bool(missing)
     return (
         f'<p class="quiet">{escape(about)}<code>{escape(command)}</code></p>'
         f'{numbers(shown)}<p class="quiet">Means over the clients\' personalized models, each on '
-        "its own test set, in the last round that evaluated them; ± is the 95 % interval of the "
-        "mean.</p>"
+        "its own test set, in the last round that evaluated them; ± is the 95 % interval of that "
+        f"mean, given the sizes of the test sets, and no deviation over seeds.{compared}</p>"
     )
 
 
@@ -215,8 +223,7 @@ def _accuracies(
         what: figures.curve_of([each.metrics], EVALUATED) for what, each in baselines.items()
     }
     others = ", ".join(f"{name} is {each.name}" for name, each in baselines.items())
-    more = "pfedgpa run --with-baselines adds others to compare with"
-    caption = f"{_MEANS} {f'With the same settings: {others}' if others else more}."
+    caption = _MEANS + f" With the same settings: {others}." * bool(others)
     shown = [Panel("Accuracy over rounds", caption, figures.lines(curves))]
     if accuracies := figures.last_accuracies(clients):
         caption = (

@@ -25,7 +25,7 @@ from torch import nn
 
 from pfedgpa_app import protocol
 from pfedgpa_app.config import Config, OnboardingConfig
-from pfedgpa_app.files import quoted
+from pfedgpa_app.files import count_of, quoted
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.randomness import make_generator
@@ -416,7 +416,8 @@ class ClientwiseFedAvg(Stateful, FedAvg):
             if not clients:
                 raise ValueError(
                     f"onboarding.late-clients = {late}: there are only "
-                    f"{len(self.roster.connected)} clients; right would be less than that"
+                    f"{count_of(len(self.roster.connected), 'client')}; right would be less "
+                    "than that"
                 )
         if purpose == "train" and (self.include or self.exclude):
             clients = self._included(clients)

@@ -14,6 +14,7 @@ from pfedgpa_app.aggregation import GenerativeAggregator
 from pfedgpa_app.bank import ClientRecord
 from pfedgpa_app.config import DiffusionConfig
 from pfedgpa_app.diffusion.signal import SKETCH, sketched
+from pfedgpa_app.files import count_of
 from pfedgpa_app.guard import MIN_CLIENTS, Guard, Move, misfits
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
@@ -186,7 +187,8 @@ class PFedGPA(ClientwiseFedAvg):
         initial, num_connected = self.aggregator.initial, len(self.roster.connected)
         found = self.guard.find_outliers(moves, positions, initial, num_connected)
         if (num := self.guard.num_compared) < MIN_CLIENTS:
-            log(INFO, "pFedGPA: %d clients are too few to tell who is unusual", num)
+            text = "pFedGPA: no outlier detection, with uploads of %s; right would be %d or more"
+            log(INFO, text, count_of(num, "client"), MIN_CLIENTS)
         reported = {c: each for c, each in sorted(uploads.items()) if HALVES in each.extras}
         sketches = [sketched(each.vector - each.start) for each in reported.values()]
         odd = misfits([each.extras[HALVES] for each in reported.values()], sketches)
@@ -219,10 +221,10 @@ class PFedGPA(ClientwiseFedAvg):
             self.aggregator.onboard(client, uploads[client].vector, uploads[client].start)
         log(
             INFO,
-            "pFedGPA: %d members, %s; %d newcomers in this round",
-            len(self.aggregator.bank.members),
+            "pFedGPA: %s in the bank, %s; %s in this round",
+            count_of(len(self.aggregator.bank.members), "client"),
             self.aggregator.describe(),
-            len(newcomers),
+            count_of(len(newcomers), "newcomer"),
         )
         alone = self.aggregator.alone(uploads)
         for client in alone:
