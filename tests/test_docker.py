@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.common.config import parse_config_args
 from packaging.requirements import Requirement
+from published import commands
 
 from benchmarks.network import BIN, PROJECT, read_lines
 from pfedgpa_app.config import DataConfig
@@ -134,6 +135,13 @@ def test_a_site_is_told_its_own_data_and_where_its_model_is_kept():
     assert site.mounts[str(Path(str(node["model-path"])).parent)] == ("model", False)
     assert site.words[site.words.index("--superlink") + 1] == GIVEN["SUPERLINK"]
     assert not site.ports
+
+
+def test_a_file_that_a_command_mounts_has_an_absolute_path():
+    """After `run -v`, Compose takes a relative path for the name of a volume."""
+    mounting = [words for words in commands() if words[0] == "docker" and "-v" in words]
+    assert mounting
+    assert all(words[words.index("-v") + 1].startswith(("/", "$PWD/")) for words in mounting)
 
 
 def test_a_gpu_is_given_to_the_service_that_trains_and_torch_is_built_for_it():

@@ -31,6 +31,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from client_app.app import app as client_app
+from client_app.messages import load_data
 from pfedgpa_app import models
 from pfedgpa_app.config import DATASETS, Config, DataConfig, DatasetInfo, flatten
 from pfedgpa_app.data import client_data, sources
@@ -41,6 +42,8 @@ from server_app.suites import BenchRun
 from server_app.superlink import FlowerRun
 
 COMMANDS = commands()
+(OWN,) = (words[-1] for words in COMMANDS if words[0] == "docker" and "/app" in words)
+"""The run config of the run in containers."""
 BENCHES = [words for words in COMMANDS if words[:2] == ("pfedgpa", "bench")]
 CHECKED_RUNS = [words for words in COMMANDS if words[:2] == ("pfedgpa", "run")]
 OTHERS = [
@@ -95,9 +98,11 @@ ELSEWHERE = {
     f"{SERVER} run --rm --build certificates": PACK,
     f"{SERVER} up -d superlink": PACK,
     f"{SERVER} cp superlink:/tls/authority/ca.pem ca.pem": PACK,
-    f"{SERVER} run --rm -v ./site-1.pub:/tmp/site-1.pub:ro flwr supernode register "
+    f"{SERVER} run --rm -v '$PWD/site-1.pub:/tmp/site-1.pub:ro' flwr supernode register "
     "/tmp/site-1.pub tls --name site-1": PACK,
-    f"{SERVER} run --rm flwr run /app tls --stream": PACK,
+    f"{SERVER} run --rm flwr run /app tls --stream --run-config {shlex.quote(OWN)}": (
+        "test_published.py::test_the_run_of_the_server_trains_on_the_data_of_sites"
+    ),
     f"{SITE} run --rm --build key": PACK,
     f"{SITE} run --rm key cat /tls/supernode/key.pub": PACK,
     f"{SITE} up -d supernode": PACK,
@@ -295,6 +300,12 @@ def scans(project: Path, own_home: Path) -> None:
         Image.fromarray(image).save(file)
     named = 'shape = "1x64x64"\nclass-names = "benign,malignant"\n'
     (project / "sites.toml").write_text(f"[data]\n{named}")
+
+
+def test_the_run_of_the_server_trains_on_the_data_of_sites(project: Path, scans: None):
+    config = Config.from_flat({**DEFAULTS, **parse_config_args([OWN])})
+    node = Context(1, 1, {"data-path": str(project / "site")}, RecordDict(), {})
+    assert len(load_data(config, node).train_labels) > 0
 
 
 def earlier_runs(name: str, clients: int, output: Path) -> None:
