@@ -25,7 +25,8 @@ from pfedgpa_app.state import writing
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
-    from server_app.suites import BenchRun, Suite
+    from server_app.bench import BenchRun
+    from server_app.suites import Suite
 
 
 @app.command()
@@ -62,7 +63,7 @@ def bench(
     ] = None,
     tuned: Annotated[
         bool,
-        typer.Option("--tuned", help="Also with the best settings of each row, by [tune]."),
+        typer.Option("--tuned", help="Also with each row's best settings, by the section tune."),
     ] = False,
     fresh: Annotated[
         bool,
