@@ -116,7 +116,7 @@ class GenerativeAggregator(Stateful):
         self.bank.uploads[client] = vector.detach().cpu(), standing
 
     def is_member(self, client: int) -> bool:
-        """Tell whether what a client uploads in this round is a member's, not a newcomer's.
+        """Return whether what a client uploads in this round is a member's, not a newcomer's.
 
         All of the first round are members; later, a client is a newcomer for as many rounds as
         `OnboardingConfig` says.

@@ -117,7 +117,7 @@ class Bank(Stateful):
         return any(each.standing is not Standing.NEWCOMER for each in self.clients.values())
 
     def knows(self, client: int) -> bool:
-        """Tell whether there is a model of a client."""
+        """Return whether there is a model of a client."""
         record = self.clients.get(client)
         return (record is not None and record.model is not None) or client in self.archived
 

@@ -134,7 +134,7 @@ class ExportedModel:
     def save(self, file: Path) -> None:
         """Write a safetensors file of the state_dict, atomically.
 
-        Its metadata has JSON under ``facts``: client, round, run, partition-id, num-partitions,
+        Its metadata has JSON under ``fields``: client, round, run, partition-id, num-partitions,
         model, shape, num-classes, image-mean, image-std, class-counts and config, the flat settings
         of the run. Unknown values are null.
         """

@@ -73,10 +73,10 @@ def test_a_site_with_data_of_its_own_trains_on_it(tmp_path: Path, partition: dic
     data = site_data(tmp_path / "own.npz", Config.from_flat(SITES).data, 0)
     assert metrics["num-examples"] == len(data.train_labels)
     assert metrics["image-mean"] == data.stats.mean.tolist()
-    # Its partition, if it has one, is a number to be sorted by, and tells nothing of its data.
+    # Its partition, if it has one, is a number to be sorted by, and says nothing of its data.
     assert "partition" not in metrics
-    told = query(message(MessageType.QUERY), context).content["metrics"]
-    assert dict(told) == ({"partition-id": 2} if partition else {})
+    metrics = query(message(MessageType.QUERY), context).content["metrics"]
+    assert dict(metrics) == ({"partition-id": 2} if partition else {})
 
 
 def test_sites_without_a_partition_draw_by_their_node_ids(tmp_path: Path):
