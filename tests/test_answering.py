@@ -111,7 +111,7 @@ def test_an_error_of_the_app_says_what_would_be_right_and_no_place():
     assert ".py" not in reason
 
 
-def test_no_folder_is_told(scans: Path):
+def test_no_folder_is_sent(scans: Path):
     reason = app(
         message(MessageType.TRAIN), context(**OWN, **{"data.dataset": "scans:load"})
     ).error.reason
@@ -243,7 +243,7 @@ def test_other_code_has_another_hash(copy: Path, change: str):
     assert source_hash(copy) != source_hash(PROJECT / "client_app")
 
 
-def test_a_node_tells_the_hash_of_its_code():
+def test_a_node_reports_the_hash_of_its_code():
     request = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
     for reply in (query(request, context()), app(request, context())):
         assert reply.content["source"]["source"] == source_hash(PROJECT / "client_app")

@@ -55,7 +55,7 @@ def honest() -> tuple[Tensor, Tensor]:
     return uploads(Attack())[:2]
 
 
-def test_liars_change_what_they_move_and_tell_and_nothing_of_others(honest):
+def test_liars_change_what_they_move_and_report_and_nothing_of_others(honest):
     moves, halves = honest
     forged, reported, _ = uploads(ATTACKS["sign flip"])
     for client in range(NUM_CLIENTS):

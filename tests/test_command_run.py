@@ -179,7 +179,7 @@ def test_an_interrupt_stops_the_run_and_ends_the_superlink(
     wait_until_nothing_is_left(here)
 
 
-def test_a_superlink_that_does_not_start_is_told(here: Path):
+def test_a_superlink_that_does_not_start_is_reported(here: Path):
     (here / "refuse").touch()
     result = run(here)
     assert result.exit_code == 1

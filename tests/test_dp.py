@@ -286,7 +286,7 @@ def test_epsilon_of_drawn_examples_is_that_of_opacus():
     assert Ledger().epsilon(1e-5) == 0
 
 
-def test_a_client_adds_up_what_it_tells_over_the_rounds():
+def test_a_client_adds_up_what_it_reports_over_the_rounds():
     from opacus.accountants import RDPAccountant
 
     for settings, noise, rate, steps in [
@@ -321,7 +321,7 @@ def test_who_has_forgotten_its_account_counts_all_rounds_before(settings: dict):
     assert trained(steady, 4)["metrics"]["epsilon"] > reported
 
 
-def test_a_plain_client_tells_no_epsilon_and_keeps_no_account():
+def test_a_plain_client_reports_no_epsilon_and_keeps_no_account():
     at = context(SETTINGS)
     assert "epsilon" not in trained(at)["metrics"]
     assert "privacy" not in at.state

@@ -44,7 +44,7 @@ def test_a_saved_model_is_loaded_whole(tmp_path: Path):
         assert torch.equal(loaded.state[name], tensor)
 
 
-def test_what_a_client_did_not_tell_is_not_there(tmp_path: Path):
+def test_what_a_client_did_not_report_is_not_there(tmp_path: Path):
     replace(exported(), stats=None, partition=None).save(tmp_path / "model.safetensors")
     loaded = ExportedModel.load(tmp_path / "model.safetensors")
     assert loaded.stats is None

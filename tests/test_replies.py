@@ -206,7 +206,7 @@ def test_an_error_is_refused_with_its_reason():
         read(Error(code=0, reason="out of memory"))
 
 
-def test_what_a_client_tells_of_its_data_is_read():
+def test_what_a_client_reports_of_its_data_is_read():
     reported = {"image-mean": [72.5, 0.1], "image-std": [90.25, 1.0], "partition": [3, 10]}
     result = read(upload(weights(1.0), **reported))
     assert result.site.keys() == {"image-stats", "partition"}
@@ -217,7 +217,7 @@ def test_what_a_client_tells_of_its_data_is_read():
     assert result.metrics == {"num-examples": 10}  # Flower's aggregation takes scalars
 
 
-def test_a_client_need_not_tell_anything_of_its_data():
+def test_a_client_need_not_report_anything_of_its_data():
     assert read(upload(weights(1.0))).site == {}
     assert read(upload(weights(1.0), partition=[0, 1])).site.keys() == {"partition"}
 

@@ -323,7 +323,7 @@ def test_a_liar_about_its_halves_changes_little_for_others(lie: str):
         assert errors[1] < 1.2 * errors[0] + 0.1 * (uploads - wanted)[others].norm()
 
 
-def test_to_tell_nothing_is_not_to_agree_with_oneself():
+def test_to_report_nothing_is_not_to_agree_with_oneself():
     """Of clients that are alike and move the same way, one has no signal."""
     uploads, halves = clients(torch.full((DIM,), 3.0), noise=1.0)
     halves[7] = torch.zeros(2, DIM)
