@@ -24,7 +24,7 @@ from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.section import OptionalCount, Positive, Section
 from pfedgpa_app.state import Shapes, load_state, save_state
 
-MODEL_KIND = "pfedgpa-model-1"
+MODEL_KIND = "pfedgpa-model-2"
 # Of an example: three channels of the largest image.
 _MAX_NUMBERS = 3 * MAX_PIXELS
 

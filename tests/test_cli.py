@@ -430,7 +430,7 @@ def test_a_file_that_is_no_model_ends_with_its_name(runner: CliRunner, model_fil
         (b"", "damaged"),
         (b"\x80\x04K\x01.", "damaged"),
         (whole[:-9], "damaged"),
-        (save({"x": torch.ones(1)}), "right would be 'pfedgpa-model-1'"),
+        (save({"x": torch.ones(1)}), "right would be 'pfedgpa-model-2'"),
         (None, "missing"),
     ):
         model_file.unlink() if content is None else model_file.write_bytes(content)

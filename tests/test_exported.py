@@ -179,7 +179,7 @@ def test_a_file_with_wrong_facts_is_refused(tmp_path: Path, changes: dict, reaso
 @pytest.mark.parametrize("fields", [None, "", "{", "3", "[1]", "[" * 100_000])
 def test_a_file_with_damaged_metadata_is_refused(tmp_path: Path, fields: str | None):
     file = tmp_path / "model.safetensors"
-    metadata = {"kind": "pfedgpa-model-1"} | ({} if fields is None else {"fields": fields})
+    metadata = {"kind": "pfedgpa-model-2"} | ({} if fields is None else {"fields": fields})
     save_file({"x": torch.ones(1)}, file, metadata)
     with pytest.raises(ValueError, match=r"model\.safetensors has damaged metadata"):
         ExportedModel.load(file)
