@@ -15,7 +15,7 @@ ESTABLISHED = "01"
 
 
 def is_connected(port: int) -> bool:
-    """Tell whether a process of this container has a TCP connection to a port elsewhere."""
+    """Return whether a process of this container has a TCP connection to a port elsewhere."""
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text(encoding="utf-8").splitlines()[1:]:
             _, _, remote, state, *_ = line.split()

@@ -12,7 +12,7 @@ from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
 from pfedgpa_app.diffusion.mixing import are_alone, capped, mixing_from_halves, share_of
 from pfedgpa_app.diffusion.mixture import mix
 from pfedgpa_app.diffusion.model import ParameterDiffusion, rank_of
-from pfedgpa_app.diffusion.signal import SKETCH, agreement, centred, normalized
+from pfedgpa_app.diffusion.signal import SKETCH, agreement, normalized
 from pfedgpa_app.diffusion.subspace import Spectrum, dispersion_ratio
 from pfedgpa_app.files import count_of
 from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
@@ -100,7 +100,6 @@ class GenerativeAggregator(Stateful):
         self.model = None
         self.alike = True
         self._round = 0
-        self._reports: dict[int, Tensor] = {}
         self.spectrum: Spectrum | None = None
 
     def complete_restored(self) -> None:
@@ -117,7 +116,7 @@ class GenerativeAggregator(Stateful):
         self.bank.uploads[client] = vector.detach().cpu(), standing
 
     def is_member(self, client: int) -> bool:
-        """Tell whether what a client uploads in this round is a member's, not a newcomer's.
+        """Return whether what a client uploads in this round is a member's, not a newcomer's.
 
         All of the first round are members; later, a client is a newcomer for as many rounds as
         `OnboardingConfig` says.
@@ -135,7 +134,7 @@ class GenerativeAggregator(Stateful):
         how much of a client's deviation from the mean is signal, and kept.
         """
         with repeatable(num_threads=1):
-            self._reports[client] = normalized(halves.detach().cpu())
+            self.bank.reports[client] = normalized(halves.detach().cpu())
 
     def fit(self, server_round: int, average: Tensor | None = None) -> None:
         """Train the diffusion model on the bank and denoise the code of every client in it.
@@ -151,7 +150,6 @@ class GenerativeAggregator(Stateful):
         self.average = self.average if average is None else average
         with repeatable(num_threads=1):
             self._bring_up_to_date()
-            self._centre_reports()
             self.bank.take_in(server_round)
             self.model = self.spectrum = None
             self.mixing, self.share = torch.eye(len(self.bank.members), dtype=torch.float64), 1.0
@@ -244,23 +242,10 @@ class GenerativeAggregator(Stateful):
                 f"{self.share:.0%} of a client's difference from the mean is kept"
             )
         if self.config.sharing == "measured" and self._reported() is None:
-            num_reports = sum(each is not None for each in self._halves())
+            num_reports = sum(each is not None for each in self.bank.halves)
             halves = f"halves of {count_of(num_reports, 'client')} are too few"
             return f"{found}; agreement is not measured: {halves}"
         return found
-
-    def _centre_reports(self) -> None:
-        """Centre the halves that were reported in this round.
-
-        They began at the same parameters, those of other rounds at others. A single client's own
-        update cannot be separated from the common one.
-        """
-        if len(self._reports) > 1:
-            clients = sorted(self._reports)
-            reports = torch.stack([self._reports[client] for client in clients])
-            for client, halves in zip(clients, centred(reports), strict=True):
-                self.bank.of(client).halves = halves
-        self._reports = {}
 
     def _learn(self, server_round: int) -> None:
         """Make the mixing matrix and the diffusion model of the bank.
@@ -303,16 +288,12 @@ class GenerativeAggregator(Stateful):
             return model.space.mean + self.share * (current - model.space.mean)
         return self._mixed({0: row}, [current], {})[0]
 
-    def _halves(self) -> list[Tensor | None]:
-        """Return both halves of each member, ``(2, SKETCH)``; None without a report."""
-        return [self.bank.clients[client].halves for client in self.bank.members]
-
     def _reported(self) -> Tensor | None:
         """Return both halves of the members, ``(num_members, 2, SKETCH)``; 0 without a report.
 
         None unless most members reported.
         """
-        halves = self._halves()
+        halves = self.bank.halves
         num_reports = sum(each is not None for each in halves)
         if self.config.sharing != "measured" or 2 * num_reports <= len(halves):
             return None

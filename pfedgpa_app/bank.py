@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
+from pfedgpa_app.diffusion.signal import centred
 from pfedgpa_app.state import WriteError
 from pfedgpa_app.stateful import Kept, Stateful, Vector
 from pfedgpa_app.vault import MemoryVault, Vault
@@ -86,6 +88,8 @@ class Bank(Stateful):
     ----------
     uploads
         The uploads of this round, ``(d,)``, and the standing that they give, until `take_in`.
+    reports
+        The halves of this round's clients, `normalized` sketches ``(2, size)``, until `take_in`.
     """
 
     archived: Kept[Vault]
@@ -96,6 +100,7 @@ class Bank(Stateful):
         self.archived = MemoryVault() if archived is None else archived
         self.clients = {}
         self.uploads: dict[int, tuple[Tensor, Standing]] = {}
+        self.reports: dict[int, Tensor] = {}
 
     def of(self, client: int) -> ClientRecord:
         """Return the record of a client, a new one if there is none."""
@@ -112,12 +117,17 @@ class Bank(Stateful):
         return self._models(of_members=False)
 
     @property
+    def halves(self) -> list[Tensor | None]:
+        """Both halves of each member, ``(2, size)``; None without a report."""
+        return [self.clients[client].halves for client in self.members]
+
+    @property
     def has_members(self) -> bool:
         """Whether there was ever an upload of a member."""
         return any(each.standing is not Standing.NEWCOMER for each in self.clients.values())
 
     def knows(self, client: int) -> bool:
-        """Tell whether there is a model of a client."""
+        """Return whether there is a model of a client."""
         record = self.clients.get(client)
         return (record is not None and record.model is not None) or client in self.archived
 
@@ -129,11 +139,19 @@ class Bank(Stateful):
         record.rounds_onboarded += 1
 
     def take_in(self, server_round: int) -> None:
-        """Take in the uploads of a round, and update the standing of every client.
+        """Take in uploads and reports of a round, and update the standing of every client.
 
         A member whose last upload is older than `MAX_AGE` rounds, or than ``max_members`` others,
         is archived.
         """
+        # A round's reports began at the same parameters, and those of other rounds at others. A
+        # single client's own update cannot be separated from the common one.
+        if len(self.reports) > 1:
+            clients = sorted(self.reports)
+            reports = torch.stack([self.reports[client] for client in clients])
+            for client, halves in zip(clients, centred(reports), strict=True):
+                self.of(client).halves = halves
+        self.reports = {}
         num_uploads = len(self.uploads)
         for client, (upload, standing) in self.uploads.items():
             self._forget_archived(client)

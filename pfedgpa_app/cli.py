@@ -1,4 +1,4 @@
-"""The command ``pfedgpa``: check settings, compare strategies, look at runs, use their models."""
+"""The command ``pfedgpa``: check settings, compare strategies, show runs, use their models."""
 
 import json
 import os

@@ -27,7 +27,7 @@ from pfedgpa_app.console import (
 )
 from pfedgpa_app.files import count_of, printable, printable_lines, text_of
 from pfedgpa_app.report import Run, read_runs
-from pfedgpa_app.rounds import EVALUATED, SCORES, Row, called, has_failed, value_of
+from pfedgpa_app.rounds import EVALUATED, SCORES, Row, called, failures_in, value_of
 from pfedgpa_app.runs import CHECKPOINT, began_at, run_folders
 from pfedgpa_app.sharing import alone_in
 
@@ -93,7 +93,7 @@ def show(run: RunArgument, as_json: Json = False, output_dir: OutputDir = "") ->
         "ended": found.ended,
         "warnings": found.warnings,
         "sharing": alone_in(found.metrics, found.config.diffusion),
-        "failures": _failures(found.clients),
+        "failures": failures_in(found.clients),
         "files": _files(found.path),
     }
     if as_json:
@@ -158,30 +158,16 @@ def _worst(run: Run) -> list[Row]:
     return [{name: row[name] for name in names if name in row} for row in rows[:_NUM_WORST]]
 
 
-def _failures(rows: list[Row]) -> list[Row]:
-    """Return the clients that failed, the most frequent first, with rounds and last reason."""
-    failed = {row["client"]: row for row in rows if has_failed(row)}
-    rounds = Counter(row["client"] for row in rows if has_failed(row))
-    return [
-        {
-            **{key: failed[client][key] for key in ("client", "name") if key in failed[client]},
-            "rounds": number,
-            "last-round": failed[client]["round"],
-            "reason": failed[client]["status"],
-        }
-        for client, number in sorted(rounds.items(), key=lambda each: (-each[1], each[0]))
-    ]
-
-
-def _grouped(failures: list[Row]) -> Iterator[str]:
-    """Yield a line for all clients that failed in as many rounds for the same reason."""
-    groups: dict[tuple[int, int, str], list[str]] = {}
-    for row in failures:
-        key = (row["rounds"], row["last-round"], row["reason"])
-        groups.setdefault(key, []).append(called(row))
-    for (rounds, last, reason), clients in groups.items():
-        who = clients[0] if len(clients) == 1 else count_of(len(clients), "client")
-        yield f"{who}: {count_of(rounds, 'round')}, the last {last}: {reason}"
+def _failed(failure: Row) -> str:
+    """Write who failed, in how many rounds, and why."""
+    clients, names, rounds = (failure[name] for name in ("clients", "names", "rounds"))
+    who = (
+        count_of(len(clients), "client")
+        if len(clients) > 1
+        else called({"client": clients[0], "name": "".join(names)})
+    )
+    number = count_of(len(rounds), "round")
+    return f"{who}: {number}, the last {rounds[-1]}: {failure['reason']}"
 
 
 def _files(path: Path) -> dict[str, int]:
@@ -217,7 +203,7 @@ def _described(summary: dict[str, Any]) -> Iterator[str]:
             f"{called(row)}: {row[EVALUATED]:.4f} in round {row['round']}"
             for row in summary["worst-clients"]
         ],
-        "Failures": list(_grouped(summary["failures"])),
+        "Failures": list(map(_failed, summary["failures"])),
         "Files": [f"{name}: {decimal(size)}" for name, size in summary["files"].items()],
     }
     for title, lines in blocks.items():

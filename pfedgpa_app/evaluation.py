@@ -26,6 +26,7 @@ class Evaluation(NamedTuple):
 
 # Of the calibration error, as in Guo et al., arXiv 1706.04599.
 _NUM_BINS = 15
+_BATCH_SIZE = 512
 
 
 def scores_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -82,22 +83,18 @@ def log_prior(counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logits_of(
-    model: nn.Module,
-    images: Tensor,
-    stats: ImageStats,
-    precision: str = "fp32",
-    batch_size: int = 512,
+    model: nn.Module, images: Tensor, stats: ImageStats, precision: str = "fp32"
 ) -> Tensor:
     """Return a model's logits, ``(num_examples, num_classes)``, float32.
 
     ``images``, ``(num_examples, *shape)``, on the model's device, are normalized with ``stats``,
-    ``batch_size`` at a time. The model is left in evaluation mode.
+    a batch at a time. The model is left in evaluation mode.
     """
     model.eval()
     # Own models may draw at random in evaluation too.
     generator = make_generator(0, "evaluation")
     with drawing_from(generator, images.device), autocast(images.device, precision):
-        logits = [model(normalize(batch, stats)) for batch in images.split(batch_size)]
+        logits = [model(normalize(batch, stats)) for batch in images.split(_BATCH_SIZE)]
     return torch.cat(logits).float()
 
 

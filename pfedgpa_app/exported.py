@@ -24,7 +24,7 @@ from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.section import OptionalCount, Positive, Section
 from pfedgpa_app.state import Shapes, load_state, save_state
 
-MODEL_KIND = "pfedgpa-model-1"
+MODEL_KIND = "pfedgpa-model-2"
 # Of an example: three channels of the largest image.
 _MAX_NUMBERS = 3 * MAX_PIXELS
 
@@ -134,7 +134,7 @@ class ExportedModel:
     def save(self, file: Path) -> None:
         """Write a safetensors file of the state_dict, atomically.
 
-        Its metadata has JSON under ``facts``: client, round, run, partition-id, num-partitions,
+        Its metadata has JSON under ``fields``: client, round, run, partition-id, num-partitions,
         model, shape, num-classes, image-mean, image-std, class-counts and config, the flat settings
         of the run. Unknown values are null.
         """

@@ -30,7 +30,7 @@ MARKS = "osD^v"
 QUIET = "#5a5a5a"
 BANDS = "Lines are the mean over seeds, bands the range."
 
-_LOOK: Any = {
+_STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -98,7 +98,7 @@ def drawing(file: Path, size: tuple[float, float], title: str, note: str) -> Ite
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_LOOK)
+        matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=size, layout="constrained")
         wide = size[0]
         figure.suptitle(fill(title, int(_BOLD_AN_INCH * wide)), x=0.01, ha="left")
@@ -141,7 +141,7 @@ def draw_curves(
     height = max(2.5, 0.8 + max(map(len, panels.values())) * _LINE / 72)
     size = (7.0 if columns > 1 else 4.6, 0.5 + height * math.ceil(len(panels) / columns))
     with drawing(file, size, title, note) as figure:
-        numbers = looks(curve.name for curves in panels.values() for curve in curves)
+        numbers = style_numbers(curve.name for curves in panels.values() for curve in curves)
         for name, axes in _panels(figure, panels, columns):
             for place, curve in enumerate(panels[name]):
                 _draw_curve(axes, curve, numbers[curve.name], zorder=3 - place / 100)
@@ -177,7 +177,7 @@ def draw_dots(
     if lows:
         note += " Arrows are seeds further to the left."
     with drawing(file, size, title, note) as figure:
-        numbers = looks(row for rows in panels.values() for row in rows)
+        numbers = style_numbers(row for rows in panels.values() for row in rows)
         for name, axes in _panels(figure, panels, columns):
             low = (lows or {}).get(name, 0.0)
             best = max((fmean(values) for values in panels[name].values() if values), default=0.0)
@@ -192,7 +192,7 @@ def draw_dots(
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
-def looks(names: Iterable[str]) -> dict[str, int]:
+def style_numbers(names: Iterable[str]) -> dict[str, int]:
     """Return a number for each name, from which `colour`, dash and mark follow.
 
     A name that begins with a strategy, up to a comma, has its place in the registry, so that a

@@ -81,53 +81,26 @@ class RoundRecord:
     bytes_up: int = 0
     names: Mapping[int, str] = field(default_factory=dict)
 
-    def addressed(self, clients: Iterable[int], node_ids: Iterable[int]) -> None:
-        """Note to whom training messages were sent."""
-        for client, node_id in zip(clients, node_ids, strict=True):
-            self._row(client).update({"node-id": str(node_id), "status": NO_REPLY})
+    def note(self, client: int, **columns: object) -> None:
+        """Set columns of a client's row, such as ``status``; ``node_id`` is that of ``node-id``."""
+        if client not in self.clients:
+            named = {"name": self.names[client]} if client in self.names else {}
+            self.clients[client] = {"round": self.server_round, "client": client, **named}
+        self.clients[client] |= {name.replace("_", "-"): each for name, each in columns.items()}
 
     def trained(self, client: int, metrics: Mapping[str, float], num_bytes: int) -> None:
         """Note the metrics of an upload that are among `TRAINING_METRICS`."""
         known = {name: metrics[name] for name in TRAINING_METRICS if name in metrics}
-        self._row(client).update({"status": "ok", **known})
+        self.note(client, status="ok", **known)
         self.bytes_up += num_bytes
-
-    def spent(self, client: int, epsilon: float) -> None:
-        """Note that a client did not train, since that would exceed its privacy budget."""
-        self._row(client).update({"status": BUDGET_SPENT, "epsilon": epsilon})
-
-    def below_floor(self, client: int, demand: str) -> None:
-        """Note that a client did not train, since its site demands more privacy."""
-        self._row(client)["status"] = f"{BELOW_FLOOR}: {demand}"
-
-    def mark_outlier(self, client: int, reason: str) -> None:
-        """Note why others do not learn from a client in this round."""
-        self._row(client)["unusual"] = reason
-
-    def alone(self, client: int) -> None:
-        """Note that a client is given nothing of others, for the others' privacy."""
-        self._row(client)["alone"] = True
-
-    def failed(self, client: int, reason: str) -> None:
-        """Note why a client is out of the round."""
-        self._row(client)["status"] = reason
-
-    def not_evaluated(self, client: int, reason: str) -> None:
-        """Note why the evaluation of a client's personalized model cannot be used."""
-        self._row(client)["not-evaluated"] = reason
-
-    def not_finite(self, client: int) -> None:
-        """Note that losses or weights of a client are NaN, infinite or huge."""
-        self._row(client)["not-finite"] = True
 
     def evaluated(self, client: int, metrics: Mapping[str, float]) -> None:
         """Note the metrics of a client's personalized model."""
-        row = self._row(client)
         for name, value in metrics.items():
             if name in EVALUATION_METRICS or name.startswith(protocol.RECALL):
-                row[f"personalized-{name}"] = value
+                self.note(client, **{f"personalized-{name}": value})
         if protocol.NUM_EXAMPLES in metrics:
-            row["num-test-examples"] = int(metrics[protocol.NUM_EXAMPLES])
+            self.note(client, num_test_examples=int(metrics[protocol.NUM_EXAMPLES]))
 
     @property
     def num_trained(self) -> int:
@@ -143,12 +116,6 @@ class RoundRecord:
         """Return the values of a column, by client, of those that have one."""
         return [row[name] for _, row in sorted(self.clients.items()) if name in row]
 
-    def _row(self, client: int) -> Row:
-        if client not in self.clients:
-            named = {"name": self.names[client]} if client in self.names else {}
-            self.clients[client] = {"round": self.server_round, "client": client, **named}
-        return self.clients[client]
-
 
 def called(row: Row) -> str:
     """Return the number of a row's client and, if it has one, its name."""
@@ -158,6 +125,39 @@ def called(row: Row) -> str:
 def names_in(rows: Iterable[Row]) -> dict[int, str]:
     """Return the names that clients last had, of those that have one, by client."""
     return {row["client"]: row["name"] for row in rows if row.get("name")}
+
+
+# Columns that have a reason why something of a client was not used, and what was not.
+_REASONS = {
+    "status": "",
+    "unusual": "others did not learn from it: ",
+    "not-evaluated": "its evaluation cannot be used: ",
+}
+
+
+def failures_in(rows: Sequence[Row]) -> list[Row]:
+    """Return ``clients``, their ``names``, ``rounds`` and ``reason`` of what was not used.
+
+    Clients with the same rounds and reason are together; those of the most rounds come first.
+    """
+    failed: dict[tuple[int, str], list[int]] = {}
+    for row in rows:
+        for column, what in _REASONS.items():
+            if row.get(column, "ok") != "ok":
+                failed.setdefault((row["client"], f"{what}{row[column]}"), []).append(row["round"])
+    alike: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for (client, reason), rounds in sorted(failed.items(), key=lambda each: -len(each[1])):
+        alike.setdefault((reason, tuple(rounds)), []).append(client)
+    names = names_in(rows)
+    return [
+        {
+            "clients": sorted(clients),
+            "names": [names[client] for client in sorted(clients) if client in names],
+            "rounds": list(rounds),
+            "reason": reason,
+        }
+        for (reason, rounds), clients in alike.items()
+    ]
 
 
 def has_failed(row: Row) -> bool:

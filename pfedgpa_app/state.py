@@ -37,8 +37,8 @@ def writing(file: Path) -> Iterator[None]:
         raise WriteError(f"{file} cannot be written: {reason}") from error
 
 
-def save_state(file: Path, kind: str, tensors: Mapping[str, "Tensor"], **facts: Any) -> None:
-    """Replace a file by tensors, and ``facts`` as JSON, in one step; see `replacing`.
+def save_state(file: Path, kind: str, tensors: Mapping[str, "Tensor"], **fields: Any) -> None:
+    """Replace a file by tensors, and ``fields`` as JSON, in one step; see `replacing`.
 
     Raises `WriteError`.
     """
@@ -53,7 +53,7 @@ def save_state(file: Path, kind: str, tensors: Mapping[str, "Tensor"], **facts: 
         apart[name] = (tensor.clone() if storage in storages else tensor).contiguous()
         storages.add(storage)
     with replacing(file) as unfinished:
-        save_file(apart, unfinished, {"kind": kind, "facts": json.dumps(facts)})
+        save_file(apart, unfinished, {"kind": kind, "fields": json.dumps(fields)})
 
 
 @contextmanager
@@ -106,20 +106,20 @@ Shapes = dict[str, tuple[int, ...]]
 def load_state(
     file: Path, kind: str, check: Callable[[dict[str, Any], Shapes], None] | None = None
 ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """Return the tensors and ``facts`` of `save_state`.
+    """Return the tensors and ``fields`` of `save_state`.
 
-    ``check`` gets the facts and the tensors' shapes before any tensor is read; its errors pass.
+    ``check`` gets the fields and the tensors' shapes before any tensor is read; its errors pass.
     Raises `ValueError` if the file is missing, damaged or of another kind.
     """
-    facts, shapes = _header(file, kind)
+    fields, shapes = _header(file, kind)
     if check is not None:
-        check(facts, shapes)
+        check(fields, shapes)
     with _reading(file), safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in shapes}, facts
+        return {name: opened.get_tensor(name) for name in shapes}, fields
 
 
 def load_metadata(file: Path, kind: str) -> dict[str, Any]:
-    """Return the ``facts`` of `load_state` alone, with its errors."""
+    """Return the ``fields`` of `load_state` alone, with its errors."""
     return _header(file, kind)[0]
 
 
@@ -132,7 +132,7 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _header(file: Path, kind: str) -> tuple[dict[str, Any], Shapes]:
-    """Return the facts and the shapes of a file of a kind; errors are those of `load_state`."""
+    """Return the fields and the shapes of a file of a kind; errors are those of `load_state`."""
     with _reading(file):
         with open_regular(file) as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -147,7 +147,7 @@ def _header(file: Path, kind: str) -> tuple[dict[str, Any], Shapes]:
         found = repr(metadata.get("kind", "of no kind"))[:60]
         raise ValueError(f"{file} is {found}; right would be {kind!r}")
     try:
-        return dict(parse_json(metadata["facts"])), shapes
+        return dict(parse_json(metadata["fields"])), shapes
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has damaged metadata: {error!r}") from error
 

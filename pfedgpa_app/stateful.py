@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import torch
 from torch import Tensor, nn
 
-STATE_VERSION = 11
+STATE_VERSION = 12
 """Version of the names and types of all that is kept, which files have in their kind."""
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from torch import Tensor
 from pfedgpa_app.state import link_or_copy, load_state, save_state, sync_to_disk, writing
 from pfedgpa_app.stateful import Kept, Stateful, Vector
 
-VECTOR_KIND = "pfedgpa-vector-1"
+VECTOR_KIND = "pfedgpa-vector-2"
 
 
 class MemoryVault(UserDict[int, Tensor], Stateful):

@@ -1,24 +1,164 @@
-"""The bench: the runs of a suite in processes of their own, several at a time."""
+"""The bench: the runs of a suite and their results, several at a time in processes of their own."""
 
+import hashlib
+import json
 import logging
 import multiprocessing
 import os
+import platform
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import flwr
+import torch
 from flwr.common.logger import FLOWER_LOGGER
 
+from pfedgpa_app.config import Config
 from pfedgpa_app.errors import reason_of
-from pfedgpa_app.files import read_text
-from server_app.simulation import end_with_parent
-from server_app.suites import BenchRun
+from pfedgpa_app.files import count_of, quoted, read_json, read_text
+from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, RoundRecord, Row
+from pfedgpa_app.source import commit
+from pfedgpa_app.state import write_text, writing
+from server_app.simulation import end_with_parent, simulate
+
+Result = dict[str, Any]
 
 BYTES_A_RUN = 2 * 2**30
 """What a run with a small model takes, torch included."""
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """A run of a suite, of which the last ``evaluated_rounds`` are evaluated."""
+
+    case: str
+    row: str
+    config: Config
+    clients: int
+    evaluated_rounds: int
+    superlink: str = ""
+    """Its SuperLink; empty for simulations, whose results do not depend on it."""
+
+    @property
+    def name(self) -> str:
+        """The run's name in messages; names with a comma are in quotes."""
+        names = (quoted(name) if "," in name else name for name in (self.case, self.row) if name)
+        return ", ".join([*names, f"seed {self.config.seed}"])
+
+    def file(self, folder: Path) -> Path:
+        """Return the path of its result, which runs of equal settings share."""
+        config = self.config
+        what = [config.decisive, config.num_server_rounds, self.clients, self.evaluated_rounds]
+        if self.superlink:
+            what.append(self.superlink)
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        return folder / "runs" / f"{key}.json"
+
+    def result(self, folder: Path) -> Result | None:
+        """Return the stored result; None if there is none or it is damaged."""
+        try:
+            result: Result = read_json(self.file(folder))
+        except (OSError, ValueError):
+            return None
+        return result if isinstance(result, dict) else None
+
+    def execute(self, folder: Path) -> None:
+        """Run in this process and write the result.
+
+        Raises
+        ------
+        FloatingPointError
+            If an accuracy is missing.
+        RuntimeError
+            If no client could train in a round, with the reasons.
+        """
+        torch.set_num_threads(1)
+        begin = time.monotonic()
+        clients: list[Row] = []
+
+        def on_round(record: RoundRecord) -> None:
+            if not record.num_trained:
+                statuses = {str(row.get("status", "ok")) for row in record.clients.values()}
+                raise RuntimeError(f"round {record.server_round}: {'; '.join(sorted(statuses))}")
+            clients.extend(record.clients.values())
+
+        _, rows = simulate(
+            self.config,
+            self.clients,
+            evaluated_rounds=self.evaluated_rounds,
+            num_processes=0,
+            on_round=on_round,
+        )
+        self.write(folder, rows, clients, time.monotonic() - begin)
+
+    def write(self, folder: Path, rows: list[Row], clients: Sequence[Row], seconds: float) -> None:
+        """Write a result atomically: the rows of all rounds, and each client's accuracies.
+
+        ``clients`` are the rows of all clients in all rounds, ``seconds`` what the run took.
+
+        Raises
+        ------
+        FloatingPointError
+            If a client has none in an evaluated round, as when its loss was not finite.
+        RuntimeError
+            If no client could train in a round.
+        WriteError
+            If the result cannot be written.
+        """
+        for row in rows:
+            if not row["num-clients"]:
+                raise RuntimeError(f"round {row['round']}: no client could train")
+        first = self.config.num_server_rounds + 1 - self.evaluated_rounds
+
+        def by_client(name: str) -> list[dict[int, float]]:
+            found: list[dict[int, float]] = [{} for _ in range(self.evaluated_rounds)]
+            for row in clients:
+                if name in row and row["round"] >= first:
+                    found[row["round"] - first][row["client"]] = row[name]
+            return found
+
+        evaluated = by_client(EVALUATED)
+        if missing := self.clients - min(map(len, evaluated)):
+            raise FloatingPointError(
+                f"{missing} of {count_of(self.clients, 'client')} have no accuracy in an evaluated "
+                "round: their losses may not be finite; their messages are in the log"
+            )
+        scores = {
+            name for row in clients for name in row if name in SCORES or RECALL.fullmatch(name)
+        }
+        result = {
+            "name": self.name,
+            "config": self.config.to_flat(),
+            "clients": self.clients,
+            "rounds": rows,
+            "accuracies": evaluated,
+            "scores": {name: by_client(name) for name in sorted(scores - {EVALUATED})},
+            "seconds": round(seconds, 1),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "flwr": flwr.__version__,
+                "commit": commit(),
+            },
+        }
+        file = self.file(folder)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(result))
+
+    def outcome(self, folder: Path) -> str:
+        """Return a line with its last accuracy and its seconds."""
+        if (result := self.result(folder)) is None:
+            return f"{self.name}: failed"
+        accuracy = fmean(result["accuracies"][-1].values())
+        return f"{self.name}: {accuracy:.4f} in the last round, {result['seconds']:.0f} s"
 
 
 def num_processes() -> int:
@@ -49,7 +189,7 @@ def execute(
     failed: dict[str, str] = {}
     waiting = list(reversed(runs))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["server_app.suites", "client_app.messages"])
+    context.set_forkserver_preload([__name__])
     alive: dict[int, tuple[Any, BenchRun, Connection]] = {}
     try:
         while waiting or alive:

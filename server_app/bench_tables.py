@@ -8,7 +8,8 @@ from pfedgpa_app.figures import BANDS, Curve, draw_curves, draw_dots
 from pfedgpa_app.files import count_of
 from pfedgpa_app.rounds import EVALUATED, RECALL, SCORES, mean_and_spread
 from pfedgpa_app.tables import INDEX_KIND, Cell, Table, compare, partial_cell
-from server_app.suites import BenchRun, Result, Suite, described
+from server_app.bench import BenchRun, Result
+from server_app.suites import Suite, described
 
 Results = dict[tuple[str, str], dict[int, Result]]
 """The finished results, by case and row and then by seed."""

@@ -25,7 +25,8 @@ from pfedgpa_app.state import writing
 from server_app.superlink import run_on_flower
 
 if TYPE_CHECKING:
-    from server_app.suites import BenchRun, Suite
+    from server_app.bench import BenchRun
+    from server_app.suites import Suite
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
@@ -45,11 +46,15 @@ _SPARE_BYTES = 2**24
 
 
 class ReplyError(ValueError):
-    """An invalid reply, with the reason."""
+    """An invalid reply, with the reason, and what `RoundRecord.note` gets besides."""
+
+    columns: ClassVar[Mapping[str, bool]] = {}
 
 
 class NotFiniteError(ReplyError):
     """A reply with a metric or parameter that is NaN, infinite or huge."""
+
+    columns: ClassVar[Mapping[str, bool]] = {"not_finite": True}
 
 
 @dataclass(frozen=True)

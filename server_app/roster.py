@@ -80,7 +80,7 @@ class Roster:
         self.contested: set[int] = set()
         self.refused: set[int] = set()
         self.connected: set[int] = set()
-        self._asked: set[int] = set()
+        self._queried: set[int] = set()
         self._is_first = True
 
     def resume(self, clients: dict[int, int]) -> None:
@@ -173,13 +173,13 @@ class Roster:
         SourceError
             If all nodes run other code.
         """
-        asked = sorted(set(node_ids) - self._asked)
-        if asked:
+        queried = sorted(set(node_ids) - self._queried)
+        if queried:
             self._read_names(grid)
-        claims = self._claims(grid, asked) if asked else {}
-        self._asked |= set(asked) - self.refused
+        claims = self._claims(grid, queried) if queried else {}
+        self._queried |= set(queried) - self.refused
         claims = {node: number for node, number in claims.items() if node not in self.clients}
-        new = [node for node in asked if node not in self.refused and node not in self.clients]
+        new = [node for node in queried if node not in self.refused and node not in self.clients]
         self.connected = set(node_ids) - self.refused
         if self._is_first and self.refused and not self.connected:
             raise SourceError(_OTHERS_SOURCE if self.ids_stay else _OTHERS_SIMULATION)

@@ -1,7 +1,7 @@
 """Whole runs of the app in this process or a pool of them, without network.
 
-This module stands above both apps, as Flower's own simulation does. A run gives the digits of
-`flwr run` with the same settings, and starts in a second instead of twenty.
+A run gives the digits of `flwr run` with the same settings, and starts in a second instead of
+twenty. The ClientApp is loaded by the name that pyproject.toml has of it, as Flower loads it.
 """
 
 import logging
@@ -11,9 +11,10 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
@@ -22,8 +23,6 @@ from flwr.common.logger import FLOWER_LOGGER
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
-from client_app.app import app as own_client_app
-from client_app.batched import train_messages
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
 from pfedgpa_app.model_spec import ModelSpec
@@ -32,6 +31,12 @@ from pfedgpa_app.rounds import RoundRecord, Row, summarize
 from server_app.app import main, make_strategy
 from server_app.roster import PartitionRoster, Roster
 from server_app.strategies import ClientwiseFedAvg
+
+CLIENT_APP: ClientApp = resolve_name("client_app.app:app")
+# It imports all that clients need, before processes fork.
+train_messages: Callable[[Sequence[Message], Sequence[Context]], list[Message]] = resolve_name(
+    "client_app.batched:train_messages"
+)
 
 
 class ClientError(RuntimeError):
@@ -54,7 +59,7 @@ class PoolGrid:
         The clients' Flower state.
     """
 
-    client_app: ClassVar[ClientApp] = own_client_app
+    client_app: ClassVar[ClientApp] = CLIENT_APP
 
     def __init__(self, config: Config, num_clients: int, num_processes: int) -> None:
         self.run_config = config.to_flat()
@@ -67,7 +72,7 @@ class PoolGrid:
         if config.data.dataset != "sites":  # once, before the processes fork
             client_data(config.data, config.seed, 0, num_clients)
         self._is_batched = config.client.engine == "vmap"
-        if self._is_batched and self.client_app is not own_client_app:
+        if self._is_batched and self.client_app is not CLIENT_APP:
             raise ValueError(
                 'client.engine = "vmap": any other ClientApp than that of this app trains one '
                 'client after the other; right would be "loop"'

@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from pfedgpa_app.config import flatten
-from server_app.suites import BenchRun, Settings, Suite, SuiteError, Tune, described
+from server_app.bench import BenchRun
+from server_app.suites import Settings, Suite, SuiteError, Tune, described
 
 Chosen = dict[tuple[str, str], Settings]
 """Settings by case and row."""

@@ -124,13 +124,13 @@ class Browser:
         return json.loads(found)
 
     def _note(self, event: dict[str, Any]) -> None:
-        told = event.get("params", {})
+        params = event.get("params", {})
         match event["method"]:
             case "Runtime.exceptionThrown":
-                self.errors.append(str(told["exceptionDetails"]))
-            case "Runtime.consoleAPICalled" if told["type"] in ("error", "assert", "warning"):
-                self.errors.append(str(told["args"]))
-            case "Log.entryAdded" if told["entry"]["level"] in ("error", "warning"):
-                self.errors.append(told["entry"]["text"])
+                self.errors.append(str(params["exceptionDetails"]))
+            case "Runtime.consoleAPICalled" if params["type"] in ("error", "assert", "warning"):
+                self.errors.append(str(params["args"]))
+            case "Log.entryAdded" if params["entry"]["level"] in ("error", "warning"):
+                self.errors.append(params["entry"]["text"])
             case "Network.requestWillBeSent":
-                self.requests.append(told["request"]["url"][:100])
+                self.requests.append(params["request"]["url"][:100])

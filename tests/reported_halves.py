@@ -37,8 +37,8 @@ def fitted(uploads: Tensor, halves: list[Tensor | None], **settings) -> Generati
     aggregator = GenerativeAggregator(torch.zeros(DIM), config, seed=1)
     for client, upload in enumerate(uploads):
         aggregator.observe(client, upload)
-        if (told := halves[client]) is not None:
-            aggregator.compare(client, sketches(told))
+        if (reported := halves[client]) is not None:
+            aggregator.compare(client, sketches(reported))
     aggregator.fit(server_round=1)
     return aggregator
 

@@ -112,7 +112,7 @@ def test_an_error_of_the_app_says_what_would_be_right_and_no_place():
     assert ".py" not in reason
 
 
-def test_no_folder_is_told(scans: Path):
+def test_no_folder_is_sent(scans: Path):
     reason = app(
         message(MessageType.TRAIN), context(**OWN, **{"data.dataset": "scans:load"})
     ).error.reason
@@ -244,14 +244,14 @@ def test_other_code_has_another_hash(copy: Path, change: str):
     assert source_hash(copy) != source_hash(PROJECT / "client_app")
 
 
-def test_a_node_tells_the_hash_of_its_code():
-    asked = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
-    for reply in (query(asked, context()), app(asked, context())):
+def test_a_node_reports_the_hash_of_its_code():
+    request = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
+    for reply in (query(request, context()), app(request, context())):
         assert reply.content["source"]["source"] == source_hash(PROJECT / "client_app")
 
 
 def test_other_functions_answer_by_their_name():
-    asked = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
-    assert answer_by("client_app.query:query", asked, context()).has_content()
-    missing = answer_by("client_app.query:none", asked, context())
+    request = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
+    assert answer_by("client_app.query:query", request, context()).has_content()
+    missing = answer_by("client_app.query:none", request, context())
     assert "has no attribute 'none'" in missing.error.reason

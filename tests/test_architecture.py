@@ -17,8 +17,6 @@ FORBIDDEN = {
     "client_app": {"server_app"},
     "server_app": {"client_app"},
 }
-# A simulation has server and clients in one process: nothing else stands above both.
-ABOVE_BOTH = PROJECT / "server_app" / "simulation.py"
 EXPLICIT_NUMPY_RANDOM = {"default_rng", "Generator", "SeedSequence"}
 DRAWS = {"rand", "randn", "randint", "randperm", "normal", "multinomial", "bernoulli"}
 
@@ -117,8 +115,6 @@ def test_the_search_for_texts_of_the_locale_finds_them(source: str):
 def test_imports_run_one_way(file: Path):
     package, *inner = file.relative_to(PROJECT).parts
     forbidden = FORBIDDEN[package]
-    if file == ABOVE_BOTH:
-        forbidden = forbidden - {"client_app"}
     if inner[0] == "data":
         forbidden = forbidden - {"flwr_datasets"}
     assert not [name for name in imported(file.read_text()) if name.partition(".")[0] in forbidden]

@@ -55,13 +55,13 @@ def honest() -> tuple[Tensor, Tensor]:
     return uploads(Attack())[:2]
 
 
-def test_liars_change_what_they_move_and_tell_and_nothing_of_others(honest):
+def test_liars_change_what_they_move_and_report_and_nothing_of_others(honest):
     moves, halves = honest
-    forged, told, _ = uploads(ATTACKS["sign flip"])
+    forged, reported, _ = uploads(ATTACKS["sign flip"])
     for client in range(NUM_CLIENTS):
         sign = -1 if client in LIARS else 1
         torch.testing.assert_close(forged[client], sign * moves[client], atol=1e-6, rtol=0)
-        torch.testing.assert_close(told[client], sign * halves[client])
+        torch.testing.assert_close(reported[client], sign * halves[client])
 
 
 def test_what_liars_make_of_the_others_moves_is_what_byzfl_says(honest):

@@ -21,7 +21,7 @@ from pfedgpa_app.page.bench import page_of_bench
 from pfedgpa_app.report import Run, RunFolder
 from pfedgpa_app.strategies import FedProxConfig
 from pfedgpa_app.tables import CSV_HEAD, Cell, Table, compare, p_value
-from server_app import bench, bench_tables, suites
+from server_app import bench, bench_tables
 from server_app.cli import app
 from server_app.suites import Suite
 
@@ -138,14 +138,14 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let runs write results without computing them; return the names of those executed."""
     executed: list[str] = []
 
-    def write(run: suites.BenchRun, folder: Path) -> None:
+    def write(run: bench.BenchRun, folder: Path) -> None:
         executed.append(run.name)
         row = {"num-clients": 3, "num-failures": 0, "personalized-accuracy": 0.5, "bytes-up": 5}
         numbers = range(1, run.config.num_server_rounds + 1)
         clients = [row for number in numbers for row in rows_of(number, 0.5)]
         run.write(folder, [{"round": number, **row} for number in numbers], clients, 1.0)
 
-    monkeypatch.setattr(suites.BenchRun, "execute", write)
+    monkeypatch.setattr(bench.BenchRun, "execute", write)
     return executed
 
 
@@ -259,7 +259,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process runs, and is not merely waited for."""
+    """Return whether a process runs, and is not merely waited for."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -589,12 +589,12 @@ def test_a_bar_is_no_column_in_markdown():
 def test_runs_on_a_superlink_give_the_same_kind_of_result(
     suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    asked: list[tuple[int, str]] = []
+    calls: list[tuple[int, str]] = []
 
     def run_on_flower(config, clients: int, superlink: str) -> Run:
-        asked.append((clients, superlink))
-        folder = RunFolder(tmp_path / f"run-{len(asked)}", config)
-        num_nodes = 2 if len(asked) == 4 else 3
+        calls.append((clients, superlink))
+        folder = RunFolder(tmp_path / f"run-{len(calls)}", config)
+        num_nodes = 2 if len(calls) == 4 else 3
         for number in (1, 2, 3):
             row = {"round": number, "num-nodes": num_nodes, "seconds-round": 1.0, "bytes-up": 5}
             row |= {"num-clients": 3, "num-failures": 0}
@@ -607,7 +607,7 @@ def test_runs_on_a_superlink_give_the_same_kind_of_result(
 
     monkeypatch.setattr("server_app.commands_bench.run_on_flower", run_on_flower)
     result = invoke(suite, "--superlink", "site", "--results", tmp_path / "results")
-    assert asked == [(3, "site")] * 4
+    assert calls == [(3, "site")] * 4
     assert result.exit_code == 1
     assert "ditto, seed 1: 2 SuperNodes; right would be 3" in result.output
     assert len(results(tmp_path / "results")) == 3

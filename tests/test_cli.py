@@ -210,9 +210,9 @@ def test_an_exported_model_is_that_of_the_client_with_the_settings_of_the_run(mo
     state = load_file(model_file)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    facts = json.loads(safe_open(model_file, "pt").metadata()["facts"])
-    assert Config.from_flat(facts["config"]) == Config(num_server_rounds=2)
-    assert facts["client"] == 3
+    fields = json.loads(safe_open(model_file, "pt").metadata()["fields"])
+    assert Config.from_flat(fields["config"]) == Config(num_server_rounds=2)
+    assert fields["client"] == 3
 
 
 def test_a_run_is_found_by_its_folder_too(
@@ -268,8 +268,8 @@ def test_class_counts_travel_from_export_to_predict(
     export = ["export", "111", "--client", "0", "-o", str(file), "--output-dir", str(tmp_path)]
     assert runner.invoke(cli.app, export).exit_code == 0
     labels = client_data(Config().data, 0, 0, 10).train_labels
-    facts = json.loads(safe_open(file, "pt").metadata()["facts"])
-    assert facts["class-counts"] == torch.bincount(labels, minlength=10).tolist()
+    fields = json.loads(safe_open(file, "pt").metadata()["fields"])
+    assert fields["class-counts"] == torch.bincount(labels, minlength=10).tolist()
     predict = ["predict", str(file), str(pictures)]
     only_six = runner.invoke(cli.app, [*predict, "--class-counts", "0,0,0,0,0,0,999999999,0,0,0"])
     assert [line.split("\t")[1] for line in only_six.stdout.splitlines()] == ["6"] * 3
@@ -337,10 +337,10 @@ def test_of_folders_named_after_classes_accuracy_and_confusions_are_printed(
     row = next(line.split() for line in lines[5:] if line.split()[0] == str(true[1]))
     assert row[1 + seen.index(predicted[1])] == "1"
     as_json = runner.invoke(cli.app, ["predict", str(model_file), str(pictures), "--json"])
-    facts = json.loads(as_json.stdout.splitlines()[-1])
-    assert (facts["num-examples"], facts["accuracy"]) == (3, pytest.approx(2 / 3))
-    assert facts["confusion"][true[1]][predicted[1]] == 1
-    assert sum(map(sum, facts["confusion"])) == 3
+    fields = json.loads(as_json.stdout.splitlines()[-1])
+    assert (fields["num-examples"], fields["accuracy"]) == (3, pytest.approx(2 / 3))
+    assert fields["confusion"][true[1]][predicted[1]] == 1
+    assert sum(map(sum, fields["confusion"])) == 3
 
 
 def test_pictures_beside_floats_do_not_count_as_normalized(
@@ -430,7 +430,7 @@ def test_a_file_that_is_no_model_ends_with_its_name(runner: CliRunner, model_fil
         (b"", "damaged"),
         (b"\x80\x04K\x01.", "damaged"),
         (whole[:-9], "damaged"),
-        (save({"x": torch.ones(1)}), "right would be 'pfedgpa-model-1'"),
+        (save({"x": torch.ones(1)}), "right would be 'pfedgpa-model-2'"),
         (None, "missing"),
     ):
         model_file.unlink() if content is None else model_file.write_bytes(content)

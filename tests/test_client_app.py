@@ -46,7 +46,7 @@ def test_training_reports_accuracy_and_loss_before_and_after():
     assert metrics["seconds"] > 0
 
 
-def test_training_tells_how_images_are_normalized_and_which_partition_this_is():
+def test_training_reports_how_images_are_normalized_and_which_partition_this_is():
     _, metrics = trained(partition_id=2)
     stats = image_stats(load_dataset(Config().data, 0))
     assert metrics["image-mean"] == stats.mean.tolist()
@@ -73,10 +73,10 @@ def test_a_site_with_data_of_its_own_trains_on_it(tmp_path: Path, partition: dic
     data = site_data(tmp_path / "own.npz", Config.from_flat(SITES).data, 0)
     assert metrics["num-examples"] == len(data.train_labels)
     assert metrics["image-mean"] == data.stats.mean.tolist()
-    # Its partition, if it has one, is a number to be sorted by, and tells nothing of its data.
+    # Its partition, if it has one, is a number to be sorted by, and says nothing of its data.
     assert "partition" not in metrics
-    told = query(message(MessageType.QUERY), context).content["metrics"]
-    assert dict(told) == ({"partition-id": 2} if partition else {})
+    metrics = query(message(MessageType.QUERY), context).content["metrics"]
+    assert dict(metrics) == ({"partition-id": 2} if partition else {})
 
 
 def test_sites_without_a_partition_draw_by_their_node_ids(tmp_path: Path):
@@ -176,7 +176,7 @@ def test_evaluation_is_that_of_the_received_model_and_returns_no_arrays():
     assert not any(name.startswith("recall") for name in private.content["metrics"])
 
 
-def test_a_node_tells_its_partition():
+def test_a_node_reports_its_partition():
     reply = query(message(MessageType.QUERY), context(2))
     assert reply.content["metrics"]["partition-id"] == 2
 

@@ -118,9 +118,9 @@ def test_a_run_has_file_and_pairs_and_ends_with_its_page(here: Path):
         "  Round 1/1: personalized accuracy 0.7500",
         f"The page of this run: {here}/runs/4711/report.html",
     ]
-    told = (here / "settings.toml").read_text().splitlines()
+    lines = (here / "settings.toml").read_text().splitlines()
     wanted = {"seed = 5", "client.local-epochs = 2", "client.momentum = 0.25", 'strategy = "local"'}
-    assert wanted | {"num-server-rounds = 7"} <= set(told)
+    assert wanted | {"num-server-rounds = 7"} <= set(lines)
     first, second = called(here)
     assert first.startswith("run . own --stream --run-config ")
     assert first.endswith("--federation-config num-supernodes=4 client-resources-num-cpus=1")
@@ -182,7 +182,7 @@ def test_an_interrupt_stops_the_run_and_ends_the_superlink(
     wait_until_nothing_is_left(here)
 
 
-def test_a_superlink_that_does_not_start_is_told(here: Path):
+def test_a_superlink_that_does_not_start_is_reported(here: Path):
     (here / "refuse").touch()
     result = run(here)
     assert result.exit_code == 1

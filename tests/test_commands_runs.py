@@ -44,8 +44,8 @@ def test_runs_are_listed_in_full_however_narrow_the_terminal_is(
     (tmp_path / "12345678901234567890" / "run.json").unlink()
     # Times are those of the local clock: of the file, where an older version wrote none.
     began = datetime(2026, 11, 30, 12, 0, 59).astimezone()
-    facts = {"name": "emnist-byclass-fedavg-ft-1", "began": began.isoformat()}
-    (tmp_path / "111" / "run.json").write_text(json.dumps(facts))
+    fields = {"name": "emnist-byclass-fedavg-ft-1", "began": began.isoformat()}
+    (tmp_path / "111" / "run.json").write_text(json.dumps(fields))
     later = (began + timedelta(minutes=5)).timestamp()
     os.utime(tmp_path / "12345678901234567890" / "config.json", (later, later))
     with RunFolder(tmp_path / "333", Config()):
@@ -62,8 +62,8 @@ def test_runs_are_listed_in_full_however_narrow_the_terminal_is(
 
 def test_a_list_in_json_has_what_the_table_has(tmp_path: Path):
     make_run(tmp_path / "111", 3, seed=5)
-    facts = {"name": "digits-pfedgpa-1", "began": "2026-11-30T12:00:00.5+02:00"}
-    (tmp_path / "111" / "run.json").write_text(json.dumps(facts))
+    fields = {"name": "digits-pfedgpa-1", "began": "2026-11-30T12:00:00.5+02:00"}
+    (tmp_path / "111" / "run.json").write_text(json.dumps(fields))
     assert json.loads(invoke(tmp_path, "runs", "--json").stdout) == [
         {
             "name": "digits-pfedgpa-1",
@@ -91,13 +91,16 @@ def test_an_output_folder_that_is_a_file_is_said_in_a_line(tmp_path: Path):
 
 CLIENTS = [
     {"round": 1, "client": 0, "status": "no reply"},
-    {"round": 1, "client": 1, "status": "ok", "personalized-accuracy": 0.1},
+    {"round": 1, "client": 1, "name": "mercy", "status": "ok", "personalized-accuracy": 0.1},
+    {"round": 1, "client": 1, "unusual": "far"},
+    {"round": 1, "client": 2, "status": "no reply"},
     {"round": 2, "client": 0, "status": "the client failed: [red]no data"},
     {"round": 2, "client": 1, "status": "ok", "personalized-accuracy": 0.75},
     {"round": 2, "client": 2, "status": "ok", "personalized-accuracy": 0.5},
     {"round": 2, "client": 3, "status": "privacy budget spent"},
     {"round": 2, "client": 4, "personalized-accuracy": 0.875},
     {"round": 3, "client": 2, "status": "no reply"},
+    {"round": 3, "client": 0, "status": "no reply"},
 ]
 
 
@@ -132,27 +135,29 @@ def test_a_run_is_shown_with_all_that_is_known_of_it(tmp_path: Path):
             "client 4: 0.8750 in round 2",
         ],
         "Failures": [
-            "client 0: 2 rounds, the last 2: the client failed: [red]no data",
-            "client 2: 1 round, the last 3: no reply",
+            "2 clients: 2 rounds, the last 3: no reply",
+            "client 1 (mercy): 1 round, the last 1: others did not learn from it: far",
+            "client 0: 1 round, the last 2: the client failed: [red]no data",
+            "client 3: 1 round, the last 2: privacy budget spent",
         ],
     }
 
 
 def test_a_run_in_json_has_what_is_shown_of_it(tmp_path: Path):
     make_run(tmp_path / "111", 3, CLIENTS, seed=5)
-    facts = json.loads(invoke(tmp_path, "runs", "show", "111", "--json").stdout)
+    fields = json.loads(invoke(tmp_path, "runs", "show", "111", "--json").stdout)
     (listed,) = json.loads(invoke(tmp_path, "runs", "--json").stdout)
-    assert facts.items() >= listed.items()
-    assert facts["settings"] == {"seed": 5}
-    assert facts["seconds"] == 7.5
-    assert facts["worst-clients"][0] == {"client": 2, "round": 2, "personalized-accuracy": 0.5}
-    assert facts["failures"][1] == {
-        "client": 2,
-        "rounds": 1,
-        "last-round": 3,
+    assert fields.items() >= listed.items()
+    assert fields["settings"] == {"seed": 5}
+    assert fields["seconds"] == 7.5
+    assert fields["worst-clients"][0] == {"client": 2, "round": 2, "personalized-accuracy": 0.5}
+    assert fields["failures"][0] == {
+        "clients": [0, 2],
+        "names": [],
+        "rounds": [1, 3],
         "reason": "no reply",
     }
-    assert facts["files"]["run.json"] == (tmp_path / "111" / "run.json").stat().st_size
+    assert fields["files"]["run.json"] == (tmp_path / "111" / "run.json").stat().st_size
 
 
 def test_a_run_that_has_just_begun_is_shown(tmp_path: Path):
@@ -199,8 +204,8 @@ def test_a_line_that_is_being_written_is_passed_over(tmp_path: Path):
     for name in ("metrics.jsonl", "clients.jsonl"):
         with (tmp_path / "111" / name).open("a") as file:
             file.write('{"round": 3, "cli')
-    facts = json.loads(invoke(tmp_path, "runs", "show", "111", "--json").stdout)
-    assert facts["rounds"] == 2
+    fields = json.loads(invoke(tmp_path, "runs", "show", "111", "--json").stdout)
+    assert fields["rounds"] == 2
 
 
 def test_numbers_that_are_not_known_count_as_none(tmp_path: Path):

@@ -15,7 +15,7 @@ from pfedgpa_app.report import Run
 from server_app.app import make_strategy
 from server_app.simulation import PoolGrid, run_app
 
-ASKED = ConfigRecord({"cross-site": True, "server-round": 3})
+REQUEST = ConfigRecord({"cross-site": True, "server-round": 3})
 
 
 def test_a_site_with_own_data_takes_part_where_its_node_config_says_so(tmp_path: Path):
@@ -24,12 +24,12 @@ def test_a_site_with_own_data_takes_part_where_its_node_config_says_so(tmp_path:
     assert not consents_to_cross_site(own)
     asking = message(MessageType.QUERY)
     assert "cross-site" not in query(asking, own).content["metrics"]
-    asking.content["config"] = ASKED
+    asking.content["config"] = REQUEST
     assert query(asking, own).content["metrics"]["cross-site"] == 0
-    judging = message(MessageType.EVALUATE)
-    judging.content["config"] = ASKED
+    evaluating = message(MessageType.EVALUATE)
+    evaluating.content["config"] = REQUEST
     with pytest.raises(NodeError, match="does not consent; right would be cross-site=true"):
-        evaluate_message(judging, own)
+        evaluate_message(evaluating, own)
     own.node_config["cross-site"] = "yes"
     with pytest.raises(NodeError, match="cross-site 'yes': right would be true or false"):
         consents_to_cross_site(own)
@@ -37,7 +37,7 @@ def test_a_site_with_own_data_takes_part_where_its_node_config_says_so(tmp_path:
     assert query(asking, own).content["metrics"]["cross-site"] == 1
     shared = context()
     shared.node_config["model-path"] = str(model)
-    assert 0 <= evaluate_message(judging, shared).content["metrics"]["accuracy"] <= 1
+    assert 0 <= evaluate_message(evaluating, shared).content["metrics"]["accuracy"] <= 1
     assert not model.exists()  # it is anybody's
 
 

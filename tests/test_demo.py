@@ -39,8 +39,8 @@ def test_the_demo_leaves_a_run_and_names_commands_that_work(
     assert run.is_of(config)
     assert run.state == "complete"
     _, rows = simulate(config, 10, num_processes=0)
-    told = [row["personalized-accuracy"] for row in run.metrics]
-    assert told == [row["personalized-accuracy"] for row in rows]
+    accuracies = [row["personalized-accuracy"] for row in run.metrics]
+    assert accuracies == [row["personalized-accuracy"] for row in rows]
     assert re.fullmatch(r"\d+", run.path.name)
 
 

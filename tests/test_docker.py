@@ -198,7 +198,7 @@ def test_a_private_key_is_seen_where_it_is_made_and_used_alone():
 
 
 def is_sent(path: str) -> bool:
-    """Tell whether Dockerfile.dockerignore lets a file of the project into the build."""
+    """Return whether Dockerfile.dockerignore lets a file of the project into the build."""
     sent = True
     whole = [path, *map(str, Path(path).parents)]
     for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines():

@@ -249,7 +249,7 @@ def test_a_model_is_as_it_was_after_dp_sgd():
     assert not any(module._forward_hooks for module in task.model.modules())
 
 
-# The account of what was told
+# The account of what was spent
 
 
 def exact_epsilon(noise_multiplier: float, delta: float) -> float:
@@ -286,7 +286,7 @@ def test_epsilon_of_drawn_examples_is_that_of_opacus():
     assert Ledger().epsilon(1e-5) == 0
 
 
-def test_a_client_adds_up_what_it_tells_over_the_rounds():
+def test_a_client_adds_up_what_it_reports_over_the_rounds():
     from opacus.accountants import RDPAccountant
 
     for settings, noise, rate, steps in [
@@ -295,10 +295,10 @@ def test_a_client_adds_up_what_it_tells_over_the_rounds():
     ]:
         accountant, at = RDPAccountant(), context(settings)
         for server_round in range(1, 4):
-            told = trained(at, server_round)["metrics"]["epsilon"]
+            reported = trained(at, server_round)["metrics"]["epsilon"]
             for _ in range(steps):
                 accountant.step(noise_multiplier=noise, sample_rate=rate)
-            assert told == pytest.approx(accountant.get_epsilon(DELTA))
+            assert reported == pytest.approx(accountant.get_epsilon(DELTA))
         # Numbers alone: nothing is pickled.
         assert dict(at.state["privacy"]) == {
             "noise-multipliers": pytest.approx([noise]),
@@ -312,16 +312,16 @@ def test_who_has_forgotten_its_account_counts_all_rounds_before(settings: dict):
     """As after the restart of a SuperNode; a node that is new to the run is asked, and counts 0."""
     steady, restarted, new = context(settings), context(settings), context(settings)
     for server_round in (1, 2, 3):
-        told = trained(steady, server_round)["metrics"]["epsilon"]
-    assert trained(restarted, 3)["metrics"]["epsilon"] == pytest.approx(told)
+        reported = trained(steady, server_round)["metrics"]["epsilon"]
+    assert trained(restarted, 3)["metrics"]["epsilon"] == pytest.approx(reported)
     query(message(MessageType.QUERY), new)
     first = trained(context(settings), 1)["metrics"]["epsilon"]
     assert trained(new, 3)["metrics"]["epsilon"] == pytest.approx(first)
     query(message(MessageType.QUERY), steady)  # asked again, it forgets nothing
-    assert trained(steady, 4)["metrics"]["epsilon"] > told
+    assert trained(steady, 4)["metrics"]["epsilon"] > reported
 
 
-def test_a_plain_client_tells_no_epsilon_and_keeps_no_account():
+def test_a_plain_client_reports_no_epsilon_and_keeps_no_account():
     at = context(SETTINGS)
     assert "epsilon" not in trained(at)["metrics"]
     assert "privacy" not in at.state
@@ -455,8 +455,8 @@ def test_a_site_keeps_the_statistics_of_its_own_images(tmp_path: Path):
     own = {"data.dataset": "sites", "data.shape": "1x8x8", "data.num-classes": 10}
     node = {"data-path": str(tmp_path / "own.npz")}
     for settings in (UPDATE, EXAMPLE):
-        told = trained(context({**settings, **own}, node))["metrics"]
-        assert not {"image-mean", "image-std", "partition"} & told.keys()
+        reported = trained(context({**settings, **own}, node))["metrics"]
+        assert not {"image-mean", "image-std", "partition"} & reported.keys()
     assert "image-mean" in trained(context({**SETTINGS, **own}, node))["metrics"]
 
 
@@ -636,7 +636,7 @@ def test_a_budget_that_is_too_small_for_one_round_ends_the_run(tmp_path: Path):
     config = Config.from_flat({**EXAMPLE, "privacy.epsilon": 0.1})
     strategy = make_strategy(config, preflight.preflight(config))
     strategy.record.server_round = 1
-    strategy.record.spent(0, 0.0)
+    strategy.record.note(0, status="privacy budget spent", epsilon=0.0)
     folder = RunFolder(tmp_path / "run", config)
     end = RoundEnd(strategy, folder, Tracking(folder))
     with pytest.raises(RunError, match="privacy budget spent"):
@@ -651,12 +651,12 @@ def test_columns_of_the_benchmark_spend_the_epsilon_of_their_headings(epsilon: f
     assert 0.98 * epsilon <= spent <= epsilon
 
 
-def test_a_round_tells_the_largest_epsilon_in_its_log(monkeypatch, caplog, tmp_path: Path):
+def test_the_log_of_a_round_has_the_largest_epsilon(monkeypatch, caplog, tmp_path: Path):
     config = Config.from_flat(EXAMPLE)
     strategy = make_strategy(config, preflight.preflight(config))
     strategy.record.server_round = 1
     strategy.record.trained(0, {"num-examples": 3, "epsilon": 1.5}, 10)
-    strategy.record.spent(1, 2.25)
+    strategy.record.note(1, status="privacy budget spent", epsilon=2.25)
     folder = RunFolder(tmp_path / "run", config)
     end = RoundEnd(strategy, folder, Tracking(folder))
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)

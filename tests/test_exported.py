@@ -44,7 +44,7 @@ def test_a_saved_model_is_loaded_whole(tmp_path: Path):
         assert torch.equal(loaded.state[name], tensor)
 
 
-def test_what_a_client_did_not_tell_is_not_there(tmp_path: Path):
+def test_what_a_client_did_not_report_is_not_there(tmp_path: Path):
     replace(exported(), stats=None, partition=None).save(tmp_path / "model.safetensors")
     loaded = ExportedModel.load(tmp_path / "model.safetensors")
     assert loaded.stats is None
@@ -150,11 +150,11 @@ def test_an_own_model_is_built_where_it_is_trusted():
 
 
 def save_with(file: Path, changes: dict[str, Any]) -> None:
-    """Write a model whose metadata says something else; "gone" takes a fact away."""
+    """Write a model whose metadata says something else; "gone" removes a field."""
     exported().save(file)
     metadata = safe_open(file, "pt").metadata()
-    facts = json.loads(metadata["facts"]) | changes
-    metadata["facts"] = json.dumps({k: v for k, v in facts.items() if v != "gone"})
+    fields = json.loads(metadata["fields"]) | changes
+    metadata["fields"] = json.dumps({k: v for k, v in fields.items() if v != "gone"})
     save_file(exported().state, file, metadata)
 
 
@@ -176,10 +176,10 @@ def test_a_file_with_wrong_facts_is_refused(tmp_path: Path, changes: dict, reaso
         ExportedModel.load(file)
 
 
-@pytest.mark.parametrize("facts", [None, "", "{", "3", "[1]", "[" * 100_000])
-def test_a_file_with_damaged_metadata_is_refused(tmp_path: Path, facts: str | None):
+@pytest.mark.parametrize("fields", [None, "", "{", "3", "[1]", "[" * 100_000])
+def test_a_file_with_damaged_metadata_is_refused(tmp_path: Path, fields: str | None):
     file = tmp_path / "model.safetensors"
-    metadata = {"kind": "pfedgpa-model-1"} | ({} if facts is None else {"facts": facts})
+    metadata = {"kind": "pfedgpa-model-2"} | ({} if fields is None else {"fields": fields})
     save_file({"x": torch.ones(1)}, file, metadata)
     with pytest.raises(ValueError, match=r"model\.safetensors has damaged metadata"):
         ExportedModel.load(file)

@@ -85,9 +85,9 @@ def test_a_site_without_its_data_is_told_why_and_the_server_that_it_is_its_data(
     assert "This node cannot take part" not in federation.log("client-0")
     failed = statuses(read_lines(falsified_run, "clients.jsonl"), NOWHERE)
     assert failed.keys() == {1, 2}
-    told = "there is a problem with its data; the log of the node's SuperNode says which"
-    assert all(told in status for status in failed.values())
-    assert told in federation.log("run")
+    reason = "there is a problem with its data; the log of the node's SuperNode says which"
+    assert all(reason in status for status in failed.values())
+    assert reason in federation.log("run")
     # Neither the server nor what it passes on has the name of a site's file.
     assert f"{NOWHERE}.npz" not in federation.log("run") + federation.log("superlink")
 

@@ -1,4 +1,4 @@
-"""What a site demands of the privacy of a run, and what it never tells."""
+"""What a site demands of the privacy of a run, and what it never reports."""
 
 import pytest
 from digits_client import SETTINGS, context, message
@@ -80,8 +80,8 @@ def test_a_site_does_not_train_below_its_floor_and_is_evaluated(caplog):
 
 def test_a_site_keeps_its_metrics_and_its_normalization():
     node = at("no-metrics no-normalization")
-    told = train_message(message(MessageType.TRAIN), node).content["metrics"]
-    assert told.keys() == {"num-examples", "seconds", "partition"}
+    metrics = train_message(message(MessageType.TRAIN), node).content["metrics"]
+    assert metrics.keys() == {"num-examples", "seconds", "partition"}
     evaluated = evaluate_message(message(MessageType.EVALUATE), node).content["metrics"]
     assert evaluated.keys() == {"num-examples"}
 

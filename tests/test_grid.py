@@ -70,8 +70,8 @@ def ask(grid: DecodingGrid, timeout: float | None = None) -> dict[int, Message]:
         for node in grid.nodes
     ]
     replies = GuardedGrid(grid, MAX_BYTES).send_and_receive(messages, timeout=timeout)
-    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-    return {asked[reply.metadata.reply_to_message_id]: reply for reply in replies}
+    addressees = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    return {addressees[reply.metadata.reply_to_message_id]: reply for reply in replies}
 
 
 def good(message: Message) -> RecordDict:

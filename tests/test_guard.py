@@ -106,25 +106,25 @@ def test_cosines_are_those_with_the_mean_direction_of_the_others():
     np.testing.assert_allclose(cosines_with_others(list(moves)), expected, rtol=1e-12)
 
 
-def fitted(secluded: Tensor) -> GenerativeAggregator:
+def fitted(vector: Tensor) -> GenerativeAggregator:
     """Return what learned from seven clients, and was given an eighth that is kept apart."""
     aggregator = GenerativeAggregator(torch.zeros(DIM), DiffusionConfig(train_steps=5))
     moves = honest_moves(7, torch.arange(7) % 2)
     for client in range(7):
         aggregator.observe(client, moves[client])
-    aggregator.observe(7, secluded, is_outlier=True)
+    aggregator.observe(7, vector, is_outlier=True)
     aggregator.fit(1)
     return aggregator
 
 
-def test_nobody_learns_from_who_is_secluded_and_its_model_is_its_upload():
+def test_nobody_learns_from_who_is_quarantined_and_its_model_is_its_upload():
     near, far = (fitted(torch.full((DIM,), value)) for value in (1.0, 1e6))
     for client in range(7):
         assert torch.equal(near.personalize(client), far.personalize(client))
     assert torch.equal(far.personalize(7), torch.full((DIM,), 1e6))
 
 
-def test_who_is_secluded_and_away_stays_where_it_is():
+def test_who_is_quarantined_and_away_stays_where_it_is():
     aggregator = fitted(torch.ones(DIM))
     for client in range(7):
         aggregator.observe(client, aggregator.bank.members[client] + 1)
@@ -190,7 +190,7 @@ def test_where_most_are_gone_the_rest_do_not_wait_for_them_forever():
     assert sorted(aggregator.bank.members) == [0, 1]
 
 
-def test_the_restored_state_knows_who_is_secluded_and_how_old_uploads_are():
+def test_the_restored_state_knows_who_is_quarantined_and_how_old_uploads_are():
     aggregator = fitted(torch.ones(DIM))
     aggregator.observe(7, torch.ones(DIM), is_outlier=True)
     aggregator.fit(2)
@@ -381,9 +381,9 @@ def test_halves_that_contradict_each_other_or_the_upload_are_found():
 
 def test_in_the_middle_of_four_no_positive_cosine_is_against_anybody():
     halves, moves = torch.eye(4, SKETCH)[[0, 0, 0, 0]], torch.eye(4, SKETCH)
-    told = [torch.stack([half, half]) for half in halves]
+    reported = [torch.stack([half, half]) for half in halves]
     tilted = [moves[0], moves[0], 0.4 * moves[0] + moves[1], 0.4 * moves[0] + moves[2]]
-    assert misfits(told, tilted) == {}
+    assert misfits(reported, tilted) == {}
 
 
 def telling(pull: float, lies=lambda server_round, halves: halves):
@@ -435,10 +435,10 @@ def test_whose_halves_do_not_fit_is_not_learned_from_until_they_do():
 
 
 def test_whose_halves_never_fit_is_asked_again_in_every_second_round():
-    asked = []
+    requested = []
 
     def lies(server_round: int, halves: Tensor) -> Tensor:
-        asked.append(server_round)
+        requested.append(server_round)
         return torch.stack([ONES, -ONES])
 
     others = {n: telling(1 + n / 10) for n in range(6)}
@@ -446,7 +446,7 @@ def test_whose_halves_never_fit_is_asked_again_in_every_second_round():
     strategy.start(
         SimulatedGrid({**others, 6: telling(1.6, lies)}), ArrayRecord(weights(0.0)), num_rounds=4
     )
-    assert asked == [1, 3]
+    assert requested == [1, 3]
     assert [outliers for outliers, _ in strategy.seen] == 4 * [{6}]
 
 

@@ -98,9 +98,9 @@ def test_names_of_classes_and_folders_do_not_steer_a_terminal(
 
 def model_file(file: Path, state: dict[str, torch.Tensor], **settings: object) -> Path:
     """Write a file with these settings, whatever its tensors are."""
-    facts = {"client": 0, "round": 1, "config": Config().to_flat() | settings}
+    fields = {"client": 0, "round": 1, "config": Config().to_flat() | settings}
     missing = ("partition-id", "num-partitions", "image-mean", "image-std")
-    save_state(file, MODEL_KIND, state, **facts, **dict.fromkeys(missing))
+    save_state(file, MODEL_KIND, state, **fields, **dict.fromkeys(missing))
     return file
 
 
@@ -143,7 +143,7 @@ def test_a_layer_that_only_its_file_has_is_not_read(tmp_path: Path):
         {
             "__metadata__": {
                 "kind": MODEL_KIND,
-                "facts": json.dumps(
+                "fields": json.dumps(
                     {"client": 0, "round": 1, "partition-id": None, "num-partitions": None}
                     | {"image-mean": None, "image-std": None, "config": Config().to_flat()}
                 ),
@@ -196,9 +196,9 @@ def test_names_in_a_models_file_do_not_steer_a_terminal(tmp_path: Path):
     settings["data.class-names"] = f"{ESCAPE},b{ESCAPE}\t1"
     config = Config.from_flat(settings)
     state = build_model("cnn-8x8", config.data.info, 0).state_dict()
-    facts = {"client": 0, "round": 1, "config": config.to_flat(), "partition-id": None}
-    facts |= {"num-partitions": None, "image-mean": [0.5], "image-std": [1.0]}
-    save_state(tmp_path / "m", MODEL_KIND, state, **facts)
+    fields = {"client": 0, "round": 1, "config": config.to_flat(), "partition-id": None}
+    fields |= {"num-partitions": None, "image-mean": [0.5], "image-std": [1.0]}
+    save_state(tmp_path / "m", MODEL_KIND, state, **fields)
     picture = tmp_path / f"{ESCAPE}.png"
     Image.new("L", (8, 8), 10).save(picture)
 
@@ -227,10 +227,10 @@ def test_a_checkpoint_with_values_that_are_not_finite_is_refused(tmp_path: Path,
         write_checkpoint(tmp_path / "1", strategy)
     again = config.model_copy(update={"resume_from": "1"})
     resume(again, make_strategy(again, spec))
-    tensors, facts = load_state(tmp_path / "1" / CHECKPOINT, CHECKPOINT_KIND)
+    tensors, fields = load_state(tmp_path / "1" / CHECKPOINT, CHECKPOINT_KIND)
     (name,) = [name for name in tensors if name.endswith("layer.bias")][:1]
     tensors[name][0] = value
-    save_state(tmp_path / "1" / CHECKPOINT, CHECKPOINT_KIND, tensors, **facts)
+    save_state(tmp_path / "1" / CHECKPOINT, CHECKPOINT_KIND, tensors, **fields)
     with pytest.raises(ResumeError, match=r"layer\.bias has values that are not finite"):
         resume(again, make_strategy(again, spec))
 

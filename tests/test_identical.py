@@ -67,11 +67,11 @@ def test_who_uploads_the_same_is_given_the_same(
     for server_round in (1, 2):
         for client in range(num_clients):
             aggregator.observe(client, common.clone())
-            if (told := halves_of(halves, client)) is not None:
-                aggregator.compare(client, told)
+            if (reported := halves_of(halves, client)) is not None:
+                aggregator.compare(client, reported)
         aggregator.fit(server_round)
-    if (told := halves_of(halves, NEWCOMER)) is not None:
-        aggregator.compare(NEWCOMER, told)
+    if (reported := halves_of(halves, NEWCOMER)) is not None:
+        aggregator.compare(NEWCOMER, reported)
     aggregator.onboard(NEWCOMER, common.clone(), common.clone())
     given_back = [*aggregator.personalize_each([*range(num_clients), NEWCOMER])]
     for vector in (*given_back, aggregator.default_model()):
@@ -96,11 +96,11 @@ def test_what_two_groups_have_in_common_stays_and_nothing_is_nan(
     aggregator = aggregator_of(*kind, sharing)
     for client, upload in enumerate(uploads):
         aggregator.observe(client, upload.clone())
-        if (told := halves_of(halves, client)) is not None:
-            aggregator.compare(client, told)
+        if (reported := halves_of(halves, client)) is not None:
+            aggregator.compare(client, reported)
     aggregator.fit(1)
-    if (told := halves_of(halves, NEWCOMER)) is not None:
-        aggregator.compare(NEWCOMER, told)
+    if (reported := halves_of(halves, NEWCOMER)) is not None:
+        aggregator.compare(NEWCOMER, reported)
     aggregator.onboard(NEWCOMER, uploads[0].clone(), common.clone())
     for vector in aggregator.personalize_each([*range(len(uploads)), NEWCOMER]):
         assert bool(vector.isfinite().all())

@@ -29,7 +29,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the node's operator is told."""
+    """What the node's operator sees."""
     lines: list[str] = []
     monkeypatch.setattr(kept_model, "log", lambda level, text, *args: lines.append(text % args))
     return lines
@@ -85,10 +85,10 @@ def test_what_is_sent_for_training_is_the_model_after_the_round_before(
 ):
     lines: list[str] = []
     monkeypatch.setattr(messages, "log", lambda level, text, *args: lines.append(text % args))
-    told = train_message(message(MessageType.TRAIN, 4), site(tmp_path, file)).content["metrics"]
+    row = train_message(message(MessageType.TRAIN, 4), site(tmp_path, file)).content["metrics"]
     line = lines[-1]
-    assert line.startswith(f"Round 4: trained on {told['num-examples']} examples (5 10, 6 10, ")
-    accuracies = f"{told['accuracy-before']:.4f} before and {told['accuracy-after']:.4f} after"
+    assert line.startswith(f"Round 4: trained on {row['num-examples']} examples (5 10, 6 10, ")
+    accuracies = f"{row['accuracy-before']:.4f} before and {row['accuracy-after']:.4f} after"
     assert line.endswith(f"{accuracies}; its model after round 3 is in {file}")
     kept = ExportedModel.load(file)
     assert kept.server_round == 3
@@ -155,7 +155,7 @@ def test_a_path_that_cannot_be_written_stops_a_node_before_its_training(
     monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind root
     with pytest.raises(NodeError, match=f"the model-path of its node config {reason}") as caught:
         train_message(message(MessageType.TRAIN), site(tmp_path, tmp_path / path))
-    # The error goes to the server, which is not told where the site keeps what.
+    # The error goes to the server, which does not learn where the site keeps what.
     assert str(tmp_path) not in str(caught.value)
     (line,) = said
     assert line.startswith(f"This node cannot take part: model-path {tmp_path / path} {reason}")

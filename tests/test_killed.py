@@ -247,9 +247,9 @@ def test_a_run_outlasts_a_disk_that_is_full_for_some_rounds(
     folder = run_app(disk.path, 2)
     assert_same_results(folder, expected)
     assert load_state(folder / CHECKPOINT, CHECKPOINT_KIND)[1]["round"] == ROUNDS
-    told = [text for text in caplog.messages if "the disk is full" in text]
-    assert [text.split(" is not on the disk")[0] for text in told] == ["Round 2", "Round 3"]
-    assert all("goes on, and tries again after the next round" in text for text in told)
+    warnings = [text for text in caplog.messages if "the disk is full" in text]
+    assert [text.split(" is not on the disk")[0] for text in warnings] == ["Round 2", "Round 3"]
+    assert all("goes on, and tries again after the next round" in text for text in warnings)
 
 
 def test_a_checkpoint_that_could_not_be_written_is_due_in_the_next_round(

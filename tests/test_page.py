@@ -50,13 +50,12 @@ def make_run(path: Path, *, reason: str = "", models: bool = True, **settings: A
             bytes_down=3_000_000,
             bytes_up=1_000_000,
         )
-        record.addressed(range(NUM_CLIENTS), range(NUM_CLIENTS))
         for client in range(NUM_CLIENTS):
             accuracy = (server_round + client / 10 + config.seed / 100) / 10
             record.trained(client, {"accuracy-after": accuracy - 0.01}, 10)
             record.evaluated(client, {"accuracy": accuracy, "loss": 1.0})
         if reason and server_round in (2, 3):
-            record.failed(NUM_CLIENTS - 1, reason)
+            record.note(NUM_CLIENTS - 1, status=reason)
         rows = [record.clients[client] for client in sorted(record.clients)]
         points = generator.normal(size=(NUM_CLIENTS, 2))
         mixing_weights = np.full((NUM_CLIENTS, NUM_CLIENTS), 0.02) + 0.88 * np.eye(NUM_CLIENTS)

@@ -42,7 +42,7 @@ def test_of_a_group_of_two_each_keeps_its_own_and_of_three_they_share():
     groups = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])
     noises = [0.3 * torch.randn(len(groups), DIM, generator=generator) for _ in range(3)]
     uploads, halves = centres[groups] + noises[0], [centres[groups] + n for n in noises[1:]]
-    told = torch.stack([sketches(half) for half in halves], dim=1)
+    reported = torch.stack([sketches(half) for half in halves], dim=1)
 
     def nearness(min_contributors: int) -> Tensor:
         """Return how near each is to the true centre of its group, its own upload being at 1."""
@@ -50,7 +50,7 @@ def test_of_a_group_of_two_each_keeps_its_own_and_of_three_they_share():
         aggregator = GenerativeAggregator(torch.zeros(DIM), config)
         for client in range(len(groups)):
             aggregator.observe(client, uploads[client])
-            aggregator.compare(client, told[client])
+            aggregator.compare(client, reported[client])
         aggregator.fit(1)
         given = torch.stack([aggregator.personalize(client) for client in range(len(groups))])
         return (given - centres[groups]).norm(dim=1) / (uploads - centres[groups]).norm(dim=1)
@@ -76,15 +76,15 @@ def test_two_clients_alone_are_sent_nothing_of_each_other(sharing: str):
 
 
 def test_two_clients_are_not_sent_their_mean_to_be_measured():
-    def asked(min_contributors: int) -> list[bool]:
+    def requested(min_contributors: int) -> list[bool]:
         grid = SimulatedGrid({1: learning_site(1.0), 2: learning_site(3.0)})
         config = DiffusionConfig(min_contributors=min_contributors, measure_every=1, train_steps=5)
         start(PFedGPA(diffusion=config), grid)
         training = [m for m in grid.sent if m.metadata.message_type == MessageType.TRAIN]
         return ["extras" in message.content for message in training]
 
-    assert asked(2) == [True] * 4
-    assert asked(3) == [True, True, False, False]  # in the first round there is nothing to tell
+    assert requested(2) == [True] * 4
+    assert requested(3) == [True, True, False, False]  # in the first round there is nothing to tell
 
 
 def test_a_newcomer_is_not_sent_the_only_members_upload():

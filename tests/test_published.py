@@ -38,7 +38,7 @@ from pfedgpa_app.data import client_data, sources
 from pfedgpa_app.report import Run
 from server_app import app as server_app
 from server_app import bench, bench_tables, cli, commands_bench, commands_config, commands_run
-from server_app.suites import BenchRun
+from server_app.bench import BenchRun
 from server_app.superlink import FlowerRun
 
 COMMANDS = commands()
@@ -259,9 +259,9 @@ def run_app(settings: dict[str, Any], clients: int, output: Path, data_path: str
     number = next(RUN_IDS)
 
     def answer_of(node: int) -> Answer:
-        told = {"partition-id": node, "num-partitions": clients}
-        told |= {"data-path": data_path} if data_path else {}
-        context = Context(number, node, told, RecordDict(), config)
+        node_config = {"partition-id": node, "num-partitions": clients}
+        node_config |= {"data-path": data_path} if data_path else {}
+        context = Context(number, node, node_config, RecordDict(), config)
 
         def answer(message: Message) -> RecordDict | Error:
             reply = client_app(message, context)
@@ -321,8 +321,8 @@ def earlier_runs(name: str, clients: int, output: Path) -> None:
 def test_a_run_goes_to_its_end(words: Words, project: Path, tmp_path: Path, scans: None):
     command = get_command(flwr).commands["run"]
     options = command.make_context("run", [*words[2:]]).params
-    (asked,) = options["federation_config_overrides"] or ("num-supernodes=2",)
-    clients = min(FEW, parse_config_args([asked])["num-supernodes"])
+    (override,) = options["federation_config_overrides"] or ("num-supernodes=2",)
+    clients = min(FEW, parse_config_args([override])["num-supernodes"])
     given = parse_config_args([*(options["run_config_overrides"] or ())])
     assert given.keys() <= DEFAULTS.keys()
     settings, output = shortened(given, clients), tmp_path / "runs"

@@ -34,8 +34,8 @@ LAYOUT = ParameterLayout.of(weights(0.0))
 
 def reply(answer: RecordDict | Error) -> Message:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    asked = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=5)
-    return Message(answer, reply_to=asked)
+    request = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=5)
+    return Message(answer, reply_to=request)
 
 
 def read(answer: RecordDict | Error) -> Upload:
@@ -206,9 +206,9 @@ def test_an_error_is_refused_with_its_reason():
         read(Error(code=0, reason="out of memory"))
 
 
-def test_what_a_client_tells_of_its_data_is_read():
-    told = {"image-mean": [72.5, 0.1], "image-std": [90.25, 1.0], "partition": [3, 10]}
-    result = read(upload(weights(1.0), **told))
+def test_what_a_client_reports_of_its_data_is_read():
+    reported = {"image-mean": [72.5, 0.1], "image-std": [90.25, 1.0], "partition": [3, 10]}
+    result = read(upload(weights(1.0), **reported))
     assert result.site.keys() == {"image-stats", "partition"}
     stats = result.site["image-stats"]
     assert stats.dtype == torch.float32
@@ -217,7 +217,7 @@ def test_what_a_client_tells_of_its_data_is_read():
     assert result.metrics == {"num-examples": 10}  # Flower's aggregation takes scalars
 
 
-def test_a_client_need_not_tell_anything_of_its_data():
+def test_a_client_need_not_report_anything_of_its_data():
     assert read(upload(weights(1.0))).site == {}
     assert read(upload(weights(1.0), partition=[0, 1])).site.keys() == {"partition"}
 
@@ -226,7 +226,7 @@ RIGHT = {"image-mean": [1.0], "image-std": [1.0]}
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("reported", "reason"),
     [
         ({"image-mean": [1.0]}, "lists"),
         ({"image-std": [1.0]}, "lists"),
@@ -250,14 +250,14 @@ RIGHT = {"image-mean": [1.0], "image-std": [1.0]}
         ({"partition": [0, 2**31]}, "partition"),
     ],
 )
-def test_what_a_client_tells_wrongly_of_its_data_is_refused(told: dict, reason: str):
+def test_what_a_client_reports_wrongly_of_its_data_is_refused(reported: dict, reason: str):
     with pytest.raises(ReplyError, match=reason):
-        read(upload(weights(1.0), **told))
+        read(upload(weights(1.0), **reported))
 
 
 def test_as_many_channels_as_are_allowed_are_read():
-    told = {"image-mean": [1.0] * 2**20, "image-std": [1.0] * 2**20}
-    assert read(upload(weights(1.0), **told)).site["image-stats"].shape == (2, 2**20)
+    reported = {"image-mean": [1.0] * 2**20, "image-std": [1.0] * 2**20}
+    assert read(upload(weights(1.0), **reported)).site["image-stats"].shape == (2, 2**20)
 
 
 def test_an_evaluation_reply_has_no_arrays():

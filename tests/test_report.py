@@ -41,12 +41,13 @@ def hand_made_record() -> RoundRecord:
         num_nodes=6,
         bytes_down=400,
     )
-    record.addressed([3, 2, 1, 0], [33, 32, 31, 30])
+    for client in (3, 2, 1, 0):
+        record.note(client, node_id=f"3{client}", status="no reply")
     metrics = {"accuracy-before": 0.5, "accuracy-after": 0.75, "loss-after": 1.0}
     record.trained(2, {**metrics, "num-examples": 9}, 100)
     metrics = {"accuracy-before": 0.2, "accuracy-after": 0.25, "loss-after": 2.0}
     record.trained(0, {**metrics, "num-examples": 8}, 110)
-    record.failed(1, "0.weight has values that are not finite")
+    record.note(1, status="0.weight has values that are not finite")
     scores = {"auroc": 0.25, "recall-0": 0.5, "recall-10": 1.0, "calibration-error": 0.5}
     record.evaluated(0, {"accuracy": 0.5, "loss": 0.7, "num-examples": 4, **scores})
     record.evaluated(2, {"accuracy": 1.0, "loss": 0.1, "num-examples": 4, "recall-0": 1.0})
@@ -201,10 +202,10 @@ def test_a_saved_model_says_how_to_use_it(tmp_path: Path):
     site = {"image-stats": stats, "partition": torch.tensor([2, 5])}
     folder.save_model(1, {"weight": torch.zeros(1)}, 7, site)
     file = tmp_path / "run" / "models" / "client-1.safetensors"
-    facts = json.loads(safe_open(file, "pt").metadata()["facts"])
-    assert Config.from_flat(facts.pop("config")) == Config(seed=4)
-    assert torch.equal(torch.tensor([facts.pop("image-mean"), facts.pop("image-std")]), stats)
-    assert facts == {
+    fields = json.loads(safe_open(file, "pt").metadata()["fields"])
+    assert Config.from_flat(fields.pop("config")) == Config(seed=4)
+    assert torch.equal(torch.tensor([fields.pop("image-mean"), fields.pop("image-std")]), stats)
+    assert fields == {
         "client": 1,
         "round": 7,
         "run": "run",
@@ -252,8 +253,8 @@ def test_a_foreign_folder_is_refused_with_its_name(tmp_path: Path, content: str 
 def test_runs_are_read_oldest_first_and_other_folders_passed_over(tmp_path: Path):
     for number, name in enumerate(["c", "a", "b"]):
         make_run(tmp_path / name, [0.5])
-        facts = {"name": name, "began": f"2026-11-30T11:00:0{number}+00:00"}
-        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+        fields = {"name": name, "began": f"2026-11-30T11:00:0{number}+00:00"}
+        (tmp_path / name / "run.json").write_text(json.dumps(fields))
     (tmp_path / "figures").mkdir()
     (tmp_path / "notes.txt").touch()
     assert [run.path.name for run in read_runs(tmp_path)[0]] == ["c", "a", "b"]

@@ -299,7 +299,7 @@ class TestFedPAC:
         assert means.tolist() == pytest.approx(
             [(4 * 1 + 10 * 1.5 + 5 * 9) / 19, (6 * 1 + 5 * 9) / 11]
         )
-        # Judged by what it has after its training, or before it.
+        # Evaluated by what it has after its training, or before it.
         assert float(strategy.evaluation_state(2)["head.weight"][0, 0]) == 9.0
         strategy.evaluated = "sent"
         for key, tensor in strategy.training_state(2).items():

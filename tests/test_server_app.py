@@ -121,7 +121,7 @@ def test_a_run_whose_clients_all_fail_in_the_first_round_ends_with_what_they_say
         run_with_errors_first(tmp_path, monkeypatch, error)
     said = "6 clients: KeyError: 'label' in load (a.py, line 3)"
     assert str(caught.value) == f"No client trained in the first round:\n  {said}"
-    # The folder tells it too, and to whoever looks at it in whichever way.
+    # The folder has it too, and to whoever looks at it in whichever way.
     run = Run.read(tmp_path / "1")
     assert (run.name, run.error, run.state) == ("digits-pfedgpa-1", str(caught.value), "stopped")
     assert [(row["client"], row["round"]) for row in run.clients] == [(n, 1) for n in range(6)]
@@ -266,9 +266,9 @@ def test_a_site_that_was_updated_takes_part_from_the_next_round(
     codes = {"a": OURS, "b": OURS, "c": OURS, "d": "1"}
     grid = coded_grid(**codes)
     other, ours = grid._answer, coded_grid(**codes | {"d": OURS})._answer
-    asked = iter([other] * 5)  # the five of the first round, and of its evaluation one again
+    replies = iter([other] * 5)  # the five of the first round, and of its evaluation one again
     grid._answer = lambda message: (
-        next(asked, ours) if message.metadata.message_type == MessageType.QUERY else other
+        next(replies, ours) if message.metadata.message_type == MessageType.QUERY else other
     )(message)
     run = run_coded(tmp_path, monkeypatch, grid)
     assert [row["num-clients"] for row in run.metrics] == [3, 4]

@@ -40,11 +40,11 @@ def test_signal_parts_are_those_of_the_formula():
     halves[5] *= 30
     axes = Spectrum.of(list(torch.randn(7, 50, generator=generator))).eigenvectors
     moves = np.stack([pair.double().numpy() for pair in halves])
-    tells = np.arange(7) != 2
-    moves[tells] -= moves[tells].mean(axis=0)
+    known = np.arange(7) != 2
+    moves[known] -= moves[known].mean(axis=0)
     lengths = np.sqrt(np.square(moves).sum(axis=2).mean(axis=1))
     # torch's median of six is the third.
-    moves *= np.minimum(1, np.sort(lengths[tells])[2] / np.maximum(lengths, 1e-9))[:, None, None]
+    moves *= np.minimum(1, np.sort(lengths[known])[2] / np.maximum(lengths, 1e-9))[:, None, None]
     a, b = moves[:, 0], moves[:, 1]
     expected = [(q @ a @ b.T @ q) / np.square(q @ (a + b) / 2).sum() for q in axes.numpy().T]
     assert min(expected) < 0 < max(expected)
@@ -223,7 +223,7 @@ def test_a_newcomer_without_kin_keeps_as_much_of_its_own_as_others():
 
 
 def test_agreement_is_that_of_the_formula():
-    """With one that tells nothing and one that contradicts itself."""
+    """With one that has no signal and one that contradicts itself."""
     generator = make_generator(6)
     common = torch.randn(1, 1, 30, generator=generator)
     others = common + 0.5 * torch.randn(6, 2, 30, generator=generator)
@@ -323,8 +323,8 @@ def test_a_liar_about_its_halves_changes_little_for_others(lie: str):
         assert errors[1] < 1.2 * errors[0] + 0.1 * (uploads - wanted)[others].norm()
 
 
-def test_to_tell_nothing_is_not_to_agree_with_oneself():
-    """Of clients that are alike and move the same way, one does not tell."""
+def test_to_report_nothing_is_not_to_agree_with_oneself():
+    """Of clients that are alike and move the same way, one has no signal."""
     uploads, halves = clients(torch.full((DIM,), 3.0), noise=1.0)
     halves[7] = torch.zeros(2, DIM)
     models = generated(fitted(uploads, halves))
@@ -389,17 +389,17 @@ def larger_task(extras: dict[str, Tensor]):
 
 def test_a_client_trains_on_both_halves_apart_when_it_is_asked():
     common = torch.tensor([0.5, -0.25, 0.125, 1.0, 0.0, -1.0])
-    asked, plain, shuffled = (larger_task(extras) for extras in ({"common": common}, {}, {}))
-    uploaded, extras = METHODS["pfedgpa"]().train(asked)
+    requested, plain, shuffled = (larger_task(extras) for extras in ({"common": common}, {}, {}))
+    uploaded, extras = METHODS["pfedgpa"]().train(requested)
     unasked, nothing = METHODS["pfedgpa"]().train(plain)
     assert nothing == {}
     # What is uploaded, and what the model is afterwards, does not depend on it.
-    for state in (unasked, asked.model.state_dict(), Method().train(shuffled).state):
+    for state in (unasked, requested.model.state_dict(), Method().train(shuffled).state):
         assert all(torch.equal(uploaded[name], state[name]) for name in uploaded)
     order = torch.randperm(6, generator=shuffled.generator)
     for rows, move in zip((order[:3], order[3:]), extras["halves"], strict=True):
-        inputs = asked.data.train_inputs[rows].flatten(1).double()
-        targets = torch.eye(2, dtype=torch.float64)[asked.data.train_labels[rows]]
+        inputs = requested.data.train_inputs[rows].flatten(1).double()
+        targets = torch.eye(2, dtype=torch.float64)[requested.data.train_labels[rows]]
         before = common[:4].view(2, 2).double(), common[4:].double()
         weight, bias = before
         for _ in range(EPOCHS):
@@ -410,7 +410,7 @@ def test_a_client_trains_on_both_halves_apart_when_it_is_asked():
 
 
 def half_moves(task: Task) -> Tensor:
-    """Return what a client tells of its halves."""
+    """Return what a client reports of its halves."""
     return METHODS["pfedgpa"]().train(task).extras["halves"]
 
 
@@ -456,7 +456,7 @@ def half(value: float, halves: Tensor | None) -> Answer:
     return answer
 
 
-def asked(grid: SimulatedGrid) -> dict[int, set[int]]:
+def requested(grid: SimulatedGrid) -> dict[int, set[int]]:
     """Return which nodes were asked for halves, by round; nobody is when models are evaluated."""
     nodes: dict[int, set[int]] = {}
     for message in grid.sent:
@@ -476,8 +476,8 @@ def test_the_server_asks_every_client_again_when_it_is_time():
     grid = SimulatedGrid(nodes)
     strategy = PFedGPA(diffusion=DiffusionConfig(measure_every=3, guard=False, train_steps=20))
     start(strategy, grid, num_rounds=5)
-    # Also those that never tell what can be used: nobody has others measure all the time.
-    assert asked(grid) == {1: set(range(6)), 4: set(range(6))}
+    # Also those that never report what can be used: nobody has others measure all the time.
+    assert requested(grid) == {1: set(range(6)), 4: set(range(6))}
     assert set(strategy.aggregator.bank.members) == set(range(6))
     reports = [
         client for client in range(6) if strategy.aggregator.bank.of(client).halves is not None
@@ -494,7 +494,7 @@ def test_all_are_asked_after_some_rounds_and_when_somebody_is_new():
         onboarding=OnboardingConfig(late_clients=1, join_round=3),
     )
     start(strategy, grid, num_rounds=7)
-    assert asked(grid) == {1: {0, 1, 2}, 3: set(range(4)), 6: set(range(4))}
+    assert requested(grid) == {1: {0, 1, 2}, 3: set(range(4)), 6: set(range(4))}
 
 
 def test_what_is_sent_to_be_measured_from_is_the_members_mean():
@@ -525,4 +525,4 @@ def test_clients_that_cannot_answer_are_used_as_they_are():
 def test_nobody_is_asked_where_kin_is_shared_with():
     grid = SimulatedGrid({1: site(1.0), 2: site(5.0)})
     start(PFedGPA(diffusion=DiffusionConfig(sharing="affinity", train_steps=20)), grid)
-    assert asked(grid) == {}
+    assert requested(grid) == {}

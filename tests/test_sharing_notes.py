@@ -1,4 +1,4 @@
-"""Where nothing is shared between clients, for their privacy, everyone is told."""
+"""Where nothing is shared between clients, for their privacy, log, commands and page say so."""
 
 import json
 from pathlib import Path
@@ -106,11 +106,11 @@ def test_two_clients_are_told_at_the_start_in_each_round_and_on_the_page(
     assert "2 of them train alone" in caplog.text
     assert [row["num-alone"] for row in alone.metrics] == [2, 2]
     assert all(row["alone"] for row in alone.clients)
-    told = alone_in(alone.metrics, alone.config.diffusion)
-    assert told.startswith(
+    notes = alone_in(alone.metrics, alone.config.diffusion)
+    assert notes.startswith(
         "In 2 of 2 rounds no client got anything of the others: then each trains"
     )
-    assert f'<p class="note">{told.replace(chr(39), "&#x27;")}</p>' in page_of([alone])
+    assert f'<p class="note">{notes.replace(chr(39), "&#x27;")}</p>' in page_of([alone])
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_few_of_many_share_nothing_until_others_have_taken_part(caplog: pytest.L
     grid = SimulatedGrid({node: learning_site(float(node)) for node in range(8)})
     strategy = PFedGPA(fraction_train=0.25, diffusion=DiffusionConfig(train_steps=5), seed=1)
     start(strategy, grid, num_rounds=4)
-    told = [record.getMessage() for record in caplog.records if "this round's" in record.message]
-    assert len(told) == 1
+    notes = [record.getMessage() for record in caplog.records if "this round's" in record.message]
+    assert len(notes) == 1
     assert "pFedGPA: 2 clients share nothing" in caplog.text
     assert len(strategy.aggregator.bank.members) >= 3
 
@@ -148,7 +148,7 @@ def test_rounds_in_which_some_are_alone_are_counted_apart():
         for client in range(4):
             record.trained(client, {}, 0)
         for client in range(num_alone):
-            record.alone(client)
+            record.note(client, alone=True)
         return summarize(record, "pfedgpa", 1.0)
 
     diffusion = DiffusionConfig()
@@ -160,7 +160,7 @@ def test_rounds_in_which_some_are_alone_are_counted_apart():
         "In 1 of 3 rounds no client got anything of the others"
     )
     assert describe(row(1), 3).endswith("; 1 of them train alone")
-    # A file of an older version does not tell.
+    # A file of an older version does not have it.
     assert alone_in([{"round": 1, "num-clients": 2}], diffusion) == ""
 
 
@@ -175,5 +175,5 @@ def test_a_row_of_a_client_in_json_is_true_or_nothing():
     record = RoundRecord(1)
     record.trained(0, {}, 0)
     record.trained(1, {}, 0)
-    record.alone(1)
+    record.note(1, alone=True)
     assert [json.dumps(row.get("alone")) for row in record.clients.values()] == ["null", "true"]

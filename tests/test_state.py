@@ -114,10 +114,10 @@ def test_a_process_killed_while_it_writes_leaves_the_state_of_a_complete_round(
         os.kill(process, signal.SIGKILL)
         writer.stdout.readline()
         times_unfinished += file.with_name("state.unfinished").exists()
-        tensors, facts = load_state(file, "test")
-        assert facts["round"] >= last
-        assert all((tensor == facts["round"]).all() for tensor in tensors.values())
-        last = facts["round"]
+        tensors, fields = load_state(file, "test")
+        assert fields["round"] >= last
+        assert all((tensor == fields["round"]).all() for tensor in tensors.values())
+        last = fields["round"]
     assert last > 0
     assert times_unfinished > 0, "no process was killed while it wrote"
 

@@ -184,9 +184,9 @@ def test_bad_replies_cost_their_senders_the_round_and_nobody_else(strategy):
 
 
 def telling(value: float, mean: float, **others: list[int]) -> Answer:
-    """Return a node that tells how its images are normalized."""
-    told = {"image-mean": [mean], "image-std": [2.0], **others}
-    return lambda message: upload(weights(value), **told)
+    """Return a node that reports how its images are normalized."""
+    reported = {"image-mean": [mean], "image-std": [2.0], **others}
+    return lambda message: upload(weights(value), **reported)
 
 
 def test_the_server_keeps_what_clients_last_reported_of_their_data():
@@ -194,7 +194,7 @@ def test_the_server_keeps_what_clients_last_reported_of_their_data():
     grid = SimulatedGrid(first)
     strategy = ClientwiseFedAvg(fraction_evaluate=0.0)
     start(strategy, grid, num_rounds=1)
-    # The first client tells something new, the third nothing any more.
+    # The first client reports something new, the third nothing any more.
     grid.nodes = {1: telling(1.0, 6.0, partition=[0, 3]), 2: site(1.0), 3: site(1.0)}
     start(strategy, grid, num_rounds=1)
     assert strategy.sites.keys() == {0, 2}
@@ -238,9 +238,11 @@ def test_what_clients_report_of_their_data_survives_a_checkpoint(strategy):
     after = strategy(spec=ModelSpec.of_state(weights(0.0)))
     after.restore(before.state())
     assert after.sites.keys() == {0, 1}
-    for client, told in before.sites.items():
-        assert after.sites[client].keys() == told.keys()
-        assert all(torch.equal(after.sites[client][name], tensor) for name, tensor in told.items())
+    for client, reported in before.sites.items():
+        assert after.sites[client].keys() == reported.keys()
+        assert all(
+            torch.equal(after.sites[client][name], tensor) for name, tensor in reported.items()
+        )
     assert after.average.keys() == weights(0.0).keys()
 
 
@@ -259,18 +261,18 @@ def configured(
 ) -> tuple[list[Message], list[Message]]:
     """Return the training messages of a first round, and honest replies to them."""
     strategy.begin(ModelSpec.of_state(weights(0.0)))
-    asked = list(strategy.configure_train(1, ArrayRecord(weights(0.0)), ConfigRecord(), grid))
-    return asked, list(grid.send_and_receive(asked))
+    messages = list(strategy.configure_train(1, ArrayRecord(weights(0.0)), ConfigRecord(), grid))
+    return messages, list(grid.send_and_receive(messages))
 
 
 def test_replies_that_nobody_asked_for_and_second_ones_are_passed_over():
     grid = SimulatedGrid(groups())
     strategy = ClientwiseFedAvg(fraction_train=0.5)
-    asked, replies = configured(strategy, grid)
-    outsider = ({*range(8)} - {message.metadata.dst_node_id for message in asked}).pop()
+    messages, replies = configured(strategy, grid)
+    outsider = ({*range(8)} - {message.metadata.dst_node_id for message in messages}).pop()
     not_sent = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=outsider)
     unasked = Message(upload(weights(2.0)), reply_to=not_sent)
-    twice = Message(upload(weights(2.0)), reply_to=asked[0])
+    twice = Message(upload(weights(2.0)), reply_to=messages[0])
     strategy.aggregate_train(1, [*replies, unasked, twice])
     assert strategy.record.num_trained == 4
     assert float(strategy.average["layer.weight"].abs().max()) < 1.5
@@ -279,8 +281,8 @@ def test_replies_that_nobody_asked_for_and_second_ones_are_passed_over():
 def test_the_superlinks_word_about_a_node_that_left_is_put_down_to_that_node():
     grid = SimulatedGrid(groups())
     strategy = ClientwiseFedAvg()
-    asked, replies = configured(strategy, grid)
-    gone = Message(Error(code=3, reason="node unavailable"), reply_to=asked[2])
+    messages, replies = configured(strategy, grid)
+    gone = Message(Error(code=3, reason="node unavailable"), reply_to=messages[2])
     gone.metadata.__dict__["_src_node_id"] = 1
     others = [reply for reply in replies if reply.metadata.src_node_id != 2]
     strategy.aggregate_train(1, [gone, *others])
@@ -319,8 +321,8 @@ def test_nodes_that_come_and_go_keep_their_numbers():
     kept = float(strategy.training_state(7)["layer.weight"][0, 0])
     del nodes[0]
     nodes[50] = site(1.0)
-    asked = strategy.configure_train(2, ArrayRecord(strategy.average), ConfigRecord(), grid)
-    sent = {message.metadata.dst_node_id: message for message in asked}
+    messages = strategy.configure_train(2, ArrayRecord(strategy.average), ConfigRecord(), grid)
+    sent = {message.metadata.dst_node_id: message for message in messages}
     assert sent.keys() == {*range(1, 8), 50}
     assert strategy.roster.client(50) == 8
     state = sent[7].content["arrays"].to_torch_state_dict()
@@ -337,15 +339,15 @@ def test_diverged_training_leaves_everyone_its_upload():
 
 
 def test_a_fraction_of_the_clients_is_drawn_from_the_seed():
-    def asked(seed: int) -> list[set[int]]:
+    def sampled(seed: int) -> list[set[int]]:
         grid = SimulatedGrid(groups())
         start(ClientwiseFedAvg(fraction_train=0.5, seed=seed), grid, num_rounds=3)
         return [set(values) for values in received(grid, "train")]
 
-    assert asked(0) == asked(0)
-    assert asked(0) != asked(1)
-    assert all(len(nodes) == 4 for nodes in asked(0))
-    assert len({frozenset(nodes) for nodes in asked(0)}) > 1
+    assert sampled(0) == sampled(0)
+    assert sampled(0) != sampled(1)
+    assert all(len(nodes) == 4 for nodes in sampled(0))
+    assert len({frozenset(nodes) for nodes in sampled(0)}) > 1
 
 
 def test_bytes_are_those_of_the_arrays():

@@ -177,6 +177,6 @@ def test_settings_reach_the_app_as_they_are(suite: Path, monkeypatch: pytest.Mon
     names = "'" + ",".join(f'a "{number}"' for number in range(10)) + "'"
     suite.write_text(SUITE + f"data.class-names = {names}\ndiffusion.fidelity = 0.25\n")
     assert bench(suite, "--seeds", "0").exit_code == 0
-    told = json.loads((Config().output_path / "1000" / "config.json").read_text())
-    assert told["data.class-names"] == names.strip("'")
-    assert told["diffusion.fidelity"] == 0.25
+    written = json.loads((Config().output_path / "1000" / "config.json").read_text())
+    assert written["data.class-names"] == names.strip("'")
+    assert written["diffusion.fidelity"] == 0.25

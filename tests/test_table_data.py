@@ -139,7 +139,7 @@ def test_a_kept_model_of_a_table_predicts_rows(context: Context, tmp_path: Path)
 def test_a_table_as_wide_as_those_of_gene_expression_is_trained_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """Its clients tell mean and deviation of each of 40,000 features."""
+    """Its clients report mean and deviation of each of 40,000 features."""
     own = ModuleType("genes")
     own.load = lambda root: (RNG.poisson(3, (30, 40_000)), np.arange(30) % 2)
     monkeypatch.setitem(sys.modules, "genes", own)

@@ -25,8 +25,8 @@ class FakeWriter:
     fails: list[int]
 
     def __init__(self, folder: str) -> None:
-        self.told = self.written.setdefault(folder, [])
-        self.file_writer = SimpleNamespace(add_summary=self.told.append)
+        self.logged = self.written.setdefault(folder, [])
+        self.file_writer = SimpleNamespace(add_summary=self.logged.append)
         self.has_failed = False
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
@@ -35,13 +35,13 @@ class FakeWriter:
             if step in self.fails:
                 self.fails.remove(step)
             raise OSError("No space\nleft on device")
-        self.told.append((name, step, value))
+        self.logged.append((name, step, value))
 
     def flush(self) -> None:
-        self.told.append("flush")
+        self.logged.append("flush")
 
     def close(self) -> None:
-        self.told.append("close")
+        self.logged.append("close")
 
 
 @pytest.fixture
@@ -118,13 +118,13 @@ def test_tensorboard_has_the_settings_and_the_numbers_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: type[FakeWriter]
 ):
     run_app(tmp_path, 7, monkeypatch, tracking="tensorboard")
-    ((folder, told),) = writer.written.items()
+    ((folder, logged),) = writer.written.items()
     assert folder == str(tmp_path / "7" / "tensorboard" / "digits-pfedgpa-1")
     settings = json.loads((tmp_path / "7" / "config.json").read_text())
-    assert told[0] == ("hparams", settings, ["personalized-accuracy"])
+    assert logged[0] == ("hparams", settings, ["personalized-accuracy"])
     first, second = numbers(tmp_path / "7")
     assert first["personalized-accuracy"] > 0
-    assert told[1:] == [
+    assert logged[1:] == [
         *((name, 1, value) for name, value in first.items()),
         "flush",
         *((name, 2, value) for name, value in second.items()),
@@ -174,10 +174,10 @@ def test_rounds_that_cannot_be_written_are_written_with_the_next(
 ):
     writer.fails = [2, 2]
     track(tmp_path, "tensorboard", [1, 2, 3, 4])
-    (told,) = writer.written.values()
-    scalars = [each for each in told if isinstance(each, tuple) and each[0] == "x"]
+    (logged,) = writer.written.values()
+    scalars = [each for each in logged if isinstance(each, tuple) and each[0] == "x"]
     assert scalars == [("x", 1, 0.5), ("x", 2, 1.0), ("x", 3, 1.5), ("x", 4, 2.0)]
-    assert told[-1] == "close"
+    assert logged[-1] == "close"
     assert caplog.messages == [
         f'tracking = "tensorboard": {count_of(number, "round")} could not be written: '
         "No space left on device. The run goes on, and tries again after the next round"

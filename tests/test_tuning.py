@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from server_app.bench import BenchRun
 from server_app.cli import app
-from server_app.suites import BenchRun, Suite, SuiteError
+from server_app.suites import Suite, SuiteError
 from server_app.tuning import search, with_tuned
 
 PROJECT = Path(__file__).parents[1]

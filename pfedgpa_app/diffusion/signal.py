@@ -17,17 +17,17 @@ _MAX_NOISE = 4.0
 _RELATIVE_TOLERANCE = 1e-12
 
 
-def sketched(move: Tensor, size: int = SKETCH) -> Tensor:
-    """Return a random projection ``(size,)`` of an update ``(d,)``: its count sketch.
+def sketched(move: Tensor) -> Tensor:
+    """Return a random projection ``(SKETCH,)`` of an update ``(d,)``: its count sketch.
 
-    Each entry is added, with a random sign, to one of ``size`` random places, which are the same
+    Each entry is added, with a random sign, to one of ``SKETCH`` random places, which are the same
     for all updates of a length. Inner products keep their values but for an error of the order of
-    ``|a| |b| / sqrt(size)`` (Charikar, Chen and Farach-Colton, 2002).
+    ``|a| |b| / sqrt(SKETCH)`` (Charikar, Chen and Farach-Colton, 2002).
     """
-    generator = make_generator(0, "sketch", size)
-    places = torch.randint(size, move.shape, generator=generator)
+    generator = make_generator(0, "sketch", SKETCH)
+    places = torch.randint(SKETCH, move.shape, generator=generator)
     signs = torch.randint(2, move.shape, generator=generator) * 2 - 1
-    zeros = torch.zeros(size, dtype=torch.float64)
+    zeros = torch.zeros(SKETCH, dtype=torch.float64)
     return zeros.index_add(0, places, signs * move.double()).float()
 
 

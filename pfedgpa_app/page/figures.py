@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from pfedgpa_app.figures import colour, dash, looks, mark
+from pfedgpa_app.figures import colour, dash, mark, style_numbers
 from pfedgpa_app.rounds import EVALUATED, Row, value_of
 
 ACCURACIES = {
@@ -81,7 +81,7 @@ def lines(curves: Mapping[str, Curve], what: str = "accuracy") -> go.Figure:
     curves = {name: curve for name, curve in curves.items() if curve}
     fig = figure("round", what, height=max(400, 320 + 20 * len(curves)))
     fig.update_yaxes(range=late_range(curves.values()))
-    numbers = looks(curves)
+    numbers = style_numbers(curves)
     for name, curve in curves.items():
         number, rounds = numbers[name], list(curve)
         shade = colour(number)

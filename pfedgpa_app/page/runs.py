@@ -20,6 +20,7 @@ from pfedgpa_app.rounds import (
     SCORES,
     STANDARD_ERROR,
     Row,
+    failures_in,
     has_failed,
     mean_and_spread,
     names_in,
@@ -323,29 +324,15 @@ def _method(rows: Sequence[Row], holdings: Holdings, is_thinned: bool) -> list[P
 
 def _failures(clients: Sequence[Row]) -> str:
     """Return who sent no usable reply, or was quarantined, and why; most rounds first."""
-    failed: dict[tuple[str, int], list[int]] = {}
-    for row in clients:
-        if (status := row.get("status", "ok")) != "ok":
-            failed.setdefault((str(status)[:_MAX_REASON], row["client"]), []).append(row["round"])
-        for key, what in (
-            ("unusual", "others did not learn from it"),
-            ("not-evaluated", "its evaluation cannot be used"),
-        ):
-            if key in row:
-                why = f"{what}: {row[key]}"[:_MAX_REASON]
-                failed.setdefault((why, row["client"]), []).append(row["round"])
-    if not failed:
+    failures = failures_in(clients)
+    if not failures:
         return "<p>None: every training message got a usable reply.</p>"
-    # Those that failed alike stand in a line.
-    alike: dict[tuple[str, str], list[int]] = {}
-    for (why, client), rounds in sorted(failed.items(), key=lambda each: -len(each[1])):
-        alike.setdefault((_ranges(rounds), why), []).append(client)
-    names = names_in(clients)
     lines = []
-    for (when, why), who in islice(alike.items(), _MAX_FAILURES):
-        named = ", ".join(names[client] for client in sorted(who) if client in names)
-        lines.append((f"{_ranges(who)}{f' ({named})' if named else ''}", when, why))
-    left_out = len(alike) - _MAX_FAILURES
+    for each in failures[:_MAX_FAILURES]:
+        named = f" ({', '.join(each['names'])})" if each["names"] else ""
+        who, when = _ranges(each["clients"]) + named, _ranges(each["rounds"])
+        lines.append((who, when, each["reason"][:_MAX_REASON]))
+    left_out = len(failures) - _MAX_FAILURES
     note = f'<p class="quiet">{left_out} more are in clients.jsonl.</p>' if left_out > 0 else ""
     return table(("clients", "rounds", "reason"), lines) + note
 

@@ -33,7 +33,7 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
   vertical-align: top; overflow-wrap: break-word; }
 /* Reasons of failures, which may be one long word. */
 td:nth-child(3):last-child { overflow-wrap: anywhere; min-width: 8rem; }
-tr.marked td, tr.marked th { background: var(--marked); }
+tr.marked td { background: var(--marked); }
 code { font-size: .9em; }
 button { font: inherit; color: inherit; background: var(--soft); cursor: pointer;
   border: 1px solid var(--line); border-radius: .4rem; padding: .3rem .8rem; }

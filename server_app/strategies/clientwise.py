@@ -29,13 +29,12 @@ from pfedgpa_app.files import count_of, quoted
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict
 from pfedgpa_app.randomness import make_generator
-from pfedgpa_app.rounds import BELOW_FLOOR, RoundRecord, Row
+from pfedgpa_app.rounds import BELOW_FLOOR, BUDGET_SPENT, NO_REPLY, RoundRecord, Row
 from pfedgpa_app.stateful import Kept, Stateful
 from pfedgpa_app.vault import MemoryVault, Vault
 from server_app.global_model import GlobalModel, average_of
 from server_app.outliers import outliers
 from server_app.replies import (
-    NotFiniteError,
     ReplyError,
     Upload,
     check_ranges,
@@ -290,7 +289,9 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         self._sent = dict(zip(clients, self.training_states(clients), strict=True))
         messages = self.messages(MessageType.TRAIN, clients, self._sent.values(), config)
         self.record.num_nodes = len(self.roster.connected)
-        self.record.addressed(clients, map(self.roster.node_id, clients))
+        for client in clients:
+            node_id = str(self.roster.node_id(client))
+            self.record.note(client, node_id=node_id, status=NO_REPLY)
         self._sent_at = time.monotonic()
         return messages
 
@@ -314,7 +315,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         for client, reason in self.outliers.items():
             called = self.roster.called(client)
             log(INFO, "Others do not learn from %s in this round: %s", called, reason)
-            self.record.mark_outlier(client, reason)
+            self.record.note(client, unusual=reason)
         if counting := [upload for client, upload in uploads.items() if self.counts(client)]:
             self.global_model.move_to(self.combine(counting))
         begin = time.monotonic()
@@ -345,9 +346,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
                 metrics[client] = self.read_metrics(reply)
             except ReplyError as error:
                 log(WARNING, "%s is not evaluated: %s", self.subject(client), error)
-                self.record.not_evaluated(client, str(error))
-                if isinstance(error, NotFiniteError):
-                    self.record.not_finite(client)
+                self.record.note(client, not_evaluated=str(error), **error.columns)
             else:
                 self.record.evaluated(client, metrics[client])
         if not metrics:
@@ -465,8 +464,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
                 upload = self._read_upload(client, reply)
             except ReplyError as error:
                 self._refuse(client, str(error))
-                if isinstance(error, NotFiniteError):
-                    self.record.not_finite(client)
+                self.record.note(client, **error.columns)
             else:
                 if upload is not None:
                     uploads[client], sizes[client] = upload, _num_bytes(reply)
@@ -482,7 +480,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         """Return a client's valid upload; None if it did not train for privacy's sake."""
         if (demand := read_demand(reply)) is not None:
             log(INFO, "%s does not train: %s: %s", self.subject(client), BELOW_FLOOR, demand)
-            self.record.below_floor(client, demand)
+            self.record.note(client, status=f"{BELOW_FLOOR}: {demand}")
             return None
         flags: set[str] = set()
         if reply.has_content() and not reply.content.array_records:
@@ -490,7 +488,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
         if protocol.BUDGET_SPENT in flags:
             epsilon = self.read_metrics(reply).get(protocol.EPSILON, 0.0)
             log(INFO, "%s does not train: its privacy budget is spent", self.subject(client))
-            self.record.spent(client, epsilon)
+            self.record.note(client, status=BUDGET_SPENT, epsilon=epsilon)
             return None
         upload = read_upload(
             reply,
@@ -512,7 +510,7 @@ class ClientwiseFedAvg(Stateful, FedAvg):
             self.roster.node_id(client),
             reason,
         )
-        self.record.failed(client, reason)
+        self.record.note(client, status=reason)
 
 
 def _num_bytes(message: Message) -> int:

@@ -228,7 +228,7 @@ class PFedGPA(ClientwiseFedAvg):
         )
         alone = self.aggregator.alone(uploads)
         for client in alone:
-            self.record.alone(client)
+            self.record.note(client, alone=True)
         if alone:
             text = alone_now(len(alone), len(uploads), self.diffusion)
             # Some that share nothing are for the run's page: a bench would warn in each round.
