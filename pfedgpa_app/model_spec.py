@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -250,16 +250,11 @@ def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
             calls.append(Call(name, first, output))
 
     # The model itself counts as a layer only if it has no submodules.
-    handles = [
-        layer.register_forward_hook(partial(keep, name))
-        for name, layer in model.named_modules()
-        if name or not any(model.children())
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if name or not any(model.children()):
+                hooks.enter_context(layer.register_forward_hook(partial(keep, name)))
         return model(examples), calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_classifier(layer: nn.Module, call: Call, info: DatasetInfo) -> bool:
@@ -281,11 +276,8 @@ def _trained_after(layer: nn.Module, model: nn.Module, examples: Tensor) -> set[
         cut.append(output.detach().requires_grad_())
         return cut[-1]
 
-    handle = layer.register_forward_hook(detach)
-    try:
+    with layer.register_forward_hook(detach):
         total = model(examples).sum()
-    finally:
-        handle.remove()
     parts = torch.autograd.grad(total, cut, allow_unused=True, retain_graph=True)
     return None if all(part is None for part in parts) else _with_gradient(total, model)
 
