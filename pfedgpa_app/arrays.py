@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.data_section import by_x
+from pfedgpa_app.files import open_regular
 from pfedgpa_app.parameters import MAX_ABSOLUTE
 
 # Limit of an array in memory.
@@ -37,20 +38,6 @@ class FileError(ValueError):
 
 class ArrayError(ValueError):
     """Unusable examples or labels; the message completes a sentence that begins with their name."""
-
-
-def check_regular(file: Path) -> None:
-    """Refuse pipes and devices, whose reading might never end.
-
-    Raises
-    ------
-    FileError
-        If it is not a regular file.
-    """
-    if not file.is_file():
-        raise FileError(
-            f"{file}: is a pipe, a device, a folder or a broken link; right would be a regular file"
-        )
 
 
 def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> Tensor:
@@ -233,9 +220,8 @@ def read_header(beginning: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 def _read_array(file: Path, name: str, wanted: Sequence[int | str], kinds: _Kinds) -> Array:
     """Read an array of an .npz file, if shape, dtype and size in its header are right."""
-    check_regular(file)
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
             member = archive.getinfo(f"{name}.npy")
             with archive.open(member) as stream:
                 shape, dtype = read_header(stream.read(MAX_HEADER_BYTES))

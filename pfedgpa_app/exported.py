@@ -22,7 +22,7 @@ from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import MODELS, build_model
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.section import OptionalCount, Positive, Section
-from pfedgpa_app.state import Shapes, load_state, save_state
+from pfedgpa_app.state import Shapes, load_header, load_state, save_state
 
 MODEL_KIND = "pfedgpa-model-1"
 # Of an example: three channels of the largest image.
@@ -116,12 +116,10 @@ class ExportedModel:
         ValueError
             If the file is missing, damaged or foreign.
         """
-
-        def check(raw: dict[str, Any], shapes: Shapes) -> None:
-            _check_shapes(file, _read(file, raw)[1], shapes)
-
-        state, raw = load_state(file, MODEL_KIND, check)
+        raw, shapes = load_header(file, MODEL_KIND)
         metadata, config = _read(file, raw)
+        _check_shapes(file, config, shapes)
+        state, _ = load_state(file, MODEL_KIND)
         stats = partition = None
         if metadata.image_mean is not None and metadata.image_std is not None:
             stats = ImageStats(torch.tensor(metadata.image_mean), torch.tensor(metadata.image_std))

@@ -75,7 +75,7 @@ def open_regular(file: Path) -> BinaryIO:
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", str(file))
+        raise OSError(errno.EINVAL, "is no regular file; right would be one", str(file))
     return open(descriptor, "rb")
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfedgpa_app.arrays import FileError, check_regular, read_examples
+from pfedgpa_app.arrays import FileError, read_examples
 from pfedgpa_app.data_section import by_x
-from pfedgpa_app.files import composed, is_hidden
+from pfedgpa_app.files import composed, is_hidden, open_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -213,13 +213,13 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
             f"{file}: the model takes images of {channels} channels, and image files have 1 or 3; "
             f"right would be an .npz file with an array x of shape (n, {channels}, height, width)"
         )
-    check_regular(file)
     try:
         # Pillow warns of sizes that are checked below, or raises.
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            opened = Image.open(file, formats=("PNG", "JPEG"))
-        with opened:
-            picture: Image.Image = opened
+        with (
+            open_regular(file) as stream,
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+        ):
+            picture: Image.Image = Image.open(stream, formats=("PNG", "JPEG"))
             # In any order: it may have to be rotated.
             if size is not None and sorted(picture.size) != sorted(size):
                 raise _size_error(file, picture.size, size)

@@ -14,7 +14,7 @@ from pfedgpa_app.files import read_bytes, read_json
 from pfedgpa_app.rounds import Row, names_in, parse_rows
 from pfedgpa_app.runs import (
     RUN_FILE,
-    end_of,
+    field_of,
     is_going_on,
     name_of,
     note_end,
@@ -181,12 +181,12 @@ class Run:
     @property
     def error(self) -> str:
         """Why it ended before its last round; empty if it did not, or was killed."""
-        return end_of(self.path, "error")
+        return field_of(self.path, "error")
 
     @property
     def ended(self) -> str:
         """Why it was complete before its last round; empty if it was not."""
-        return end_of(self.path, "ended")
+        return field_of(self.path, "ended")
 
     @property
     def warnings(self) -> list[str]:

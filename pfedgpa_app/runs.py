@@ -57,18 +57,8 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
 
 def name_of(path: Path) -> str:
     """Return a run's name, or its id if it has no valid one."""
-    name = _field(path, "name")
+    name = field_of(path, "name")
     return name if re.fullmatch("[a-z0-9-]{1,100}", name) else text_of(path.name)
-
-
-def end_of(path: Path, key: str) -> str:
-    """Return why a run ended before its last round, as `note_end` wrote it; empty if it did not."""
-    return _field(path, key)
-
-
-def version_of(path: Path) -> str:
-    """Return the app's version in a run; empty if unknown."""
-    return _field(path, "version")
 
 
 def note_end(path: Path, file: FileIO, key: str, reason: str) -> None:
@@ -76,7 +66,7 @@ def note_end(path: Path, file: FileIO, key: str, reason: str) -> None:
 
     Raises `OSError` if it cannot be written.
     """
-    kept = {name: _field(path, name) for name in ("name", "began", "version")}
+    kept = {name: field_of(path, name) for name in ("name", "began", "version")}
     _write(file, kept | {key: reason})
 
 
@@ -86,8 +76,11 @@ def _write(file: FileIO, fields: dict[str, str]) -> None:
     os.fsync(file)
 
 
-def _field(path: Path, key: str) -> str:
-    """Return a field of a run's ``run.json``; empty if there is none."""
+def field_of(path: Path, key: str) -> str:
+    """Return a field of a run's ``run.json``; empty if there is none.
+
+    These are ``name``, ``began``, ``version`` (of the app) and, after `note_end`, its key.
+    """
     try:
         value = read_json(path / RUN_FILE).get(key)
     except (OSError, ValueError, AttributeError):
@@ -101,7 +94,7 @@ def began_at(path: Path) -> datetime:
     Raises `OSError` if it has neither.
     """
     try:
-        return datetime.fromisoformat(_field(path, "began")).astimezone(UTC)
+        return datetime.fromisoformat(field_of(path, "began")).astimezone(UTC)
     except (ValueError, OverflowError):
         return datetime.fromtimestamp((path / "config.json").stat().st_mtime, UTC)
 

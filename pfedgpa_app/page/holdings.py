@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pfedgpa_app.config import SITES
 from pfedgpa_app.report import Run
-from pfedgpa_app.state import load_metadata
+from pfedgpa_app.state import load_header
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _partitions(folder: Path) -> dict[int, tuple[int, int]]:
     found = {}
     for file in sorted(folder.glob("client-*.safetensors")):
         try:
-            metadata = load_metadata(file, MODEL_KIND)
+            metadata, _ = load_header(file, MODEL_KIND)
             names = ("client", "partition-id", "num-partitions")
             client, number, total = (metadata[name] for name in names)
         except (KeyError, ValueError):
