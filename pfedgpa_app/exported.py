@@ -111,10 +111,7 @@ class ExportedModel:
     def load(cls, file: Path, *, trusted: bool = False) -> "ExportedModel":
         """Read a file of `save`, without running any code.
 
-        Raises
-        ------
-        ValueError
-            If the file is missing, damaged or foreign.
+        Raises `ValueError` if the file is missing, damaged or foreign.
         """
         raw, shapes = load_header(file, MODEL_KIND)
         metadata, config = _read(file, raw)
@@ -159,13 +156,8 @@ class ExportedModel:
         """Return the probabilities of the classes, ``(num_examples, num_classes)``.
 
         Images ``(num_examples, *shape)`` are uint8, int32 (16 bits) or float32 like the training
-        data; tables are any of these.
-
-        Raises
-        ------
-        ValueError
-            If the examples do not fit, their normalization is unknown, or the model cannot
-            be built.
+        data; tables are any of these. Raises `ValueError` if the examples do not fit, their
+        normalization is unknown, or the model cannot be built.
         """
         shape = self.config.data.info.shape
         if tuple(images.shape[1:]) != shape:
@@ -188,10 +180,8 @@ class ExportedModel:
     def evaluate(self) -> tuple[Evaluation, int]:
         """Return accuracy and loss on the client's own test set, and its size.
 
-        Raises
-        ------
-        ValueError
-            If the test set or the normalization is unknown, or the model cannot be built.
+        Raises `ValueError` if the test set or the normalization is unknown, or the model cannot be
+        built.
         """
         data = self._client_data()
         prior = class_prior(data.train_labels, self.config.data.info.num_classes)
@@ -206,11 +196,7 @@ class ExportedModel:
         """Return the model with the class counts of its client's training examples.
 
         By default they are counted in the client's partition, if they are needed and it is known.
-
-        Raises
-        ------
-        ValueError
-            If there is not one count per class, or one is negative.
+        Raises `ValueError` if there is not one count per class, or one is negative.
         """
         uses_counts, num_classes = self.config.client.class_prior, self.config.data.info.num_classes
         if counts is None:

@@ -116,10 +116,7 @@ class ModelSpec:
     def layout(self, patterns: Sequence[str] = ("*",)) -> ParameterLayout:
         """Return the layout of the tensors in vectors and messages.
 
-        Raises
-        ------
-        ParameterError
-            If a pattern matches no tensor, or nothing would be generated.
+        Raises `ParameterError` if a pattern matches no tensor, or nothing would be generated.
         """
         return ParameterLayout.of(
             self.initial,
@@ -139,10 +136,7 @@ class ModelSpec:
     def linear_head(self) -> Head:
         """The head.
 
-        Raises
-        ------
-        ModelError
-            If it is unknown or not linear.
+        Raises `ModelError` if it is unknown or not linear.
         """
         if self.head is None or self.head.size == (0, 0):
             raise ModelError(

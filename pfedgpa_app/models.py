@@ -97,13 +97,9 @@ MODELS: dict[str, Callable[[DatasetInfo], nn.Module]] = {
 def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
     """Build a model by its name, or by ``package.module:function``, called with ``info``.
 
-    The initial parameters depend on ``seed`` alone; the global random state does not change.
-
-    Raises
-    ------
-    ModelError
-        If the function cannot be imported or fails, does not return a module, or the module does
-        not map examples of ``info.shape`` to ``info.num_classes`` logits.
+    The initial parameters depend on ``seed`` alone; the global random state does not change. Raises
+    `ModelError` if the function cannot be imported or fails, does not return a module, or the
+    module does not map examples of ``info.shape`` to ``info.num_classes`` logits.
     """
     named, make = f'model.name = "{name}"', MODELS.get(name)
     with drawing_from(make_generator(seed, "model")):

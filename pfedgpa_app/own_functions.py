@@ -33,14 +33,9 @@ def own_function(name: str) -> Callable[..., Any]:
 
     It must be defined in a module in the app's folder (where `flwr run` unpacks it) or in the
     current one, or in a package that the environment variable `TRUST` names. Nothing else is
-    imported.
-
-    Raises
-    ------
-    UntrustedError
-        If it is defined elsewhere.
-    ImportError, AttributeError
-        If there is no such module, or it has no such function. Importing it may raise anything.
+    imported. Raises `UntrustedError` if it is defined elsewhere. Raises `ImportError` or
+    `AttributeError` if there is no such module, or it has no such function. Importing it may raise
+    anything.
     """
     module_name, _, function_name = name.partition(":")
     package = module_name.partition(".")[0]

@@ -25,12 +25,7 @@ def preflight(config: Config, *, one_process: bool = False) -> ModelSpec:
     """Build and try the model of a run, and check all else that would only fail during the run.
 
     ``one_process`` says that all clients train in one process, as in `pfedgpa bench`; only then is
-    ``client.engine = "vmap"`` allowed.
-
-    Raises
-    ------
-    ConfigError
-        With every problem.
+    ``client.engine = "vmap"`` allowed. Raises `ConfigError` with every problem.
     """
     problems = []
     try:

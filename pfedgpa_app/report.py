@@ -41,15 +41,12 @@ _MAX_ROWS_BYTES = 2**30
 class RunFolder:
     """Writes ``<output-dir>/<run id>/`` while a run goes on, which is until it is closed.
 
+    Raises `WriteError` if the folder cannot be made, or is one of a run already.
+
     Attributes
     ----------
     name
         What the run is called, as no other below the output folder.
-
-    Raises
-    ------
-    WriteError
-        If the folder cannot be made, or is one of a run already.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
@@ -79,12 +76,8 @@ class RunFolder:
         """Append a round to metrics.jsonl and its clients to clients.jsonl.
 
         ``method`` is what the server learned, if anything, for method.jsonl. What cannot be written
-        is kept, and written with the next round.
-
-        Raises
-        ------
-        WriteError
-            If some of it cannot be written now.
+        is kept, and written with the next round. Raises `WriteError` if some of it cannot be
+        written now.
         """
         self._unwritten["clients.jsonl"] += clients
         self._unwritten["metrics.jsonl"].append(row)
@@ -97,20 +90,14 @@ class RunFolder:
     def add_clients(self, clients: Iterable[Row]) -> None:
         """Append the clients of a round that will not be complete to clients.jsonl.
 
-        Raises
-        ------
-        WriteError
-            If they cannot be written.
+        Raises `WriteError` if they cannot be written.
         """
         _append(self.path / "clients.jsonl", list(clients))
 
     def note(self, key: Literal["error", "ended"], reason: str) -> None:
         """Write why the run ends before its last round: an error, or what it was to reach.
 
-        Raises
-        ------
-        WriteError
-            If it cannot be written.
+        Raises `WriteError` if it cannot be written.
         """
         with writing(self.path / RUN_FILE):
             note_end(self.path, self._lock, key, reason)
@@ -159,10 +146,7 @@ class Run:
     def read(cls, path: Path) -> "Run":
         """Read a run's settings and metrics.
 
-        Raises
-        ------
-        ValueError
-            If the folder is not one of a run.
+        Raises `ValueError` if the folder is not one of a run.
         """
         try:
             flat = read_json(path / "config.json")
@@ -214,10 +198,7 @@ class Run:
     def client_called(self, client: str) -> int:
         """Return the number of a client from its number or the name that it last had.
 
-        Raises
-        ------
-        ValueError
-            If no client is called so, or more than one.
+        Raises `ValueError` if no client is called so, or more than one.
         """
         if client.isdecimal():
             return int(client)
@@ -237,10 +218,7 @@ class Run:
     def model_file(self, client: int) -> Path:
         """Return the file of a client's personalized model.
 
-        Raises
-        ------
-        ValueError
-            If there is none, with the clients that have one.
+        Raises `ValueError` if there is none, with the clients that have one.
         """
         folder = self.path / "models"
         files = folder.glob("client-*.safetensors")
@@ -319,10 +297,7 @@ def _read_rows(file: Path) -> list[Row]:
 def _append(file: Path, rows: Sequence[Row]) -> None:
     """Append rows, all of them or none.
 
-    Raises
-    ------
-    WriteError
-        If they cannot be written.
+    Raises `WriteError` if they cannot be written.
     """
     if not rows:
         return

@@ -116,6 +116,9 @@ def is_going_on(path: Path) -> bool:
 def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
     """Return the folder of a run.
 
+    Raises `RunNotFoundError` if there is none, or more than one. Raises `OSError` if the output
+    folder cannot be read.
+
     Parameters
     ----------
     run
@@ -125,13 +128,6 @@ def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
         The output folder, to which a path may be relative.
     here
         Another folder to which a path may be relative.
-
-    Raises
-    ------
-    RunNotFoundError
-        If there is none, or more than one.
-    OSError
-        If the output folder cannot be read.
     """
     if not run:
         raise RunNotFoundError("The name of the run is empty; pfedgpa runs lists those there are")

@@ -53,10 +53,7 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
     def complete_restored(self) -> None:
         """Link or copy the files of a restored state from ``earlier``.
 
-        Raises
-        ------
-        ValueError
-            If one is missing or damaged, or cannot be linked or copied.
+        Raises `ValueError` if one is missing or damaged, or cannot be linked or copied.
         """
         files = {self.earlier / self.file(client).name: self.file(client) for client in self}
         for file in files:
@@ -76,10 +73,7 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
     def prune(self) -> None:
         """Remove the files of older versions.
 
-        Raises
-        ------
-        WriteError
-            If that fails.
+        Raises `WriteError` if that fails.
         """
         current = {self.file(client).name for client in self}
         with writing(self.folder):

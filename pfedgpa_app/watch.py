@@ -73,12 +73,8 @@ class Tail:
     def rows(self) -> list[Row]:
         """Return the whole lines that are new.
 
-        Lines that a full disk made their writer take back come a second time.
-
-        Raises
-        ------
-        RowError
-            If one of them is damaged.
+        Lines that a full disk made their writer take back come a second time. Raises `RowError` if
+        one of them is damaged.
         """
         if not self._file.exists():
             return []

@@ -233,14 +233,8 @@ class RoundEnd:
 
         Flower's round 0 is before the first: its checkpoint is for a run that is killed in the
         first. An error of writing ends the run there and after the last round. In between it is
-        tried again after the next round.
-
-        Raises
-        ------
-        WriteError, RunError
-            If the run cannot begin or end well.
-        EarlyEnd
-            If ``server.stop-at`` or ``server.patience`` ends it.
+        tried again after the next round. Raises `WriteError` or `RunError` if the run cannot begin
+        or end well. Raises `EarlyEnd` if ``server.stop-at`` or ``server.patience`` ends it.
         """
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now

@@ -180,10 +180,7 @@ def _to_target(suite: Suite, results: dict[int, Result], target: float) -> Cell:
 def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
     """Draw every run's accuracy, or its curve, one panel per case, as PNG and SVG.
 
-    Raises
-    ------
-    OSError
-        If they cannot be written.
+    Raises `OSError` if they cannot be written.
     """
     if suite.curve:
         draw_curves(file, curves(suite, runs, folder), suite.title, BANDS)

@@ -19,6 +19,8 @@ MAX_EXAMPLES_RATIO = 10
 class GlobalModel(Stateful):
     """The average, and the vector ``(d,)`` of the generated parameters of a model.
 
+    Raises `ParameterError` if a pattern matches no tensor, or nothing would be generated.
+
     Parameters
     ----------
     spec
@@ -27,11 +29,6 @@ class GlobalModel(Stateful):
         Patterns of the names of generated parameters.
     beta
         Momentum of the average.
-
-    Raises
-    ------
-    ParameterError
-        If a pattern matches no tensor, or nothing would be generated.
     """
 
     average: Kept[StateDict]

@@ -105,13 +105,9 @@ def read_upload(
     """Return the validated reply to a training message with the state ``sent``.
 
     With ``extras_layout`` there must be a second ArrayRecord `EXTRAS`, or may be with
-    ``may_lack_extras``.
-
-    Raises
-    ------
-    ReplyError
-        If it is an error, has other records, arrays that do not fit ``layout``, or invalid metrics.
-        ``image-mean``, ``image-std`` and ``partition`` may be missing, but not wrong.
+    ``may_lack_extras``. Raises `ReplyError` if it is an error, has other records, arrays that do
+    not fit ``layout``, or invalid metrics. ``image-mean``, ``image-std`` and ``partition`` may be
+    missing, but not wrong.
     """
     if may_lack_extras and message.has_content() and len(message.content.array_records) == 1:
         extras_layout = None
@@ -165,11 +161,8 @@ def read_metrics(
 ) -> dict[str, float]:
     """Return the scalars of the only MetricRecord of a reply.
 
-    Raises
-    ------
-    ReplyError
-        If it is an error, has other records, a metric that is not finite or huge, or no positive
-        ``weighted_by_key``.
+    Raises `ReplyError` if it is an error, has other records, a metric that is not finite or huge,
+    or no positive ``weighted_by_key``.
     """
     if message.has_error():
         what = NO_REPLY if message.error.code in _GONE else CLIENT_FAILED

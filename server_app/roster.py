@@ -97,12 +97,8 @@ class Roster:
         """Admit all connected nodes, once there are ``minimum`` and those that are required.
 
         Each of the patterns ``required`` must match a client, as in `matches`. Meanwhile, the log
-        says who is missing.
-
-        Raises
-        ------
-        JoinTimeoutError, SourceError
-            If they are not there in ``timeout`` seconds, or all run other code.
+        says who is missing. Raises `JoinTimeoutError` or `SourceError` if they are not there in
+        ``timeout`` seconds, or all run other code.
         """
         begin = time.monotonic()
         reported = -math.inf
@@ -167,11 +163,7 @@ class Roster:
         """Query every node once, and give those that are new a number of their own.
 
         Those that are known from an earlier run are queried too: their code may be another by now.
-
-        Raises
-        ------
-        SourceError
-            If all nodes run other code.
+        Raises `SourceError` if all nodes run other code.
         """
         asked = sorted(set(node_ids) - self._asked)
         if asked:

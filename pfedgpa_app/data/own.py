@@ -21,12 +21,8 @@ _RETURNS = "(examples, labels), (examples, labels, owners) or (examples, labels,
 def load_part(config: DataConfig, seed: int) -> Part:
     """Call the function of ``data.dataset`` with the folder of the data sets.
 
-    Global random generators are seeded during the call.
-
-    Raises
-    ------
-    DataError
-        If there is no such function, it fails, or it does not return a data set.
+    Global random generators are seeded during the call. Raises `DataError` if there is no such
+    function, it fails, or it does not return a data set.
     """
     name = config.dataset
     # Every client calls it, and must get the same data.
@@ -55,12 +51,8 @@ def own_shares(
     """Return the result of the function of ``data.partition``: each client's indices, ascending.
 
     It is called with a copy of the training pool's labels ``(n,)``, ``num_clients`` and ``seed``,
-    with seeded global random generators.
-
-    Raises
-    ------
-    DataError
-        If there is no such function, it fails, or it does not return a partition.
+    with seeded global random generators. Raises `DataError` if there is no such function, it fails,
+    or it does not return a partition.
     """
     # list(), since it may be a generator function.
     given = _called(

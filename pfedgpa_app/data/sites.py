@@ -23,15 +23,11 @@ def site_data(
     """Return the data of a site, with its own normalization statistics.
 
     A folder has ``train/`` and ``test/``, each with a folder of PNG or JPEG files for every class
-    (torchvision's ImageFolder layout), or the class folders alone. An .npz file has examples
-    ``x``, ``(n, *shape)``, and labels ``y``, ``(n,)``. Without a test split, ``test_fraction`` of
-    each class is drawn by the seed. Hidden files are skipped silently; ``note`` is called with
-    everything else that is skipped.
-
-    Raises
-    ------
-    DataError
-        If it is missing, empty, unreadable, or does not match the settings.
+    (torchvision's ImageFolder layout), or the class folders alone. An .npz file has examples ``x``,
+    ``(n, *shape)``, and labels ``y``, ``(n,)``. Without a test split, ``test_fraction`` of each
+    class is drawn by the seed. Hidden files are skipped silently; ``note`` is called with
+    everything else that is skipped. Raises `DataError` if it is missing, empty, unreadable, or does
+    not match the settings.
     """
     try:
         if path.is_dir():

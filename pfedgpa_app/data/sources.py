@@ -38,11 +38,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """Load the data set of the settings.
 
     The test pool is the official test set, or the data set's own split, or drawn by `assemble`.
-
-    Raises
-    ------
-    DataError
-        If the data set cannot be loaded, or does not match its settings.
+    Raises `DataError` if the data set cannot be loaded, or does not match its settings.
     """
     name = config.dataset
     if name == SITES:

@@ -64,10 +64,7 @@ class ParameterDiffusion:
     ) -> "ParameterDiffusion":
         """Learn the distribution of vectors ``(d,)`` with a known spectrum, and denoise them.
 
-        Raises
-        ------
-        FloatingPointError
-            If the training diverged.
+        Raises `FloatingPointError` if the training diverged.
         """
         rank = rank_of(config, spectrum)
         if config.space == "raw":
@@ -87,10 +84,7 @@ class ParameterDiffusion:
     def denoiser(self, config: DiffusionConfig, device: torch.device) -> nn.Module:
         """Return the denoiser with the settings with which it was trained.
 
-        Raises
-        ------
-        ValueError
-            If they are others.
+        Raises `ValueError` if they are others.
         """
         with torch.random.fork_rng(devices=[]):
             denoiser = _new_denoiser(config, self.space.dim)
