@@ -33,41 +33,28 @@ class Standing(IntEnum):
 
 @dataclass
 class ClientRecord:
-    """The server's record of a client.
-
-    Attributes
-    ----------
-    standing
-        Its part in the models of others.
-    model
-        Its parameters, ``(d,)``, brought up to date: the last upload of a member, what was
-        generated for a newcomer. None where there are none, or they are `Bank.archived`.
-    halves
-        Its last report of the updates on each half of its examples: `normalized` sketches
-        ``(2, size)``, `centred` among the reports of the same round.
-    seen
-        The round of its last upload.
-    interval
-        The rounds between its last two uploads, once it is no newcomer.
-    last_measured_round
-        The round in which its halves were last requested.
-    was_measured_again
-        Whether they were requested before that as well.
-    has_misfits
-        Whether the halves that it reported last contradict each other or its own update.
-    rounds_onboarded
-        The rounds that it had as a newcomer; 0 for others.
-    """
+    """The server's record of a client."""
 
     standing: Standing = Standing.NEWCOMER
+    """Its part in the models of others."""
     model: Vector | None = None
+    """Its parameters, ``(d,)``, brought up to date: the last upload of a member, what was generated
+    for a newcomer. None where there are none, or they are `Bank.archived`."""
     halves: Annotated[Tensor, "2 size"] | None = None
+    """Its last report of the updates on each half of its examples, `normalized` sketches, `centred`
+    among the reports of the same round."""
     seen: int = 0
+    """The round of its last upload."""
     interval: int | None = None
+    """The rounds between its last two uploads, once it is no newcomer."""
     last_measured_round: int | None = None
+    """The round in which its halves were last requested."""
     was_measured_again: bool = False
+    """Whether they were requested before that as well."""
     has_misfits: bool = False
+    """Whether the halves that it reported last contradict each other or its own update."""
     rounds_onboarded: int = 0
+    """The rounds that it had as a newcomer; 0 for others."""
 
 
 class Bank(Stateful):

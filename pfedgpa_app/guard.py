@@ -43,25 +43,17 @@ _DEVIATIONS_PER_MAD = 1.4826
 
 
 class Move(NamedTuple):
-    """A client's update: the difference between its upload and what it was sent.
-
-    Attributes
-    ----------
-    names
-        Of the tensors, those that are generated first.
-    generated
-        The change of the generated parameters, ``(d,)``.
-    averaged
-        That of what is averaged and not a whole number, ``(k,)``; statistics among it.
-    sizes
-        Length of the generated part, then of each tensor's change its length and its largest
-        entry, float64, ``(1 + 2 * num_tensors,)``.
-    """
+    """A client's update: the difference between its upload and what it was sent."""
 
     names: tuple[str, ...]
+    """Of the tensors, those that are generated first."""
     generated: Tensor
+    """The change of the generated parameters, ``(d,)``."""
     averaged: Tensor
+    """That of what is averaged and not a whole number, ``(k,)``; statistics among it."""
     sizes: Tensor
+    """Length of the generated part, then of each tensor's change its length and its largest entry,
+    float64, ``(1 + 2 * num_tensors,)``."""
 
     @classmethod
     def of(cls, layout: ParameterLayout, sent: StateDict, state: StateDict) -> "Move":

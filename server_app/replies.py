@@ -54,32 +54,18 @@ class NotFiniteError(ReplyError):
 
 @dataclass(frozen=True)
 class Upload:
-    """A client's validated upload.
-
-    Attributes
-    ----------
-    layout
-        Layout of the parameters.
-    sent, state
-        The state_dict before and after training.
-    num_examples
-        Number of training examples.
-    metrics
-        The reported metrics.
-    site
-        What the client reports of its data, if anything: ``image-stats``, mean and standard
-        deviation of each channel or feature, ``(2, channels)``, float32; ``partition``, its id and
-        the number of partitions, ``(2,)``.
-    extras
-        Further tensors of the strategy.
-    """
+    """A client's validated upload."""
 
     layout: ParameterLayout
     sent: StateDict
     state: StateDict
+    """The state_dicts before and after training."""
     num_examples: int
     metrics: dict[str, float]
     site: StateDict
+    """What the client reports of its data, if anything: ``image-stats``, mean and standard
+    deviation of each channel or feature, ``(2, channels)``, float32; ``partition``, its id and the
+    number of partitions, ``(2,)``."""
     extras: StateDict
 
     @cached_property

@@ -27,31 +27,21 @@ MakeGenerator = Callable[..., torch.Generator]
 
 @dataclass(frozen=True)
 class ParameterDiffusion:
-    """What a denoiser that learned the distribution of a bank makes of its vectors.
-
-    Attributes
-    ----------
-    space
-        Where the denoiser works. It may have no dimensions, where nothing is denoised.
-    weights
-        The state_dict of the denoiser, which predicts noise in coordinates of the space; empty
-        without one.
-    start
-        First timestep of inversion and denoising.
-    noise_to_signal
-        Variance of the noise there, in units of the signal's.
-    coordinates
-        Those of the bank's vectors, ``(num_clients, dim)``.
-    changes
-        By how much inversion and denoising moved them, ``(num_clients, dim)``.
-    """
+    """What a denoiser that learned the distribution of a bank makes of its vectors."""
 
     space: Subspace | RawSpace
+    """Where the denoiser works. It may have no dimensions, where nothing is denoised."""
     weights: StateDict
+    """The state_dict of the denoiser, which predicts noise in coordinates of the space; empty
+    without one."""
     start: int
+    """First timestep of inversion and denoising."""
     noise_to_signal: float
+    """Variance of the noise there, in units of the signal's."""
     coordinates: Annotated[Tensor, "num_members dim"]
+    """Those of the bank's vectors, ``(num_clients, dim)``."""
     changes: Annotated[Tensor, "num_members dim"]
+    """By how much inversion and denoising moved them, ``(num_clients, dim)``."""
 
     @classmethod
     def fit(

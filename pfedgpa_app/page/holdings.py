@@ -13,21 +13,14 @@ from pfedgpa_app.state import load_header
 
 @dataclass(frozen=True)
 class Holdings:
-    """What is known of the clients' data.
-
-    Attributes
-    ----------
-    counts
-        Training images of each class, ``(num_classes,)``, by client, those of a group together.
-    groups
-        The name of each client's group: that of the settings, or its most frequent class.
-    missing
-        Why there are no counts, if there are none.
-    """
+    """What is known of the clients' data."""
 
     counts: dict[int, Tensor] = field(default_factory=dict)
+    """Training images of each class, ``(num_classes,)``, by client, those of a group together."""
     groups: dict[int, str] = field(default_factory=dict)
+    """The name of each client's group: that of the settings, or its most frequent class."""
     missing: str = ""
+    """Why there are no counts, if there are none."""
 
     @classmethod
     def of(cls, run: Run) -> "Holdings":
