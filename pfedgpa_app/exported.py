@@ -34,8 +34,6 @@ class ExportError(ValueError):
 
 
 class _Metadata(Section, extra="ignore"):
-    """The metadata of a file."""
-
     client: OptionalCount
     round: OptionalCount
     partition_id: OptionalCount | None
@@ -48,7 +46,6 @@ class _Metadata(Section, extra="ignore"):
 
 
 def _read(file: Path, raw: dict[str, Any]) -> tuple[_Metadata, Config]:
-    """Return the metadata of a file, and the settings of its run."""
     try:
         metadata = _Metadata.model_validate(raw)
         return metadata, Config.from_flat(metadata.config)
@@ -216,7 +213,6 @@ class ExportedModel:
         return replace(self, class_counts=tuple(counts))
 
     def _client_data(self) -> ClientData:
-        """Load the partition of the run's data that the client had."""
         data = self.config.data
         if self.partition is None:
             raise ExportError(

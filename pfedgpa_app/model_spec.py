@@ -235,7 +235,6 @@ def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
 
 
 def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
-    """Return a model's output, and the calls of its layers in the order of their ends."""
     calls: list[Call] = []
 
     def keep(name: str, layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -277,7 +276,6 @@ def _trained_after(layer: nn.Module, model: nn.Module, examples: Tensor) -> set[
 
 
 def _with_gradient(total: Tensor, model: nn.Module) -> set[str]:
-    """Return the names of the parameters with a gradient of ``total``."""
     if not total.requires_grad:
         return set()
     return {name for name, each in gradients_of(total, model).items() if each is not None}

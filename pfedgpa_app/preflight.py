@@ -58,7 +58,6 @@ def preflight_key(config: Config) -> Hashable:
 
 
 def _checked_model(config: Config) -> ModelSpec:
-    """Return the checked model's structure; raise a `ConfigError` if it does not fit."""
     info, named = config.data.info, f'model.name = "{config.model.name}"'
     build = partial(build_model, config.model.name, info, config.seed)
 

@@ -133,7 +133,6 @@ def _in_words(measure: str, runs: list[BenchRun]) -> str:
 
 
 def _note(suite: Suite, measure: str, what: str, period: str) -> str:
-    """Return what the numbers of a measure are."""
     if not what:
         sent = " Models that are sent to be evaluated are counted in."
         return f"A round, {period}.{sent if measure == 'bytes-down' else ''}"

@@ -176,7 +176,6 @@ def _run(
 
 
 def _seeds(text: str) -> list[int]:
-    """Return the seeds of the option, or end the command."""
     seeds = whole_numbers("--seeds", text, "0,1,2")
     if len(set(seeds)) < len(seeds):
         fail(f'--seeds "{text}": right would be each once')

@@ -71,7 +71,6 @@ def own_superlink() -> Iterator[Mapping[str, str]]:
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the SuperLink listens on its port."""
     deadline = time.monotonic() + _PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         with socket.socket() as probe:

@@ -130,7 +130,6 @@ def max_bytes(*layouts: ParameterLayout | None) -> int:
 
 
 def _read_state(arrays: ArrayRecord, layout: ParameterLayout) -> StateDict:
-    """Return the tensors of a record, validated against a layout."""
     try:
         layout.check_names(arrays)
         state = {entry.name: _read_array(arrays[entry.name], entry) for entry in layout.sent}
@@ -209,7 +208,6 @@ def one_line(text: str, length: int = 300) -> str:
 
 
 def _read_site(record: MetricRecord) -> StateDict:
-    """Return ``site`` of an `Upload`."""
     site = {}
     match record.get(protocol.IMAGE_MEAN), record.get(protocol.IMAGE_STD):
         case None, None:

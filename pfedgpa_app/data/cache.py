@@ -78,7 +78,6 @@ class SplitFile:
 
 
 def _version(name: str) -> str:
-    """Return the version of a package; "" if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

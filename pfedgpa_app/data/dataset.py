@@ -76,7 +76,6 @@ def assemble(parts: Sequence[Part], config: DataConfig, seed: int, name: str) ->
 
 
 def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None:
-    """Raise a `DataError` unless images and labels have the shape and classes of ``info``."""
     if tuple(images.shape[1:]) != info.shape:
         raise DataError(
             f"{name}: examples are {by_x(images.shape)}, right would be nx{by_x(info.shape)}"
@@ -96,7 +95,6 @@ def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None
 
 
 def _check_owners(owners: Tensor, is_test: Tensor, name: str, names: Sequence[str]) -> None:
-    """Raise a `DataError` unless every owner has training and test examples."""
     for examples, purpose in ((~is_test, "training"), (is_test, "testing")):
         counts = owners[examples].bincount(minlength=len(names))
         if missing := [names[number] for number in (counts == 0).nonzero().flatten().tolist()]:

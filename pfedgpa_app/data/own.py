@@ -87,7 +87,6 @@ def _called(setting: str, name: str, seed: int, call: Callable[[Callable[..., An
 
 
 def _as_owners(values: Any, number: int) -> NDArray[Any]:
-    """Return owner ids ``(number,)`` as an array of integers or strings."""
     array = _as_array(values, number)
     if array.dtype == object:  # as pandas has strings
         kinds = {type(each) for each in array.tolist()}
@@ -101,7 +100,6 @@ def _as_owners(values: Any, number: int) -> NDArray[Any]:
 
 
 def _as_mask(values: Any, number: int) -> Tensor:
-    """Return a mask of ``number`` examples, bool."""
     array = _as_array(values, number)
     if array.dtype != np.bool_:
         raise ArrayError(f"of {array.dtype}, right would be bool")
@@ -109,7 +107,6 @@ def _as_mask(values: Any, number: int) -> Tensor:
 
 
 def _as_array(values: Any, number: int) -> NDArray[Any]:
-    """Return an array of shape ``(number,)``."""
     if np.ma.is_masked(values):
         raise ArrayError("a masked array, right would be to leave out the examples")
     try:

@@ -66,7 +66,6 @@ def _read_folder(path: Path, config: DataConfig, note: Note) -> list[Part]:
 
 
 def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
-    """Return the images and labels of a folder with one folder per class."""
     entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
     folders = [entry for entry in entries if entry.is_dir()]
     class_folders = _class_folders(folder, folders, config.classes)
@@ -121,7 +120,6 @@ def _class_folders(folder: Path, entries: list[Path], classes: Sequence[str]) ->
 
 
 def _note_others(folder: Path, entries: Iterable[Path], note: Note) -> None:
-    """Note the entries beside the folders that are read."""
     found = sort_out(entries)
     others = found.others + Counter({"image outside of class folders": len(found.pictures)})
     if others:
@@ -129,6 +127,5 @@ def _note_others(folder: Path, entries: Iterable[Path], note: Note) -> None:
 
 
 def _list(names: Sequence[str]) -> str:
-    """Return up to 20 names for a message."""
     shown = ", ".join(map(quoted, names[:20])) + (", …" if len(names) > 20 else "")
     return shown or "(none)"

@@ -138,7 +138,6 @@ _EMBEDDED = {
 
 
 def _torchvision(name: str, root: Path) -> list[Part]:
-    """Return the training and the test part of a torchvision data set."""
     from torchvision import datasets  # imported here: it takes seconds
 
     readers: dict[str, Callable[..., Any]] = {
