@@ -79,9 +79,10 @@ def open_regular(file: Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def read_bytes(file: Path, most: int) -> bytes:
-    """Read a regular file of at most ``most`` bytes; raises `OSError` if it is not one."""
+def read_bytes(file: Path, most: int, begin: int = 0) -> bytes:
+    """Read at most ``most`` bytes, from one on; raises `OSError` if it is not a regular file."""
     with open_regular(file) as stream:
+        stream.seek(begin)
         content = stream.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"has more than {most} bytes", str(file))

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from pfedgpa_app.config import DatasetInfo
 from pfedgpa_app.model_spec import ModelError, check_logits, evaluating
-from pfedgpa_app.own_functions import UntrustedError, own_function
+from pfedgpa_app.own_functions import OwnFunctionError, own_function
 from pfedgpa_app.randomness import drawing_from, global_draws, make_generator
 
 _MLP_WIDTH = 64
@@ -104,19 +104,10 @@ def build_model(name: str, info: DatasetInfo, seed: int) -> nn.Module:
     named, make = f'model.name = "{name}"', MODELS.get(name)
     with drawing_from(make_generator(seed, "model")):
         try:
-            make = make or own_function(name)
-        except UntrustedError as error:
+            model = (make or own_function(name))(info)
+        except OwnFunctionError as error:
             raise ModelError(f"{named}: {error}") from error
-        except (ImportError, AttributeError) as error:
-            raise ModelError(
-                f"{named}: {error}; right would be package.module:function with a module that the "
-                "app can import"
-            ) from error
         except Exception as error:  # user code may raise anything
-            raise ModelError(f"{named}: importing it failed with {error!r}") from error
-        try:
-            model = make(info)
-        except Exception as error:
             raise ModelError(f"{named}: building it failed with {error!r}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"{named}: returned {type(model).__name__}, not a torch.nn.Module")

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.errors import described
+
 TRUST = "PFEDGPA_TRUST"
 """Environment variable: comma-separated packages whose functions settings may name."""
 
@@ -24,8 +26,8 @@ _KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
 _INSTALLED = ("site-packages", "dist-packages")
 
 
-class UntrustedError(ImportError):
-    """A function outside of the user's own code; the message says what would be right."""
+class OwnFunctionError(ValueError):
+    """A function that cannot be imported, or is not the user's own; the message says why."""
 
 
 def own_function(name: str) -> Callable[..., Any]:
@@ -33,18 +35,26 @@ def own_function(name: str) -> Callable[..., Any]:
 
     It must be defined in a module in the app's folder (where `flwr run` unpacks it) or in the
     current one, or in a package that the environment variable `TRUST` names. Nothing else is
-    imported. Raises `UntrustedError` if it is defined elsewhere. Raises `ImportError` or
-    `AttributeError` if there is no such module, or it has no such function. Importing it may raise
-    anything.
+    imported. Raises `OwnFunctionError` if it is defined elsewhere, or cannot be imported.
     """
     module_name, _, function_name = name.partition(":")
     package = module_name.partition(".")[0]
-    if not _is_trusted(package):
-        raise UntrustedError(_refusal(package))
-    function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
-    origin = _module_of(function).partition(".")[0]
-    if origin != package and not _is_trusted(origin):
-        raise UntrustedError(f"{function_name} comes from another package: {_refusal(origin)}")
+    try:
+        if not _is_trusted(package):
+            raise OwnFunctionError(_refusal(package))
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+        origin = _module_of(function).partition(".")[0]
+        if origin != package and not _is_trusted(origin):
+            raise OwnFunctionError(f"{function_name} is of another package: {_refusal(origin)}")
+    except OwnFunctionError:
+        raise
+    except (ImportError, AttributeError) as error:
+        raise OwnFunctionError(
+            f"cannot be imported ({error}); right would be package.module:function, of a module "
+            "that server and clients can import"
+        ) from error
+    except Exception as error:  # user code may raise anything
+        raise OwnFunctionError(f"importing it failed with {described(error)}") from error
     return function
 
 

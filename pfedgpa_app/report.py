@@ -105,7 +105,7 @@ class RunFolder:
     def go_on_from(self, run: "Run", completed_rounds: int) -> None:
         """Begin with an earlier run's rows, as far as its checkpoint has their rounds."""
         for name in ROWS:
-            rows = _read_rows(run.path / name)
+            rows, _ = read_rows(run.path / name)
             _append(self.path / name, [row for row in rows if row["round"] <= completed_rounds])
 
     def save_model(
@@ -153,7 +153,7 @@ class Run:
             if "strategy" not in flat:
                 raise ValueError("config.json names no strategy")
             config = Config.from_flat(flat)
-            return cls(path, config, _read_rows(path / "metrics.jsonl"))
+            return cls(path, config, read_rows(path / "metrics.jsonl")[0])
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the folder of a run: {error}") from error
 
@@ -188,12 +188,12 @@ class Run:
     @property
     def clients(self) -> list[Row]:
         """The rows of the clients in all rounds."""
-        return _read_rows(self.path / "clients.jsonl")
+        return read_rows(self.path / "clients.jsonl")[0]
 
     @property
     def method(self) -> list[Row]:
         """What the server learned, by round; few strategies have such rows."""
-        return _read_rows(self.path / "method.jsonl")
+        return read_rows(self.path / "method.jsonl")[0]
 
     def client_called(self, client: str) -> int:
         """Return the number of a client from its number or the name that it last had.
@@ -288,10 +288,18 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
     return runs, damaged
 
 
-def _read_rows(file: Path) -> list[Row]:
-    """Read JSON lines; the last one of a run that was killed may be cut off."""
-    content = read_bytes(file, _MAX_ROWS_BYTES) if file.exists() else b""
-    return parse_rows(file, content[: content.rfind(b"\n") + 1])
+def read_rows(file: Path, begin: int = 0) -> tuple[list[Row], int]:
+    """Return the rows in whole lines from a byte of a file on, and the byte where they end.
+
+    A line may be cut off where a run goes on or was killed. Lines that a full disk made their
+    writer take back come a second time. Raises `RowError` if one is damaged.
+    """
+    if not file.exists():
+        return [], 0
+    begin = min(begin, file.stat().st_size)
+    content = read_bytes(file, _MAX_ROWS_BYTES, begin)
+    whole = content[: content.rfind(b"\n") + 1]
+    return parse_rows(file, whole), begin + len(whole)
 
 
 def _append(file: Path, rows: Sequence[Row]) -> None:

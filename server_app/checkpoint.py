@@ -114,7 +114,7 @@ def resume(config: Config, strategy: ClientwiseFedAvg) -> Run:
         raise ResumeError(f"The model is not that of the run to go on from: {error}") from error
     strategy.completed_rounds = metadata["round"]
     strategy.record = RoundRecord(metadata["round"])
-    strategy.roster.resume(dict(metadata["clients"]))
+    strategy.roster.clients = dict(metadata["clients"])
     return run
 
 

@@ -56,7 +56,9 @@ class Roster:
     Attributes
     ----------
     clients
-        The numbers by node id.
+        The numbers by node id, at first those of an earlier run. A node with a known id keeps its
+        number; on a network all others are newcomers. In a simulation, the nodes that connect first
+        get the old numbers if they claim all of them.
     names
         The names of nodes that have one of their own, printable, by node id.
     shared_names
@@ -82,14 +84,6 @@ class Roster:
         self.connected: set[int] = set()
         self._asked: set[int] = set()
         self._is_first = True
-
-    def resume(self, clients: dict[int, int]) -> None:
-        """Take over the numbers of an earlier run.
-
-        A node with a known id keeps its number; on a network all others are newcomers. In a
-        simulation, the nodes that connect first get the old numbers if they claim all of them.
-        """
-        self.clients = dict(clients)
 
     def assemble(
         self, grid: Grid, minimum: int, timeout: float = math.inf, required: Sequence[str] = ()

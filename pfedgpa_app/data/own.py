@@ -12,7 +12,7 @@ from pfedgpa_app.arrays import ArrayError, as_examples, as_labels
 from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data.dataset import DataError, Part
 from pfedgpa_app.errors import described
-from pfedgpa_app.own_functions import own_function
+from pfedgpa_app.own_functions import OwnFunctionError, own_function
 from pfedgpa_app.randomness import drawing_from, make_generator
 
 _RETURNS = "(examples, labels), (examples, labels, owners) or (examples, labels, owners, is_test)"
@@ -72,17 +72,11 @@ def _called(setting: str, name: str, seed: int, call: Callable[[Callable[..., An
     """Return the result of the function that a setting names, with seeded global generators."""
     try:
         function = own_function(name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(
-            f"{name}: cannot be imported ({error}). data.{setting} names a function as "
-            '"package.module:function", of a module that clients can import'
-        ) from error
-    except Exception as error:  # user code may raise anything
-        raise DataError(f"{name}: importing it failed with {described(error)}") from error
-    try:
         with drawing_from(make_generator(seed, setting)):
             return call(function)
-    except Exception as error:
+    except OwnFunctionError as error:
+        raise DataError(f"{name}: {error}") from error
+    except Exception as error:  # user code may raise anything
         raise DataError(f"{name}: failed with {described(error)}") from error
 
 
