@@ -60,28 +60,19 @@ class ClientRecord:
 class Bank(Stateful):
     """The records of all clients.
 
-    Parameters
-    ----------
-    max_members
-        At most so many models of members, those of the latest uploads, are in memory, and as many
-        of others.
-    archived
-        Storage of the other models, ``(d,)``, which are read when they are needed; in memory by
-        default.
-
-    Attributes
-    ----------
-    uploads
-        The uploads of this round, ``(d,)``, and the standing that they give, until `take_in`.
+    At most ``max_members`` models of members, those of the latest uploads, are in memory, and as
+    many of others.
     """
 
     archived: Kept[Vault]
+    """The other models, ``(d,)``, which are read when they are needed; in memory by default."""
     clients: Kept[dict[int, ClientRecord]]
 
     def __init__(self, max_members: int, archived: Vault | None = None) -> None:
         self.max_members = max_members
         self.archived = MemoryVault() if archived is None else archived
         self.clients = {}
+        # Those of this round, (d,), and the standing that they give, until `take_in`.
         self.uploads: dict[int, tuple[Tensor, Standing]] = {}
 
     def of(self, client: int) -> ClientRecord:

@@ -80,7 +80,7 @@ def open_regular(file: Path) -> BinaryIO:
 
 
 def read_bytes(file: Path, most: int, begin: int = 0) -> bytes:
-    """Read at most ``most`` bytes, from one on; raises `OSError` if it is not a regular file."""
+    """Return a regular file from a byte on; `OSError` if it is none, or has more than ``most``."""
     with open_regular(file) as stream:
         stream.seek(begin)
         content = stream.read(most + 1)

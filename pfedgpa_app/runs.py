@@ -114,20 +114,12 @@ def is_going_on(path: Path) -> bool:
 
 
 def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
-    """Return the folder of a run.
+    """Return the folder of a run in an output folder.
 
-    Raises `RunNotFoundError` if there is none, or more than one. Raises `OSError` if the output
-    folder cannot be read.
-
-    Parameters
-    ----------
-    run
-        Its name, its id, a prefix of either that no other has, ``latest``, or its folder; each may
-        end in ``/best``, for the folder of its best checkpoint.
-    folder
-        The output folder, to which a path may be relative.
-    here
-        Another folder to which a path may be relative.
+    ``run`` is its name, its id, a prefix of either that no other has, ``latest``, or its path,
+    which may be relative to ``folder`` or ``here``; each may end in ``/best``, for the folder of
+    its best checkpoint. Raises `RunNotFoundError` if there is none, or more than one, and `OSError`
+    if the output folder cannot be read.
     """
     if not run:
         raise RunNotFoundError("The name of the run is empty; pfedgpa runs lists those there are")

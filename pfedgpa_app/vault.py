@@ -25,14 +25,8 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
     """One vector ``(d,)`` per client, each in its own safetensors file.
 
     Files are never overwritten: a new vector gets a new file, and files of the last checkpoint stay
-    until `prune` is called after the next one.
-
-    Parameters
-    ----------
-    folder
-        Of the files ``<client>-<version>.safetensors``. It is created with the first one.
-    earlier
-        Where the files of a restored state are; ``folder`` by default.
+    until `prune` is called after the next one. The folder of ``<client>-<version>.safetensors`` is
+    created with the first one; ``earlier`` is where the files of a restored state are.
     """
 
     versions: Kept[dict[int, int]]

@@ -97,14 +97,8 @@ def flwr_run(
 ) -> FlowerRun:
     """Run the app of the current folder by `flwr run`, and print its rounds.
 
-    Parameters
-    ----------
-    clients
-        Number of simulated clients; None if the SuperLink has SuperNodes.
-    env
-        The environment of `flwr`.
-    show
-        Called with level and text of other log lines; returns what to print.
+    ``clients`` is the number of simulated clients; None if the SuperLink has SuperNodes. ``show``
+    is called with level and text of other log lines, and returns what to print.
     """
     run = FlowerRun()
     # A new SuperLink need not install this environment's packages again. Unbuffered, so that the
