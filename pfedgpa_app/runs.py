@@ -7,12 +7,12 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.files import is_hidden, open_regular, read_json, text_of
+from pfedgpa_app.source import version_of
 
 RUN_FILE = "run.json"
 CHECKPOINT = "checkpoint.safetensors"
@@ -36,10 +36,6 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
     """
     data = re.sub(r"[^a-z0-9]+", "-", config.data.dataset.lower()).strip("-")
     pattern = re.compile(rf"{data}-{config.strategy}-([0-9]{{1,9}})")
-    try:
-        app_version = version("pfedgpa")
-    except PackageNotFoundError:  # it runs from where it was unpacked
-        app_version = ""
     with _locked(path.parent):  # one process at a time takes a number
         names = [name_of(file.parent) for file in path.parent.glob(f"*/{RUN_FILE}")]
         taken = [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
@@ -48,7 +44,7 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
         try:
             _lock(file.fileno())
             began = datetime.now(UTC).isoformat()
-            _write(file, {"name": name, "began": began, "version": app_version})
+            _write(file, {"name": name, "began": began, "version": version_of()})
         except OSError:
             file.close()
             raise
