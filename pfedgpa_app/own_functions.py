@@ -9,12 +9,11 @@ import functools
 import importlib
 import importlib.util
 import os
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.errors import described
+from pfedgpa_app.errors import INSTALLED, described
 
 TRUST = "PFEDGPA_TRUST"
 """Environment variable: comma-separated packages whose functions settings may name."""
@@ -22,8 +21,7 @@ TRUST = "PFEDGPA_TRUST"
 _APP = Path(__file__).parents[1]
 # The app's own packages have no functions for settings.
 _OUR_OWN = ("client_app", "pfedgpa_app", "server_app")
-_KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
-_INSTALLED = ("site-packages", "dist-packages")
+_OF_PACKAGES = ("site-packages", "dist-packages")
 
 
 class OwnFunctionError(ValueError):
@@ -93,8 +91,8 @@ def _is_trusted(package: str) -> bool:
 
 
 def _is_own(folder: Path) -> bool:
-    installed = [Path(sysconfig.get_path(kind)).resolve() for kind in _KINDS]
-    if set(folder.parts) & set(_INSTALLED) or any(map(folder.is_relative_to, installed)):
+    installed = [Path(each).resolve() for each in INSTALLED]
+    if set(folder.parts) & set(_OF_PACKAGES) or any(map(folder.is_relative_to, installed)):
         return False
     own = [_APP.resolve()]
     with contextlib.suppress(OSError):  # the current folder was removed

@@ -42,11 +42,6 @@ class RunFolder:
     """Writes ``<output-dir>/<run id>/`` while a run goes on, which is until it is closed.
 
     Raises `WriteError` if the folder cannot be made, or is one of a run already.
-
-    Attributes
-    ----------
-    name
-        What the run is called, as no other below the output folder.
     """
 
     def __init__(self, path: Path, config: Config) -> None:

@@ -208,13 +208,7 @@ class EarlyEnd(Exception):  # noqa: N818
 
 
 class RoundEnd:
-    """Called by Flower after each round: writes and logs its results.
-
-    Attributes
-    ----------
-    ended
-        Why the run ends before its last round; empty if it does not.
-    """
+    """Called by Flower after each round: writes and logs its results."""
 
     def __init__(self, strategy: ClientwiseFedAvg, folder: RunFolder, tracking: Tracking) -> None:
         self.strategy = strategy
@@ -226,7 +220,7 @@ class RoundEnd:
         self.rows = Run.read(folder.path).metrics
         self.warned = warnings_in(self.rows, self.config)
         self.best = best_in(self.rows)
-        self.ended = ""
+        self.ended = ""  # why the run ends before its last round
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
         """Write the round's rows and then, if one is due, a checkpoint that counts them.
