@@ -134,10 +134,7 @@ class ModelSpec:
 
     @property
     def linear_head(self) -> Head:
-        """The head.
-
-        Raises `ModelError` if it is unknown or not linear.
-        """
+        """The head; raises `ModelError` if it is unknown or not linear."""
         if self.head is None or self.head.size == (0, 0):
             raise ModelError(
                 "the layer that makes the logits is not a torch.nn.Linear; right would be a model "

@@ -298,10 +298,7 @@ def read_rows(file: Path, begin: int = 0) -> tuple[list[Row], int]:
 
 
 def _append(file: Path, rows: Sequence[Row]) -> None:
-    """Append rows, all of them or none.
-
-    Raises `WriteError` if they cannot be written.
-    """
+    """Append rows, all of them or none; raises `WriteError` if they cannot be written."""
     if not rows:
         return
     with writing(file):

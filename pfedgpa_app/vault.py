@@ -66,10 +66,7 @@ class DiskVault(Stateful):
         self._next = max(self.versions.values(), default=0) + 1
 
     def prune(self) -> None:
-        """Remove the files of older versions.
-
-        Raises `WriteError` if that fails.
-        """
+        """Remove the files of older versions; raises `WriteError` if that fails."""
         current = {self.file(client).name for client in self.versions}
         with writing(self.folder):
             for file in self.folder.iterdir() if self.folder.is_dir() else ():
