@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
-from pfedgpa_app.diffusion.denoiser import ResidualDenoiser
+from pfedgpa_app.diffusion.denoiser import ResidualDenoiser, UNetDenoiser
 from pfedgpa_app.diffusion.generation import generate
 from pfedgpa_app.diffusion.guidance import guide
 from pfedgpa_app.diffusion.inversion import invert
@@ -17,7 +17,6 @@ from pfedgpa_app.diffusion.raw import RawSpace
 from pfedgpa_app.diffusion.schedule import NoiseSchedule, sampling_timesteps
 from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
 from pfedgpa_app.diffusion.training import train_denoiser
-from pfedgpa_app.diffusion.unet import UNetDenoiser
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import drawing_from
 
