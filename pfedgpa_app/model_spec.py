@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -174,14 +174,16 @@ class Call(NamedTuple):
 def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
     """Return the head of a model: the layer that computes the logits.
 
-    It is found in a forward pass of two blank examples in evaluation mode, as the innermost layer
-    with a weight whose output is the logits. If something follows it, such as a scale, it is the
-    last linear layer or convolution with one output per class, and trained parameters after it
-    belong to it. None if there is no such layer, or a parallel branch bypasses it.
+    It is found in a forward pass of two blank examples in evaluation mode, in which it is left,
+    as the innermost layer with a weight whose output is the logits. If something follows it,
+    such as a scale, it is the last linear layer or convolution with one output per class, and
+    trained parameters after it belong to it. None if there is no such layer, or a parallel
+    branch bypasses it.
     """
     examples = torch.zeros(2, *info.shape)
     after = set[str]()
-    with evaluating(model), torch.enable_grad():
+    model.eval()
+    with torch.enable_grad():
         logits, calls = _calls(model, examples)
         layers = {call.name: model.get_submodule(call.name) for call in calls}
         makers = (
@@ -346,14 +348,3 @@ def _spectral(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             weight = getattr(layer, f"{hook.name}_orig")
             buffers = (getattr(layer, f"{hook.name}_{each}") for each in "uv")
             yield (hook.reshape_weight_to_matrix(weight), *buffers)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Keep a model in evaluation mode in the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
