@@ -1,6 +1,7 @@
 """Storage of clients' vectors, in memory or on disk."""
 
 from collections import UserDict
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class MemoryVault(UserDict[int, Tensor], Stateful):
         """Do nothing: there are no files."""
 
 
-class DiskVault(Stateful):
+class DiskVault(MutableMapping[int, Tensor], Stateful):
     """One vector ``(d,)`` per client, each in its own safetensors file.
 
     Files are never overwritten: a new vector gets a new file, and files of the last checkpoint stay
@@ -48,9 +49,7 @@ class DiskVault(Stateful):
 
         Raises `ValueError` if one is missing or damaged, or cannot be linked or copied.
         """
-        files = {
-            self.earlier / self.file(client).name: self.file(client) for client in self.versions
-        }
+        files = {self.earlier / self.file(client).name: self.file(client) for client in self}
         for file in files:
             vector = load_state(file, VECTOR_KIND)[0].get("vector")
             if vector is None or not bool(vector.isfinite().all()):
@@ -67,7 +66,7 @@ class DiskVault(Stateful):
 
     def prune(self) -> None:
         """Remove the files of older versions; raises `WriteError` if that fails."""
-        current = {self.file(client).name for client in self.versions}
+        current = {self.file(client).name for client in self}
         with writing(self.folder):
             for file in self.folder.iterdir() if self.folder.is_dir() else ():
                 if file.name not in current:
@@ -92,6 +91,14 @@ class DiskVault(Stateful):
     def __contains__(self, client: object) -> bool:
         """Return whether a client has a vector, without reading it."""
         return client in self.versions
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the clients."""
+        return iter(self.versions)
+
+    def __len__(self) -> int:
+        """Return the number of clients."""
+        return len(self.versions)
 
 
 Vault = MemoryVault | DiskVault
