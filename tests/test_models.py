@@ -102,7 +102,7 @@ def test_building_leaves_the_global_random_state_as_it_was():
     before = torch.get_rng_state()
     build_model("cnn-8x8", DATASETS["digits"], seed=3)
     with pytest.raises(ModelError):
-        build_model("cnn-28x28", DATASETS["digits"], seed=3)
+        build_model("cnn-28x28", DATASETS["breast-cancer"], seed=3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
