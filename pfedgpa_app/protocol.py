@@ -60,6 +60,6 @@ COVARIANCE = "covariance"
 # Extras of Floco: the client uploads the first.
 ENDPOINTS, CENTER, HAS_REGION = "endpoints", "center", "has-region"
 
-# Extras of IFCA: the models of clusters other than that whose model is in ARRAYS, and the uploaded
+# Extras of IFCA: the cluster whose model is in ARRAYS, the other clusters' models, and the uploaded
 # choice.
-CLUSTER, CHOICE = "cluster", "choice"
+RECEIVED, CLUSTER, CHOICE = "received", "cluster", "choice"

@@ -142,6 +142,17 @@ def load_header(file: Path, kind: str) -> tuple[dict[str, Any], Shapes]:
         raise ValueError(f"{file} has damaged metadata: {error!r}") from error
 
 
-def below(prefix: str, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Return the tensors whose names begin with a prefix, by what follows it."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+def states_under(prefix: str, states: Mapping[int, Mapping[str, "Tensor"]]) -> dict[str, "Tensor"]:
+    """Return the tensors of many clients' states below ``prefix.<client>.``."""
+    named = ((client, *each) for client, state in states.items() for each in state.items())
+    return {f"{prefix}.{client}.{name}": tensor for client, name, tensor in named}
+
+
+def states_below(prefix: str, tensors: Mapping[str, "Tensor"]) -> dict[int, dict[str, "Tensor"]]:
+    """Return the states by client, the inverse of `states_under`."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(f"{prefix}."):
+            client, _, name = key.removeprefix(f"{prefix}.").partition(".")
+            states.setdefault(int(client), {})[name] = tensor
+    return states

@@ -29,6 +29,7 @@ from client_app.methods.floco import Simplex
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.state import states_below
 from pfedgpa_app.strategies import FedAMPConfig, FedPACConfig, FlocoConfig, PFedHNConfig
 from server_app.simulation import simulate
 from server_app.strategies import STRATEGIES, fedamp
@@ -631,8 +632,8 @@ class TestIFCA:
         assert torch.equal(strategy.clusters[2]["layer.weight"], untouched["layer.weight"])
         assert float(strategy.evaluation_state(0)["layer.weight"][0, 0]) == 2.0
         sent = grid.sent[0].content
-        clusters = {name.split(".")[1] for name in sent["extras"]}
-        assert clusters == {"1", "2"}  # the first is sent as the model itself
+        others = states_below("cluster", sent["extras"].to_torch_state_dict())
+        assert set(others) == {1, 2}  # the first is sent as the model itself
 
     def test_claimed_examples_count_up_to_ten_times_the_median_of_the_round(self):
         nodes = {1: self.node(1.0, [1, 0]), 2: self.node(3.0, [1, 0], 1_000_000)}

@@ -10,7 +10,6 @@ from pfedgpa_app.data import normalize
 from pfedgpa_app.evaluation import autocast
 from pfedgpa_app.parameters import StateDict, copy_of, layer_of
 from pfedgpa_app.randomness import drawing_from, repeatable
-from pfedgpa_app.state import below
 from pfedgpa_app.training import batches, cross_entropy
 
 MAX_EPOCHS = 100
@@ -33,13 +32,13 @@ class FedALA(Method):
 
     def personal_model(self, task: Task) -> nn.Module:
         """Return the model of the client's last training, or the received one before it."""
-        task.model.load_state_dict(below(_MODEL, task.memory) or task.received)
+        task.model.load_state_dict(_below(_MODEL, task.memory) or task.received)
         return task.model
 
     def train(self, task: Task) -> Trained:
         """Aggregate, train, and keep model and weights."""
         task.model = task.new_model(task.received)
-        old, weights = below(_MODEL, task.memory), below(_WEIGHT, task.memory)
+        old, weights = _below(_MODEL, task.memory), _below(_WEIGHT, task.memory)
         if old:
             weights = learn_weights(task, old, weights)
             _mix(task.model, old, task.received, weights)
@@ -101,3 +100,7 @@ def _mix(model: nn.Module, old: StateDict, received: StateDict, weights: StateDi
     for name, parameter in model.named_parameters():
         if name in weights:
             parameter.copy_(old[name] + (received[name] - old[name]) * weights[name])
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> StateDict:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

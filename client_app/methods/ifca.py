@@ -6,8 +6,8 @@ from torch import nn
 from client_app.methods.method import Method, Task, Trained
 from pfedgpa_app.evaluation import evaluate
 from pfedgpa_app.parameters import StateDict
-from pfedgpa_app.protocol import CHOICE, CLUSTER
-from pfedgpa_app.state import below
+from pfedgpa_app.protocol import CHOICE, CLUSTER, RECEIVED
+from pfedgpa_app.state import states_below
 
 
 class IFCA(Method):
@@ -36,12 +36,12 @@ class IFCA(Method):
         """Train the chosen cluster's model, and upload the choice."""
         self.personal_model(task)
         trained = super().train(task)
-        choice = torch.zeros(task.config.ifca.num_clusters)
+        choice = torch.zeros(len(self._models(task)))
         choice[self.chosen] = 1.0
         return trained._replace(extras={CHOICE: choice})
 
     def _models(self, task: Task) -> dict[int, StateDict]:
-        """Return the models of all clusters; that of the message itself is not among the extras."""
-        clusters = range(task.config.ifca.num_clusters)
-        # Others may lack frozen weights.
-        return {n: task.received | below(f"{CLUSTER}.{n}.", task.extras) for n in clusters}
+        received = {int(task.extras[RECEIVED]): task.received}
+        others = states_below(CLUSTER, task.extras)
+        # Messages may leave out frozen weights.
+        return received | {number: task.received | state for number, state in others.items()}

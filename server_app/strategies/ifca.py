@@ -7,8 +7,9 @@ import torch
 
 from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.parameters import ParameterLayout, StateDict, weighted_average
-from pfedgpa_app.protocol import CHOICE, CLUSTER
+from pfedgpa_app.protocol import CHOICE, CLUSTER, RECEIVED
 from pfedgpa_app.randomness import make_generator
+from pfedgpa_app.state import states_under
 from pfedgpa_app.stateful import Kept
 from server_app.global_model import weights_of
 from server_app.momentum import Momentum
@@ -53,13 +54,10 @@ class IFCA(ClientwiseFedAvg):
         self.extras_layout = ParameterLayout.of({CHOICE: torch.zeros(self.num_clusters)})
 
     def extras(self, client: int) -> StateDict:
-        """Return the models of the clusters that the client did not choose last."""
-        return {
-            f"{CLUSTER}.{number}.{name}": tensor
-            for number, state in self.clusters.items()
-            if number != self.choices.get(client, 0)
-            for name, tensor in self.global_model.layout.to_send(state).items()
-        }
+        """Return the number of the client's cluster, and the models of the others."""
+        own, to_send = self.choices.get(client, 0), self.global_model.layout.to_send
+        others = {each: to_send(state) for each, state in self.clusters.items() if each != own}
+        return {RECEIVED: torch.tensor(own)} | states_under(CLUSTER, others)
 
     def check(self, client: int, upload: Upload) -> None:
         """Raise a `ReplyError` for an upload that does not choose one cluster."""
