@@ -32,6 +32,6 @@ def _handler(function: str, folder: str = _FOLDER) -> ClientAppCallable:
 
 
 app = ClientApp()
-app.query()(_handler("client_app.query:query"))
+app.query()(_handler("client_app.node:query"))
 app.train()(_handler("client_app.messages:train_message"))
 app.evaluate()(_handler("client_app.messages:evaluate_message"))

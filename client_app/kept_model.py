@@ -13,7 +13,7 @@ from client_app.node import NodeError, client_number, node_partition
 from pfedgpa_app.config import home_path
 from pfedgpa_app.exported import MODEL_KIND, ExportedModel
 from pfedgpa_app.files import obstacle_to, printable
-from pfedgpa_app.state import WriteError, load_metadata
+from pfedgpa_app.state import WriteError, load_header
 
 MODEL_PATH = "model-path"
 """The node config key with the file, and the record of the client's Flower state that marks it as
@@ -74,7 +74,7 @@ def keep_model(method: Method, task: Task, context: Context, server_round: int) 
 def _warn_of_another(file: Path, context: Context) -> None:
     """Log a warning if another run has written to the file since this one did."""
     try:
-        other = load_metadata(file, MODEL_KIND).get("run", "")
+        other = load_header(file, MODEL_KIND)[0].get("run", "")
     except ValueError:  # missing or damaged: it is replaced
         return
     if other != str(context.run_id):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.data_section import by_x
-from pfedgpa_app.files import count_of
+from pfedgpa_app.files import count_of, open_regular
 from pfedgpa_app.parameters import MAX_ABSOLUTE
 
 # Limit of an array in memory.
@@ -40,32 +40,14 @@ class ArrayError(ValueError):
     """Unusable examples or labels; the message completes a sentence that begins with their name."""
 
 
-def check_regular(file: Path) -> None:
-    """Refuse pipes and devices, whose reading might never end.
-
-    Raises
-    ------
-    FileError
-        If it is not a regular file.
-    """
-    if not file.is_file():
-        raise FileError(
-            f"{file}: is a pipe, a device, a folder or a broken link; right would be a regular file"
-        )
-
-
 def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> Tensor:
     """Return examples ``(n, *shape)``, a NumPy array or tensor, as a tensor for models.
 
     Tables ``(n, features)`` become float32, but uint8 stays. Images and signals are uint8, uint16
     (which becomes `LEVELS`) or floats (which become float32); other integers have no known range.
     In ``shape``, a name in place of a number allows any size. ``to_train`` refuses table features
-    that float32 cannot resolve.
-
-    Raises
-    ------
-    ArrayError
-        For a wrong shape or dtype, values that are not finite or too large, or lost features.
+    that float32 cannot resolve. Raises `ArrayError` for a wrong shape or dtype, values that are not
+    finite or too large, or lost features.
     """
     array, is_table = _as_array(values), len(shape) == 1
     if not _fits(array.shape, shape):
@@ -98,10 +80,7 @@ def as_examples(values: Any, shape: Sequence[int | str], *, to_train: bool) -> T
 def as_labels(values: Any) -> Tensor:
     """Return a NumPy array or tensor of whole numbers of any type and byte order as int64.
 
-    Raises
-    ------
-    ArrayError
-        If they have another dtype (floats included), or do not fit into int64.
+    Raises `ArrayError` if they have another dtype (floats included), or do not fit into int64.
     """
     array = _as_array(values)
     _check_type(array, _LABELS)
@@ -191,10 +170,8 @@ def _lost_features(table: Array, floats: Array) -> list[int]:
 def read_examples(file: Path, shape: Sequence[int | str], *, to_train: bool = False) -> Tensor:
     """Return the array x of an .npz file of NumPy, ``(n, *shape)``, converted by `as_examples`.
 
-    Raises
-    ------
-    FileError
-        If there is no such array, it has more than `MAX_BYTES`, or `as_examples` refuses it.
+    Raises `FileError` if there is no such array, it has more than `MAX_BYTES`, or `as_examples`
+    refuses it.
     """
     array = _read_array(file, "x", shape, _TABLES if len(shape) == 1 else _IMAGES)
     try:
@@ -206,10 +183,8 @@ def read_examples(file: Path, shape: Sequence[int | str], *, to_train: bool = Fa
 def read_labels(file: Path) -> Tensor:
     """Return the array y of an .npz file, int64, ``(n,)``.
 
-    Raises
-    ------
-    FileError
-        If there is no such array, it has more than `MAX_BYTES`, or `as_labels` refuses it.
+    Raises `FileError` if there is no such array, it has more than `MAX_BYTES`, or `as_labels`
+    refuses it.
     """
     array = _read_array(file, "y", (), _LABELS)
     try:
@@ -221,10 +196,7 @@ def read_labels(file: Path) -> Tensor:
 def read_header(beginning: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return the shape and dtype in the header of a .npy file, without allocating its array.
 
-    Raises
-    ------
-    ValueError
-        If there is no header of at most `MAX_HEADER_BYTES`.
+    Raises `ValueError` if there is no header of at most `MAX_HEADER_BYTES`.
     """
     file, formats = io.BytesIO(beginning), np.lib.format
     is_first = formats.read_magic(file) == (1, 0)
@@ -235,9 +207,8 @@ def read_header(beginning: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 def _read_array(file: Path, name: str, wanted: Sequence[int | str], kinds: _Kinds) -> Array:
     """Read an array of an .npz file, if shape, dtype and size in its header are right."""
-    check_regular(file)
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
             member = archive.getinfo(f"{name}.npy")
             with archive.open(member) as stream:
                 shape, dtype = read_header(stream.read(MAX_HEADER_BYTES))

@@ -35,71 +35,48 @@ class Standing(IntEnum):
 
 @dataclass
 class ClientRecord:
-    """The server's record of a client.
-
-    Attributes
-    ----------
-    standing
-        Its part in the models of others.
-    model
-        Its parameters, ``(d,)``, brought up to date: the last upload of a member, what was
-        generated for a newcomer. None where there are none, or they are `Bank.archived`.
-    halves
-        Its last report of the updates on each half of its examples: `normalized` sketches
-        ``(2, size)``, `centred` among the reports of the same round.
-    seen
-        The round of its last upload.
-    interval
-        The rounds between its last two uploads, once it is no newcomer.
-    last_measured_round
-        The round in which its halves were last requested.
-    was_measured_again
-        Whether they were requested before that as well.
-    has_misfits
-        Whether the halves that it reported last contradict each other or its own update.
-    rounds_onboarded
-        The rounds that it had as a newcomer; 0 for others.
-    """
+    """The server's record of a client."""
 
     standing: Standing = Standing.NEWCOMER
+    """Its part in the models of others."""
     model: Vector | None = None
+    """Its parameters, ``(d,)``, brought up to date: the last upload of a member, what was generated
+    for a newcomer. None where there are none, or they are `Bank.archived`."""
     halves: Annotated[Tensor, "2 size"] | None = None
+    """Its last report of the updates on each half of its examples, `normalized` sketches, `centred`
+    among the reports of the same round."""
     seen: int = 0
+    """The round of its last upload."""
     interval: int | None = None
+    """The rounds between its last two uploads, once it is no newcomer."""
     last_measured_round: int | None = None
+    """The round in which its halves were last requested."""
     was_measured_again: bool = False
+    """Whether they were requested before that as well."""
     has_misfits: bool = False
+    """Whether the halves that it reported last contradict each other or its own update."""
     rounds_onboarded: int = 0
+    """The rounds that it had as a newcomer; 0 for others."""
 
 
 class Bank(Stateful):
     """The records of all clients.
 
-    Parameters
-    ----------
-    max_members
-        At most so many models of members, those of the latest uploads, are in memory, and as many
-        of others.
-    archived
-        Storage of the other models, ``(d,)``, which are read when they are needed; in memory by
-        default.
-
-    Attributes
-    ----------
-    uploads
-        The uploads of this round, ``(d,)``, and the standing that they give, until `take_in`.
-    reports
-        The halves of this round's clients, `normalized` sketches ``(2, size)``, until `take_in`.
+    At most ``max_members`` models of members, those of the latest uploads, are in memory, and as
+    many of others.
     """
 
     archived: Kept[Vault]
+    """The other models, ``(d,)``, which are read when they are needed; in memory by default."""
     clients: Kept[dict[int, ClientRecord]]
 
     def __init__(self, max_members: int, archived: Vault | None = None) -> None:
         self.max_members = max_members
         self.archived = MemoryVault() if archived is None else archived
         self.clients = {}
+        # Those of this round, (d,), and the standing that they give, until `take_in`.
         self.uploads: dict[int, tuple[Tensor, Standing]] = {}
+        # Their halves, `normalized` sketches (2, size), until `take_in` as well.
         self.reports: dict[int, Tensor] = {}
 
     def of(self, client: int) -> ClientRecord:

@@ -179,7 +179,6 @@ def report(
 
 
 def _check_output(output: Path, example: str, force: bool) -> None:
-    """End the command if a file must not be written."""
     if not output.parent.is_dir():
         fail(f"{output.parent} is no folder; right would be one that exists")
     if output.is_dir():

@@ -62,10 +62,8 @@ class Config(StrategySections):
     def from_flat(cls, flat: Mapping[str, Any]) -> "Config":
         """Build the settings from a flat run config such as ``{"diffusion.start": 200}``.
 
-        Raises
-        ------
-        ConfigError
-            With every problem: unknown keys, wrong types, values out of range, contradictions.
+        Raises `ConfigError` with every problem: unknown keys, wrong types, values out of range,
+        contradictions.
         """
         known = cls().to_flat().keys()
         problems = [_unknown(key, value, known) for key, value in flat.items() if key not in known]

@@ -4,7 +4,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field
 
@@ -74,6 +74,11 @@ _CLASS_NAMES: dict[str, tuple[str, ...]] = {
 WITH_OWNERS = ("watch", "flights")
 """The data sets with owners of examples."""
 
+if TYPE_CHECKING:
+    DatasetName = str
+else:  # type checkers accept only literal names
+    DatasetName = Literal[(*DATASETS, SITES)]
+
 ByClass = Literal["dominant-classes", "dirichlet", "pathological", "disjoint", "iid"]
 """The partitions by class."""
 PARTITIONS: tuple[str, ...] = (*get_args(ByClass), "natural")
@@ -82,20 +87,7 @@ PARTITIONS: tuple[str, ...] = (*get_args(ByClass), "natural")
 class DataConfig(Section):
     """The data set and its partition among clients."""
 
-    dataset: (
-        Literal[
-            "digits",
-            "fashion-mnist",
-            "emnist-balanced",
-            "emnist-byclass",
-            "cifar10",
-            "breast-cancer",
-            "watch",
-            "flights",
-            "sites",
-        ]
-        | OwnFunction
-    ) = "digits"
+    dataset: DatasetName | OwnFunction = "digits"
     root: str = ""
     shape: Annotated[str, Field(pattern=r"^$|^[1-9]\d*(x[1-9]\d*)*$")] = ""
     num_classes: OptionalCount = 0

@@ -96,10 +96,7 @@ def reason_to_end(rows: Sequence[Row], server: ServerConfig, since: int = 0) -> 
 def warnings_in(rows: Sequence[Row], config: Config) -> dict[tuple[str, int], str]:
     """Return what goes wrong in a run, by its rows in metrics.jsonl, and what may help.
 
-    Returns
-    -------
-    dict[tuple[str, int], str]
-        A sentence each, by what it is of and the round in which that began.
+    That is a sentence each, by what it is of and the round in which that began.
     """
     warnings = {}
     if fall := fall_in(rows):

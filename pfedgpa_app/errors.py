@@ -4,6 +4,8 @@ import sysconfig
 import traceback
 from pathlib import Path
 
+INSTALLED = tuple(map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")))
+"""The folders of Python and of installed packages."""
 # An error may say what it failed on, such as all the numbers of a tensor.
 _MAX_LENGTH = 200
 _OWN = ("client_app", "pfedgpa_app", "server_app")
@@ -32,9 +34,7 @@ def described(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return what
-    paths = sysconfig.get_paths()
-    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
-    installed = tuple(f"{paths[kind]}/" for kind in kinds)
+    installed = tuple(f"{folder}/" for folder in INSTALLED)
     own = [frame for frame in frames if not frame.filename.startswith((*installed, "<"))]
     frame = (own or frames)[-1]
     return f"{what} in {frame.name} ({Path(frame.filename).name}, line {frame.lineno})"

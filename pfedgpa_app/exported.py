@@ -22,7 +22,7 @@ from pfedgpa_app.model_spec import ModelSpec
 from pfedgpa_app.models import MODELS, build_model
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.section import OptionalCount, Positive, Section
-from pfedgpa_app.state import Shapes, load_state, save_state
+from pfedgpa_app.state import Shapes, load_header, load_state, save_state
 
 MODEL_KIND = "pfedgpa-model-2"
 # Of an example: three channels of the largest image.
@@ -34,8 +34,6 @@ class ExportError(ValueError):
 
 
 class _Metadata(Section, extra="ignore"):
-    """The metadata of a file."""
-
     client: OptionalCount
     round: OptionalCount
     partition_id: OptionalCount | None
@@ -48,7 +46,6 @@ class _Metadata(Section, extra="ignore"):
 
 
 def _read(file: Path, raw: dict[str, Any]) -> tuple[_Metadata, Config]:
-    """Return the metadata of a file, and the settings of its run."""
     try:
         metadata = _Metadata.model_validate(raw)
         return metadata, Config.from_flat(metadata.config)
@@ -111,17 +108,12 @@ class ExportedModel:
     def load(cls, file: Path, *, trusted: bool = False) -> "ExportedModel":
         """Read a file of `save`, without running any code.
 
-        Raises
-        ------
-        ValueError
-            If the file is missing, damaged or foreign.
+        Raises `ValueError` if the file is missing, damaged or foreign.
         """
-
-        def check(raw: dict[str, Any], shapes: Shapes) -> None:
-            _check_shapes(file, _read(file, raw)[1], shapes)
-
-        state, raw = load_state(file, MODEL_KIND, check)
+        raw, shapes = load_header(file, MODEL_KIND)
         metadata, config = _read(file, raw)
+        _check_shapes(file, config, shapes)
+        state, _ = load_state(file, MODEL_KIND)
         stats = partition = None
         if metadata.image_mean is not None and metadata.image_std is not None:
             stats = ImageStats(torch.tensor(metadata.image_mean), torch.tensor(metadata.image_std))
@@ -161,13 +153,8 @@ class ExportedModel:
         """Return the probabilities of the classes, ``(num_examples, num_classes)``.
 
         Images ``(num_examples, *shape)`` are uint8, int32 (16 bits) or float32 like the training
-        data; tables are any of these.
-
-        Raises
-        ------
-        ValueError
-            If the examples do not fit, their normalization is unknown, or the model cannot
-            be built.
+        data; tables are any of these. Raises `ValueError` if the examples do not fit, their
+        normalization is unknown, or the model cannot be built.
         """
         shape = self.config.data.info.shape
         if tuple(images.shape[1:]) != shape:
@@ -190,10 +177,8 @@ class ExportedModel:
     def evaluate(self) -> tuple[Evaluation, int]:
         """Return accuracy and loss on the client's own test set, and its size.
 
-        Raises
-        ------
-        ValueError
-            If the test set or the normalization is unknown, or the model cannot be built.
+        Raises `ValueError` if the test set or the normalization is unknown, or the model cannot be
+        built.
         """
         data = self._client_data()
         prior = class_prior(data.train_labels, self.config.data.info.num_classes)
@@ -208,11 +193,7 @@ class ExportedModel:
         """Return the model with the class counts of its client's training examples.
 
         By default they are counted in the client's partition, if they are needed and it is known.
-
-        Raises
-        ------
-        ValueError
-            If there is not one count per class, or one is negative.
+        Raises `ValueError` if there is not one count per class, or one is negative.
         """
         uses_counts, num_classes = self.config.client.class_prior, self.config.data.info.num_classes
         if counts is None:
@@ -232,7 +213,6 @@ class ExportedModel:
         return replace(self, class_counts=tuple(counts))
 
     def _client_data(self) -> ClientData:
-        """Load the partition of the run's data that the client had."""
         data = self.config.data
         if self.partition is None:
             raise ExportError(

@@ -86,12 +86,7 @@ def drawing(file: Path, size: tuple[float, float], title: str, note: str) -> Ite
 
     ``size`` is in inches, as printed; ``note`` is what has to be known to read it. The same figure
     has the same bytes whenever one version of matplotlib writes it. Curves with a label are named
-    at their ends.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written; neither file is then there.
+    at their ends. Raises `OSError` if it cannot be written; neither file is then there.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -129,12 +124,8 @@ def draw_curves(
 ) -> None:
     """Draw accuracies, from 0 to 1, over ``x``: a panel a title, all on one scale from ``low`` on.
 
-    The first curve of a panel is on top of the others.
-
-    Raises
-    ------
-    OSError
-        If the figure cannot be written.
+    The first curve of a panel is on top of the others. Raises `OSError` if the figure cannot be
+    written.
     """
 
     columns = min(len(panels), 2)
@@ -158,12 +149,8 @@ def draw_dots(
 ) -> None:
     """Draw accuracies, from 0 to 1, over seeds: a panel a title and a line a row.
 
-    pFedGPA's rows are filled. What is below a panel's ``lows`` is an arrow at its edge.
-
-    Raises
-    ------
-    OSError
-        If the figure cannot be written.
+    pFedGPA's rows are filled. What is below a panel's ``lows`` is an arrow at its edge. Raises
+    `OSError` if the figure cannot be written.
     """
     from matplotlib.ticker import MaxNLocator
 

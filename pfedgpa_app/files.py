@@ -80,13 +80,14 @@ def open_regular(file: Path) -> BinaryIO:
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", str(file))
+        raise OSError(errno.EINVAL, "is no regular file; right would be one", str(file))
     return open(descriptor, "rb")
 
 
-def read_bytes(file: Path, most: int) -> bytes:
-    """Read a regular file of at most ``most`` bytes; raises `OSError` if it is not one."""
+def read_bytes(file: Path, most: int, begin: int = 0) -> bytes:
+    """Return a regular file from a byte on; `OSError` if it is none, or has more than ``most``."""
     with open_regular(file) as stream:
+        stream.seek(begin)
         content = stream.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"has more than {most} bytes", str(file))

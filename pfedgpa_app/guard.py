@@ -43,25 +43,17 @@ _DEVIATIONS_PER_MAD = 1.4826
 
 
 class Move(NamedTuple):
-    """A client's update: the difference between its upload and what it was sent.
-
-    Attributes
-    ----------
-    names
-        Of the tensors, those that are generated first.
-    generated
-        The change of the generated parameters, ``(d,)``.
-    averaged
-        That of what is averaged and not a whole number, ``(k,)``; statistics among it.
-    sizes
-        Length of the generated part, then of each tensor's change its length and its largest
-        entry, float64, ``(1 + 2 * num_tensors,)``.
-    """
+    """A client's update: the difference between its upload and what it was sent."""
 
     names: tuple[str, ...]
+    """Of the tensors, those that are generated first."""
     generated: Tensor
+    """The change of the generated parameters, ``(d,)``."""
     averaged: Tensor
+    """That of what is averaged and not a whole number, ``(k,)``; statistics among it."""
     sizes: Tensor
+    """Length of the generated part, then of each tensor's change its length and its largest entry,
+    float64, ``(1 + 2 * num_tensors,)``."""
 
     @classmethod
     def of(cls, layout: ParameterLayout, sent: StateDict, state: StateDict) -> "Move":
@@ -92,21 +84,14 @@ class Move(NamedTuple):
 
 
 class Guard(Stateful):
-    """Finds outliers, and remembers the updates of the other clients.
-
-    Attributes
-    ----------
-    memory
-        `Move.summary` of clients that were no outliers, the latest last.
-    num_compared
-        How many clients were compared in the last round.
-    """
+    """Finds outliers, and remembers the updates of the other clients."""
 
     memory: Kept[dict[int, Tensor]]
+    """`Move.summary` of clients that were no outliers, the latest last."""
 
     def __init__(self) -> None:
         self.memory = {}
-        self.num_compared = 0
+        self.num_compared = 0  # in the last round
 
     def find_outliers(
         self,
@@ -121,14 +106,8 @@ class Guard(Stateful):
         one tensor, that have come much farther from the ``initial`` parameters ``(d,)``, or that
         moved against the others where these have a direction in common. Where fewer than `FEW`
         took part, absent clients of the memory are compared with them. Where that is not enough to
-        compare anybody, all are unusual if at least `FEW` could take part, and none elsewhere.
-
-        Parameters
-        ----------
-        positions
-            The generated parameters of clients, ``(d,)``, those of absent ones too.
-        num_connected
-            How many could have taken part.
+        compare anybody, all are unusual if at least `FEW` could take part (``num_connected``), and
+        none elsewhere. ``positions`` are the generated parameters ``(d,)`` of absent clients too.
         """
         summaries = {c: move.summary() for c, move in moves.items()} if len(moves) < FEW else {}
         absent = [c for c in self.memory if summaries and c in positions and c not in moves]
@@ -164,16 +143,9 @@ def outliers_of(
 ) -> dict[int, str]:
     """Return which clients are outliers, by their place, and why; see `Guard.find_outliers`.
 
-    Parameters
-    ----------
-    sizes
-        `Move.sizes` of the clients, ``(n, 1 + 2 * num_tensors)``.
-    ways
-        Distances of the clients from the initial parameters, ``(n,)``.
-    directions
-        Moves of the clients, or sketches of them, ``(d,)``, for each part of the model.
-    names
-        Of the tensors.
+    ``sizes`` are `Move.sizes`, ``(n, 1 + 2 * num_tensors)``, with the tensors' ``names``, ``ways``
+    the distances from the initial parameters, ``(n,)``, and ``directions``, for each part of the
+    model, the clients' moves ``(d,)`` or sketches of them.
     """
     reasons: dict[int, str] = {}
     for moves in directions:

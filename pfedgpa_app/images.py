@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfedgpa_app.arrays import FileError, check_regular, read_examples
+from pfedgpa_app.arrays import FileError, read_examples
 from pfedgpa_app.data_section import by_x
-from pfedgpa_app.files import composed, is_hidden
+from pfedgpa_app.files import composed, is_hidden, open_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,12 +55,8 @@ def counted(others: Counter[str]) -> str:
 def find_pictures(folder: Path) -> Found:
     """Return the entries of a folder and its subfolders, hidden ones left out.
 
-    Raises
-    ------
-    FileError
-        If a folder is a link, which might make a loop or duplicates.
-    OSError
-        If one cannot be read.
+    Raises `FileError` if a folder is a link, which might make a loop or duplicates. Raises
+    `OSError` if one cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -91,12 +87,8 @@ def find_labelled(
     """Return pictures in folders that are named after classes, with their ``labels``.
 
     Such a folder is in one of the paths, and may have folders in turn. ``note`` is called with what
-    else is beside it. The first result is what remains for `find_files`.
-
-    Raises
-    ------
-    FileError
-        If a folder is a link.
+    else is beside it. The first result is what remains for `find_files`. Raises `FileError` if a
+    folder is a link.
     """
     others, found = [], dict[Path, int]()
     for path in paths:
@@ -127,12 +119,8 @@ def find_files(
 ) -> list[Path]:
     """Return the files, with each folder replaced by its images, sorted by name.
 
-    ``note`` is called with what else is in a folder.
-
-    Raises
-    ------
-    FileError
-        If there is no such file, it has another suffix, or a folder has no images.
+    ``note`` is called with what else is in a folder. Raises `FileError` if there is no such file,
+    it has another suffix, or a folder has no images.
     """
     paths, files = list(paths), list[Path]()
     arrays = {path for path in paths if path.suffix.lower() == ".npz"}
@@ -160,12 +148,8 @@ def read_images(
 
     Image files are converted to grey or RGB, as uint8 or 16-bit `LEVELS`. The array ``x`` of an
     .npz file is read by `read_examples`. Images of another height or width are resized, and
-    ``note`` is called for the first.
-
-    Raises
-    ------
-    FileError
-        If a file cannot be read or converted to ``shape``.
+    ``note`` is called for the first. Raises `FileError` if a file cannot be read or converted to
+    ``shape``.
     """
     size, is_noted = list(shape[1:]), False
     for name, image in _read_all(files, shape):
@@ -199,13 +183,9 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
     """Return the image of a PNG or JPEG file, ``(channels, height, width)``, upright.
 
     It is uint8, or `LEVELS` for 16-bit grey that 8 bits cannot represent. Size (``(height,
-    width)``, if given) and `MAX_PIXELS` are checked in the header, before decoding.
-
-    Raises
-    ------
-    FileError
-        If it cannot be read or converted to ``channels``, has another size or too many pixels, or
-        would lose frames, transparency or 16-bit colours.
+    width)``, if given) and `MAX_PIXELS` are checked in the header, before decoding. Raises
+    `FileError` if it cannot be read or converted to ``channels``, has another size or too many
+    pixels, or would lose frames, transparency or 16-bit colours.
     """
     from PIL import Image, ImageOps
 
@@ -214,13 +194,13 @@ def read_picture(file: Path, channels: int, size: Sequence[int] | None = None) -
             f"{file}: the model takes images of {channels} channels, and image files have 1 or 3; "
             f"right would be an .npz file with an array x of shape (n, {channels}, height, width)"
         )
-    check_regular(file)
     try:
         # Pillow warns of sizes that are checked below, or raises.
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            opened = Image.open(file, formats=("PNG", "JPEG"))
-        with opened:
-            picture: Image.Image = opened
+        with (
+            open_regular(file) as stream,
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+        ):
+            picture: Image.Image = Image.open(stream, formats=("PNG", "JPEG"))
             # In any order: it may have to be rotated.
             if size is not None and sorted(picture.size) != sorted(size):
                 raise _size_error(file, picture.size, size)

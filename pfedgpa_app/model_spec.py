@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -117,10 +117,7 @@ class ModelSpec:
     def layout(self, patterns: Sequence[str] = ("*",)) -> ParameterLayout:
         """Return the layout of the tensors in vectors and messages.
 
-        Raises
-        ------
-        ParameterError
-            If a pattern matches no tensor, or nothing would be generated.
+        Raises `ParameterError` if a pattern matches no tensor, or nothing would be generated.
         """
         return ParameterLayout.of(
             self.initial,
@@ -138,13 +135,7 @@ class ModelSpec:
 
     @property
     def linear_head(self) -> Head:
-        """The head.
-
-        Raises
-        ------
-        ModelError
-            If it is unknown or not linear.
-        """
+        """The head; raises `ModelError` if it is unknown or not linear."""
         if self.head is None or self.head.size == (0, 0):
             raise ModelError(
                 "the layer that makes the logits is not a torch.nn.Linear; right would be a model "
@@ -184,14 +175,16 @@ class Call(NamedTuple):
 def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
     """Return the head of a model: the layer that computes the logits.
 
-    It is found in a forward pass of two blank examples in evaluation mode, as the innermost layer
-    with a weight whose output is the logits. If something follows it, such as a scale, it is the
-    last linear layer or convolution with one output per class, and trained parameters after it
-    belong to it. None if there is no such layer, or a parallel branch bypasses it.
+    It is found in a forward pass of two blank examples in evaluation mode, in which it is left,
+    as the innermost layer with a weight whose output is the logits. If something follows it,
+    such as a scale, it is the last linear layer or convolution with one output per class, and
+    trained parameters after it belong to it. None if there is no such layer, or a parallel
+    branch bypasses it.
     """
     examples = torch.zeros(2, *info.shape)
     after = set[str]()
-    with evaluating(model), torch.enable_grad():
+    model.eval()
+    with torch.enable_grad():
         logits, calls = _calls(model, examples)
         layers = {call.name: model.get_submodule(call.name) for call in calls}
         makers = (
@@ -242,7 +235,6 @@ def find_head(model: nn.Module, info: DatasetInfo) -> Head | None:
 
 
 def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
-    """Return a model's output, and the calls of its layers in the order of their ends."""
     calls: list[Call] = []
 
     def keep(name: str, layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -251,16 +243,11 @@ def _calls(model: nn.Module, examples: Tensor) -> tuple[object, list[Call]]:
             calls.append(Call(name, first, output))
 
     # The model itself counts as a layer only if it has no submodules.
-    handles = [
-        layer.register_forward_hook(partial(keep, name))
-        for name, layer in model.named_modules()
-        if name or not any(model.children())
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if name or not any(model.children()):
+                hooks.enter_context(layer.register_forward_hook(partial(keep, name)))
         return model(examples), calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_classifier(layer: nn.Module, call: Call, info: DatasetInfo) -> bool:
@@ -282,17 +269,13 @@ def _trained_after(layer: nn.Module, model: nn.Module, examples: Tensor) -> set[
         cut.append(output.detach().requires_grad_())
         return cut[-1]
 
-    handle = layer.register_forward_hook(detach)
-    try:
+    with layer.register_forward_hook(detach):
         total = model(examples).sum()
-    finally:
-        handle.remove()
     parts = torch.autograd.grad(total, cut, allow_unused=True, retain_graph=True)
     return None if all(part is None for part in parts) else _with_gradient(total, model)
 
 
 def _with_gradient(total: Tensor, model: nn.Module) -> set[str]:
-    """Return the names of the parameters with a gradient of ``total``."""
     if not total.requires_grad:
         return set()
     return {name for name, each in gradients_of(total, model).items() if each is not None}
@@ -366,14 +349,3 @@ def _spectral(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             weight = getattr(layer, f"{hook.name}_orig")
             buffers = (getattr(layer, f"{hook.name}_{each}") for each in "uv")
             yield (hook.reshape_weight_to_matrix(weight), *buffers)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Keep a model in evaluation mode in the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -9,10 +9,11 @@ import functools
 import importlib
 import importlib.util
 import os
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from pfedgpa_app.errors import INSTALLED, described
 
 TRUST = "PFEDGPA_TRUST"
 """Environment variable: comma-separated packages whose functions settings may name."""
@@ -20,12 +21,11 @@ TRUST = "PFEDGPA_TRUST"
 _APP = Path(__file__).parents[1]
 # The app's own packages have no functions for settings.
 _OUR_OWN = ("client_app", "pfedgpa_app", "server_app")
-_KINDS = ("stdlib", "platstdlib", "purelib", "platlib")
-_INSTALLED = ("site-packages", "dist-packages")
+_OF_PACKAGES = ("site-packages", "dist-packages")
 
 
-class UntrustedError(ImportError):
-    """A function outside of the user's own code; the message says what would be right."""
+class OwnFunctionError(ValueError):
+    """A function that cannot be imported, or is not the user's own; the message says why."""
 
 
 def own_function(name: str) -> Callable[..., Any]:
@@ -33,23 +33,26 @@ def own_function(name: str) -> Callable[..., Any]:
 
     It must be defined in a module in the app's folder (where `flwr run` unpacks it) or in the
     current one, or in a package that the environment variable `TRUST` names. Nothing else is
-    imported.
-
-    Raises
-    ------
-    UntrustedError
-        If it is defined elsewhere.
-    ImportError, AttributeError
-        If there is no such module, or it has no such function. Importing it may raise anything.
+    imported. Raises `OwnFunctionError` if it is defined elsewhere, or cannot be imported.
     """
     module_name, _, function_name = name.partition(":")
     package = module_name.partition(".")[0]
-    if not _is_trusted(package):
-        raise UntrustedError(_refusal(package))
-    function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
-    origin = _module_of(function).partition(".")[0]
-    if origin != package and not _is_trusted(origin):
-        raise UntrustedError(f"{function_name} comes from another package: {_refusal(origin)}")
+    try:
+        if not _is_trusted(package):
+            raise OwnFunctionError(_refusal(package))
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+        origin = _module_of(function).partition(".")[0]
+        if origin != package and not _is_trusted(origin):
+            raise OwnFunctionError(f"{function_name} is of another package: {_refusal(origin)}")
+    except OwnFunctionError:
+        raise
+    except (ImportError, AttributeError) as error:
+        raise OwnFunctionError(
+            f"cannot be imported ({error}); right would be package.module:function, of a module "
+            "that server and clients can import"
+        ) from error
+    except Exception as error:  # user code may raise anything
+        raise OwnFunctionError(f"importing it failed with {described(error)}") from error
     return function
 
 
@@ -88,8 +91,8 @@ def _is_trusted(package: str) -> bool:
 
 
 def _is_own(folder: Path) -> bool:
-    installed = [Path(sysconfig.get_path(kind)).resolve() for kind in _KINDS]
-    if set(folder.parts) & set(_INSTALLED) or any(map(folder.is_relative_to, installed)):
+    installed = [Path(each).resolve() for each in INSTALLED]
+    if set(folder.parts) & set(_OF_PACKAGES) or any(map(folder.is_relative_to, installed)):
         return False
     own = [_APP.resolve()]
     with contextlib.suppress(OSError):  # the current folder was removed

@@ -118,12 +118,8 @@ class ParameterLayout:
         """Return the layout of a state_dict.
 
         ``trained`` has the names of the tensors that train (by default `default_trained`), and
-        ``fixed`` the names of those that never change.
-
-        Raises
-        ------
-        ParameterError
-            If a pattern matches no tensor, or nothing would be generated.
+        ``fixed`` the names of those that never change. Raises `ParameterError` if a pattern matches
+        no tensor, or nothing would be generated.
         """
         trained = default_trained(state) if trained is None else trained
         aliases = aliases or {}
@@ -202,10 +198,7 @@ class ParameterLayout:
     def check_names(self, state: Iterable[str]) -> None:
         """Refuse a message whose names differ from those of this model.
 
-        Raises
-        ------
-        ParameterError
-            Naming missing or unknown tensors.
+        Raises `ParameterError`, naming missing or unknown tensors.
         """
         given, names = set(state), {entry.name for entry in self.sent}
         if missing := names - given:
@@ -216,10 +209,7 @@ class ParameterLayout:
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a message that does not fit this model, or has invalid values.
 
-        Raises
-        ------
-        ParameterError
-            Naming the first wrong tensor, and what would be right.
+        Raises `ParameterError`, naming the first wrong tensor, and what would be right.
         """
         self.check_names(state)
         for entry in self.sent:
@@ -270,12 +260,8 @@ def _equal(left: Tensor, right: Tensor) -> Tensor:
 def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> StateDict:
     """Return the weighted average of state_dicts of one layout, computed in float64.
 
-    Integer tensors are averaged and rounded. Tensors equal in all states stay bit-identical.
-
-    Raises
-    ------
-    ValueError
-        If there are no states, or the sum of weights is not positive.
+    Integer tensors are averaged and rounded. Tensors equal in all states stay bit-identical. Raises
+    `ValueError` if there are no states, or the sum of weights is not positive.
     """
     total = sum(weights)
     if not states or not total > 0:

@@ -25,12 +25,7 @@ def preflight(config: Config, *, one_process: bool = False) -> ModelSpec:
     """Build and try the model of a run, and check all else that would only fail during the run.
 
     ``one_process`` says that all clients train in one process, as in `pfedgpa bench`; only then is
-    ``client.engine = "vmap"`` allowed.
-
-    Raises
-    ------
-    ConfigError
-        With every problem.
+    ``client.engine = "vmap"`` allowed. Raises `ConfigError` with every problem.
     """
     problems = []
     try:
@@ -63,7 +58,6 @@ def preflight_key(config: Config) -> Hashable:
 
 
 def _checked_model(config: Config) -> ModelSpec:
-    """Return the checked model's structure; raise a `ConfigError` if it does not fit."""
     info, named = config.data.info, f'model.name = "{config.model.name}"'
     build = partial(build_model, config.model.name, info, config.seed)
 

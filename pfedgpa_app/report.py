@@ -14,7 +14,7 @@ from pfedgpa_app.files import read_bytes, read_json
 from pfedgpa_app.rounds import Row, names_in, parse_rows
 from pfedgpa_app.runs import (
     RUN_FILE,
-    end_of,
+    field_of,
     is_going_on,
     name_of,
     note_end,
@@ -41,15 +41,7 @@ _MAX_ROWS_BYTES = 2**30
 class RunFolder:
     """Writes ``<output-dir>/<run id>/`` while a run goes on, which is until it is closed.
 
-    Attributes
-    ----------
-    name
-        What the run is called, as no other below the output folder.
-
-    Raises
-    ------
-    WriteError
-        If the folder cannot be made, or is one of a run already.
+    Raises `WriteError` if the folder cannot be made, or is one of a run already.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
@@ -79,12 +71,8 @@ class RunFolder:
         """Append a round to metrics.jsonl and its clients to clients.jsonl.
 
         ``method`` is what the server learned, if anything, for method.jsonl. What cannot be written
-        is kept, and written with the next round.
-
-        Raises
-        ------
-        WriteError
-            If some of it cannot be written now.
+        is kept, and written with the next round. Raises `WriteError` if some of it cannot be
+        written now.
         """
         self._unwritten["clients.jsonl"] += clients
         self._unwritten["metrics.jsonl"].append(row)
@@ -97,20 +85,14 @@ class RunFolder:
     def add_clients(self, clients: Iterable[Row]) -> None:
         """Append the clients of a round that will not be complete to clients.jsonl.
 
-        Raises
-        ------
-        WriteError
-            If they cannot be written.
+        Raises `WriteError` if they cannot be written.
         """
         _append(self.path / "clients.jsonl", list(clients))
 
     def note(self, key: Literal["error", "ended"], reason: str) -> None:
         """Write why the run ends before its last round: an error, or what it was to reach.
 
-        Raises
-        ------
-        WriteError
-            If it cannot be written.
+        Raises `WriteError` if it cannot be written.
         """
         with writing(self.path / RUN_FILE):
             note_end(self.path, self._lock, key, reason)
@@ -118,7 +100,7 @@ class RunFolder:
     def go_on_from(self, run: "Run", completed_rounds: int) -> None:
         """Begin with an earlier run's rows, as far as its checkpoint has their rounds."""
         for name in ROWS:
-            rows = _read_rows(run.path / name)
+            rows, _ = read_rows(run.path / name)
             _append(self.path / name, [row for row in rows if row["round"] <= completed_rounds])
 
     def save_model(
@@ -159,17 +141,14 @@ class Run:
     def read(cls, path: Path) -> "Run":
         """Read a run's settings and metrics.
 
-        Raises
-        ------
-        ValueError
-            If the folder is not one of a run.
+        Raises `ValueError` if the folder is not one of a run.
         """
         try:
             flat = read_json(path / "config.json")
             if "strategy" not in flat:
                 raise ValueError("config.json names no strategy")
             config = Config.from_flat(flat)
-            return cls(path, config, _read_rows(path / "metrics.jsonl"))
+            return cls(path, config, read_rows(path / "metrics.jsonl")[0])
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not the folder of a run: {error}") from error
 
@@ -181,12 +160,12 @@ class Run:
     @property
     def error(self) -> str:
         """Why it ended before its last round; empty if it did not, or was killed."""
-        return end_of(self.path, "error")
+        return field_of(self.path, "error")
 
     @property
     def ended(self) -> str:
         """Why it was complete before its last round; empty if it was not."""
-        return end_of(self.path, "ended")
+        return field_of(self.path, "ended")
 
     @property
     def warnings(self) -> list[str]:
@@ -204,20 +183,17 @@ class Run:
     @property
     def clients(self) -> list[Row]:
         """The rows of the clients in all rounds."""
-        return _read_rows(self.path / "clients.jsonl")
+        return read_rows(self.path / "clients.jsonl")[0]
 
     @property
     def method(self) -> list[Row]:
         """What the server learned, by round; few strategies have such rows."""
-        return _read_rows(self.path / "method.jsonl")
+        return read_rows(self.path / "method.jsonl")[0]
 
     def client_called(self, client: str) -> int:
         """Return the number of a client from its number or the name that it last had.
 
-        Raises
-        ------
-        ValueError
-            If no client is called so, or more than one.
+        Raises `ValueError` if no client is called so, or more than one.
         """
         if client.isdecimal():
             return int(client)
@@ -237,10 +213,7 @@ class Run:
     def model_file(self, client: int) -> Path:
         """Return the file of a client's personalized model.
 
-        Raises
-        ------
-        ValueError
-            If there is none, with the clients that have one.
+        Raises `ValueError` if there is none, with the clients that have one.
         """
         folder = self.path / "models"
         files = folder.glob("client-*.safetensors")
@@ -310,20 +283,22 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
     return runs, damaged
 
 
-def _read_rows(file: Path) -> list[Row]:
-    """Read JSON lines; the last one of a run that was killed may be cut off."""
-    content = read_bytes(file, _MAX_ROWS_BYTES) if file.exists() else b""
-    return parse_rows(file, content[: content.rfind(b"\n") + 1])
+def read_rows(file: Path, begin: int = 0) -> tuple[list[Row], int]:
+    """Return the rows in whole lines from a byte of a file on, and the byte where they end.
+
+    A line may be cut off where a run goes on or was killed. Lines that a full disk made their
+    writer take back come a second time. Raises `RowError` if one is damaged.
+    """
+    if not file.exists():
+        return [], 0
+    begin = min(begin, file.stat().st_size)
+    content = read_bytes(file, _MAX_ROWS_BYTES, begin)
+    whole = content[: content.rfind(b"\n") + 1]
+    return parse_rows(file, whole), begin + len(whole)
 
 
 def _append(file: Path, rows: Sequence[Row]) -> None:
-    """Append rows, all of them or none.
-
-    Raises
-    ------
-    WriteError
-        If they cannot be written.
-    """
+    """Append rows, all of them or none; raises `WriteError` if they cannot be written."""
     if not rows:
         return
     with writing(file):

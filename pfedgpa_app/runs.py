@@ -7,12 +7,12 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.files import is_hidden, open_regular, read_json, text_of
+from pfedgpa_app.source import version_of
 
 RUN_FILE = "run.json"
 CHECKPOINT = "checkpoint.safetensors"
@@ -36,10 +36,6 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
     """
     data = re.sub(r"[^a-z0-9]+", "-", config.data.dataset.lower()).strip("-")
     pattern = re.compile(rf"{data}-{config.strategy}-([0-9]{{1,9}})")
-    try:
-        app_version = version("pfedgpa")
-    except PackageNotFoundError:  # it runs from where it was unpacked
-        app_version = ""
     with _locked(path.parent):  # one process at a time takes a number
         names = [name_of(file.parent) for file in path.parent.glob(f"*/{RUN_FILE}")]
         taken = [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
@@ -48,7 +44,7 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
         try:
             _lock(file.fileno())
             began = datetime.now(UTC).isoformat()
-            _write(file, {"name": name, "began": began, "version": app_version})
+            _write(file, {"name": name, "began": began, "version": version_of()})
         except OSError:
             file.close()
             raise
@@ -57,18 +53,8 @@ def register(path: Path, config: Config) -> tuple[str, FileIO]:
 
 def name_of(path: Path) -> str:
     """Return a run's name, or its id if it has no valid one."""
-    name = _field(path, "name")
+    name = field_of(path, "name")
     return name if re.fullmatch("[a-z0-9-]{1,100}", name) else text_of(path.name)
-
-
-def end_of(path: Path, key: str) -> str:
-    """Return why a run ended before its last round, as `note_end` wrote it; empty if it did not."""
-    return _field(path, key)
-
-
-def version_of(path: Path) -> str:
-    """Return the app's version in a run; empty if unknown."""
-    return _field(path, "version")
 
 
 def note_end(path: Path, file: FileIO, key: str, reason: str) -> None:
@@ -76,7 +62,7 @@ def note_end(path: Path, file: FileIO, key: str, reason: str) -> None:
 
     Raises `OSError` if it cannot be written.
     """
-    kept = {name: _field(path, name) for name in ("name", "began", "version")}
+    kept = {name: field_of(path, name) for name in ("name", "began", "version")}
     _write(file, kept | {key: reason})
 
 
@@ -86,8 +72,11 @@ def _write(file: FileIO, fields: dict[str, str]) -> None:
     os.fsync(file)
 
 
-def _field(path: Path, key: str) -> str:
-    """Return a field of a run's ``run.json``; empty if there is none."""
+def field_of(path: Path, key: str) -> str:
+    """Return a field of a run's ``run.json``; empty if there is none.
+
+    These are ``name``, ``began``, ``version`` (of the app) and, after `note_end`, its key.
+    """
     try:
         value = read_json(path / RUN_FILE).get(key)
     except (OSError, ValueError, AttributeError):
@@ -101,7 +90,7 @@ def began_at(path: Path) -> datetime:
     Raises `OSError` if it has neither.
     """
     try:
-        return datetime.fromisoformat(_field(path, "began")).astimezone(UTC)
+        return datetime.fromisoformat(field_of(path, "began")).astimezone(UTC)
     except (ValueError, OverflowError):
         return datetime.fromtimestamp((path / "config.json").stat().st_mtime, UTC)
 
@@ -121,24 +110,12 @@ def is_going_on(path: Path) -> bool:
 
 
 def find_run(run: str, folder: Path, here: Path | None = None) -> Path:
-    """Return the folder of a run.
+    """Return the folder of a run in an output folder.
 
-    Parameters
-    ----------
-    run
-        Its name, its id, a prefix of either that no other has, ``latest``, or its folder; each may
-        end in ``/best``, for the folder of its best checkpoint.
-    folder
-        The output folder, to which a path may be relative.
-    here
-        Another folder to which a path may be relative.
-
-    Raises
-    ------
-    RunNotFoundError
-        If there is none, or more than one.
-    OSError
-        If the output folder cannot be read.
+    ``run`` is its name, its id, a prefix of either that no other has, ``latest``, or its path,
+    which may be relative to ``folder`` or ``here``; each may end in ``/best``, for the folder of
+    its best checkpoint. Raises `RunNotFoundError` if there is none, or more than one, and `OSError`
+    if the output folder cannot be read.
     """
     if not run:
         raise RunNotFoundError("The name of the run is empty; pfedgpa runs lists those there are")

@@ -1,10 +1,19 @@
 """The version of the code that a process runs."""
 
 import hashlib
+import os
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+
+def version_of(package: str = "pfedgpa") -> str:
+    """Return the version of an installed package; "" if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 @cache
@@ -13,26 +22,17 @@ def commit() -> str:
 
     ``-dirty`` follows if files differ from it.
     """
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:  # only of this file's own repository, not of one that its environment lies in
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", here.name],
-            check=True,
-            capture_output=True,
-        )
+    here = Path(__file__).resolve()
+    # Only of this project, not of a repository that its environment lies in.
+    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parents[2])}
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
         described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"],
-            check=True,
-            capture_output=True,
-            encoding="utf-8",
+            git, cwd=here.parent, env=env, check=True, capture_output=True, encoding="utf-8"
         )
-        return described.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        try:
-            return version("pfedgpa")
-        except PackageNotFoundError:
-            return ""
+        return version_of()
+    return described.stdout.strip()
 
 
 @cache

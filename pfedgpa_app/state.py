@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,24 +103,14 @@ Shapes = dict[str, tuple[int, ...]]
 """The shapes of a file's tensors by name."""
 
 
-def load_state(
-    file: Path, kind: str, check: Callable[[dict[str, Any], Shapes], None] | None = None
-) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+def load_state(file: Path, kind: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Return the tensors and ``fields`` of `save_state`.
 
-    ``check`` gets the fields and the tensors' shapes before any tensor is read; its errors pass.
     Raises `ValueError` if the file is missing, damaged or of another kind.
     """
-    fields, shapes = _header(file, kind)
-    if check is not None:
-        check(fields, shapes)
+    fields, shapes = load_header(file, kind)
     with _reading(file), safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in shapes}, fields
-
-
-def load_metadata(file: Path, kind: str) -> dict[str, Any]:
-    """Return the ``fields`` of `load_state` alone, with its errors."""
-    return _header(file, kind)[0]
 
 
 @contextmanager
@@ -131,8 +121,8 @@ def _reading(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is missing or damaged: {error}") from error
 
 
-def _header(file: Path, kind: str) -> tuple[dict[str, Any], Shapes]:
-    """Return the fields and the shapes of a file of a kind; errors are those of `load_state`."""
+def load_header(file: Path, kind: str) -> tuple[dict[str, Any], Shapes]:
+    """Return the ``fields`` of `load_state` and the tensors' shapes, with its errors."""
     with _reading(file):
         with open_regular(file) as stream:
             size = int.from_bytes(stream.read(8), "little")

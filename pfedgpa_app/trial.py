@@ -162,5 +162,4 @@ def _try(build: Callable[[], nn.Module], config: Config, smallest: int, precisio
 
 
 def _one_line(error: Exception) -> str:
-    """Return the message of an error in one line."""
     return str(error) if isinstance(error, ModelError) else described(error)

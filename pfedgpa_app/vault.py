@@ -25,14 +25,8 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
     """One vector ``(d,)`` per client, each in its own safetensors file.
 
     Files are never overwritten: a new vector gets a new file, and files of the last checkpoint stay
-    until `prune` is called after the next one.
-
-    Parameters
-    ----------
-    folder
-        Of the files ``<client>-<version>.safetensors``. It is created with the first one.
-    earlier
-        Where the files of a restored state are; ``folder`` by default.
+    until `prune` is called after the next one. The folder of ``<client>-<version>.safetensors`` is
+    created with the first one; ``earlier`` is where the files of a restored state are.
     """
 
     versions: Kept[dict[int, int]]
@@ -53,10 +47,7 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
     def complete_restored(self) -> None:
         """Link or copy the files of a restored state from ``earlier``.
 
-        Raises
-        ------
-        ValueError
-            If one is missing or damaged, or cannot be linked or copied.
+        Raises `ValueError` if one is missing or damaged, or cannot be linked or copied.
         """
         files = {self.earlier / self.file(client).name: self.file(client) for client in self}
         for file in files:
@@ -74,13 +65,7 @@ class DiskVault(MutableMapping[int, Tensor], Stateful):
         self._next = max(self.versions.values(), default=0) + 1
 
     def prune(self) -> None:
-        """Remove the files of older versions.
-
-        Raises
-        ------
-        WriteError
-            If that fails.
-        """
+        """Remove the files of older versions; raises `WriteError` if that fails."""
         current = {self.file(client).name for client in self}
         with writing(self.folder):
             for file in self.folder.iterdir() if self.folder.is_dir() else ():

@@ -1,9 +1,7 @@
 """The command ``pfedgpa watch``: follow a run by its files until it is over."""
 
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -16,9 +14,9 @@ from rich.progress import (
 )
 
 from pfedgpa_app.console import OutputDir, RunArgument, fail, read_run
-from pfedgpa_app.files import count_of, open_regular, printable
-from pfedgpa_app.report import Run
-from pfedgpa_app.rounds import Row, called, describe, has_failed, parse_rows
+from pfedgpa_app.files import count_of, printable
+from pfedgpa_app.report import Run, read_rows
+from pfedgpa_app.rounds import Row, called, describe, has_failed
 from pfedgpa_app.runs import CHECKPOINT, LATEST, is_going_on
 from pfedgpa_app.sharing import unshared_in
 
@@ -64,46 +62,20 @@ def watch(run: RunArgument = LATEST, output_dir: OutputDir = "") -> None:
     print(f"{name} is complete, {last} of {count_of(num_rounds, 'round')}: {path}")
 
 
-class Tail:
-    """Reads what is appended to a file of JSON lines."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._offset = 0
-
-    def rows(self) -> list[Row]:
-        """Return the whole lines that are new.
-
-        Lines that a full disk made their writer take back come a second time.
-
-        Raises
-        ------
-        RowError
-            If one of them is damaged.
-        """
-        if not self._file.exists():
-            return []
-        with open_regular(self._file) as stream:
-            self._offset = min(self._offset, os.fstat(stream.fileno()).st_size)
-            stream.seek(self._offset)
-            new = stream.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return parse_rows(self._file, whole)
-
-
 def _follow(run: Run, rounds: dict[int, Row]) -> Iterator[int]:
     """Print a line a round, and some of its failures, until the run is over.
 
     ``rounds`` gets the rows of metrics.jsonl. Yields the last round before each pause.
     """
-    metrics, clients = Tail(run.path / "metrics.jsonl"), Tail(run.path / "clients.jsonl")
+    ends = [0, 0]
     failures: dict[int, dict[int, str]] = {}
     while True:
         # First, since whoever lets go of the lock has written all it had.
         is_over = not is_going_on(run.path)
-        new = [row for row in metrics.rows() if row["round"] not in rounds]
-        for row in clients.rows():  # they are written before their round's
+        read, ends[0] = read_rows(run.path / "metrics.jsonl", ends[0])
+        new = [row for row in read if row["round"] not in rounds]
+        read, ends[1] = read_rows(run.path / "clients.jsonl", ends[1])
+        for row in read:  # they are written before their round's
             if has_failed(row):
                 of_round = failures.setdefault(row["round"], {})
                 of_round[row["client"]] = f"{called(row)}: {row['status']}"

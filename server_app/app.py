@@ -227,13 +227,7 @@ class EarlyEnd(Exception):  # noqa: N818
 
 
 class RoundEnd:
-    """Called by Flower after each round: writes and logs its results.
-
-    Attributes
-    ----------
-    ended
-        Why the run ends before its last round; empty if it does not.
-    """
+    """Called by Flower after each round: writes and logs its results."""
 
     def __init__(self, strategy: ClientwiseFedAvg, folder: RunFolder, tracking: Tracking) -> None:
         self.strategy = strategy
@@ -245,21 +239,15 @@ class RoundEnd:
         self.rows = Run.read(folder.path).metrics
         self.warned = warnings_in(self.rows, self.config)
         self.best = best_in(self.rows)
-        self.ended = ""
+        self.ended = ""  # why the run ends before its last round
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> None:
         """Write the round's rows and then, if one is due, a checkpoint that counts them.
 
         Flower's round 0 is before the first: its checkpoint is for a run that is killed in the
         first. An error of writing ends the run there and after the last round. In between it is
-        tried again after the next round.
-
-        Raises
-        ------
-        WriteError, RunError
-            If the run cannot begin or end well.
-        EarlyEnd
-            If ``server.stop-at`` or ``server.patience`` ends it.
+        tried again after the next round. Raises `WriteError` or `RunError` if the run cannot begin
+        or end well. Raises `EarlyEnd` if ``server.stop-at`` or ``server.patience`` ends it.
         """
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now

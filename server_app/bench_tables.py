@@ -139,7 +139,6 @@ def _in_words(measure: str, runs: list[BenchRun]) -> str:
 
 
 def _note(suite: Suite, measure: str, what: str, period: str) -> str:
-    """Return what the numbers of a measure are."""
     seeds = ", ".join(map(str, suite.seeds))
     is_one = len(suite.seeds) == 1
     over = f"seed {seeds}" if is_one else f"mean ± standard deviation over seeds {seeds}"
@@ -186,10 +185,7 @@ def _to_target(suite: Suite, results: dict[int, Result], target: float) -> Cell:
 def draw(suite: Suite, runs: list[BenchRun], folder: Path, file: Path) -> None:
     """Draw every run's accuracy, or its curve, one panel per case, as PNG and SVG.
 
-    Raises
-    ------
-    OSError
-        If they cannot be written.
+    Raises `OSError` if they cannot be written.
     """
     if suite.curve:
         draw_curves(file, curves(suite, runs, folder), suite.title, BANDS)

@@ -38,12 +38,8 @@ def keep_best(run: Path, target: Path | None = None) -> None:
     """Copy a run's checkpoint, which is that of its best round, to the folder `BEST`.
 
     The folder is below ``target``, by default the run. It gets the files of the bank too, as hard
-    links where possible. After a crash it has the earlier checkpoint or this one.
-
-    Raises
-    ------
-    WriteError
-        If it cannot be written.
+    links where possible. After a crash it has the earlier checkpoint or this one. Raises
+    `WriteError` if it cannot be written.
     """
     best = (target or run) / BEST
     with writing(best):
@@ -63,10 +59,7 @@ def keep_best(run: Path, target: Path | None = None) -> None:
 def resolve_resume(config: Config) -> Config:
     """Return the settings with ``resume-from``, a name or ``latest``, as an id or a path.
 
-    Raises
-    ------
-    ResumeError
-        If no run is called so, or more than one.
+    Raises `ResumeError` if no run is called so, or more than one.
     """
     if not config.resume_from:
         return config
@@ -81,11 +74,8 @@ def resolve_resume(config: Config) -> Config:
 def resume(config: Config, strategy: ClientwiseFedAvg) -> Run:
     """Restore a strategy from the run of `resolve_resume`, and return this run.
 
-    Raises
-    ------
-    ResumeError
-        If there is no such run, its checkpoint is missing, damaged or foreign, settings that affect
-        results differ, or it has more rounds than ``config``.
+    Raises `ResumeError` if there is no such run, its checkpoint is missing, damaged or foreign,
+    settings that affect results differ, or it has more rounds than ``config``.
     """
     if strategy.clients_keep_parts:
         raise ResumeError(
@@ -124,7 +114,7 @@ def resume(config: Config, strategy: ClientwiseFedAvg) -> Run:
         raise ResumeError(f"The model is not that of the run to go on from: {error}") from error
     strategy.completed_rounds = metadata["round"]
     strategy.record = RoundRecord(metadata["round"])
-    strategy.roster.resume(dict(metadata["clients"]))
+    strategy.roster.clients = dict(metadata["clients"])
     return run
 
 

@@ -141,8 +141,6 @@ def _run(
     fresh: bool,
 ) -> dict[str, str]:
     """Do those runs that have no result yet, and return the reasons of those that failed."""
-    from rich.progress import Progress
-
     from server_app.bench import execute, num_processes
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,16 +155,13 @@ def _run(
     )
     failed: dict[str, str] = {}
     begin = time.monotonic()
-    # A progress bar would hide the prompt of a debugger.
-    with terminable(), Progress(disable=not processes) as progress:
-        task = progress.add_task("runs", total=len(pending))
+    with terminable():
         finished: list[BenchRun] = []
 
         def advance(run: "BenchRun") -> None:
             finished.append(run)
             seconds = (time.monotonic() - begin) / len(finished) * (len(pending) - len(finished))
             left = f"{timedelta(seconds=round(seconds))} left"
-            progress.update(task, advance=1)
             print(f"[{len(finished)}/{len(pending)}] {run.outcome(folder)}; {left}", flush=True)
 
         if not superlink:
@@ -178,7 +173,6 @@ def _run(
 
 
 def _seeds(text: str) -> list[int]:
-    """Return the seeds of the option, or end the command."""
     seeds = whole_numbers("--seeds", text, "0,1,2")
     if len(set(seeds)) < len(seeds):
         fail(f'--seeds "{text}": right would be each once')

@@ -155,7 +155,6 @@ def _data_problems(config: Config, clients: int | None) -> Iterator[str]:
 
 
 def _unchecked(config: Config, clients: int | None) -> Iterator[str]:
-    """Yield what was not checked."""
     from pfedgpa_app.randomness import resolve_device
 
     if config.data.dataset == SITES:

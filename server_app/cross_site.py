@@ -16,13 +16,9 @@ from server_app.strategies import ClientwiseFedAvg
 def evaluate_across(strategy: ClientwiseFedAvg, grid: Grid, timeout: float) -> list[Row]:
     """Evaluate the personalized model of each client that consents at all of these.
 
-    ``timeout`` is in seconds, for each model. Invalid replies are logged and left out.
-
-    Returns
-    -------
-    list[Row]
-        For each pair the numbers of both clients, ``model`` and ``site``, with ``accuracy`` and
-        ``num-test-examples``.
+    Rows have the numbers of both clients, ``model`` and ``site``, ``accuracy`` and
+    ``num-test-examples``. ``timeout`` is in seconds, for each model. Invalid replies are logged and
+    left out.
     """
     roster = strategy.roster
     # A resumed run without further rounds does not know who is connected.

@@ -19,19 +19,8 @@ MAX_EXAMPLES_RATIO = 10
 class GlobalModel(Stateful):
     """The average, and the vector ``(d,)`` of the generated parameters of a model.
 
-    Parameters
-    ----------
-    spec
-        The model.
-    patterns
-        Patterns of the names of generated parameters.
-    beta
-        Momentum of the average.
-
-    Raises
-    ------
-    ParameterError
-        If a pattern matches no tensor, or nothing would be generated.
+    ``patterns`` are those of the names of generated parameters, ``beta`` is the average's momentum.
+    Raises `ParameterError` if a pattern matches no tensor, or nothing would be generated.
     """
 
     average: Kept[StateDict]

@@ -48,10 +48,7 @@ class GuardedGrid:
     ) -> list[Message]:
         """Send messages and return the replies of ``timeout`` seconds, or errors in their places.
 
-        Raises
-        ------
-        Exception
-            If the SuperLink does not answer.
+        Raises `Exception` if the SuperLink does not answer.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         messages = list(messages)

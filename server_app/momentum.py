@@ -40,21 +40,14 @@ class Momentum(Stateful):
 
 @dataclass(frozen=True)
 class Step:
-    """The state of a client's momentum.
-
-    Attributes
-    ----------
-    sent
-        Parameters sent for its last training, ``(d,)``.
-    velocity
-        Their change per round since the training before, ``(d,)``.
-    trained
-        Round of the last training.
-    """
+    """The state of a client's momentum."""
 
     sent: Vector
+    """Parameters sent for its last training, ``(d,)``."""
     velocity: Vector
+    """Their change per round since the training before, ``(d,)``."""
     trained: int
+    """Round of the last training."""
 
 
 class ClientMomentum(Stateful):

@@ -31,10 +31,7 @@ class SuperLinkError(RuntimeError):
 def own_superlink() -> Iterator[Mapping[str, str]]:
     """Start a SuperLink on a free local port, and yield the environment for `flwr`.
 
-    Raises
-    ------
-    SuperLinkError
-        If it does not start.
+    Raises `SuperLinkError` if it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="pfedgpa-", ignore_cleanup_errors=True) as home:
         log = Path(home) / "superlink.log"
@@ -74,7 +71,6 @@ def own_superlink() -> Iterator[Mapping[str, str]]:
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the SuperLink listens on its port."""
     deadline = time.monotonic() + _PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         with socket.socket() as probe:

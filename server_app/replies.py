@@ -59,32 +59,18 @@ class NotFiniteError(ReplyError):
 
 @dataclass(frozen=True)
 class Upload:
-    """A client's validated upload.
-
-    Attributes
-    ----------
-    layout
-        Layout of the parameters.
-    sent, state
-        The state_dict before and after training.
-    num_examples
-        Number of training examples.
-    metrics
-        The reported metrics.
-    site
-        What the client reports of its data, if anything: ``image-stats``, mean and standard
-        deviation of each channel or feature, ``(2, channels)``, float32; ``partition``, its id and
-        the number of partitions, ``(2,)``.
-    extras
-        Further tensors of the strategy.
-    """
+    """A client's validated upload."""
 
     layout: ParameterLayout
     sent: StateDict
     state: StateDict
+    """The state_dicts before and after training."""
     num_examples: int
     metrics: dict[str, float]
     site: StateDict
+    """What the client reports of its data, if anything: ``image-stats``, mean and standard
+    deviation of each channel or feature, ``(2, channels)``, float32; ``partition``, its id and the
+    number of partitions, ``(2,)``."""
     extras: StateDict
 
     @cached_property
@@ -110,13 +96,9 @@ def read_upload(
     """Return the validated reply to a training message with the state ``sent``.
 
     With ``extras_layout`` there must be a second ArrayRecord `EXTRAS`, or may be with
-    ``may_lack_extras``.
-
-    Raises
-    ------
-    ReplyError
-        If it is an error, has other records, arrays that do not fit ``layout``, or invalid metrics.
-        ``image-mean``, ``image-std`` and ``partition`` may be missing, but not wrong.
+    ``may_lack_extras``. Raises `ReplyError` if it is an error, has other records, arrays that do
+    not fit ``layout``, or invalid metrics. ``image-mean``, ``image-std`` and ``partition`` may be
+    missing, but not wrong.
     """
     if may_lack_extras and message.has_content() and len(message.content.array_records) == 1:
         extras_layout = None
@@ -153,7 +135,6 @@ def max_bytes(*layouts: ParameterLayout | None) -> int:
 
 
 def _read_state(arrays: ArrayRecord, layout: ParameterLayout) -> StateDict:
-    """Return the tensors of a record, validated against a layout."""
     try:
         layout.check_names(arrays)
         state = {entry.name: _read_array(arrays[entry.name], entry) for entry in layout.sent}
@@ -170,11 +151,8 @@ def read_metrics(
 ) -> dict[str, float]:
     """Return the scalars of the only MetricRecord of a reply.
 
-    Raises
-    ------
-    ReplyError
-        If it is an error, has other records, a metric that is not finite or huge, or no positive
-        ``weighted_by_key``.
+    Raises `ReplyError` if it is an error, has other records, a metric that is not finite or huge,
+    or no positive ``weighted_by_key``.
     """
     if message.has_error():
         what = NO_REPLY if message.error.code in _GONE else CLIENT_FAILED
@@ -235,7 +213,6 @@ def one_line(text: str, length: int = 300) -> str:
 
 
 def _read_site(record: MetricRecord) -> StateDict:
-    """Return ``site`` of an `Upload`."""
     site = {}
     match record.get(protocol.IMAGE_MEAN), record.get(protocol.IMAGE_STD):
         case None, None:

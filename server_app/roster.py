@@ -52,44 +52,25 @@ class Roster:
 
     Numbers sort clients, name files and seed generators. Names, with which SuperNodes were
     registered, are for people alone.
-
-    Attributes
-    ----------
-    clients
-        The numbers by node id.
-    names
-        The names of nodes that have one of their own, printable, by node id.
-    shared_names
-        The names that several connected nodes have, by node id.
-    ids_stay
-        Whether nodes keep their ids in a resumed run, as on a network. In a simulation all are new.
-    contested
-        Partitions that several nodes claimed, which are no client's number.
-    refused
-        Connected nodes with other code, which are no clients. They are queried before each round.
-    connected
-        The connected clients' nodes.
     """
 
     ids_stay = True
+    """Whether nodes keep their ids in a resumed run, as on a network. In a simulation all are new,
+    and those that connect first get the numbers of the earlier run if they claim all of them."""
 
     def __init__(self) -> None:
+        # Of all nodes by id, at first those of an earlier run.
         self.clients: dict[int, int] = {}
+        # By node id, printable: of one node alone, and of several connected ones.
         self.names: dict[int, str] = {}
         self.shared_names: dict[int, str] = {}
+        # Partitions that several nodes claimed, which are no client's number.
         self.contested: set[int] = set()
+        # Connected nodes with other code, which are queried before each round; and the clients'.
         self.refused: set[int] = set()
         self.connected: set[int] = set()
         self._queried: set[int] = set()
         self._is_first = True
-
-    def resume(self, clients: dict[int, int]) -> None:
-        """Take over the numbers of an earlier run.
-
-        A node with a known id keeps its number; on a network all others are newcomers. In a
-        simulation, the nodes that connect first get the old numbers if they claim all of them.
-        """
-        self.clients = dict(clients)
 
     def assemble(
         self, grid: Grid, minimum: int, timeout: float = math.inf, required: Sequence[str] = ()
@@ -97,12 +78,8 @@ class Roster:
         """Admit all connected nodes, once there are ``minimum`` and those that are required.
 
         Each of the patterns ``required`` must match a client, as in `matches`. Meanwhile, the log
-        says who is missing.
-
-        Raises
-        ------
-        JoinTimeoutError, SourceError
-            If they are not there in ``timeout`` seconds, or all run other code.
+        says who is missing. Raises `JoinTimeoutError` or `SourceError` if they are not there in
+        ``timeout`` seconds, or all run other code.
         """
         begin = time.monotonic()
         reported = -math.inf
@@ -167,11 +144,7 @@ class Roster:
         """Query every node once, and give those that are new a number of their own.
 
         Those that are known from an earlier run are queried too: their code may be another by now.
-
-        Raises
-        ------
-        SourceError
-            If all nodes run other code.
+        Raises `SourceError` if all nodes run other code.
         """
         queried = sorted(set(node_ids) - self._queried)
         if queried:

@@ -25,21 +25,14 @@ _ENDED = {"finished:failed": "failed", "finished:stopped": "was stopped"}
 
 @dataclass
 class FlowerRun:
-    """A run as reported by `flwr run`.
-
-    Attributes
-    ----------
-    log
-        The last lines.
-    run_id
-        Flower's id, empty if the run did not start.
-    folder
-        The run's folder in the ServerApp's log, empty if it is not logged yet.
-    """
+    """A run as reported by `flwr run`."""
 
     log: deque[str] = field(default_factory=lambda: deque(maxlen=60))
+    """The last lines."""
     run_id: str = ""
+    """Flower's id, empty if the run did not start."""
     folder: str = ""
+    """The run's folder in the ServerApp's log, empty if it is not logged yet."""
 
     def read(self, line: str, show: Callable[[str, str], str]) -> str:
         """Read a line of the log, and return what to print of it."""
@@ -104,14 +97,8 @@ def flwr_run(
 ) -> FlowerRun:
     """Run the app of the current folder by `flwr run`, and print its rounds.
 
-    Parameters
-    ----------
-    clients
-        Number of simulated clients; None if the SuperLink has SuperNodes.
-    env
-        The environment of `flwr`.
-    show
-        Called with level and text of other log lines; returns what to print.
+    ``clients`` is the number of simulated clients; None if the SuperLink has SuperNodes. ``show``
+    is called with level and text of other log lines, and returns what to print.
     """
     run = FlowerRun()
     # A new SuperLink need not install this environment's packages again. Unbuffered, so that the

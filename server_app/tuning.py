@@ -21,12 +21,8 @@ def search(suite: Suite, folder: Path, execute: Callable[[list[BenchRun]], objec
 
     First all points of the common grid are tried, then, at the best of them, those of a row's own
     grid. The best has the highest mean accuracy over the seeds; a point with a failed run is out.
-    ``execute`` does runs whose results are to be in ``folder``.
-
-    Raises
-    ------
-    SuiteError
-        If the suite has no ``[tune]``, settings are wrong, or all points of a row failed.
+    ``execute`` does runs whose results are to be in ``folder``. Raises `SuiteError` if the suite
+    has no ``[tune]``, settings are wrong, or all points of a row failed.
     """
     if suite.tune is None:
         raise SuiteError(

@@ -15,8 +15,7 @@ from flwr.app import Message, MessageType, RecordDict
 from client_app import answering
 from client_app.answering import answer_by, outline_of
 from client_app.app import app
-from client_app.node import NodeError
-from client_app.query import query
+from client_app.node import NodeError, query
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.data import DataError
 from pfedgpa_app.errors import reason_of
@@ -252,6 +251,6 @@ def test_a_node_reports_the_hash_of_its_code():
 
 def test_other_functions_answer_by_their_name():
     request = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
-    assert answer_by("client_app.query:query", request, context()).has_content()
-    missing = answer_by("client_app.query:none", request, context())
+    assert answer_by("client_app.node:query", request, context()).has_content()
+    missing = answer_by("client_app.node:none", request, context())
     assert "has no attribute 'none'" in missing.error.reason

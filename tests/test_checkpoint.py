@@ -123,7 +123,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path: Path, monkey
 
 def test_a_node_that_is_known_by_its_id_keeps_its_number_whoever_else_connects():
     roster = Roster()
-    roster.resume({70: 0, 80: 1})
+    roster.clients = {70: 0, 80: 1}
     roster.admit(SimulatedGrid({}), [80, 5])
     assert roster.clients == {70: 0, 80: 1, 5: 2}
 
@@ -131,7 +131,7 @@ def test_a_node_that_is_known_by_its_id_keeps_its_number_whoever_else_connects()
 def test_new_ids_of_a_simulation_are_numbered_by_partition_if_they_claim_all_old_numbers():
     roster = PartitionRoster()
     roster.ids_stay = False
-    roster.resume({70: 0, 80: 1})
+    roster.clients = {70: 0, 80: 1}
     roster.admit(SimulatedGrid({}, {5: 1, 6: 0, 7: 2}), [5, 6, 7])
     assert roster.clients == {5: 1, 6: 0, 7: 2}
 
@@ -141,7 +141,7 @@ def test_on_a_network_nodes_are_newcomers_whatever_they_claim(
     caplog: pytest.LogCaptureFixture, claimed: dict[int, int]
 ):
     roster = PartitionRoster()
-    roster.resume({70: 0, 80: 1})
+    roster.clients = {70: 0, 80: 1}
     roster.admit(SimulatedGrid({}, claimed), list(claimed))
     numbers = dict(zip(claimed, (2, 3), strict=False))
     assert roster.clients == {70: 0, 80: 1} | numbers
@@ -180,7 +180,7 @@ def test_a_simulated_node_alone_is_not_given_the_number_of_a_client_that_is_away
 ):
     roster = PartitionRoster()
     roster.ids_stay = False
-    roster.resume({70: 0, 80: 1})
+    roster.clients = {70: 0, 80: 1}
     roster.admit(SimulatedGrid({}, {5: 0}), [5])
     assert roster.clients == {70: 0, 80: 1, 5: 2}
     assert "No client of the earlier run (2) is here, so all 1 are newcomers" in caplog.text

@@ -11,8 +11,7 @@ from PIL import Image
 
 from client_app import messages
 from client_app.messages import evaluate_message, train_message
-from client_app.node import NodeError
-from client_app.query import query
+from client_app.node import NodeError, query
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError
 from pfedgpa_app.data import DataError, client_data, image_stats, load_dataset, site_data
 from pfedgpa_app.evaluation import evaluate

@@ -7,8 +7,7 @@ from digits_client import context, message
 from flwr.app import ConfigRecord, MessageType
 
 from client_app.messages import evaluate_message
-from client_app.node import NodeError, consents_to_cross_site
-from client_app.query import query
+from client_app.node import NodeError, consents_to_cross_site, query
 from pfedgpa_app.config import Config, ConfigError
 from pfedgpa_app.cross_site import CROSS_SITE_FILE, read_matrix, write_matrix
 from pfedgpa_app.report import Run

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pfedgpa_app.diffusion import mixture
-from pfedgpa_app.diffusion.denoiser import ResidualDenoiser
+from pfedgpa_app.diffusion.denoiser import ResidualDenoiser, UNetDenoiser
 from pfedgpa_app.diffusion.generation import generate
 from pfedgpa_app.diffusion.guidance import guide
 from pfedgpa_app.diffusion.inversion import invert, posterior_mean
@@ -19,7 +19,6 @@ from pfedgpa_app.diffusion.mixture import mix
 from pfedgpa_app.diffusion.raw import RawSpace
 from pfedgpa_app.diffusion.schedule import CLEAN, NoiseSchedule, sampling_timesteps
 from pfedgpa_app.diffusion.training import ddpm_loss, train_denoiser
-from pfedgpa_app.diffusion.unet import UNetDenoiser
 from pfedgpa_app.randomness import make_generator
 
 SCHEDULE = NoiseSchedule.linear()

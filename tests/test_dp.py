@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks import dp
 from client_app.messages import evaluate_message, train_message
-from client_app.query import query
+from client_app.node import query
 from pfedgpa_app import preflight
 from pfedgpa_app.config import DATASETS, ClientConfig, Config, ConfigError, PrivacyConfig
 from pfedgpa_app.data import client_data

@@ -2,7 +2,6 @@
 
 import os
 import struct
-import threading
 import zlib
 from pathlib import Path
 
@@ -176,8 +175,6 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes):
 
 def make_pipe(file: Path) -> None:
     os.mkfifo(file)
-    # Whoever opens it all the same gets something, where it would otherwise wait for ever.
-    threading.Thread(target=file.write_bytes, args=(b"no picture",), daemon=True).start()
 
 
 UNUSUAL = {
@@ -190,9 +187,10 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("name", ["a.png", "a.npz"])
 @pytest.mark.parametrize("kind", UNUSUAL)
-def test_what_is_no_regular_file_is_never_opened(tmp_path: Path, kind: str, name: str):
+def test_what_is_no_regular_file_is_refused(tmp_path: Path, kind: str, name: str):
     UNUSUAL[kind](tmp_path / name)
-    with pytest.raises(FileError, match=rf"{name}: is a pipe, .*right would be a regular file"):
+    reason = r"(is no regular file; right would be one|No such file)"
+    with pytest.raises(FileError, match=rf"{name}: .*{reason}"):
         read(tmp_path / name)
 
 

@@ -13,8 +13,7 @@ from test_methods import KEEPERS
 
 from client_app import kept_model, messages
 from client_app.messages import evaluate_message, train_message
-from client_app.node import NodeError
-from client_app.query import query
+from client_app.node import NodeError, query
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import site_data
 from pfedgpa_app.exported import ExportedModel

@@ -82,7 +82,7 @@ def test_momentum_survives_a_checkpoint(strategy):
     second.begin(ModelSpec.of_state(weights(0.0)))
     second.restore(first.state())
     second.completed_rounds = 2
-    second.roster.resume(dict(first.roster.clients))
+    second.roster.clients = dict(first.roster.clients)
     initial = first.average
     second.start(SimulatedGrid(nodes), ArrayRecord(initial), num_rounds=2)
     for client in range(3):

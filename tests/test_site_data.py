@@ -249,7 +249,7 @@ FAULTS = {
     "unreadable": (write("train/normal/broken.png"), r"broken\.png: cannot be read"),
     "wrong size": (too_wide, r"wide\.png: is 6x5; right would be 6x4"),
     "a loop": (loop, r"train/normal/again: is a link to a folder; right would be the folder"),
-    "no file": (pipe, r"pipe\.png: is a pipe, .*right would be a regular file"),
+    "no file": (pipe, r"pipe\.png: .*is no regular file; right would be one"),
     "other format alone": (
         write("train/benign/1.tif"),
         r'train/benign: class "benign" has no images, but 1 \.tif; right would be \.png',

@@ -52,7 +52,7 @@ def test_a_name_that_two_nodes_share_names_neither(caplog):
 
 def test_a_run_that_goes_on_knows_the_names_of_old_clients():
     roster, grid = Roster(), named_grid("mercy", "st. james")
-    roster.resume({10: 0, 11: 1})
+    roster.clients = {10: 0, 11: 1}
     roster.assemble(grid, 2, 0.0, required=["mercy"])  # type: ignore[arg-type]
     assert roster.client_names() == {0: "mercy", 1: "st. james"}
 

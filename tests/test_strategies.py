@@ -492,7 +492,7 @@ class Filling(SimulatedGrid):
 def test_a_run_waits_for_nodes_and_says_whom_it_misses(caplog, monkeypatch):
     monkeypatch.setattr(roster_module, "PAUSE", 0.0)
     roster = Roster()
-    roster.resume({1: 0, 2: 1, 3: 2})
+    roster.clients = {1: 0, 2: 1, 3: 2}
     caplog.set_level("INFO")
     roster.assemble(Filling({1: site(1.0), 2: site(1.0), 3: site(1.0)}), 3)
     assert roster.connected == {1, 2, 3}

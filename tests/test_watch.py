@@ -11,9 +11,8 @@ from typer.testing import CliRunner, Result
 
 from pfedgpa_app import cli, watch
 from pfedgpa_app.config import Config
-from pfedgpa_app.report import RunFolder
-from pfedgpa_app.rounds import RoundRecord, Row, summarize
-from pfedgpa_app.watch import Tail
+from pfedgpa_app.report import RunFolder, read_rows
+from pfedgpa_app.rounds import RoundRecord, summarize
 
 NUM_ROUNDS = 3
 
@@ -144,26 +143,25 @@ def test_a_terminal_also_has_how_far_the_run_is(
     assert result.stdout == f"digits-pfedgpa-1 is complete, 3 of 3 rounds: {tmp_path}/111\n"
 
 
-def test_a_tail_has_whole_lines_once(tmp_path: Path):
+def test_whole_lines_are_read_once(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
-    tail = Tail(file)
-    assert tail.rows() == []
+    assert read_rows(file) == ([], 0)
     file.write_text('{"round": 1}\n{"rou')
-    assert tail.rows() == [{"round": 1}]
-    assert tail.rows() == []
+    rows, end = read_rows(file)
+    assert rows == [{"round": 1}]
+    assert read_rows(file, end) == ([], end)
     with file.open("a") as stream:
         stream.write('nd": 2}\n')
-    assert tail.rows() == [{"round": 2}]
+    assert read_rows(file, end)[0] == [{"round": 2}]
 
 
 def test_lines_that_are_taken_back_do_not_hide_those_in_their_place(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
-    rows: list[Row] = [{"round": number} for number in (1, 2, 3)]
     lines = ["{" + f'"round": {number}' + "}\n" for number in (1, 2, 3)]
-    tail = Tail(file)
     file.write_text(lines[0] + lines[1])
-    assert tail.rows() == rows[:2]
+    _, end = read_rows(file)
     os.truncate(file, len(lines[0]))
-    assert tail.rows() == []
+    rows, end = read_rows(file, end)
+    assert rows == []
     file.write_text("".join(lines))
-    assert tail.rows() == rows[1:]
+    assert read_rows(file, end)[0] == [{"round": 2}, {"round": 3}]

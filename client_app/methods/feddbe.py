@@ -30,12 +30,8 @@ class Debiased(nn.Module):
             inputs.append(args[0])
             return args[0] + self.offset, *args[1:]
 
-        handle = self.model.get_submodule(self.head.layer).register_forward_pre_hook(shift)
-        try:
-            logits = self.model(images)
-        finally:
-            handle.remove()
-        return logits, inputs[-1]
+        with self.model.get_submodule(self.head.layer).register_forward_pre_hook(shift):
+            return self.model(images), inputs[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""

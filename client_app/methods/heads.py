@@ -16,12 +16,8 @@ def logits_and_features(model: nn.Module, head: Head, images: Tensor) -> tuple[T
     """Return a model's logits ``(n, num_classes)`` and the inputs of its head, ``(n, dim)``."""
     inputs: list[Tensor] = []
     layer = model.get_submodule(head.layer)
-    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    try:
-        logits = model(images)
-    finally:
-        handle.remove()
-    return logits, inputs[-1]
+    with layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
+        return model(images), inputs[-1]
 
 
 @torch.no_grad()

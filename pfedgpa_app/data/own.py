@@ -13,7 +13,7 @@ from pfedgpa_app.config import DataConfig
 from pfedgpa_app.data.dataset import DataError, Part
 from pfedgpa_app.errors import described
 from pfedgpa_app.files import count_of
-from pfedgpa_app.own_functions import own_function
+from pfedgpa_app.own_functions import OwnFunctionError, own_function
 from pfedgpa_app.randomness import drawing_from, make_generator
 
 _RETURNS = "(examples, labels), (examples, labels, owners) or (examples, labels, owners, is_test)"
@@ -22,12 +22,8 @@ _RETURNS = "(examples, labels), (examples, labels, owners) or (examples, labels,
 def load_part(config: DataConfig, seed: int) -> Part:
     """Call the function of ``data.dataset`` with the folder of the data sets.
 
-    Global random generators are seeded during the call.
-
-    Raises
-    ------
-    DataError
-        If there is no such function, it fails, or it does not return a data set.
+    Global random generators are seeded during the call. Raises `DataError` if there is no such
+    function, it fails, or it does not return a data set.
     """
     name = config.dataset
     # Every client calls it, and must get the same data.
@@ -56,12 +52,8 @@ def own_shares(
     """Return the result of the function of ``data.partition``: each client's indices, ascending.
 
     It is called with a copy of the training pool's labels ``(n,)``, ``num_clients`` and ``seed``,
-    with seeded global random generators.
-
-    Raises
-    ------
-    DataError
-        If there is no such function, it fails, or it does not return a partition.
+    with seeded global random generators. Raises `DataError` if there is no such function, it fails,
+    or it does not return a partition.
     """
     # list(), since it may be a generator function.
     given = _called(
@@ -82,22 +74,15 @@ def _called(setting: str, name: str, seed: int, call: Callable[[Callable[..., An
     """Return the result of the function that a setting names, with seeded global generators."""
     try:
         function = own_function(name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(
-            f"{name}: cannot be imported ({error}). data.{setting} names a function as "
-            '"package.module:function", of a module that clients can import'
-        ) from error
-    except Exception as error:  # user code may raise anything
-        raise DataError(f"{name}: importing it failed with {described(error)}") from error
-    try:
         with drawing_from(make_generator(seed, setting)):
             return call(function)
-    except Exception as error:
+    except OwnFunctionError as error:
+        raise DataError(f"{name}: {error}") from error
+    except Exception as error:  # user code may raise anything
         raise DataError(f"{name}: failed with {described(error)}") from error
 
 
 def _as_owners(values: Any, number: int) -> NDArray[Any]:
-    """Return owner ids ``(number,)`` as an array of integers or strings."""
     array = _as_array(values, number)
     if array.dtype == object:  # as pandas has strings
         kinds = {type(each) for each in array.tolist()}
@@ -111,7 +96,6 @@ def _as_owners(values: Any, number: int) -> NDArray[Any]:
 
 
 def _as_mask(values: Any, number: int) -> Tensor:
-    """Return a mask of ``number`` examples, bool."""
     array = _as_array(values, number)
     if array.dtype != np.bool_:
         raise ArrayError(f"of {array.dtype}, right would be bool")
@@ -119,7 +103,6 @@ def _as_mask(values: Any, number: int) -> Tensor:
 
 
 def _as_array(values: Any, number: int) -> NDArray[Any]:
-    """Return an array of shape ``(number,)``."""
     if np.ma.is_masked(values):
         raise ArrayError("a masked array, right would be to leave out the examples")
     try:

@@ -61,13 +61,8 @@ def partition(
     ``test_samples``, drawn by the seed. Owners beyond the number of clients are left out.
 
     ``labels`` and ``is_test``, the mask of the test pool, are ``(n,)``, as are ``owners``, numbered
-    from 0, for ``natural`` alone.
-
-    Raises
-    ------
-    DataError
-        If a client would have no training or test examples, or needs more test examples of a class
-        than there are.
+    from 0, for ``natural`` alone. Raises `DataError` if a client would have no training or test
+    examples, or needs more test examples of a class than there are.
     """
     classes, in_test_pool = labels.numpy(), is_test.numpy()
     if config.partition == "natural":

@@ -23,15 +23,11 @@ def site_data(
     """Return the data of a site, with its own normalization statistics.
 
     A folder has ``train/`` and ``test/``, each with a folder of PNG or JPEG files for every class
-    (torchvision's ImageFolder layout), or the class folders alone. An .npz file has examples
-    ``x``, ``(n, *shape)``, and labels ``y``, ``(n,)``. Without a test split, ``test_fraction`` of
-    each class is drawn by the seed. Hidden files are skipped silently; ``note`` is called with
-    everything else that is skipped.
-
-    Raises
-    ------
-    DataError
-        If it is missing, empty, unreadable, or does not match the settings.
+    (torchvision's ImageFolder layout), or the class folders alone. An .npz file has examples ``x``,
+    ``(n, *shape)``, and labels ``y``, ``(n,)``. Without a test split, ``test_fraction`` of each
+    class is drawn by the seed. Hidden files are skipped silently; ``note`` is called with
+    everything else that is skipped. Raises `DataError` if it is missing, empty, unreadable, or does
+    not match the settings.
     """
     try:
         if path.is_dir():
@@ -70,7 +66,6 @@ def _read_folder(path: Path, config: DataConfig, note: Note) -> list[Part]:
 
 
 def _read_classes(folder: Path, config: DataConfig, note: Note) -> Part:
-    """Return the images and labels of a folder with one folder per class."""
     entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
     folders = [entry for entry in entries if entry.is_dir()]
     class_folders = _class_folders(folder, folders, config.classes)
@@ -125,7 +120,6 @@ def _class_folders(folder: Path, entries: list[Path], classes: Sequence[str]) ->
 
 
 def _note_others(folder: Path, entries: Iterable[Path], note: Note) -> None:
-    """Note the entries beside the folders that are read."""
     found = sort_out(entries)
     others = found.others + Counter({"image outside of class folders": len(found.pictures)})
     if others:
@@ -133,6 +127,5 @@ def _note_others(folder: Path, entries: Iterable[Path], note: Note) -> None:
 
 
 def _list(names: Sequence[str]) -> str:
-    """Return up to 20 names for a message."""
     shown = ", ".join(map(quoted, names[:20])) + (", …" if len(names) > 20 else "")
     return shown or "(none)"

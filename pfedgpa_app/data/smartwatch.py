@@ -19,12 +19,8 @@ def load_windows() -> Part:
     The channels are acceleration along x, y and z, and angular velocity about them, standardized
     over the training windows of all people. Labels are the exercises, 0 to 6; owners are the
     people, 1 to 10. The first 60 % of each recording is for training and the rest, after a gap of
-    one window, for testing. Windows do not overlap.
-
-    Raises
-    ------
-    DataError
-        If seglearn is not installed.
+    one window, for testing. Windows do not overlap. Raises `DataError` if seglearn is not
+    installed.
     """
     try:
         # Its file is pickled, and read by its own loader alone.

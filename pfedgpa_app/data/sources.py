@@ -38,11 +38,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """Load the data set of the settings.
 
     The test pool is the official test set, or the data set's own split, or drawn by `assemble`.
-
-    Raises
-    ------
-    DataError
-        If the data set cannot be loaded, or does not match its settings.
+    Raises `DataError` if the data set cannot be loaded, or does not match its settings.
     """
     name = config.dataset
     if name == SITES:
@@ -142,7 +138,6 @@ _EMBEDDED = {
 
 
 def _torchvision(name: str, root: Path) -> list[Part]:
-    """Return the training and the test part of a torchvision data set."""
     from torchvision import datasets  # imported here: it takes seconds
 
     readers: dict[str, Callable[..., Any]] = {

@@ -13,21 +13,14 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 class LatentCode(NamedTuple):
-    """The diffused parameters and the intermediate noises of a batch.
-
-    Attributes
-    ----------
-    x_start
-        The parameters at the first of the timesteps, ``(batch, dim)``.
-    residuals
-        What the posterior mean lacks at each step, ``sigma_k z_k``, ``(num_steps, batch, dim)``.
-    timesteps
-        The descending timesteps, ``(num_steps,)``.
-    """
+    """The diffused parameters and the intermediate noises of a batch."""
 
     x_start: Tensor
+    """The parameters at the first of the timesteps, ``(batch, dim)``."""
     residuals: Tensor
+    """What the posterior mean lacks at each step, ``sigma_k z_k``, ``(num_steps, batch, dim)``."""
     timesteps: Tensor
+    """The descending timesteps, ``(num_steps,)``."""
 
 
 def posterior_mean(

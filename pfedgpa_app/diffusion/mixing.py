@@ -83,22 +83,15 @@ def excess_weights(weights: Tensor, min_contributors: int, own: int | None = Non
 
 
 class Capped(NamedTuple):
-    """Rows of a mixing matrix without `excess_weights`.
-
-    Attributes
-    ----------
-    weights
-        What is left of the rows, ``(n, num_clients)``.
-    own
-        What was taken, ``(n,)``: it goes to the receiver's own upload.
-    left
-        How much of the others' part is left, ``(n,)``, 0 .. 1. The denoiser's changes are learned
-        from the others too, and are scaled by it.
-    """
+    """Rows of a mixing matrix without `excess_weights`."""
 
     weights: Tensor
+    """What is left of the rows, ``(n, num_clients)``."""
     own: Tensor
+    """What was taken, ``(n,)``: it goes to the receiver's own upload."""
     left: Tensor
+    """How much of the others' part is left, ``(n,)``, 0 .. 1. The denoiser's changes are learned
+    from the others too, and are scaled by it."""
 
 
 def capped(rows: Tensor, min_contributors: int, own: Sequence[int | None]) -> Capped:

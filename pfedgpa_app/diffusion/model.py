@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pfedgpa_app.config import DiffusionConfig, OnboardingConfig
-from pfedgpa_app.diffusion.denoiser import ResidualDenoiser
+from pfedgpa_app.diffusion.denoiser import ResidualDenoiser, UNetDenoiser
 from pfedgpa_app.diffusion.generation import generate
 from pfedgpa_app.diffusion.guidance import guide
 from pfedgpa_app.diffusion.inversion import invert
@@ -17,7 +17,6 @@ from pfedgpa_app.diffusion.raw import RawSpace
 from pfedgpa_app.diffusion.schedule import NoiseSchedule, sampling_timesteps
 from pfedgpa_app.diffusion.subspace import Spectrum, Subspace
 from pfedgpa_app.diffusion.training import train_denoiser
-from pfedgpa_app.diffusion.unet import UNetDenoiser
 from pfedgpa_app.parameters import StateDict
 from pfedgpa_app.randomness import drawing_from
 
@@ -27,31 +26,21 @@ MakeGenerator = Callable[..., torch.Generator]
 
 @dataclass(frozen=True)
 class ParameterDiffusion:
-    """What a denoiser that learned the distribution of a bank makes of its vectors.
-
-    Attributes
-    ----------
-    space
-        Where the denoiser works. It may have no dimensions, where nothing is denoised.
-    weights
-        The state_dict of the denoiser, which predicts noise in coordinates of the space; empty
-        without one.
-    start
-        First timestep of inversion and denoising.
-    noise_to_signal
-        Variance of the noise there, in units of the signal's.
-    coordinates
-        Those of the bank's vectors, ``(num_clients, dim)``.
-    changes
-        By how much inversion and denoising moved them, ``(num_clients, dim)``.
-    """
+    """What a denoiser that learned the distribution of a bank makes of its vectors."""
 
     space: Subspace | RawSpace
+    """Where the denoiser works. It may have no dimensions, where nothing is denoised."""
     weights: StateDict
+    """The state_dict of the denoiser, which predicts noise in coordinates of the space; empty
+    without one."""
     start: int
+    """First timestep of inversion and denoising."""
     noise_to_signal: float
+    """Variance of the noise there, in units of the signal's."""
     coordinates: Annotated[Tensor, "num_members dim"]
+    """Those of the bank's vectors, ``(num_clients, dim)``."""
     changes: Annotated[Tensor, "num_members dim"]
+    """By how much inversion and denoising moved them, ``(num_clients, dim)``."""
 
     @classmethod
     def fit(
@@ -64,10 +53,7 @@ class ParameterDiffusion:
     ) -> "ParameterDiffusion":
         """Learn the distribution of vectors ``(d,)`` with a known spectrum, and denoise them.
 
-        Raises
-        ------
-        FloatingPointError
-            If the training diverged.
+        Raises `FloatingPointError` if the training diverged.
         """
         rank = rank_of(config, spectrum)
         if config.space == "raw":
@@ -87,10 +73,7 @@ class ParameterDiffusion:
     def denoiser(self, config: DiffusionConfig, device: torch.device) -> nn.Module:
         """Return the denoiser with the settings with which it was trained.
 
-        Raises
-        ------
-        ValueError
-            If they are others.
+        Raises `ValueError` if they are others.
         """
         with torch.random.fork_rng(devices=[]):
             denoiser = _new_denoiser(config, self.space.dim)

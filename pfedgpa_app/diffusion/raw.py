@@ -12,21 +12,15 @@ from pfedgpa_app.stateful import Vector
 
 @dataclass(frozen=True)
 class RawSpace:
-    """Every parameter on its own, of zero mean and unit variance over the bank.
-
-    Attributes
-    ----------
-    mean
-        ``(d,)``.
-    std
-        ``(d,)``, 0 where the bank does not vary: what all have in common stays as it is.
-    dim
-        Number of coordinates: d, padded with zeros to what the denoiser can halve again and again.
-    """
+    """Every parameter on its own, of zero mean and unit variance over the bank."""
 
     mean: Vector
+    """``(d,)``."""
     std: Vector
+    """``(d,)``, 0 where the bank does not vary: what all have in common stays as it is."""
     dim: int
+    """Number of coordinates: d, padded with zeros to what the denoiser can halve again and
+    again."""
 
     @classmethod
     def fit(cls, vectors: Sequence[Tensor], multiple: int) -> "RawSpace":

@@ -48,12 +48,8 @@ class NoiseSchedule:
 def sampling_timesteps(start: int, num_steps: int) -> LongTensor:
     """Return ``num_steps`` evenly spread, descending timesteps, the first of which is ``start``.
 
-    The step after the last one leads to `CLEAN`.
-
-    Raises
-    ------
-    ValueError
-        If there are no ``num_steps`` different timesteps in 1 .. start.
+    The step after the last one leads to `CLEAN`. Raises `ValueError` if there are no ``num_steps``
+    different timesteps in 1 .. start.
     """
     if not 1 <= num_steps <= start:
         raise ValueError(f"num_steps = {num_steps}: right would be 1 to start = {start}")

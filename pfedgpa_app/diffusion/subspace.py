@@ -20,21 +20,14 @@ _MIN_GAP = 3
 
 @dataclass(frozen=True)
 class Spectrum:
-    """How a bank's vectors differ from each other: their principal component analysis.
-
-    Attributes
-    ----------
-    mean
-        ``(d,)``.
-    eigenvalues
-        Variances along all principal axes, descending, float64, ``(min(num_vectors - 1, d),)``.
-    eigenvectors
-        Of the Gram matrix, as columns, float64, ``(num_vectors, min(num_vectors - 1, d))``.
-    """
+    """How a bank's vectors differ from each other: their principal component analysis."""
 
     mean: Tensor
+    """``(d,)``."""
     eigenvalues: Tensor
+    """Variances along all principal axes, descending, float64, ``(min(num_vectors - 1, d),)``."""
     eigenvectors: Tensor
+    """Of the Gram matrix, as columns, float64, ``(num_vectors, min(num_vectors - 1, d))``."""
 
     @classmethod
     def of(cls, vectors: Sequence[Tensor]) -> "Spectrum":
@@ -96,20 +89,14 @@ class Subspace:
     """Orthonormal principal axes of a bank, with coordinates scaled to unit root mean square.
 
     Without any axis it is the point where the mean is.
-
-    Attributes
-    ----------
-    mean
-        ``(d,)``.
-    basis
-        Orthonormal rows, ``(dim, d)``.
-    scale
-        Length in R^d of one unit of the coordinates.
     """
 
     mean: Vector
+    """``(d,)``."""
     basis: Annotated[Tensor, "dim d"]
+    """Orthonormal rows, ``(dim, d)``."""
     scale: float
+    """Length in R^d of one unit of the coordinates."""
 
     @classmethod
     def fit(

@@ -22,10 +22,7 @@ def is_bench(folder: Path) -> bool:
 def page_of_bench(folder: Path) -> str:
     """Return the HTML of the page of a bench's folder, with all that was chosen from its suite.
 
-    Raises
-    ------
-    ValueError
-        If an index of its results is damaged.
+    Raises `ValueError` if an index of its results is damaged.
     """
     indices = _indices(folder)
     body = ""

@@ -9,31 +9,23 @@ from torch import Tensor
 
 from pfedgpa_app.config import SITES
 from pfedgpa_app.report import Run
-from pfedgpa_app.state import load_metadata
+from pfedgpa_app.state import load_header
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """What is known of the clients' data.
-
-    Attributes
-    ----------
-    counts
-        Training images of each class, ``(num_classes,)``, by client, those of a group together.
-    groups
-        The name of each client's group: that of the settings, or its most frequent class.
-    missing
-        Why there are no counts, if there are none.
-    floor
-        What it is called, and the mean over clients of the part of their most frequent class: the
-        accuracy of a model that always predicts that class. Empty if the test sets have other parts
-        than the training sets, or these are not known.
-    """
+    """What is known of the clients' data."""
 
     counts: dict[int, Tensor] = field(default_factory=dict)
+    """Training images of each class, ``(num_classes,)``, by client, those of a group together."""
     groups: dict[int, str] = field(default_factory=dict)
+    """The name of each client's group: that of the settings, or its most frequent class."""
     missing: str = ""
+    """Why there are no counts, if there are none."""
     floor: tuple[tuple[str, str], ...] = ()
+    """What it is called, and the mean over clients of the part of their most frequent class: the
+    accuracy of a model that always predicts that class. Empty if the test sets have other parts
+    than the training sets, or these are not known."""
 
     @classmethod
     def of(cls, run: Run) -> "Holdings":
@@ -95,7 +87,7 @@ def _partitions(folder: Path) -> dict[int, tuple[int, int]]:
     found = {}
     for file in sorted(folder.glob("client-*.safetensors")):
         try:
-            metadata = load_metadata(file, MODEL_KIND)
+            metadata, _ = load_header(file, MODEL_KIND)
             names = ("client", "partition-id", "num-partitions")
             client, number, total = (metadata[name] for name in names)
         except (KeyError, ValueError):

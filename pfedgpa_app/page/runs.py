@@ -26,7 +26,7 @@ from pfedgpa_app.rounds import (
     names_in,
     value_of,
 )
-from pfedgpa_app.runs import version_of
+from pfedgpa_app.runs import field_of
 from pfedgpa_app.section import Scalar
 from pfedgpa_app.sharing import alone_in
 from pfedgpa_app.strategies import STRATEGY_INFO
@@ -180,7 +180,8 @@ def _head(
     partition = "" if is_of_sites else f", {config.data.partition}"
     about = (
         f"{config.strategy} on {config.data.dataset}{partition}, seed {config.seed}; "
-        f"{f'pfedgpa {version_of(run.path)}'.strip()}. The same run: "
+        f"pfedgpa {field_of(run.path, 'version')}".strip()
+        + ". The same run: "
     )
     pairs = [
         ("-c", f"{key}={json.dumps(value, ensure_ascii=False)}")

@@ -20,13 +20,6 @@ class FedAMP(FedAvgFT):
     ``A(x) = 1 - exp(-x / sigma)``. A client trains near its cloud model, a mixture of all clients'
     last uploads (equation 6), and its personalized model is its upload. Buffers and frozen weights
     are averaged. Momentum is that of each cloud model.
-
-    Parameters
-    ----------
-    alpha : float (default: 1e4)
-        Step size of the message passing.
-    sigma : float (default: 1e6)
-        Squared distance at which attention falls by a factor of e.
     """
 
     arguments: ClassVar[Mapping[str, str]] = {"alpha": "fedamp.alpha", "sigma": "fedamp.sigma"}

@@ -25,15 +25,6 @@ class FedAPA(FedAvgFT):
     here it is uploaded and sent back, so that runs can go on. Clients of a round are served at
     once, where that code takes one after the other, and a row's momentum is that of its own steps.
     Buffers and frozen weights are averaged. ``server.momentum`` is that of each mixture.
-
-    Parameters
-    ----------
-    learning_rate : float (default: 0.01)
-        Step size eta of the weights.
-    weight_momentum : float (default: 0.9)
-        Momentum of their steps.
-    **kwargs : Any
-        The arguments of `ClientwiseFedAvg`.
     """
 
     arguments: ClassVar[Mapping[str, str]] = {

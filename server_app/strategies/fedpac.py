@@ -27,11 +27,6 @@ class FedPAC(FedAvgFT):
     heads with the smallest estimated error on its data (equation 12). Global class means of the
     features are weighted by examples. Clients that were not in a round keep their heads. Momentum
     is that of the average body and of each client's head.
-
-    Parameters
-    ----------
-    evaluated : str (default: "trained")
-        Which model is evaluated: ``"trained"``, after training as in the paper, or ``"sent"``.
     """
 
     arguments: ClassVar[Mapping[str, str]] = {"evaluated": "fedpac.evaluated"}

@@ -28,13 +28,6 @@ class Floco(ClientwiseFedAvg):
     an extra round for the updates, endpoints have Xavier initialization. With fewer clients than
     endpoints, missing components are 0. A client without a point has the center of the simplex.
     Momentum is that of body and endpoints. Floco+ is not implemented.
-
-    Parameters
-    ----------
-    num_endpoints : int (default: 10)
-        Vertices of the simplex.
-    projection_round : int (default: 250)
-        Round after which clients get their points.
     """
 
     arguments: ClassVar[Mapping[str, str]] = {"num_endpoints": "floco.num_endpoints"}

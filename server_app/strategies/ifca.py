@@ -24,11 +24,6 @@ class IFCA(ClientwiseFedAvg):
     and trains the one with the lowest loss on its own data; a cluster's model becomes the average
     of its clients' uploads. The first cluster starts with the initial model, the others with its
     entries permuted within each tensor.
-
-    Parameters
-    ----------
-    num_clusters : int (default: 2)
-        Number of clusters.
     """
 
     arguments: ClassVar[Mapping[str, str]] = {"num_clusters": "ifca.num_clusters"}

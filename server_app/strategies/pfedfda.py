@@ -42,10 +42,7 @@ class PFedFDA(ClientwiseFedAvg):
     def check(self, client: int, upload: Upload) -> None:
         """Refuse a covariance that is none.
 
-        Raises
-        ------
-        ReplyError
-            If it is not symmetric and positive definite.
+        Raises `ReplyError` if it is not symmetric and positive definite.
         """
         super().check(client, upload)
         covariance = upload.extras[COVARIANCE].double()

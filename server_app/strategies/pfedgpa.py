@@ -64,11 +64,6 @@ class PFedGPA(ClientwiseFedAvg):
         The arguments of `ClientwiseFedAvg`, such as ``seed``, and of Flower's `FedAvg`, such as
         ``fraction_train``.
 
-    Attributes
-    ----------
-    aggregator : GenerativeAggregator
-        The method.
-
     Examples
     --------
     >>> strategy = PFedGPA(fraction_train=0.5, diffusion=DiffusionConfig(fidelity=0.5))

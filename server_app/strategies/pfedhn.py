@@ -29,11 +29,6 @@ class PFedHN(ClientwiseFedAvg):
     sizes of the authors' code. The paper has one client per round. Here a round's clients follow
     each other, each with its current theta_i: steps from the same phi would sum up too far. Buffers
     are averaged. The momentum of `ClientwiseFedAvg` does not apply.
-
-    Parameters
-    ----------
-    settings : PFedHNConfig, optional
-        Sizes and step sizes.
     """
 
     arguments: ClassVar[Mapping[str, str]] = {"settings": "pfedhn"}
