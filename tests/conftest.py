@@ -5,24 +5,32 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-import torch
 import warm
-from hypothesis import HealthCheck, settings
+from xdist import is_xdist_controller
 
 from benchmarks import network
-from pfedgpa_app.data.sources import DEBIAN_FASHION_MNIST
 
-# Small tensors: more threads are slower, and the same on every machine is better than fast.
-torch.set_num_threads(1)
-# Where there is no such device, torch.manual_seed writes down who calls it: a millisecond each.
-for kind in (torch.cuda, torch.xpu, torch.mtia):
-    if not kind.is_available():
-        setattr(kind, "manual_seed_all", lambda seed: None)  # noqa: B010
-# How long an example takes depends on who else is on the machine.
-settings.register_profile(
-    "tests", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("tests")
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return two workers for a core, or one without the tests that mostly wait for processes."""
+    cores = min(os.cpu_count() or 1, 4)
+    return cores if config.option.markexpr == "not processes" else 2 * cores
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Set up torch and hypothesis in each process that runs tests."""
+    if is_xdist_controller(session):  # spares their import
+        return
+    import torch
+    from hypothesis import HealthCheck, settings
+
+    # Small tensors: more threads are slower, and the same on every machine is better than fast.
+    torch.set_num_threads(1)
+    # How long an example takes depends on who else is on the machine.
+    settings.register_profile(
+        "tests", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +39,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Tests that wait for processes come first, so that others use the processors meanwhile; then the
     longest ones, so that none is left at the end.
     """
+    import torch
+
+    from pfedgpa_app.data.sources import DEBIAN_FASHION_MNIST
+
     items.sort(key=lambda item: [name not in item.keywords for name in ("processes", "slow")])
     missing = {}
     if not torch.cuda.is_available():

@@ -20,6 +20,7 @@ FORBIDDEN = {
 # A simulation has server and clients in one process: nothing else stands above both.
 ABOVE_BOTH = PROJECT / "server_app" / "simulation.py"
 EXPLICIT_NUMPY_RANDOM = {"default_rng", "Generator", "SeedSequence"}
+SEEDED = {"torch", "torch.cuda", "torch.default_generator"}
 DRAWS = {"rand", "randn", "randint", "randperm", "normal", "multinomial", "bernoulli"}
 
 every_source = pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def global_randomness(source: str) -> list[str]:
             (module == "torch" and function in DRAWS and "generator" not in keywords)
             or (module.endswith("np.random") and function not in EXPLICIT_NUMPY_RANDOM)
             or (function == "default_rng" and num_arguments == 0)
-            or (function == "manual_seed" and module == "torch" and "fork_rng" not in source)
+            or (function.startswith("manual_seed") and module in SEEDED)
         ):
             found.append(name)
     return found
@@ -133,6 +134,7 @@ def test_nothing_is_pickled(file: Path):
 def test_nothing_draws_from_a_global_generator(file: Path):
     # The one place that seeds what models of a user's draw from, and puts it back.
     seeding = {"random", "np.random.get_state", "np.random.seed", "np.random.set_state"}
+    seeding |= {"torch.default_generator.manual_seed", "torch.cuda.manual_seed_all"}
     allowed = seeding if file.name == "randomness.py" else set()
     assert set(global_randomness(file.read_text())) == allowed
 
