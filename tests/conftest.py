@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 import warm
@@ -59,10 +60,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+NUMBERS = count()
+
+
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory):
+    """Return the folder of the tests' home folders."""
+    return tmp_path_factory.mktemp("homes")
+
+
 @pytest.fixture(autouse=True)
-def own_home(tmp_path_factory, monkeypatch):
+def own_home(homes, monkeypatch):
     """Keep runs and data sets of tests out of the user's folders."""
-    home = tmp_path_factory.mktemp("home")
+    home = homes / str(next(NUMBERS))  # pytest would look through all there are for a free number
+    home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
