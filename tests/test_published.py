@@ -21,7 +21,6 @@ import pytest
 import torch
 from digit_sites import write_pictures
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.cli.app import app as flwr
 from flwr.common.config import parse_config_args
 from PIL import Image
 from published import PROJECT, Words, benchmarks, commands, lay_out, noise
@@ -35,6 +34,7 @@ from pfedgpa_app import models
 from pfedgpa_app.config import DATASETS, Config, DataConfig, DatasetInfo, flatten
 from pfedgpa_app.data import client_data, sources
 from pfedgpa_app.report import Run
+from pfedgpa_app.runs import RUN_FILE, name_of
 from server_app import app as server_app
 from server_app import bench, bench_tables, cli, commands_bench, commands_config, commands_run
 from server_app.suites import BenchRun
@@ -298,13 +298,14 @@ def scans(project: Path, own_home: Path) -> None:
     (project / "sites.toml").write_text(f"[data]\n{named}")
 
 
-def earlier_runs(name: str, clients: int, output: Path) -> None:
-    """Leave runs until there is one of a name that a command goes on from."""
+def earlier_run(name: str, clients: int, output: Path) -> None:
+    """Leave a run of a name that a command goes on from."""
     dataset, _, number = name.partition("-pfedgpa-")
     given = parse_config_args(["conf/fashion-mnist-20.toml"]) if "mnist" in dataset else {}
     run = run_app(shortened(given, clients), clients, output)
-    for _ in range(int(number or 1) - 1):
-        shutil.copytree(run, output / str(next(RUN_IDS)))
+    if number:  # as if there had been others before
+        file = run / RUN_FILE
+        file.write_text(file.read_text().replace(f'"{name_of(run)}"', f'"{name}"'))
 
 
 DONE: dict[object, Path] = {}
@@ -314,6 +315,8 @@ DONE: dict[object, Path] = {}
 @pytest.mark.slow
 @pytest.mark.parametrize("words", RUNS, ids=shlex.join)
 def test_a_run_goes_to_its_end(words: Words, project: Path, tmp_path: Path, scans: None):
+    from flwr.cli.app import app as flwr  # imported here, as other workers need it not
+
     command = get_command(flwr).commands["run"]
     options = command.make_context("run", [*words[2:]]).params
     (asked,) = options["federation_config_overrides"] or ("num-supernodes=2",)
@@ -323,7 +326,7 @@ def test_a_run_goes_to_its_end(words: Words, project: Path, tmp_path: Path, scan
     assert given.keys() <= DEFAULTS.keys()
     settings, output = shortened(given, clients), tmp_path / "runs"
     if name := given.get("resume-from"):
-        earlier_runs(name, clients, output)
+        earlier_run(name, clients, output)
         settings |= {"num-server-rounds": 2}
         settings["resume-from"] = name.replace("RUN", "latest")
     data_path = str(project / "site") if settings.get("data.dataset") == "sites" else ""
@@ -347,7 +350,7 @@ def test_a_run_that_is_checked_first_goes_to_its_end(
         few, output = min(CLIENTS, clients), tmp_path / "runs"
         settings = shortened(config.changed, few)
         if name := config.resume_from:
-            earlier_runs(name, few, output)
+            earlier_run(name, few, output)
             settings |= {"num-server-rounds": 2}
         return FlowerRun(run_id="1", folder=str(run_app(settings, few, output)))
 
