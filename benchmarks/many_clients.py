@@ -85,7 +85,8 @@ def main(
     headings += ("to write a checkpoint", "checkpoint, MB", "peak memory, MB")
     print(f"| {' | '.join(headings)} |\n|{' --- |' * len(headings)}")
     for row in QUICK_ROWS if quick else ROWS:
-        found = (_measure if quick else measure)(*row, dim, rounds)
+        of = (*row, dim, rounds)
+        found = _measure(*of) if quick else measure(*of)
         print(
             f"| {row[0]:,} | {row[1]:,} | {row[2]} | {found['fit']:.1f} | {found['model']:.3f} | "
             f"{found['checkpoint']:.1f} | {found['megabytes']:,.0f} | {found['memory']:,.0f} |",
