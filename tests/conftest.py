@@ -13,9 +13,9 @@ from benchmarks import network
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return two workers for a core, or one without the tests that mostly wait for processes."""
-    cores = min(os.cpu_count() or 1, 4)
-    return cores if config.option.markexpr == "not processes" else 2 * cores
+    """Return four workers, or as many as cores without the tests that wait for processes."""
+    few = config.option.markexpr == "not processes"
+    return min(os.cpu_count() or 1, 4) if few else 4
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -23,7 +23,6 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from check_jsonschema import main as check
 from click.testing import CliRunner, Result
 from containers import DOCKER, Demo, Dockerfile, read_compose
 from cryptography import x509
@@ -82,6 +81,8 @@ def test_the_services_bring_a_run_to_its_end(tmp_path: Path, way: str):
 
 def validate(file: Path) -> Result:
     """Hold a file against the schema of the Compose specification."""
+    from check_jsonschema import main as check  # imported here, as other workers need it not
+
     return CliRunner().invoke(check, ["--builtin-schema", "vendor.compose-spec", str(file)])
 
 
