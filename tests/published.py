@@ -15,7 +15,6 @@ from pfedgpa_app.config import DATASETS
 from pfedgpa_app.data import sources
 from pfedgpa_app.data.dataset import Part
 from pfedgpa_app.randomness import make_generator
-from server_app.simulation import simulate
 
 PROJECT = Path(__file__).parents[1]
 Words = tuple[str, ...]
@@ -112,8 +111,6 @@ def run_quickly(words: Words, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     lay_out(folder)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sources, "_torchvision", noise)
-    # Clients train here: to fork processes takes longer than they train.
-    monkeypatch.setitem(simulate.__kwdefaults__, "num_processes", 0)
     monkeypatch.setattr(sys, "argv", [module, *options, "--quick"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
     with pytest.raises(SystemExit) as ended:

@@ -14,6 +14,7 @@ import pytest
 import typer
 from published import PROCESSES, PROJECT, Words, benchmarks, run_quickly
 
+import client_app.app  # noqa: F401  (once, before a pool is forked)
 from benchmarks.attacks import ATTACKS, CASES, RULES
 
 # Draws the figures of what is in docs/results, in seconds: test_figures.py compares them.
