@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from opacus.accountants.utils import get_noise_multiplier
 
 from benchmarks.options import Quick, Seeds, flag, tenth
 from benchmarks.small_images import CLIENTS
@@ -50,6 +49,9 @@ def settings(mode: str, epsilon: float | None, rounds: int, num_examples: int) -
     )
     sample_rate, steps = sampling_plan(num_examples, plan)
     with quiet_opacus():
+        # Imported here: it takes a second.
+        from opacus.accountants.utils import get_noise_multiplier
+
         noise = get_noise_multiplier(
             target_epsilon=epsilon,
             target_delta=DELTA,

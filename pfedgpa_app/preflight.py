@@ -50,8 +50,10 @@ def preflight(config: Config, *, one_process: bool = False) -> ModelSpec:
 
 def preflight_key(config: Config) -> Hashable:
     """Return the settings on which `preflight` depends, so that nothing is tried twice."""
+    passed = {"learning_rate": 0.0, "momentum": 0.0, "local_epochs": 0}  # what trains so passes
+    client = config.client.model_copy(update=passed)
     return (
-        *(config.model, config.data.info, config.data.train_samples, config.client, config.privacy),
+        *(config.model, config.data.info, config.data.train_samples, client, config.privacy),
         *(STRATEGY_INFO[config.strategy].head, config.diffusion.patterns),
         *(config.diffusion.device, config.tracking, config.seed),
     )

@@ -30,7 +30,11 @@ def drawing_from(generator: torch.Generator, device: torch.device | None = None)
     seed = generator.initial_seed()
     before = np.random.get_state(), random.getstate()  # noqa: NPY002
     with torch.random.fork_rng(devices=[device] if device and device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # torch.manual_seed also seeds devices that are absent: it notes the call's traceback for
+        # each, up to a millisecond.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
         np.random.seed([seed % 2**32, seed >> 32 & 0xFFFFFFFF])  # noqa: NPY002
         random.seed(seed)
         try:

@@ -3,26 +3,35 @@
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
-import torch
 import warm
-from hypothesis import HealthCheck, settings
+from xdist import is_xdist_controller
 
 from benchmarks import network
-from pfedgpa_app.data.sources import DEBIAN_FASHION_MNIST
 
-# Small tensors: more threads are slower, and the same on every machine is better than fast.
-torch.set_num_threads(1)
-# Where there is no such device, torch.manual_seed writes down who calls it: a millisecond each.
-for kind in (torch.cuda, torch.xpu, torch.mtia):
-    if not kind.is_available():
-        setattr(kind, "manual_seed_all", lambda seed: None)  # noqa: B010
-# How long an example takes depends on who else is on the machine.
-settings.register_profile(
-    "tests", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("tests")
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return four workers, or as many as cores without the tests that wait for processes."""
+    few = config.option.markexpr == "not processes"
+    return min(os.cpu_count() or 1, 4) if few else 4
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Set up torch and hypothesis in each process that runs tests."""
+    if is_xdist_controller(session):  # spares their import
+        return
+    import torch
+    from hypothesis import HealthCheck, settings
+
+    # Small tensors: more threads are slower, and the same on every machine is better than fast.
+    torch.set_num_threads(1)
+    # How long an example takes depends on who else is on the machine.
+    settings.register_profile(
+        "tests", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Tests that wait for processes come first, so that others use the processors meanwhile; then the
     longest ones, so that none is left at the end.
     """
+    import torch
+
+    from pfedgpa_app.data.sources import DEBIAN_FASHION_MNIST
+
     items.sort(key=lambda item: [name not in item.keywords for name in ("processes", "slow")])
     missing = {}
     if not torch.cuda.is_available():
@@ -47,10 +60,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+NUMBERS = count()
+
+
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory):
+    """Return the folder of the tests' home folders."""
+    return tmp_path_factory.mktemp("homes")
+
+
 @pytest.fixture(autouse=True)
-def own_home(tmp_path_factory, monkeypatch):
+def own_home(homes, monkeypatch):
     """Keep runs and data sets of tests out of the user's folders."""
-    home = tmp_path_factory.mktemp("home")
+    home = homes / str(next(NUMBERS))  # pytest would look through all there are for a free number
+    home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -4,14 +4,17 @@ No container engine is needed. The processes run the commands of the compose fil
 addresses, the ports and the folders of the containers are replaced by ones of this machine.
 """
 
+import io
 import ipaddress
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
 from datetime import timedelta
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,6 +23,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from containers import DOCKER, Demo, Dockerfile, read_compose
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -76,23 +80,25 @@ def test_the_services_bring_a_run_to_its_end(tmp_path: Path, way: str):
         assert all("already in use" in log for log in registered)
 
 
-def validate(file: Path) -> subprocess.CompletedProcess[str]:
+def validate(file: Path) -> Result:
     """Hold a file against the schema of the Compose specification."""
-    command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    from check_jsonschema import main as check  # imported here, as other workers need it not
+
+    return CliRunner().invoke(check, ["--builtin-schema", "vendor.compose-spec", str(file)])
 
 
 @pytest.mark.parametrize("file", [PLAIN, TLS, SERVER, SITE, GPU], ids=lambda file: file.name)
 def test_compose_files_obey_the_specification(file: Path):
-    assert validate(file).returncode == 0, validate(file).stdout
+    result = validate(file)
+    assert result.exit_code == 0, result.output
 
 
 def test_the_specification_knows_no_misspelt_key(tmp_path: Path):
     misspelt = tmp_path / "compose.yaml"
     misspelt.write_text(PLAIN.read_text().replace("healthcheck:", "healtcheck:"))
     result = validate(misspelt)
-    assert result.returncode == 1
-    assert "'healtcheck' was unexpected" in result.stdout
+    assert result.exit_code == 1
+    assert "'healtcheck' was unexpected" in result.output
 
 
 @pytest.mark.parametrize("way", ALL)
@@ -339,19 +345,27 @@ def test_a_supernode_that_answers_is_healthy_once_it_is_connected():
         Thread(target=own.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{own.server_port}/health"
         port = superlink.getsockname()[1]
-        command = [sys.executable, DOCKER / "health.py", url, "--connected-to", f"superlink:{port}"]
-        before = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (before.returncode, before.stderr) == (1, f"not connected to superlink:{port}\n")
+        command = ("health.py", url, "--connected-to", f"superlink:{port}")
+        with pytest.raises(SystemExit) as ended:
+            run(*command)
+        assert ended.value.code == f"not connected to superlink:{port}"
         with socket.create_connection(("127.0.0.1", port)):
-            subprocess.run(command, check=True)
+            run(*command)
         own.shutdown()
+
+
+def run(program: str, *arguments: str | Path) -> list[str]:
+    """Run a program of docker/ in this process; return the lines that it prints."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", [program, *map(str, arguments)])
+        runpy.run_path(str(DOCKER / program), run_name="__main__")
+    return printed.getvalue().splitlines()
 
 
 def make(*arguments: str | Path) -> list[Path]:
     """Run certificates.py; return the files that it names."""
-    command = [sys.executable, DOCKER / "certificates.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [Path(line) for line in done.stdout.splitlines()]
+    return [Path(line) for line in run("certificates.py", *arguments)]
 
 
 def test_the_certificate_names_the_superlink_and_its_own_machine(tmp_path: Path):
@@ -404,13 +418,12 @@ def test_half_an_authority_is_refused_and_kept(tmp_path: Path):
     for content in (None, make_key()):
         if content:
             key.write_bytes(content)
-        with pytest.raises(subprocess.CalledProcessError) as caught:
+        with pytest.raises(SystemExit, match="; right would be "):
             make(*words)
-        assert "; right would be " in caught.value.stderr
         assert file.read_bytes() == certificate
     key.write_bytes(kept)
     ca_file.unlink()
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(SystemExit):
         make(*words)
     assert key.read_bytes() == kept
 

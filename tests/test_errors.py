@@ -1,7 +1,6 @@
 """What nobody expected is said in a line, and never with the values of variables."""
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from pfedgpa_app.errors import described
 from pfedgpa_app.exported import ExportedModel
 from server_app.cli import app
 from server_app.commands_config import config_app
-
-PROJECT = Path(__file__).parents[1]
 
 MODULE = """
 import torch
@@ -128,17 +125,16 @@ def test_how_a_command_ends_is_no_error():
     assert "Missing option '--client'" in result.stderr
 
 
-def test_no_traceback_prints_the_values_of_variables():
+def test_no_traceback_prints_the_values_of_variables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     for each in (app, config_app, runs_app):
         assert not each.pretty_exceptions_enable
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.absence", "--seeds", "0.12345"],
-        cwd=PROJECT,
-        env={**os.environ, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("Traceback (most recent call last):")
-    assert "locals" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["absence", "--seeds", "0.12345"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
+    with pytest.raises(ValueError, match=r"0\.12345") as caught:
+        runpy.run_module("benchmarks.absence", run_name="__main__")
+    sys.excepthook(caught.type, caught.value, caught.tb)  # as Python ends the process
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):")
+    assert "locals" not in said

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,16 +25,19 @@ PROJECT = Path(__file__).parents[1]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 BOM = b"\xef\xbb\xbf"
 CLASSES = ["na\u00efve", *"bcdefghij"]
-# Each of its arguments is a command line.
+# Each of its arguments is a command line of `pfedgpa`, or a file of Python.
 COMMANDS = """
-import sys
+import runpy, sys
 from server_app.cli import app
 for line in sys.argv[1:]:
+    code = 0
     sys.argv[1:] = line.split()
     try:
-        app()
+        runpy.run_path(line) if line.endswith(".py") else app()
     except SystemExit as end:
-        print("exit", end.code, flush=True)
+        code = end.code
+    for stream in (sys.stdout, sys.stderr):
+        print("exit", code, file=stream, flush=True)
 """
 
 
@@ -42,11 +47,12 @@ def test_one_thing_is_no_plural():
     assert found == ["0 clients", "1 client", "1 client", "2 clients"]
 
 
-def in_ascii(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[bytes]:
-    """Run Python where the locale knows nothing but ASCII."""
-    env = {**os.environ, **ASCII, "PYTHONPATH": str(PROJECT), "HOME": str(folder)}
-    command = (sys.executable, "-c", *command)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, check=False)
+class Done(NamedTuple):
+    """What a command wrote, and how it ended."""
+
+    code: int
+    stdout: bytes
+    stderr: bytes
 
 
 @pytest.mark.parametrize("before", [b"", BOM])
@@ -104,70 +110,95 @@ strategy = "local"
 """
 
 
-def test_a_bench_runs_and_writes_where_the_locale_is_ascii(tmp_path: Path):
-    (tmp_path / "größe.toml").write_bytes(BOM + SUITE.encode())
-    bench = "bench größe.toml --processes 0 --results ergebnis"
-    lines = [f"{bench} --rows gem\u00e4", f"{bench} --rows gema\u0308 --json", bench]
-    report = "report ergebnis --output seite.html"
-    done = in_ascii(COMMANDS, *lines, report, f"{report} -o größe.html", folder=tmp_path)
-    assert done.stdout.count(b"exit 0") == 5, done.stderr.decode()
-    assert b"Gr??e +- ...: 2 runs, 1 finished before" in done.stdout
-    for suffix in ("txt", "md", "tex", "csv", "svg"):
-        written = (tmp_path / "ergebnis" / f"größe.{suffix}").read_text(encoding="utf-8")
-        assert "Größe" in written
-        assert "gemäß" in written
-    index = read_text(tmp_path / "ergebnis" / "größe-gemä.json")
-    assert json.loads(index)["title"] == "Größe ± …"
-    assert "gemäß" in read_text(tmp_path / "seite.html")
-    assert (tmp_path / "größe.html").exists()
-
-
-def test_settings_are_checked_where_the_locale_is_ascii(tmp_path: Path):
-    names = ",".join(CLASSES)
-    text = f'output-dir = "läufe"\n[data]\nclass-names = "{names}"\n'
-    (tmp_path / "größe.toml").write_bytes(BOM + text.encode())
-    lines = ["config check größe.toml", 'config check -c data.class-names="ä,ö"', "runs show läufe"]
-    done = in_ascii(COMMANDS, *lines, "runs --output-dir läufe", folder=tmp_path)
-    assert b"data.class-names = 'na?ve,b," in done.stdout
-    assert b'"?,?": has 2 names for 10 classes' in done.stderr
-    assert "no run" in done.stderr.decode()
-    assert [line for line in done.stdout.splitlines() if b"exit" in line] == [
-        *(b"exit 0", b"exit 1", b"exit 1", b"exit 0")
-    ]
-    assert b"Traceback" not in done.stderr
-
-
-def test_a_site_and_its_predictions_are_the_same_where_the_locale_is_ascii(tmp_path: Path):
-    folder = tmp_path / "größe" / unicodedata.normalize("NFD", CLASSES[0])
-    folder.mkdir(parents=True)
-    for number in range(3):
-        pixels = np.full((8, 8), number, np.uint8)
-        Image.fromarray(pixels).save(folder / f"ä{number}.png")
-    flat = {"data.class-names": ",".join(CLASSES)}
-    state = build_model("cnn-8x8", Config().data.info, 0).state_dict()
-    state["fc2.bias"][0] = 1e3
-    stats = ImageStats(torch.ones(1), torch.ones(1))
-    ExportedModel(state, Config.from_flat(flat), 0, 1, stats).save(tmp_path / "model")
-    line = f"predict model {folder.relative_to(tmp_path)}"
-    done = in_ascii(COMMANDS, line, f"{line} --json", folder=tmp_path)
-    assert done.stderr == b""
-    lines = done.stdout.splitlines()
-    assert lines[0].split(b"\t") == [
-        os.fsencode(folder.relative_to(tmp_path) / "ä0.png"),
-        b"na?ve",
-        b"1.0000",
-    ]
-    result = json.loads(lines[4])
-    assert result["file"] == str(folder.relative_to(tmp_path) / "ä0.png")
-    script = """
+BENCH = "bench größe.toml --processes 0 --results ergebnis"
+REPORT = "report ergebnis --output seite.html"
+SITE = f"größe/{unicodedata.normalize('NFD', CLASSES[0])}"
+LINES = {
+    "row": f"{BENCH} --rows gem\u00e4",
+    "row, decomposed": f"{BENCH} --rows gema\u0308 --json",
+    "bench": BENCH,
+    "report": REPORT,
+    "second report": f"{REPORT} -o größe.html",
+    "check": "config check läufe.toml",
+    "wrong": 'config check -c data.class-names="ä,ö"',
+    "no run": "runs show läufe",
+    "no runs": "runs --output-dir läufe",
+    "predict": f"predict model {SITE}",
+    "predict --json": f"predict model {SITE} --json",
+    "site": "site.py",
+}
+SITE_LABELS = """
 from pathlib import Path
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import site_data
-from pfedgpa_app.files import read_toml
-from pfedgpa_app.files import home_path
+from pfedgpa_app.files import home_path, read_toml
 data = Config.from_flat({"data.class-names": read_toml(Path("a.toml"))["names"]}).data
 print(site_data(home_path("gr\\u00f6\\u00dfe"), data, 0).train_labels.tolist())
 """
-    (tmp_path / "a.toml").write_text(f'names = "{",".join(CLASSES)}"', encoding="utf-8")
-    done = in_ascii(script, folder=tmp_path)
-    assert done.stdout == b"[0, 0]\n", done.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with a suite, settings, a site's images and a model."""
+    folder, names = tmp_path_factory.mktemp("ascii"), ",".join(CLASSES)
+    (folder / "größe.toml").write_bytes(BOM + SUITE.encode())
+    text = f'output-dir = "läufe"\n[data]\nclass-names = "{names}"\n'
+    (folder / "läufe.toml").write_bytes(BOM + text.encode())
+    (folder / SITE).mkdir(parents=True)
+    for number in range(3):
+        pixels = np.full((8, 8), number, np.uint8)
+        Image.fromarray(pixels).save(folder / SITE / f"ä{number}.png")
+    state = build_model("cnn-8x8", Config().data.info, 0).state_dict()
+    state["fc2.bias"][0] = 1e3
+    stats = ImageStats(torch.ones(1), torch.ones(1))
+    config = Config.from_flat({"data.class-names": names})
+    ExportedModel(state, config, 0, 1, stats).save(folder / "model")
+    (folder / "site.py").write_text(SITE_LABELS)
+    (folder / "a.toml").write_text(f'names = "{names}"', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path) -> dict[str, Done]:
+    """Type all commands where the locale knows nothing but ASCII, in one process."""
+    env = {**os.environ, **ASCII, "PYTHONPATH": str(PROJECT), "HOME": str(folder)}
+    command = (sys.executable, "-c", COMMANDS, *LINES.values())
+    whole = subprocess.run(command, cwd=folder, env=env, capture_output=True, check=False)
+    out, err = (
+        re.findall(rb"(.*?)^exit (\d+)\n", each, flags=re.DOTALL | re.MULTILINE)
+        for each in (whole.stdout, whole.stderr)
+    )
+    assert len(out) == len(err) == len(LINES), whole.stderr.decode()
+    assert b"Traceback" not in whole.stderr
+    pairs = zip(LINES, out, err, strict=True)
+    return {name: Done(int(code), text, errors) for name, (text, code), (errors, _) in pairs}
+
+
+def test_a_bench_runs_and_writes_where_the_locale_is_ascii(folder: Path, done: dict[str, Done]):
+    names = ("row", "row, decomposed", "bench", "report", "second report")
+    assert [done[name].code for name in names] == [0] * 5
+    assert b"Gr??e +- ...: 2 runs, 1 finished before" in done["bench"].stdout
+    for suffix in ("txt", "md", "tex", "csv", "svg"):
+        written = (folder / "ergebnis" / f"größe.{suffix}").read_text(encoding="utf-8")
+        assert "Größe" in written
+        assert "gemäß" in written
+    index = read_text(folder / "ergebnis" / "größe-gemä.json")
+    assert json.loads(index)["title"] == "Größe ± …"
+    assert "gemäß" in read_text(folder / "seite.html")
+    assert (folder / "größe.html").exists()
+
+
+def test_settings_are_checked_where_the_locale_is_ascii(done: dict[str, Done]):
+    assert [done[name].code for name in ("check", "wrong", "no run", "no runs")] == [0, 1, 1, 0]
+    assert b"data.class-names = 'na?ve,b," in done["check"].stdout
+    assert b'"?,?": has 2 names for 10 classes' in done["wrong"].stderr
+    assert b"no run" in done["no run"].stderr
+
+
+def test_a_site_and_its_predictions_are_the_same_where_the_locale_is_ascii(done: dict[str, Done]):
+    assert done["predict"].stderr == done["predict --json"].stderr == b""
+    first = done["predict"].stdout.splitlines()[0].split(b"\t")
+    assert first == [os.fsencode(f"{SITE}/ä0.png"), b"na?ve", b"1.0000"]
+    result = json.loads(done["predict --json"].stdout.splitlines()[0])
+    assert result["file"] == f"{SITE}/ä0.png"
+    assert done["site"].stdout == b"[0, 0]\n", done["site"].stderr.decode()

@@ -146,3 +146,11 @@ def test_the_package_of_a_tracker_is_asked_for(monkeypatch: pytest.MonkeyPatch, 
         preflight.preflight(Config(tracking=tracking))
     monkeypatch.setattr(preflight, "find_spec", lambda name: name == tracking or None)
     preflight.preflight(Config(tracking=tracking))
+
+
+def test_a_model_is_tried_once_for_settings_that_do_not_decide_whether_it_trains():
+    def key(**client) -> object:
+        return preflight.preflight_key(Config(client=ClientConfig(**client)))
+
+    assert key(learning_rate=0.1, momentum=0.0, local_epochs=1) == key(local_epochs=7)
+    assert key(batch_size=1) != key()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pfedgpa_app.randomness import make_generator, repeatable, resolve_device
+from pfedgpa_app.randomness import drawing_from, make_generator, repeatable, resolve_device
 
 Stream = tuple[int | str, ...]
 STREAMS: list[Stream] = [
@@ -39,6 +39,13 @@ def test_streams_do_not_depend_on_the_order_they_are_asked_for():
 def test_streams_and_seeds_are_distinct():
     drawn = {tuple(numbers(seed, *stream)) for seed in (0, 1, 7) for stream in STREAMS}
     assert len(drawn) == 3 * len(STREAMS)
+
+
+def test_the_global_generator_draws_as_the_given_one_and_goes_on_afterwards():
+    before = torch.get_rng_state()
+    with drawing_from(make_generator(7, "a")):
+        assert torch.rand(4).tolist() == numbers(7, "a")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 parts = st.one_of(st.integers(0, 2**63), st.text())
