@@ -74,7 +74,9 @@ class Browser:
         return self._ask(method, session=self._session, **parameters)
 
     def open(self, file: Path, width: int = 1280) -> None:
-        """Open a file and wait until its scripts have run."""
+        """Open a file and wait until its scripts have run; errors and requests are its own."""
+        self.errors.clear()
+        self.requests.clear()
         self.resize(width)
         self.ask("Page.navigate", url=file.as_uri())
         self.run("new Promise(r => document.readyState === 'complete' ? r() : onload = r)")

@@ -81,11 +81,16 @@ def own_home(homes, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def warm_processes() -> Iterator[None]:
+def warm_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fork off Flower's processes from one that has imported their packages."""
-    started, listed = warm.start(), network.parents
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    started, listed = warm.start(common), network.parents
     path = (started.folder, network.BIN, os.environ["PATH"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", os.pathsep.join(map(str, path)))
+        # Ray gives way to everyone else, so that its clients wait for all other tests.
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setattr(network, "parents", lambda: started.parents(listed()))
         yield

@@ -6,11 +6,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.network import (
     BIN,
@@ -43,7 +43,7 @@ class SuperLink(Network):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.start_superlink("--simulation")
+        self.start_superlink("--simulation", "--database", ":flwr-in-memory:")
 
     def simulation_command(
         self, clients: int, workers: int | None = None, **settings: object
@@ -71,21 +71,32 @@ class SuperLink(Network):
         (folder,) = folders
         return log, read_lines(folder), folder
 
-    def run_until_killed(self, rounds: int, clients: int, workers: int, **settings: object) -> Path:
-        """Kill all processes a moment after the app has completed rounds; return its folder."""
+    def run_until_killed(self, clients: int, workers: int, **settings: object) -> Path:
+        """Kill all processes once the app has completed a round; return its folder."""
         self.start("run", *self.simulation_command(clients, workers, **settings))
-        wait_until(lambda: len(read_lines(self.run_folder())) >= rounds, PATIENCE)
-        time.sleep(0.2)
+
+        def can_be_resumed() -> bool:
+            folder = self.run_folder()
+            return bool(read_lines(folder)) and (folder / "checkpoint.safetensors").exists()
+
+        wait_until(can_be_resumed, PATIENCE)
         folder = self.run_folder()
         assert folder is not None
         return folder
 
 
 class Cluster(SuperLink):
-    """Two Ray nodes with a processor each, and a SuperLink that simulates on them."""
+    """Two Ray nodes with a processor each, and a SuperLink that simulates on them.
+
+    All were started in a folder with another version of the app.
+    """
 
     def __init__(self, folder: Path, ray_folder: Path) -> None:
         self.address, self.ray_folder = f"127.0.0.1:{free_port()}", ray_folder
+        for package in ("client_app", "pfedgpa_app"):
+            shutil.copytree(PROJECT / package, folder / package)
+        for file in ("client_app/messages.py", "pfedgpa_app/config.py"):
+            (folder / file).write_text("raise RuntimeError('the code of another folder')\n")
         super().__init__(folder)
 
     def start_superlink(self, *options: str | Path) -> subprocess.Popen[bytes]:
@@ -125,15 +136,36 @@ def without_seconds(rows: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def one_worker(superlink: SuperLink) -> tuple[str, list[dict], Path]:
-    """Return log, metrics and folder of a run with one worker."""
-    log, rows, folder = superlink.run(4, workers=1, **QUICK)
-    assert len(rows) == 3, log
-    return log, rows, folder
+def expected() -> list[dict]:
+    """Return the metrics of a run in this process, as benchmarks have them."""
+    _, rows = simulate(Config.from_flat({"client.device": "cpu", **QUICK}), 4, num_processes=0)
+    return without_seconds(rows)
 
 
-def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[dict], Path]):
-    log, _, folder = one_worker
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """Return a cluster that has run the app on both of its machines, and has ended."""
+    folder = tmp_path_factory.mktemp("cluster")
+    # Ray's sockets are below its folder, and their paths must be short.
+    with tempfile.TemporaryDirectory() as short, Cluster(folder, Path(short)) as started:
+        started.start("run", *started.simulation_command(4, **QUICK))
+        wait_until(lambda: started.clients() == {"head", "worker"}, PATIENCE, PAUSE)
+        wait_until(lambda: started.processes["run"].poll() is not None, PATIENCE)
+    return started
+
+
+def test_a_cluster_of_two_machines_gives_the_digits_of_one(cluster: Cluster, expected: list[dict]):
+    assert without_seconds(read_lines(cluster.run_folder())) == expected
+
+
+def test_clients_run_the_code_of_the_app_wherever_the_superlink_was_started(cluster: Cluster):
+    log = cluster.log("run")
+    assert "[ROUND 3/3]" in log
+    assert "another folder" not in log
+
+
+def test_a_run_leaves_all_its_files_and_says_where(cluster: Cluster):
+    folder = cluster.run_folder()
     names = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
     assert names == {
         "run.json",
@@ -146,86 +178,45 @@ def test_a_run_leaves_all_its_files_and_says_where(one_worker: tuple[str, list[d
         "best/checkpoint.safetensors",
         *(f"models/client-{client}.safetensors" for client in range(4)),
     }
-    assert f"Run digits-pfedgpa-1 ({folder.name}): {folder}" in log
-    clients = [json.loads(line) for line in (folder / "clients.jsonl").read_text().splitlines()]
+    assert f"Run digits-pfedgpa-1 ({folder.name}): {folder}" in cluster.log("run")
+    clients = read_lines(folder, "clients.jsonl")
     assert [(row["round"], row["client"]) for row in clients] == [
         (server_round, client) for server_round in (1, 2, 3) for client in range(4)
     ]
     assert all(row["status"] == "ok" for row in clients)
 
 
-def test_benchmarks_give_the_digits_of_a_run(one_worker: tuple[str, list[dict], Path]):
-    _, expected, _ = one_worker
-    config = Config.from_flat({"client.device": "cpu", **QUICK})
-    _, rows = simulate(config, 4)
-    assert without_seconds(rows) == without_seconds(expected)
-
-
-def test_a_run_that_is_checked_first_gives_the_digits_of_a_run(
-    one_worker: tuple[str, list[dict], Path], tmp_path: Path
+def test_killed_and_resumed_a_run_gives_the_same_digits(
+    expected: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    pairs = {**QUICK, "client.device": "cpu", "output-dir": str(tmp_path)}
+    """Ray shares out the GPU that it is told of, and clients that see none use the CPU.
+
+    The run is resumed by `pfedgpa run`, with settings that are checked first.
+    """
+    settings = {**QUICK, "client.device": "cpu" if torch.cuda.is_available() else "auto"}
+    doomed = tmp_path / "doomed"
+    doomed.mkdir()
+    with SuperLink(doomed) as superlink:
+        superlink.resources = "init-args-num-gpus=1 client-resources-num-gpus=0.5"
+        killed = superlink.run_until_killed(clients=4, workers=2, **settings)
+    begun = read_lines(killed)
+    assert without_seconds(begun) == expected[: len(begun)]
+    assert not (killed / "models").exists(), "the run was over before it was killed"
+
+    # Once all processes start as they do for users, and import what they need.
+    monkeypatch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    pairs = {**settings, "output-dir": str(tmp_path / "runs"), "resume-from": str(killed)}
     words = [word for key, value in pairs.items() for word in ("-c", f"{key}={json.dumps(value)}")]
     command = [BIN / "pfedgpa", "run", "--clients", "4", *words]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     page = Path(done.stdout.splitlines()[-1].removeprefix("The page of this run: "))
-    assert page.parent.parent == tmp_path
+    assert page.parent.parent == tmp_path / "runs"
     assert page.is_file()
-    assert without_seconds(read_lines(page.parent)) == without_seconds(one_worker[1])
-
-
-def test_two_workers_and_a_kill_between_give_the_same_digits(
-    superlink: SuperLink,
-    one_worker: tuple[str, list[dict], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    _, expected, _ = one_worker
-    # Once all processes start as they do for users, and import what they need.
-    monkeypatch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    with SuperLink(tmp_path) as doomed:
-        killed = doomed.run_until_killed(1, clients=4, workers=2, **QUICK)
-    begun = read_lines(killed)
-    assert without_seconds(begun) == without_seconds(expected[: len(begun)])
-    assert not (killed / "models").exists(), "the run was over before it was killed"
-    log, resumed, _ = superlink.run(4, workers=1, **QUICK, **{"resume-from": str(killed)})
-    assert without_seconds(resumed) == without_seconds(expected), log
+    resumed = read_lines(page.parent)
+    assert without_seconds(resumed) == expected
     # Rows of completed rounds are taken over as they are, with the seconds they took.
-    kept = [row for row in resumed if row in begun]
-    assert len(kept) >= len(begun) - 1
-    assert f"Going on after round {len(kept)}" in log
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    # Ray's sockets are below its folder, and their paths must be short.
-    with tempfile.TemporaryDirectory() as short, Cluster(tmp_path, Path(short)) as started:
-        yield started
-
-
-def test_a_cluster_of_two_machines_gives_the_digits_of_one(
-    cluster: Cluster, one_worker: tuple[str, list[dict], Path]
-):
-    _, expected, _ = one_worker
-    cluster.start("run", *cluster.simulation_command(4, **QUICK))
-    wait_until(lambda: cluster.clients() == {"head", "worker"}, PATIENCE, PAUSE)
-    wait_until(lambda: cluster.processes["run"].poll() is not None, PATIENCE)
-    assert without_seconds(read_lines(cluster.run_folder())) == without_seconds(expected)
-
-
-def test_a_baseline_runs_on_the_same_settings_by_clients_that_share_a_gpu(
-    superlink: SuperLink, monkeypatch: pytest.MonkeyPatch
-):
-    """Ray shares out the GPU that it is told of, and clients that see none use the CPU."""
-    monkeypatch.setattr(
-        superlink, "resources", "init-args-num-gpus=1 client-resources-num-gpus=0.5"
-    )
-    settings = {**QUICK, "strategy": "fedavg-ft", "client.device": "auto"}
-    log, rows, _ = superlink.run(3, workers=2, **settings | {"num-server-rounds": 1})
-    assert [row["strategy"] for row in rows] == ["fedavg-ft"], log
-    for row in rows:  # evaluated by what came out of local training
-        assert row["personalized-accuracy"] == pytest.approx(row["finetuned-accuracy"])
+    assert resumed[0] == begun[0]
 
 
 def last_words(log: str) -> list[str]:
@@ -264,25 +255,3 @@ def test_a_wrong_setting_is_the_last_line(superlink: SuperLink):
     )
     said = "  - client.learning-rate = -1.0: should be greater than 0"
     assert last_words(done.stdout + done.stderr)[-1] == said
-
-
-class Elsewhere(SuperLink):
-    """A SuperLink that was started in a folder with another version of the app."""
-
-    def start_superlink(self, *options: str | Path) -> subprocess.Popen[bytes]:
-        """Put a faulty version into the working directory, and start it there."""
-        for package in ("client_app", "pfedgpa_app"):
-            shutil.copytree(PROJECT / package, self.folder / package)
-        for file in ("client_app/messages.py", "pfedgpa_app/config.py"):
-            (self.folder / file).write_text("raise RuntimeError('the code of another folder')\n")
-        return super().start_superlink(*options)
-
-
-def test_clients_run_the_code_of_the_app_wherever_the_superlink_was_started(
-    tmp_path: Path, one_worker: tuple[str, list[dict], Path]
-):
-    _, expected, _ = one_worker
-    with Elsewhere(tmp_path) as superlink:
-        log, rows, _ = superlink.run(4, workers=2, **QUICK)
-    assert "another folder" not in log
-    assert without_seconds(rows) == without_seconds(expected)

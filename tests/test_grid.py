@@ -162,6 +162,10 @@ def test_a_node_that_does_not_answer_is_waited_for_until_the_time_is_over(
     monkeypatch.setattr(guarded, "PAUSE", 3.0)
     assert ask(DecodingGrid({1: good, 2: lambda message: None}), timeout=20.0).keys() == {1}
     assert 20.0 <= sum(slept) < 20.0 + guarded.PAUSE
+    # A quick reply is there soon, and a slow one costs few polls.
+    assert slept == sorted(slept)
+    assert slept[0] < 0.2
+    assert slept[-1] == guarded.PAUSE
 
 
 def test_a_node_that_left_before_the_message_was_sent_is_not_waited_for():

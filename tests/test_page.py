@@ -2,8 +2,7 @@
 
 import json
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from scipy.stats import binomtest
 from typer.testing import CliRunner
 
+from benchmarks.network import wait_until
 from pfedgpa_app import cli
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import client_data
@@ -573,11 +573,18 @@ DRAWN = """[...document.querySelectorAll(".plot")].map((plot) => ({
 }))"""
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
 @pytest.mark.processes
 @pytest.mark.chromium
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_draws_every_figure_and_has_nothing_to_complain_of(tmp_path: Path, width: int):
-    assert shutil.which("chromium")
+def test_a_browser_draws_every_figure_and_has_nothing_to_complain_of(
+    tmp_path: Path, browser: Browser, width: int
+):
     several = [
         make_run(tmp_path / "ours", reason=EVIL),
         make_run(tmp_path / "second", seed=1),
@@ -590,54 +597,51 @@ def test_a_browser_draws_every_figure_and_has_nothing_to_complain_of(tmp_path: P
         rows.write(json.dumps(nothing_denoised) + "\n")
     file = tmp_path / "page.html"
     write_text(file, page_of(several))
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(file, width)
-        seen: set[int] = set()
-        sections = browser.run("document.querySelectorAll('.section > summary').length")
-        assert sections == 3
-        for number in range(sections):
-            if number:  # the first is open
-                browser.run(f"document.querySelectorAll('.section > summary')[{number}].click()")
-            browser.run("new Promise(r => setTimeout(r, 300))")
-            plots = browser.run(DRAWN)
-            seen |= {number for number, plot in enumerate(plots) if plot["shown"]}
-            assert all(plot["drawn"] for plot in plots if plot["shown"])
-        assert seen == set(range(len(plots)))
-        for kind in ("csv", "svg"):
-            browser.run("HTMLAnchorElement.prototype.click = function () { window.saved = this }")
-            browser.run(f"document.querySelector('.save[data-as={kind}]').click()")
-            browser.run("new Promise(r => setTimeout(r, 500))")
-            name, link = browser.run("[saved.download, decodeURIComponent(saved.href)]")
-            assert name == f"Accuracy-personalized.{kind}"
-            assert ("<svg" if kind == "svg" else '"pfedgpa",4,') in link
-        assert browser.run("document.documentElement.scrollWidth") <= width
-        browser.resize(width - 60)
-        browser.run("new Promise(r => setTimeout(r, 500))")
-        sizes = "[...document.querySelectorAll('.plot')].filter(p => p.checkVisibility()).map(p => "
-        sizes += "p.clientWidth - p.querySelector('.main-svg').clientWidth)"
-        assert set(browser.run(sizes)) == {0}
-        assert browser.run("window.evil") is None
-        assert browser.errors == []
-        loaded = {url for url in browser.requests if not url.startswith("data:")}
-        assert loaded == {file.as_uri()[:100]}
+    browser.open(file, width)
+    seen: set[int] = set()
+    sections = browser.run("document.querySelectorAll('.section > summary').length")
+    assert sections == 3
+    for number in range(sections):
+        if number:  # the first is open
+            browser.run(f"document.querySelectorAll('.section > summary')[{number}].click()")
+        wait_until(lambda: all(plot["drawn"] for plot in browser.run(DRAWN) if plot["shown"]))
+        plots = browser.run(DRAWN)
+        seen |= {number for number, plot in enumerate(plots) if plot["shown"]}
+    assert seen == set(range(len(plots)))
+    for kind in ("csv", "svg"):
+        browser.run("HTMLAnchorElement.prototype.click = function () { window.saved = this }")
+        browser.run(f"document.querySelector('.save[data-as={kind}]').click()")
+        wait_until(lambda: browser.run("Boolean(window.saved)"))
+        name, link = browser.run("[saved.download, decodeURIComponent(saved.href)]")
+        browser.run("delete window.saved")
+        assert name == f"Accuracy-personalized.{kind}"
+        assert ("<svg" if kind == "svg" else '"pfedgpa",4,') in link
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    browser.resize(width - 60)
+    sizes = "[...document.querySelectorAll('.plot')].filter(p => p.checkVisibility()).map(p => "
+    sizes += "p.clientWidth - p.querySelector('.main-svg').clientWidth)"
+    wait_until(lambda: set(browser.run(sizes)) == {0})
+    assert browser.run("window.evil") is None
+    assert browser.errors == []
+    loaded = {url for url in browser.requests if not url.startswith("data:")}
+    assert loaded == {file.as_uri()[:100]}
 
 
 @pytest.mark.processes
 @pytest.mark.chromium
-def test_the_slider_goes_through_the_rounds_by_the_keyboard(tmp_path: Path):
+def test_the_slider_goes_through_the_rounds_by_the_keyboard(tmp_path: Path, browser: Browser):
     run = make_run(tmp_path / "run")
     file = tmp_path / "page.html"
     write_text(file, page_of([run]))
     shown = "document.querySelector('.moved .plot').data[1]"
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(file)
-        browser.run("document.querySelector('input[type=range]').focus()")
-        places = [list(uploads.values()) for uploads, _ in method.aligned(run.method)]
-        for server_round in (4, 3, 2):
-            assert browser.run("document.querySelector('output').textContent") == (
-                f"Round {server_round}"
-            )
-            x = browser.run(f"Array.from({shown}.x)")
-            assert x == pytest.approx([places[server_round - 1][client][0] for client in (0, 2, 4)])
-            browser.press("ArrowLeft")
-        assert browser.errors == []
+    browser.open(file)
+    browser.run("document.querySelector('input[type=range]').focus()")
+    places = [list(uploads.values()) for uploads, _ in method.aligned(run.method)]
+    for server_round in (4, 3, 2):
+        assert browser.run("document.querySelector('output').textContent") == (
+            f"Round {server_round}"
+        )
+        x = browser.run(f"Array.from({shown}.x)")
+        assert x == pytest.approx([places[server_round - 1][client][0] for client in (0, 2, 4)])
+        browser.press("ArrowLeft")
+    assert browser.errors == []

@@ -1,22 +1,24 @@
 """A network whose sites are registered with names, as a user sees it."""
 
 import json
-import subprocess
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from digit_sites import CLIENTS, QUICK, write_sites
+from typer.testing import CliRunner, Result
 
 from benchmarks.faults import SecureFederation
-from benchmarks.network import BIN, PATIENCE, PROJECT, read_lines, wait_until
+from benchmarks.network import PATIENCE, PROJECT, read_lines, wait_until
 from pfedgpa_app.cross_site import read_matrix
 from pfedgpa_app.rounds import BELOW_FLOOR
+from server_app import cli, superlink
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("warm_processes")]
 
 
-def test_registered_sites_are_known_by_their_names(tmp_path: Path):
+def test_registered_sites_are_known_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "network"
     folder.mkdir()
     given = {
@@ -31,32 +33,28 @@ def test_registered_sites_are_known_by_their_names(tmp_path: Path):
         "server.cross-site": True,
     }
 
-    def pfedgpa(*arguments: str | Path, **settings: Any) -> subprocess.CompletedProcess[str]:
+    def pfedgpa(*arguments: str | Path, **settings: Any) -> Result:
         pairs = [word for key in settings for word in ("-c", f"{key}={json.dumps(settings[key])}")]
-        return subprocess.run(
-            [BIN / "pfedgpa", *arguments, *pairs],
-            cwd=PROJECT,
-            env=federation.env,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        return CliRunner().invoke(cli.app, [*map(str, arguments), *pairs])
 
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(superlink, "PROGRAM", "flwr")  # the one that is forked off
     (tmp_path / "sites").mkdir()
     sites = write_sites(tmp_path / "sites")
     with SecureFederation(folder, CLIENTS, sites=sites) as federation:
-        federation.start_superlink()
+        for name in federation.env.keys() - os.environ.keys() | {"HOME"}:
+            monkeypatch.setenv(name, federation.env[name])
+        federation.start_superlink("--database", ":flwr-in-memory:")
         node_configs = ("cross-site=true", 'cross-site=true privacy-floor="example epsilon=3"', "")
         for client, more in enumerate(node_configs):
             federation.start_client(client, more)
         wait_until(lambda: all(federation.node_ids(f"client-{n}") for n in range(3)), PATIENCE)
         done = pfedgpa("run", "--superlink", "test", **given)
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
         absent = {"server.required": "client-1,mercy", "server.join-timeout": 1.0}
         missing = pfedgpa("run", "--superlink", "test", **given | absent)
 
-    assert missing.returncode == 1
+    assert missing.exit_code == 1
     assert 'of server.required, "mercy" is not connected; right would be' in missing.stderr
     path = Path(done.stdout.split()[-1]).parent
     rows = read_lines(path, "clients.jsonl")
@@ -70,5 +68,5 @@ def test_registered_sites_are_known_by_their_names(tmp_path: Path):
     page = (path / "report.html").read_text()
     assert all(f"{client} client-{client}" in page for client in range(3))
     exported = pfedgpa("export", path, "--client", "client-2", "-o", tmp_path / "m.safetensors")
-    assert exported.returncode == 0, exported.stderr
+    assert exported.exit_code == 0, exported.stderr
     assert "client client-2 after round 1" in exported.stdout

@@ -3,10 +3,12 @@
 Flower starts a process for every message, and most of its time goes into the import of torch; a
 SuperNode is two processes, each with seconds of imports. Tests send a hundred messages. Here a
 process is forked off from one that has imported what comes from elsewhere; it runs Flower's own
-command, which loads the app, as it would without.
+command, which loads the app, as it would without. Intervals of polls and heartbeats are shorter
+than Flower's, which are made for networks.
 """
 
 import atexit
+import fcntl
 import gc
 import importlib
 import importlib.metadata
@@ -21,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 COMMANDS = (
@@ -51,6 +55,11 @@ PACKAGES = (
     "sklearn.datasets",
     "torch",
 )
+# Seconds. The SuperLink gives up a SuperNode after twice this time without a heartbeat.
+HEARTBEAT = 15
+# How much shorter a SuperNode's pauses are: 3 s between polls for a message, 0.5 s for a reply.
+HASTE = 3
+TASK_POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.4"}
 # What is started in place of a command: it lives as long as the process that it asks for, which
 # ends with it, passes SIGTERM on and ends as that does.
 STUB = """#!{python} -IS
@@ -69,7 +78,7 @@ sys.exit(status[0] if status else 1)
 class Warm(NamedTuple):
     """A process that others are forked off from."""
 
-    process: subprocess.Popen[bytes]
+    process: int
     folder: Path
     """For the beginning of PATH: has the commands that ask for a process."""
 
@@ -77,42 +86,64 @@ class Warm(NamedTuple):
         """Return the parent of every process; of one forked off, the one that asked for it."""
         found = dict(listed)
         for process, parent in listed.items():
-            if parent == self.process.pid:
+            if parent == self.process:
                 with suppress(OSError, ValueError):  # ended, or only just forked off
                     found[process] = int(Path(f"/proc/{process}/comm").read_text())
         return found
 
 
 @cache
-def start() -> Warm:
-    """Start the process that others are forked off from; it ends with this one."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+def start(common: Path) -> Warm:
+    """Return the process that others are forked off from, one for all that have a folder in common.
+
+    It ends with the last process that has called this.
+    """
+    with (common / "warm").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if known := file.read().split():
+            started = Warm(int(known[0]), Path(known[1]))
+            with suppress(OSError):  # it has ended
+                os.open(started.folder / "users", os.O_WRONLY | os.O_NONBLOCK)
+                return started
+        started = begin(Path(tempfile.mkdtemp()))
+        file.truncate(0)
+        file.write(f"{started.process} {started.folder}")
+    return started
+
+
+def begin(folder: Path) -> Warm:
+    """Start the process; it removes its folder when it ends."""
     address = folder / "socket"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(address))
     listener.listen(100)
     for command in COMMANDS:
         file = folder / command
         file.write_text(STUB.format(python=sys.executable, address=str(address)))
         file.chmod(0o755)
+    # Everyone who uses the process holds an end of this pipe open.
+    os.mkfifo(folder / "users")
+    users = os.open(folder / "users", os.O_RDONLY | os.O_NONBLOCK)
+    os.open(folder / "users", os.O_WRONLY)
     # Flower reads the first when it is imported; without bytecode each message compiles the app.
     env = os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "PYTHONDONTWRITEBYTECODE": ""}
-    # Ends when this process has, which closes its standard input.
     process = subprocess.Popen(
-        [sys.executable, "-P", "-u", __file__, str(listener.fileno())],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-P", "-u", __file__, str(listener.fileno()), str(folder)],
+        stdin=users,
         pass_fds=[listener.fileno()],
         env=env,
     )
+    os.close(users)
     listener.close()
-    return Warm(process, folder)
+    return Warm(process.pid, folder)
 
 
 def serve(listener: socket.socket) -> None:
     """Fork off a process for each request; in it, return when it is to run its command."""
     for package in PACKAGES:
         importlib.import_module(package)
+    shorten_intervals()
     gc.freeze()  # no collection in a process forked off touches what is shared
     ended, wake_up = socket.socketpair()
     for end in (ended, wake_up):
@@ -123,6 +154,7 @@ def serve(listener: socket.socket) -> None:
     while True:
         ready, _, _ = select.select([listener, ended, sys.stdin], [], [])
         if sys.stdin in ready:
+            shutil.rmtree(sys.argv[2])
             os._exit(0)
         if ended in ready:
             ended.recv(1024)
@@ -139,6 +171,17 @@ def serve(listener: socket.socket) -> None:
             other.close()
         become(connection)
         return
+
+
+def shorten_intervals() -> None:
+    """Replace constants of Flower for which it has no options."""
+    for name in ("supercore.heartbeat", "supernode.fleet_http_connection"):
+        module = importlib.import_module(f"flwr.{name}")
+        assert module.HEARTBEAT_DEFAULT_INTERVAL > HEARTBEAT
+        module.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT
+    module = importlib.import_module("flwr.supernode.start_client_internal")
+    assert module.time is time
+    module.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / HASTE))
 
 
 def tell(asking: dict[int, socket.socket]) -> None:
@@ -162,7 +205,7 @@ def become(connection: socket.socket) -> None:
     request = json.loads(message)
     sys.argv = request["argv"]
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update(TASK_POLL | request["env"])
     os.chdir(request["cwd"])
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
