@@ -95,7 +95,8 @@ def read_compose(*files: Path, **variables: object) -> Compose:
 
     def read(file: Path) -> dict[str, Any]:
         variable = r"\$\{(?P<name>\w+):(-(?P<default>[^}]*)|\?)\}"
-        text = re.sub(variable, value_of, file.read_text())
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        text = re.sub(variable, value_of, "\n".join(lines))
         assert "$" not in text
         content: dict[str, Any] = yaml.safe_load(text)
         return {key: value for key, value in content.items() if not key.startswith("x-")}

@@ -177,7 +177,7 @@ def test_rows_and_cases_are_chosen_by_how_their_names_begin(
     written(monkeypatch)
     arguments = ("--seeds", "0", "--processes", 0, "--results", tmp_path)
     one = invoke(suite, "--rows", "loc", *arguments)
-    assert "1 runs, " in one.output
+    assert "1 run, " in one.output
     both = invoke(suite, "--rows", "ditto", "--rows", "loc", *arguments)
     assert "2 runs, 1 finished before" in both.output
     with (tmp_path / "suite-ditto-loc-0.csv").open() as stream:
@@ -188,7 +188,7 @@ def test_rows_and_cases_are_chosen_by_how_their_names_begin(
     with suite.open("a") as stream:
         stream.write('\n[rows."local, again"]\nstrategy = "local"\nclient.momentum = 0.5\n')
     exact = invoke(suite, "--rows", "local", *arguments)
-    assert "1 runs, 1 finished before" in exact.output
+    assert "1 run, 1 finished before" in exact.output
     wrong = invoke(suite, "--rows", "ditto", "--rows", "fedfoo", *arguments)
     assert wrong.exit_code == 1
     assert 'there are "local", "ditto", "local, again"' in " ".join(wrong.output.split())

@@ -586,7 +586,7 @@ class Doubting(Net):
     [
         (TwoOutputs, {}, r"gave tuple; right would be \(2, 3\), one logit per class"),
         (Words, {}, r"words\.weight has a sparse gradient; right would be sparse=False"),
-        (Squeezing, {}, r"1 example\(s\) gave an output of shape \(3,\)"),
+        (Squeezing, {}, r"1 example gave an output of shape \(3,\)"),
         (Normed, {"client.batch-size": 1}, r"client\.batch-size = 1, .*; right would be 2"),
         (Normed, {"data.train-samples": 1}, r"data\.train-samples = 1, .*; right would be 2"),
         (Detached, {}, "the loss depends on no trained parameter"),

@@ -65,7 +65,7 @@ def test_in_a_pipe_a_run_has_a_line_a_round_until_it_is_complete(
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
         line(1, 10),
-        line(2, 8),
+        f"{line(2, 8)}; 2 failed",
         "  client 3: [red]its data are gone",
         "  client 7: no reply",
         line(3, 10),
