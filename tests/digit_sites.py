@@ -35,7 +35,7 @@ QUICK = {
     "server.fraction-evaluate": 0.0,
 }
 # What the server says of a diffusion model. Two clients have no axis that stands out, three do.
-LEARNED = re.compile(r"[1-9]\d* dimensions from timestep")
+LEARNED = re.compile(r"[1-9]\d* principal ax[ei]s from timestep")
 
 
 def write_sites(folder: Path, pictures: int | None = None) -> Path:
