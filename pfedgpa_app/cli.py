@@ -76,7 +76,7 @@ def export(
     output_dir: OutputDir = "",
 ) -> None:
     """Write a client's personalized model of a run to a safetensors file of its own."""
-    # Imported here, since partitioners take seconds to import.
+    # Imported here, since it imports torch.
     from pfedgpa_app.exported import ExportedModel
 
     if trust:

@@ -111,7 +111,7 @@ class RunFolder:
         ``site`` is what the client reported of its data, if anything: ``image-stats``, ``(2,
         channels)``, mean and standard deviation; ``partition``, ``(2,)``, its number of how many.
         """
-        # Partitioners take seconds to import, and only the end of a run needs models.
+        # They import torch, and only the end of a run needs models.
         from pfedgpa_app.data import ImageStats
         from pfedgpa_app.exported import ExportedModel
 

@@ -11,9 +11,9 @@ from pfedgpa_app.data import (
     DataError,
     class_counts,
     client_data,
+    clients,
     image_stats,
     load_dataset,
-    partitions,
 )
 from pfedgpa_app.data.clients import _partitioned
 from pfedgpa_app.data.partitions import partition
@@ -80,7 +80,7 @@ def test_another_process_shares_nothing_out_again(monkeypatch, dataset: str, by:
     before = [client_data(config, 3, partition_id, 5) for partition_id in range(5)]
     _partitioned.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(partitions, "partition", nothing)
+        patch.setattr(clients, "partition", nothing)
         for partition_id, client in enumerate(before):
             again = client_data(config, 3, partition_id, 5)
             assert all(map(torch.equal, again[:4], client[:4]))

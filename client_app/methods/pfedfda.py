@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -133,6 +132,8 @@ def best_betas(
             total = total + functional.cross_entropy(inputs @ weight.T + bias, right)
         [gradient] = torch.autograd.grad(total, betas)
         return float(total.detach()), gradient.numpy()
+
+    from scipy.optimize import minimize  # imported here: few runs need it, and it takes long
 
     start, limits = np.full(number, 0.5), [(0.0, 1.0)] * number
     options = {"maxiter": _MAX_ITERATIONS, "gtol": 1e-3}

@@ -9,6 +9,7 @@ from torch import Tensor
 from pfedgpa_app.config import PARTITIONS, DataConfig, DatasetInfo
 from pfedgpa_app.data.cache import Indices, SplitFile, counted
 from pfedgpa_app.data.dataset import DataError, Dataset
+from pfedgpa_app.data.partitions import partition
 from pfedgpa_app.data.shifts import shifted
 from pfedgpa_app.data.sources import ImageStats, image_stats, load_dataset
 
@@ -89,9 +90,6 @@ def _partitioned(
         small, indices, _ = kept
         dataset = load_dataset(config, seed) if small is None else small
         return dataset, image_stats(dataset), indices
-    # Imported here: the partitioners take seconds to import.
-    from pfedgpa_app.data.partitions import partition
-
     dataset = load_dataset(config, seed)
     parts = partition(dataset.labels, dataset.is_test, config, num_partitions, seed, dataset.owners)
     indices = [(part.train, part.test) for part in parts]

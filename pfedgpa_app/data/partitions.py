@@ -5,14 +5,11 @@ or by an own function. Test sets follow the class distributions of the training 
 ``natural`` every owner is a client.
 """
 
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from datasets.arrow_dataset import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,9 +20,6 @@ from pfedgpa_app.data_section import ByClass
 from pfedgpa_app.files import count_of
 
 Indices = NDArray[np.int64]
-
-# The Dirichlet distribution is redrawn while a client has fewer.
-MIN_DIRICHLET_SAMPLES = 10
 
 _REMEDIES = {
     "dirichlet": "a larger data.dirichlet-alpha or fewer clients",
@@ -134,7 +128,6 @@ def _drawn(samples: Indices, limit: int, seed: int, client: int) -> Indices:
 
 def _shares(labels: Indices, config: DataConfig, num_clients: int, seed: int) -> list[Indices]:
     """Return each client's rows of the shuffled training pool, which has these labels."""
-    partitioner: Partitioner
     match cast(ByClass, config.partition):
         case "dominant-classes":
             return _dominant_classes(labels, config, num_clients)
@@ -142,52 +135,22 @@ def _shares(labels: Indices, config: DataConfig, num_clients: int, seed: int) ->
             return _disjoint(labels, num_clients, seed)
         case "iid":
             return np.array_split(np.arange(len(labels)), num_clients)
-        case "dirichlet":
-            partitioner = DirichletPartitioner(
-                num_clients,
-                partition_by="label",
-                alpha=config.dirichlet_alpha,
-                min_partition_size=MIN_DIRICHLET_SAMPLES,
-                seed=seed,
-            )
-        case "pathological":
-            partitioner = PathologicalPartitioner(
-                num_clients,
-                partition_by="label",
-                num_classes_per_partition=config.classes_per_client,
-                class_assignment_mode="first-deterministic",  # random may leave classes unused
-                seed=seed,
-            )
-    partitioner.dataset = _Table(Dataset.from_dict({"label": labels}).data)
-    try:
-        with warnings.catch_warnings():  # they are about arguments that this app does not expose
-            warnings.simplefilter("ignore")
-            return [cast(Any, partitioner.load_partition(each)) for each in range(num_clients)]
-    except ValueError as error:
-        raise DataError(
-            f"data.partition = {config.partition} fails for {count_of(num_clients, 'client')}: "
-            f"{error} What would help: {_remedy(config)}"
-        ) from error
+        case "dirichlet" | "pathological":
+            # Imported here, since it takes seconds.
+            from pfedgpa_app.data.flower_partitions import flower_shares
+
+            try:
+                return flower_shares(labels, config, num_clients, seed)
+            except ValueError as error:
+                raise DataError(
+                    f"data.partition = {config.partition} fails for "
+                    f"{count_of(num_clients, 'client')}: {error} What would help: {_remedy(config)}"
+                ) from error
 
 
 def _remedy(config: DataConfig) -> str:
     name = config.partition
     return _REMEDIES.get(name, f"fewer clients (data.partition = {name})")
-
-
-class _Table(Dataset):
-    """A table whose columns and selections are NumPy arrays.
-
-    Flower's partitioners read columns value by value and select by lists of NumPy integers, which
-    takes a minute for EMNIST instead of seconds.
-    """
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.data.column(key).to_numpy()
-
-    def select(self, indices: Iterable[int], *args: Any, **kwargs: Any) -> Any:
-        """Return the rows themselves."""
-        return np.asarray(indices, dtype=np.int64)
 
 
 def _dominant_classes(labels: Indices, config: DataConfig, num_clients: int) -> list[Indices]:

@@ -81,7 +81,7 @@ class Holdings:
 
 def _partitions(folder: Path) -> dict[int, tuple[int, int]]:
     """Return each client's partition, and of how many, as the metadata of the models has it."""
-    # It imports partitioners, which take seconds.
+    # Imported here, since it imports torch.
     from pfedgpa_app.exported import MODEL_KIND
 
     found = {}

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from pfedgpa_app.model_spec import ModelSpec
@@ -121,6 +120,8 @@ def head_shares(weighted: Tensor, variances: Tensor, row: int) -> Tensor:
     ``weighted`` has h ``(n, num_classes, dim)``, ``variances`` V ``(n,)``. Shares below 0.001 are
     dropped, as in the authors' code, unless all are.
     """
+    from scipy.optimize import nnls  # imported here: few runs need it, and it takes long
+
     deviations = (weighted[row] - weighted).flatten(1).double()
     matrix = torch.diag(variances.double()) + deviations @ deviations.T
     values, vectors = torch.linalg.eigh(matrix)
