@@ -121,7 +121,7 @@ def main(
         f"Accuracies are means over the last {EVALUATED_ROUNDS} rounds: "
         f"python -m benchmarks.privacy{flag(quick)}"
     )
-    print_table(f"What is told of others, {CLIENTS} clients", COLUMNS, rows, note)
+    print_table(f"What models reveal of others, {CLIENTS} clients", COLUMNS, rows, note)
 
 
 if __name__ == "__main__":
