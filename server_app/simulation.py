@@ -81,7 +81,13 @@ class PoolGrid:
         if num_processes and not self._is_batched:
             # Forked: a ClientApp needs no name by which processes could import it.
             context = multiprocessing.get_context("fork")
-            self._pool = context.Pool(num_processes, _begin_worker, (self.client_app,))
+            # A process that has just been forked loses signals that Python handles, and `close`
+            # would wait for it forever.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            try:
+                self._pool = context.Pool(num_processes, _begin_worker, (self.client_app,))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the connected nodes, which are the numbers of their partitions."""
@@ -226,6 +232,7 @@ def _begin_worker(app: ClientApp) -> None:
     _identify()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     end_with_parent()
 
 

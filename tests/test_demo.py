@@ -1,7 +1,10 @@
 """The first run without Flower's servers, and the commands that it names."""
 
+import multiprocessing
+import os
 import re
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,23 @@ def test_an_interrupted_demo_leaves_no_processes(monkeypatch: pytest.MonkeyPatch
     assert CliRunner().invoke(app, ["demo"]).exit_code == 130
     (pool,) = pools
     assert not any(process.is_alive() for process in pool._pool)
+
+
+def test_a_process_that_is_ended_while_it_begins_ends(monkeypatch: pytest.MonkeyPatch):
+    begin = simulation._begin_worker
+
+    def ended_first(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        begin(*arguments)
+
+    monkeypatch.setattr(simulation, "_begin_worker", ended_first)
+    others = multiprocessing.active_children()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        grid = simulation.PoolGrid(Config(), 2, 1)
+        first = next(each for each in multiprocessing.active_children() if each not in others)
+        first.join(30)
+        grid.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert first.exitcode == -signal.SIGTERM
